@@ -1,0 +1,113 @@
+"""How fast a tokenizer is trained and how fast it encodes, on real text.
+
+    python -m benchmarks.tokenizer --megabytes 100 --json tokenizer.json
+
+The text is Python source: the standard library, the documentation in pydoc_data, and what is in
+site-packages, each file once; only if that is not enough, blocks of its lines in a shuffled order.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import random
+import statistics
+import sysconfig
+import time
+from collections.abc import Iterator
+
+import tokenizers
+
+from jaxgpt import tokenizer
+
+BLOCK = 200  # lines that stay together when text must be repeated
+
+
+def source_files() -> Iterator[bytes]:
+    """The distinct Python files of this installation."""
+    seen = set()
+    for folder in ("stdlib", "purelib"):
+        for path in sorted(pathlib.Path(sysconfig.get_path(folder)).rglob("*.py")):
+            if folder == "stdlib" and "site-packages" in path.parts:
+                continue
+            try:
+                text = path.read_bytes()
+            except OSError:
+                continue
+            if text and text not in seen:
+                seen.add(text)
+                yield text
+
+
+def corpus(megabytes: float) -> tuple[list[bytes], int]:
+    """Documents of so many megabytes (10^6 bytes), and how many of the bytes are distinct."""
+    wanted, documents, size = int(megabytes * 1e6), [], 0
+    for text in source_files():
+        documents.append(text[: wanted - size])
+        size += len(documents[-1])
+        if size >= wanted:
+            return documents, size
+    distinct, shuffle = size, random.Random(0)
+    lines = [line for text in documents for line in text.splitlines(keepends=True)]
+    starts = list(range(0, len(lines), BLOCK))
+    while size < wanted:
+        shuffle.shuffle(starts)
+        for start in starts:
+            documents.append(b"".join(lines[start : start + BLOCK])[: wanted - size])
+            size += len(documents[-1])
+            if size >= wanted:
+                break
+    return documents, distinct
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--megabytes", type=float, default=100, help="text to train on, 10^6 bytes")
+    parser.add_argument("--vocab", type=int, default=8192, help="V, tokens in the vocabulary")
+    parser.add_argument("--repeats", type=int, default=3, help="encoding runs; the median counts")
+    parser.add_argument("--json", type=pathlib.Path, help="where to write the numbers")
+    arguments = parser.parse_args()
+
+    documents, distinct = corpus(arguments.megabytes)
+    megabytes = sum(map(len, documents)) / 1e6
+    start = time.perf_counter()
+    trained = tokenizer.train(iter(documents), arguments.vocab)
+    seconds = time.perf_counter() - start
+
+    # Encoding is measured on a tenth: its speed does not depend on how much there is.
+    sample = random.Random(0).sample(documents, max(1, len(documents) // 10))
+    sampled = sum(map(len, sample)) / 1e6
+    rates = []
+    for _ in range(arguments.repeats):
+        start = time.perf_counter()
+        tokens = sum(ids.size for ids in trained.encode_batch(sample))
+        rates.append(sampled / (time.perf_counter() - start))
+
+    result = {
+        "command": f"python -m benchmarks.tokenizer --megabytes {arguments.megabytes:g} "
+        f"--vocab {arguments.vocab} --repeats {arguments.repeats}",
+        "python": platform.python_version(),
+        "tokenizers": tokenizers.__version__,
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "documents": len(documents),
+        "megabytes": round(megabytes, 3),
+        "megabytes_distinct": round(distinct / 1e6, 3),
+        "vocab": trained.vocab_size,
+        "train_seconds": round(seconds, 2),
+        "train_megabytes_per_second": round(megabytes / seconds, 2),
+        "bytes_per_token": round(sampled * 1e6 / tokens, 3),
+        "encode_megabytes": round(sampled, 3),
+        "encode_megabytes_per_second": round(statistics.median(rates), 2),
+        "encode_megabytes_per_second_range": [round(min(rates), 2), round(max(rates), 2)],
+    }
+    for name, value in result.items():
+        print(f"{name.replace('_', ' '):36} {value}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

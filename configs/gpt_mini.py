@@ -1,0 +1,3 @@
+from jaxgpt.config import Config
+
+config = Config(name="gpt_mini")

@@ -1,0 +1,93 @@
+"""What sample.py does: prompts in, text out as it comes."""
+
+import sys
+import time
+from collections.abc import Sequence
+
+from jaxgpt.config import override
+from jaxgpt.generate import Row, generate_rows
+from jaxgpt.settings import ConfigError
+from jaxgpt.trainer.checkpoint import load_run
+from jaxgpt.trainer.logging import duration
+
+ENDINGS = {
+    "eos": "the document ended",
+    "stop": "a stop string came",
+    "tokens": "as many tokens as asked for",
+    "context": "the context is full: slide=true goes on",
+}
+
+
+def speak(
+    run_folder: str,
+    checkpoint: str,
+    prompts: Sequence[str] | None,
+    file: str | None,
+    settings: Sequence[str],
+):
+    """Continues prompts with the model of a run and prints text while it is drawn.
+
+    Args:
+        run_folder, checkpoint: see `load_run`.
+        prompts: texts to continue; None takes those of `file`, or the run's own.
+        file: a path with one prompt a line, "-" for standard input, or None.
+        settings: assignments such as "tokens=300", on top of the run's `sample` section.
+
+    Raises:
+        ConfigError: a setting, the run or the file can not be used.
+    """
+    config, tokenizer, params, step = load_run(run_folder, checkpoint)
+    prefixed = [
+        s if s.startswith("sample.") else f"sample.{s.removeprefix('--')}" for s in settings
+    ]
+    config = override(config, prefixed)
+    texts = [*(prompts or ()), *(_read_prompts(file) if file else ())] or [config.sample.prompt]
+    print(f"[{run_folder}, step {step}, seed {config.sample.seed}]", file=sys.stderr)
+    start = time.perf_counter()
+    rows = _print_rows(texts, generate_rows(config.model, params, tokenizer, texts, config.sample))
+    seconds = time.perf_counter() - start
+    total = sum(len(row.drawn) for row in rows)
+    why = "; ".join(dict.fromkeys(ENDINGS[row.ending] for row in rows))
+    print(
+        f"[{total} tokens in {duration(seconds)}, {total / seconds:.0f} tokens/s; {why}]",
+        file=sys.stderr,
+    )
+
+
+def _print_rows(prompts: Sequence[str], stream) -> list[Row]:
+    """Prints rows one after the other, each as it comes; rows further down wait their turn."""
+    rows: list[Row] = []
+    waiting = list(prompts)
+    turn = 0
+    if len(prompts) > 1:
+        print("[1]", file=sys.stderr)
+    for rows, pieces in stream:
+        waiting = [old + new for old, new in zip(waiting, pieces, strict=True)]
+        while turn < len(rows):
+            sys.stdout.write(waiting[turn])
+            sys.stdout.flush()
+            waiting[turn] = ""
+            if not rows[turn].ending:
+                break
+            turn += 1
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+            if turn < len(rows):
+                print(f"\n[{turn + 1}]", file=sys.stderr)
+    return rows
+
+
+def _read_prompts(file: str) -> list[str]:
+    """The lines of a file that are not blank."""
+    try:
+        if file == "-":
+            text = sys.stdin.read()
+        else:
+            with open(file, encoding="utf-8", errors="surrogateescape") as handle:
+                text = handle.read()
+    except OSError as error:
+        raise ConfigError(f"--file {file}: {error.strerror}.") from None
+    prompts = [line for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise ConfigError(f"--file {file} holds no prompt: give one a line.")
+    return prompts

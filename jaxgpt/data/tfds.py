@@ -1,0 +1,169 @@
+"""Documents of TensorFlow Datasets, read from array_record files, without TensorFlow.
+
+A data set that is not on this machine is downloaded and prepared first. Its files are below
+TFDS_DATA_DIR (~/tensorflow_datasets if that is not set).
+"""
+
+import contextlib
+import difflib
+import glob
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
+
+from jaxgpt.config import DataConfig
+from jaxgpt.settings import ConfigError
+
+
+def read(cfg: DataConfig) -> Iterator[tuple[str, bytes, str]]:
+    """Reads the data set that `cfg.source` names as tfds:name or tfds:name/config.
+
+    If it has its own validation split (or else a test split), that is what is held out, and every
+    other split is trained on; except that the test split of a data set that has both stays unread,
+    for a last measurement. If it has neither, `data.split` decides, as for any other source.
+
+    Args:
+        cfg: `text_key` is the feature that holds the text.
+
+    Returns:
+        (name, content, part) in the order of the splits' names. The name says the split; part is
+        "held", "train", or "" where `data.split` decides.
+
+    Raises:
+        ConfigError: the package, the data set or the feature is missing, or preparing it failed.
+    """
+    splits = _splits(cfg.source)
+    held = next((name for name in ("validation", "test") if name in splits), "")
+    for split in sorted(splits):
+        if split == "test" and held == "validation":
+            continue
+        part = "held" if split == held else "train" if held else ""
+        for index, example in enumerate(splits[split]):
+            name = f"{cfg.source}/{split}/{index}"
+            yield name, _text(example, cfg.text_key, name), part
+
+
+def _text(example: dict[str, Any], key: str, name: str) -> bytes:
+    if key not in example:
+        raise ConfigError(
+            f"data.text_key={key!r} is not a feature of {name}: "
+            f"it has {', '.join(sorted(example))}."
+        )
+    value = example[key]
+    if not isinstance(value, (bytes, str)):
+        raise ConfigError(
+            f"data.text_key={key!r} is a {type(value).__name__} in {name}, not text. "
+            f"It has {', '.join(sorted(example))}."
+        )
+    return value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value
+
+
+def _splits(source: str) -> dict[str, Any]:
+    """Random-access sequences of examples by the name of the split."""
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise ConfigError(
+            f"data.source={source!r} needs a package that is missing ({error}): "
+            "pip install tensorflow-datasets importlib_resources."
+        ) from error
+    builder = _builder(tfds, source)
+    with _file_functions(builder):
+        try:
+            builder.download_and_prepare()
+        except Exception as error:
+            raise ConfigError(_unprepared(source, builder, error)) from error
+    try:
+        return {str(name): examples for name, examples in builder.as_data_source().items()}
+    except Exception as error:  # prepared by someone else, in a format without random access
+        raise ConfigError(
+            f"data.source={source!r} is in {builder.data_dir}, but can not be read from there: "
+            f"{_why(error)} It must be array_record: set TFDS_DATA_DIR to another folder, and it "
+            "is prepared again."
+        ) from error
+
+
+def _builder(tfds, source: str):
+    name = source.removeprefix("tfds:")
+    try:
+        # tfds reads the variable when it is imported, which may have been before it was set.
+        folder = os.environ.get("TFDS_DATA_DIR")
+        return tfds.builder(name, data_dir=folder, file_format="array_record")
+    except tfds.core.DatasetNotFoundError as error:
+        known = tfds.list_builders(with_community_datasets=False)
+        near = difflib.get_close_matches(name.split("/")[0], known, n=1)
+        hint = f" Did you mean tfds:{near[0]}?" if near else ""
+        raise ConfigError(
+            f"data.source={source!r}: tensorflow-datasets {tfds.__version__} knows no such data "
+            f"set, and there is none in {folder or tfds.core.constants.DATA_DIR}.{hint}"
+        ) from error
+    except Exception as error:
+        raise ConfigError(
+            f"data.source={source!r} must be tfds:name or tfds:name/config: {_why(error)}"
+        ) from error
+
+
+def _unprepared(source: str, builder, error: Exception) -> str:
+    lacks_tensorflow = isinstance(error, ImportError) and "tensorflow" in str(error)
+    where = "tensorflow is installed" if lacks_tensorflow else "there is a network"
+    what = "preparation needs tensorflow" if lacks_tensorflow else "download or preparation failed"
+    recipe = (
+        "import tensorflow_datasets as tfds; "
+        f"tfds.builder('{source.removeprefix('tfds:')}', file_format='array_record')"
+        ".download_and_prepare()"
+    )
+    return (
+        f"data.source={source!r}: the {what}: {_why(error)} Prepare it once where {where}, with\n"
+        f'  python -c "{recipe}"\n'
+        f"and copy the folder to {builder.data_dir}; or set data.source to a file with the text."
+    )
+
+
+def _why(error: Exception) -> str:
+    first = (str(error).strip().splitlines() or [""])[0][:300].rstrip(".")
+    return f"{type(error).__name__}: {first}."
+
+
+# --- tensorflow's file functions, for builders that use nothing else of it ---
+
+
+def _open(path, mode: str = "r"):
+    return open(path, mode) if "b" in mode else open(path, mode, encoding="utf-8", newline="\n")
+
+
+_FILE_FUNCTIONS = SimpleNamespace(
+    GFile=_open,
+    Open=_open,
+    copy=shutil.copyfile,
+    exists=os.path.exists,
+    glob=glob.glob,
+    isdir=os.path.isdir,
+    listdir=os.listdir,
+    makedirs=lambda path: os.makedirs(path, exist_ok=True),
+    walk=os.walk,
+)
+
+
+@contextlib.contextmanager
+def _file_functions(builder) -> Iterator[None]:
+    """Lends a builder the file functions for which alone it would import tensorflow.
+
+    Most builders of text, tiny_shakespeare among them, touch tensorflow only as `tf.io.gfile.GFile`
+    and the like, for which tensorflow-datasets 4.9.10 refuses to prepare them without it. Their
+    module's `tf` is replaced while they prepare, unless tensorflow is installed.
+    """
+    module = sys.modules.get(type(builder).__module__)
+    lazy = getattr(module, "tf", None)
+    if lazy is None or find_spec("tensorflow"):
+        yield
+        return
+    stand_in = SimpleNamespace(io=SimpleNamespace(gfile=_FILE_FUNCTIONS))
+    setattr(module, "tf", stand_in)  # noqa: B010  (mypy)
+    try:
+        yield
+    finally:
+        setattr(module, "tf", lazy)  # noqa: B010

@@ -1,0 +1,48 @@
+"""Normalisations, computed in float32 whatever the compute dtype."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxgpt.config import ModelConfig
+from jaxgpt.dims import weight
+from jaxgpt.model.layers import ones, zeros
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) * scale.
+
+    Source: Zhang and Sennrich 2019, arXiv:1910.07467, equation 4.
+    """
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:  # [... D] -> [... D]
+        scale = weight(self, "scale", "D", self.cfg.sizes, ones)
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.cfg.norm_eps)
+        return (y * scale).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(var + eps) * scale, plus a bias where the config asks for biases.
+
+    Source: Ba et al. 2016, arXiv:1607.06450, equation 4.
+    """
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:  # [... D] -> [... D]
+        scale = weight(self, "scale", "D", self.cfg.sizes, ones)
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.cfg.norm_eps)
+        y = y * scale
+        if self.cfg.bias:
+            y = y + weight(self, "bias", "D", self.cfg.sizes, zeros)
+        return y.astype(x.dtype)
+
+
+NORMS = {"rms": RMSNorm, "layer": LayerNorm}

@@ -1,0 +1,97 @@
+"""From letters of dimensions to devices: one table for parameters and activations alike.
+
+The mesh has three named axes, each of which may have size 1: `data` (copies of the model), `fsdp`
+(parameters divided, gathered where used) and `tensor` (heads, feed-forward and vocabulary divided).
+"""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxgpt.config import MeshConfig
+from jaxgpt.dims import Letters
+from jaxgpt.settings import ConfigError, nearest_multiples
+
+# Dimension (see dims.py) -> the mesh axes it is divided over. Other letters stay whole.
+RULES = {
+    "B": ("data", "fsdp"),
+    "N": ("data", "fsdp"),
+    "D": ("fsdp",),
+    "H": ("tensor",),
+    "G": ("tensor",),
+    "F": ("tensor",),
+    "V": ("tensor",),
+}
+AXES = ("data", "fsdp", "tensor")
+
+
+def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
+    """Arranges the devices as the config says.
+
+    Raises:
+        ConfigError: the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [cfg.data, cfg.fsdp, cfg.tensor]
+    if -1 in sizes:
+        fixed = int(-np.prod(sizes))
+        sizes[sizes.index(-1)] = len(devices) // fixed
+    if np.prod(sizes) != len(devices):
+        asked = " x ".join(f"mesh.{name}={size}" for name, size in zip(AXES, sizes, strict=True))
+        raise ConfigError(
+            f"{asked} needs {max(1, int(np.prod(sizes)))} devices, found {len(devices)}: "
+            "set one axis to -1 (what is left), or use sizes whose product is the device count."
+        )
+    # Auto: the compiler propagates shardings. (jax.make_mesh now defaults to Explicit.)
+    auto = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(sizes, AXES, axis_types=auto, devices=devices)
+
+
+def check_batch(batch: int, accumulate: int, mesh: Mesh):
+    """Refuses, before anything is compiled, a batch that the mesh can not divide."""
+    parts = accumulate * mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch % parts:
+        raise ConfigError(
+            f"train.batch={batch} can not be divided in mesh.data={mesh.shape['data']} x "
+            f"mesh.fsdp={mesh.shape['fsdp']} x train.accumulate={accumulate} = {parts} parts: "
+            f"use train.batch={nearest_multiples(batch, parts)}."
+        )
+
+
+def spec(shape, letters: Letters, mesh) -> PartitionSpec:
+    """Where an array's dimensions go.
+
+    Read from left to right: a mesh axis serves one dimension of an array, first come first
+    served, and a dimension that the axes do not divide evenly stays whole.
+    """
+    used, out = set(), []
+    for size, letter in zip(shape, letters.replace(">", ""), strict=True):
+        axes = tuple(axis for axis in RULES.get(letter, ()) if axis not in used)
+        if not axes or size % int(np.prod([mesh.shape[axis] for axis in axes])):
+            out.append(None)
+        else:
+            used.update(axes)
+            out.append(axes)
+    return PartitionSpec(*out)
+
+
+def shardings(abstract, letters, mesh: Mesh):
+    """The sharding of every parameter: trees of shapes and of letters -> tree of shardings."""
+    return jax.tree.map(lambda x, d: NamedSharding(mesh, spec(x.shape, d, mesh)), abstract, letters)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over all devices that hold different data."""
+    return NamedSharding(mesh, PartitionSpec(RULES["B"]))
+
+
+def constrain(x: jax.Array, letters: Letters) -> jax.Array:
+    """Pins an activation to the mesh in force (`jax.set_mesh`); does nothing without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(x.shape, letters, mesh))

@@ -1,0 +1,154 @@
+"""Checkpoints: what a run needs to go on as if it had never stopped.
+
+    run/config.json  tokenizer.json              written once, when the run begins
+    run/checkpoints/<step>/{params,rest,progress}  the latest ones
+    run/best/<step>/{params,progress}              the one with the least held-out loss
+
+Saving is asynchronous and atomic: a folder has its final name only when it is whole, so a run
+killed while saving goes on from the checkpoint before. Parameters stand apart from optimizer and
+randomness, so that sampling reads no more than it needs.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from jaxgpt import config as configs
+from jaxgpt import tokenizer as tokenizers
+from jaxgpt.config import Config
+from jaxgpt.model import abstract_params
+from jaxgpt.settings import ConfigError
+from jaxgpt.trainer.state import TrainState
+
+
+@dataclass
+class Progress:
+    """What a run remembers beside its arrays. `step` is also the exact place in the data."""
+
+    step: int = 0
+    tokens: int = 0  # trained on so far
+    seconds: float = 0.0  # spent so far
+    best_loss: float = float("inf")  # held-out, nats per token
+    best_step: int = 0
+    stale: int = 0  # evaluations since the best one
+    data: str = ""  # fingerprint of the tokens trained on
+    is_done: bool = False  # it has stopped early
+
+
+class Checkpoints:
+    """The checkpoints of one run folder."""
+
+    def __init__(self, run_folder: str, keep: int):
+        self._latest = _manager(os.path.join(run_folder, "checkpoints"), keep)
+        self._best = _manager(os.path.join(run_folder, "best"), 1)
+
+    def latest_step(self) -> int | None:
+        return self._latest.latest_step()
+
+    def save(self, state: TrainState, progress: Progress):
+        """Begins to save; returns as soon as the arrays may be overwritten."""
+        if progress.step == self._latest.latest_step():
+            return
+        rest = {"opt_state": state.opt_state, "rng": jax.random.key_data(state.rng)}
+        parts = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            rest=ocp.args.StandardSave(rest),
+            progress=ocp.args.JsonSave(_plain(progress)),
+        )
+        self._latest.save(progress.step, args=parts)
+
+    def save_best(self, state: TrainState, progress: Progress):
+        """Begins to save the parameters alone, in place of the best ones before."""
+        parts = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            progress=ocp.args.JsonSave(_plain(progress)),
+        )
+        for step in self._best.all_steps():
+            if step >= progress.step:  # from before a kill: the run is catching up with itself
+                self._best.delete(step)
+        self._best.save(progress.step, args=parts)
+
+    def restore(self, abstract: TrainState) -> tuple[TrainState, Progress]:
+        """The latest state, placed as `abstract` says, and the progress that belongs to it."""
+        rng = jax.eval_shape(jax.random.key_data, abstract.rng)
+        rng = jax.ShapeDtypeStruct(rng.shape, rng.dtype, sharding=abstract.step.sharding)
+        rest = {"opt_state": abstract.opt_state, "rng": rng}
+        step = self._latest.latest_step()
+        parts = self._latest.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(abstract.params),
+                rest=ocp.args.StandardRestore(rest),
+                progress=ocp.args.JsonRestore(),
+            ),
+        )
+        progress = Progress(**parts.progress)
+        count = jax.device_put(jax.numpy.int32(progress.step), abstract.step.sharding)
+        key = jax.random.wrap_key_data(parts.rest["rng"])
+        return TrainState(count, parts.params, parts.rest["opt_state"], key), progress
+
+    def wait(self):
+        """Returns when everything is on disk."""
+        self._latest.wait_until_finished()
+        self._best.wait_until_finished()
+
+    def close(self):
+        self._latest.close()
+        self._best.close()
+
+
+def load_run(run_folder: str, which: str = "best") -> tuple[Config, Any, Any, int]:
+    """Reads a run for use.
+
+    Args:
+        run_folder: such as runs/gpt_mini.
+        which: "best" (latest, while there is no best) or "latest".
+
+    Returns:
+        (config, tokenizer, params, step).
+
+    Raises:
+        ConfigError: there is no such run, or it has no checkpoint yet.
+    """
+    config = read_config(run_folder)
+    tokenizer = tokenizers.load(os.path.join(run_folder, "tokenizer.json"))
+    order = {"best": ("best", "checkpoints"), "latest": ("checkpoints",)}
+    for name in configs.choose(order, which, "checkpoint"):
+        folder = os.path.join(run_folder, name)
+        if os.path.isdir(folder):
+            with _manager(folder, None, read_only=True) as manager:
+                step = manager.latest_step()
+                if step is None:
+                    continue
+                shapes, _ = abstract_params(config.model)
+                only = ocp.args.Composite(params=ocp.args.StandardRestore(shapes))
+                return config, tokenizer, manager.restore(step, args=only).params, step
+    raise ConfigError(f"{run_folder} has no checkpoint yet: train it first, or for longer.")
+
+
+def read_config(run_folder: str) -> Config:
+    """The config that a run was started with."""
+    path = os.path.join(run_folder, "config.json")
+    if not os.path.isfile(path):
+        raise ConfigError(
+            f"{run_folder} is not a run: it has no config.json. Give a folder that train.py made, "
+            "such as runs/stdlib."
+        )
+    with open(path) as file:
+        return configs.from_json(file.read(), path)
+
+
+def _manager(folder: str, keep: int | None, *, read_only=False) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, read_only=read_only, cleanup_tmp_directories=not read_only
+    )
+    return ocp.CheckpointManager(os.path.abspath(folder), options=options)
+
+
+def _plain(progress: Progress) -> Mapping[str, Any]:
+    return dataclasses.asdict(progress)

@@ -1,0 +1,140 @@
+"""What a run tells: metrics.jsonl, TensorBoard, the loss curve, and lines for people."""
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from tqdm import tqdm
+
+
+class MetricsFile:
+    """Numbers for machines: one JSON object a line, and the same in TensorBoard.
+
+    A run that resumes at step s forgets what it had written about later steps, so that every
+    step stands in the file once.
+    """
+
+    def __init__(self, run_folder: str, step: int):
+        from tensorboardX import SummaryWriter
+
+        self.path = os.path.join(run_folder, "metrics.jsonl")
+        kept = [line for line in _lines(self.path) if _step_of(line) <= step]
+        write_whole(self.path, "".join(kept))
+        self._file = open(self.path, "a", buffering=1)  # noqa: SIM115
+        board = os.path.join(run_folder, "tensorboard")
+        self._board = SummaryWriter(board, purge_step=step + 1 if step else None)
+
+    def write(self, kind: str, step: int, values: Mapping[str, float]):
+        """kind: "train" or "eval"; the figures carry their unit in their name."""
+        record = {"kind": kind, "step": step} | {k: _short(v) for k, v in values.items()}
+        self._file.write(json.dumps(record) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self):
+        self._file.close()
+        self._board.close()
+
+
+def _lines(path: str) -> list[str]:
+    if not os.path.exists(path):
+        return []
+    with open(path) as file:
+        return [line for line in file if line.endswith("\n")]  # a kill can cut the last one
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return float("inf")
+
+
+def _short(value: float) -> float | int:
+    return value if isinstance(value, int) else float(f"{value:.6g}")
+
+
+def read_metrics(run_folder: str) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl, in order."""
+    return [json.loads(line) for line in _lines(os.path.join(run_folder, "metrics.jsonl"))]
+
+
+def write_whole(path: str, text: str):
+    """Writes a file so that it is there whole or not at all."""
+    temporary = f"{path}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(temporary, path)
+
+
+def plot_losses(run_folder: str, title: str):
+    """Draws plots/loss.png from metrics.jsonl: training and held-out loss over the steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    records = read_metrics(run_folder)
+    train = [(r["step"], r["nats"]) for r in records if r["kind"] == "train"]
+    held = [(r["step"], r["loss"]) for r in records if r["kind"] == "eval"]
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    if train:
+        axes.plot(*zip(*train, strict=True), color="#9db4d0", lw=1, label="training")
+    if held:
+        axes.plot(*zip(*held, strict=True), color="#c0392b", marker="o", ms=3, label="held out")
+        axes.annotate(f"{held[-1][1]:.3f}", held[-1], (4, 6), textcoords="offset points")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    if train or held:
+        axes.legend(frameon=False)
+    path = os.path.join(run_folder, "plots", "loss.png")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    FigureCanvasAgg(figure).print_png(f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+class Console:
+    """Lines for people: a progress bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, steps: int, step: int, is_quiet: bool = False):
+        self._steps, self._is_quiet = steps, is_quiet
+        self._bar = None
+        if sys.stderr.isatty() and not is_quiet:
+            layout = "{percentage:3.0f}%|{bar:20}| step {n_fmt}/{total_fmt} {postfix}"
+            self._bar = tqdm(total=steps, initial=step, bar_format=layout)
+
+    def say(self, text: str = ""):
+        if self._is_quiet:
+            return
+        if self._bar is None:
+            print(text, flush=True)
+        else:
+            self._bar.write(text)
+
+    def step(self, step: int, values: Mapping[str, float]):
+        """values: loss, lr, tokens_per_second, mfu and eta_seconds."""
+        text = (
+            f"loss {values['loss']:.3f}  lr {values['lr']:.2e}  "
+            f"{values['tokens_per_second']:,.0f} tokens/s  MFU {values['mfu']:.0%}  "
+            f"ETA {duration(values['eta_seconds'])}"
+        )
+        if self._bar is None:
+            self.say(f"step {step:>{len(str(self._steps))}}/{self._steps}  {text}")
+        else:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(step - self._bar.n)
+
+    def close(self):
+        if self._bar is not None:
+            self._bar.close()
+
+
+def duration(seconds: float) -> str:
+    """12s, 3m05s, 2h07m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

@@ -1,0 +1,371 @@
+"""The training loop: the one place with side effects (time, files, prints, signals).
+
+`open_run` builds everything from the config, or restores it; `train` turns the crank; the small
+functions between them are what happens every so many steps.
+"""
+
+import math
+import os
+import signal
+from collections.abc import Callable, Iterable
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import jax
+import numpy as np
+
+import jaxgpt
+from jaxgpt import config as configs
+from jaxgpt import tokenizer as tokenizers
+from jaxgpt.config import Config
+from jaxgpt.data import Batch, Corpus, Loader, eval_batches, prefetch, prepare
+from jaxgpt.generate import generate
+from jaxgpt.model import abstract_params, build, count_params
+from jaxgpt.objectives import Sums
+from jaxgpt.optimizer import build as build_optimizer
+from jaxgpt.settings import ConfigError
+from jaxgpt.sharding import batch_sharding, check_batch, make_mesh
+from jaxgpt.trainer.checkpoint import Checkpoints, Progress, read_config
+from jaxgpt.trainer.logging import Console, MetricsFile, duration, plot_losses, write_whole
+from jaxgpt.trainer.speed import Clock, flops_per_token, peak_flops
+from jaxgpt.trainer.state import TrainState, abstract_state, make_state
+from jaxgpt.trainer.step import Metrics, make_eval_step, make_train_step
+
+
+class DivergedError(RuntimeError):
+    """The loss is no longer a number."""
+
+
+@dataclass
+class Run:
+    """A run in progress: what was built from its config, and where it stands."""
+
+    cfg: Config
+    mesh: jax.sharding.Mesh
+    corpus: Corpus
+    state: TrainState
+    progress: Progress
+    train_step: Callable
+    eval_step: Callable
+    saver: Checkpoints
+    metrics: MetricsFile
+    console: Console
+    peak: float  # FLOP/s of all devices
+    clock: Clock = field(default_factory=Clock)
+
+    def place(self, batch: Batch) -> Batch:
+        """Puts a batch [B T] on the devices, rows divided among them."""
+        return jax.device_put(batch, batch_sharding(self.mesh))
+
+
+def train(cfg: Config, *, is_quiet: bool = False) -> Progress:
+    """Trains the model of `cfg`, or goes on training it, and returns where it got to.
+
+    Everything it makes lies in `cfg.run_folder`. Called again with the same config after any kind
+    of stop, it continues bit for bit as if it had not stopped.
+
+    Raises:
+        ConfigError: the config, the data and the devices do not fit together, or the folder
+            holds a run that learned something else.
+        DivergedError: the loss became infinite or NaN.
+    """
+    run = open_run(cfg, is_quiet)
+    progress = run.progress
+    with closing(run.console), closing(run.metrics), closing(run.saver):
+        if progress.is_done or progress.step >= cfg.train.steps:
+            run.console.say(f"This run is complete.{_invitation(cfg)}")
+            return progress
+        with jax.set_mesh(run.mesh), Stop() as stop:
+            loop(run, stop)
+        run.saver.wait()
+        run.console.say(_farewell(cfg, progress, stop.name))
+    return progress
+
+
+def loop(run: Run, stop: "Stop"):
+    """Steps until the end, an early stop or a signal."""
+    cfg, progress, every = run.cfg, run.progress, run.cfg.train
+    loader = Loader(
+        run.corpus.train, every.batch, cfg.model.context, cfg.seed, cfg.data.mask_documents
+    )
+    batches = prefetch((loader.batch(i) for i in count(progress.step)), cfg.data.prefetch)
+    due = None  # figures of an earlier step: fetched once the next step is under way
+    first = progress.step + 1
+    run.clock.start(progress.step)
+    with closing(batches):
+        while progress.step < every.steps and not progress.is_done and not stop.name:
+            run.state, metrics = run.train_step(run.state, run.place(next(batches)))
+            progress.step += 1
+            progress.tokens += every.batch * cfg.model.context
+            step, is_last = progress.step, progress.step == every.steps
+            if step == first:
+                jax.block_until_ready(metrics)
+                run.console.say(f"compiled in {duration(run.clock.start(step))}")
+            if due:
+                log(run, *due)
+                due = None
+            if step % every.log_every == 0 or is_last:
+                due = (step, metrics)
+
+            is_eval = is_last or step % every.eval_every == 0
+            is_sample = is_last or (every.sample_every and step % every.sample_every == 0)
+            is_save = is_last or bool(stop.name) or step % every.save_every == 0
+            if not (is_eval or is_sample or is_save):
+                continue
+            if due:
+                log(run, *due)
+                due = None
+            _check_finite(run, step, float(metrics.loss))
+            progress.seconds += run.clock.pause()
+            if is_eval:
+                look(run)
+            if is_sample:
+                speak(run)
+            if is_save or progress.is_done:
+                run.saver.save(run.state, progress)
+            run.clock.start(step)
+    if due:
+        log(run, *due)
+    run.saver.save(run.state, progress)  # if a signal came while the loop was busy elsewhere
+
+
+# --- what happens every so many steps --------------------------------------------------------
+
+
+def log(run: Run, step: int, metrics: Metrics):
+    """Writes and shows the figures of a training step."""
+    values = {name: float(value) for name, value in metrics._asdict().items()}
+    _check_finite(run, step, values["loss"])
+    cfg, seconds = run.cfg, run.clock.seconds_per_step(step)
+    rate = cfg.train.batch * cfg.model.context / seconds
+    values |= {
+        "tokens_per_second": rate,
+        "mfu": rate * flops_per_token(cfg.model) / run.peak,
+        "eta_seconds": (cfg.train.steps - step) * seconds,
+    }
+    run.metrics.write("train", step, values)
+    run.console.step(step, values)
+
+
+def look(run: Run):
+    """Evaluates on the held-out text, keeps the best model, and may end the run early."""
+    cfg, progress = run.cfg, run.progress
+    batches = eval_batches(
+        run.corpus.held,
+        cfg.train.batch,
+        cfg.model.context,
+        limit=cfg.train.eval_batches,
+        mask_documents=cfg.data.mask_documents,
+    )
+    lengths = run.corpus.tokenizer.lengths
+    values = evaluate(run.eval_step, run.state.params, batches, lengths, run.place)
+    run.metrics.write("eval", progress.step, values)
+    is_best = values["loss"] < progress.best_loss
+    if is_best:
+        progress.best_loss, progress.best_step, progress.stale = values["loss"], progress.step, 0
+        run.saver.save_best(run.state, progress)
+    else:
+        progress.stale += 1
+        progress.is_done = bool(cfg.train.patience) and progress.stale >= cfg.train.patience
+    run.console.say(
+        f"step {progress.step}  held-out loss {values['loss']:.4f} nats/token  "
+        f"perplexity {values['perplexity']:.2f}  {values['bits_per_byte']:.3f} bits/byte"
+        + ("  (best)" if is_best else f"  (best {progress.best_loss:.4f})")
+    )
+    plot_losses(cfg.run_folder, cfg.name)
+
+
+def evaluate(
+    eval_step: Callable[[Any, Batch], Sums],
+    params,
+    batches: Iterable[Batch],
+    lengths: np.ndarray,
+    place: Callable[[Batch], Batch] = jax.device_put,
+) -> dict[str, float]:
+    """Figures over held-out batches [B T].
+
+    Args:
+        lengths: int32 [V], bytes of each token.
+        place: puts a batch on the devices.
+
+    Returns:
+        loss (nats per token), perplexity, bits_per_byte, accuracy and tokens.
+    """
+    total, size = None, 0
+    for batch in batches:
+        sums = eval_step(params, place(batch))
+        total = sums if total is None else jax.tree.map(jax.numpy.add, total, sums)
+        size += int(lengths[batch.targets][batch.weights > 0].sum())
+    nats, weight, correct = float(total.nats), float(total.weight), float(total.correct)
+    return {
+        "loss": nats / weight,
+        "perplexity": math.exp(min(nats / weight, 700.0)),
+        "bits_per_byte": nats / math.log(2) / max(size, 1),
+        "accuracy": correct / weight,
+        "tokens": int(weight),
+    }
+
+
+def speak(run: Run):
+    """Shows what the model would say now, and keeps it in samples/."""
+    cfg = run.cfg
+    sampled = generate(
+        cfg.model, run.state.params, run.corpus.tokenizer, [cfg.sample.prompt], cfg.sample
+    )
+    text = cfg.sample.prompt + "".join(piece for (piece,) in sampled)
+    folder = os.path.join(cfg.run_folder, "samples")
+    os.makedirs(folder, exist_ok=True)
+    write_whole(os.path.join(folder, f"step_{run.progress.step:06d}.txt"), text)
+    title = f"--- sample at step {run.progress.step} "
+    run.console.say(f"{title:-<72}\n{text}\n{'':-<72}")
+
+
+def _check_finite(run: Run, step: int, loss: float):
+    if math.isfinite(loss):
+        return
+    last = run.saver.latest_step()
+    rest = f"the last checkpoint is of step {last}" if last else "there is no checkpoint yet"
+    raise DivergedError(
+        f"the loss is {loss} at step {step} ({rest}): lower optimizer.lr={run.cfg.optimizer.lr}, "
+        f"lengthen optimizer.warmup={run.cfg.optimizer.warmup}, or clip harder than "
+        f"optimizer.clip={run.cfg.optimizer.clip}."
+    )
+
+
+# --- beginning and ending --------------------------------------------------------------------
+
+
+def open_run(cfg: Config, is_quiet: bool = False) -> Run:
+    """Builds everything that `cfg` describes, or restores it from the run's folder."""
+    folder = cfg.run_folder
+    mesh = make_mesh(cfg.mesh)
+    check_batch(cfg.train.batch, cfg.train.accumulate, mesh)
+    saver = Checkpoints(folder, cfg.train.keep)
+    is_resumed = saver.latest_step() is not None
+    if is_resumed:
+        _check_same_config(cfg)
+
+    known = os.path.join(folder, "tokenizer.json")
+    corpus = prepare(
+        cfg.data, cfg.model.vocab, tokenizer=tokenizers.load(known) if is_resumed else None
+    )
+    _, letters = abstract_params(cfg.model)
+    optimizer, schedule = build_optimizer(cfg.optimizer, cfg.train.steps, letters)
+    abstract = abstract_state(cfg.model, optimizer, cfg.seed, mesh)
+    if is_resumed:
+        state, progress = saver.restore(abstract)
+        _check_same_data(cfg, corpus, progress)
+    else:
+        state = make_state(cfg.model, optimizer, cfg.seed, abstract)
+        progress = Progress(data=corpus.fingerprint)
+        corpus.tokenizer.save(known)
+    write_whole(os.path.join(folder, "config.json"), configs.to_json(cfg))
+
+    model = build(cfg.model)
+    where = jax.tree.map(lambda x: x.sharding, abstract)
+    train_step = make_train_step(cfg, model, optimizer, schedule)
+    peak, peak_source = peak_flops(mesh.devices.flatten())
+    run = Run(
+        cfg=cfg,
+        mesh=mesh,
+        corpus=corpus,
+        state=state,
+        progress=progress,
+        train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(where, None)),
+        eval_step=jax.jit(make_eval_step(cfg, model)),
+        saver=saver,
+        metrics=MetricsFile(folder, progress.step),
+        console=Console(cfg.train.steps, progress.step, is_quiet),
+        peak=peak,
+    )
+    run.console.say(_introduction(run, peak_source))
+    return run
+
+
+def _check_same_config(cfg: Config):
+    changed = configs.differences(read_config(cfg.run_folder), cfg)
+    if changed and cfg.resume != "force":
+        lines = "\n  ".join(changed)
+        raise ConfigError(
+            f"{cfg.run_folder} holds a run with other settings:\n  {lines}\nGive the new run its "
+            f"own name=..., go on with the new settings by resume=force, or delete the folder."
+        )
+
+
+def _check_same_data(cfg: Config, corpus: Corpus, progress: Progress):
+    if progress.data != corpus.fingerprint and cfg.resume != "force":
+        raise ConfigError(
+            f"data.source={cfg.data.source!r} has changed since {cfg.run_folder} was started, so "
+            "its place in the data means nothing any more. Give the new run its own name=..., or "
+            "go on with the new data by resume=force."
+        )
+
+
+class Stop:
+    """Hears Ctrl-C and SIGTERM: the loop ends after the step in hand. A second one is obeyed."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self):
+        self.name = ""  # of the signal that was heard
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self):
+        with suppress(ValueError):  # only the main thread may listen
+            self._before = {s: signal.signal(s, self._hear) for s in self.SIGNALS}
+        return self
+
+    def _hear(self, number, frame):
+        self.name = signal.Signals(number).name
+        self.__exit__()
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _introduction(run: Run, peak_source: str) -> str:
+    cfg, corpus, progress = run.cfg, run.corpus, run.progress
+    parts = count_params(cfg.model)
+    total = parts.pop("total")
+    shown = ", ".join(f"{name} {size:,}" for name, size in parts.items() if size)
+    grid = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items() if size > 1)
+    state = f"going on from step {progress.step}" if progress.step else "new"
+    return "\n".join([
+        f"jaxgpt {jaxgpt.__version__} on jax {jax.__version__}, {run.mesh.size} "
+        f"{run.mesh.devices.flat[0].platform} device(s){f' ({grid})' if grid else ''}",
+        f"run    {cfg.run_folder} ({state})",
+        f"data   {corpus.source}: {corpus.train_bytes / 1e6:,.1f} MB in {corpus.train.documents:,} "
+        f"documents, {corpus.train.ids.size:,} tokens; held out by {corpus.rule}: "
+        f"{corpus.held_bytes / 1e6:,.2f} MB, {corpus.held.ids.size:,} tokens; "
+        f"{corpus.bytes_per_token:.2f} bytes per token",
+        f"model  {total:,} parameters: {shown}",
+        f"plan   {cfg.train.steps:,} steps of {cfg.train.batch} x {cfg.model.context} tokens, "
+        f"{cfg.optimizer.name} at {cfg.optimizer.lr:g}",
+        f"speed  peak {run.peak / 1e12:.3g} TFLOP/s ({peak_source}); "
+        f"{flops_per_token(cfg.model) / 1e6:,.0f} MFLOP per token",
+    ])  # fmt: skip
+
+
+def _invitation(cfg: Config) -> str:
+    return f" Sample from it:\n  python sample.py {cfg.run_folder}"
+
+
+def _farewell(cfg: Config, progress: Progress, signal_name: str) -> str:
+    time_spent = f"{progress.step:,} steps, {duration(progress.seconds)} of training"
+    if signal_name:
+        return (
+            f"Stopped by {signal_name} after {time_spent}; saved. "
+            "The same command goes on from here."
+        )
+    why = f", stopped early: no better for {progress.stale} evaluations" if progress.is_done else ""
+    return (
+        f"Done: {time_spent}{why}. Best held-out loss {progress.best_loss:.4f} nats/token at step "
+        f"{progress.best_step}; curve in {os.path.join(cfg.run_folder, 'plots', 'loss.png')}."
+        + _invitation(cfg)
+    )
+
+
+__all__ = ["DivergedError", "Run", "evaluate", "open_run", "train"]

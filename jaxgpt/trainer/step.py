@@ -1,0 +1,104 @@
+"""One step of training, one step of evaluation: pure functions of (state, batch)."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxgpt.config import Config, TrainConfig
+from jaxgpt.data.loader import Batch
+from jaxgpt.objectives import OBJECTIVES, Sums
+from jaxgpt.sharding import constrain
+from jaxgpt.trainer.state import TrainState
+
+
+class Metrics(NamedTuple):
+    """What a training step tells, float32 [] each."""
+
+    loss: jax.Array  # nats per token, as minimised
+    nats: jax.Array  # nats per token, without smoothing and z-loss
+    accuracy: jax.Array  # share of tokens guessed right
+    tokens: jax.Array  # tokens that counted
+    grad_norm: jax.Array  # before clipping
+    lr: jax.Array
+
+
+def gradient(model: nn.Module, cfg: TrainConfig, params, batch: Batch, rng: jax.Array | None):
+    """The gradient of the *summed* loss of a batch, and its sums.
+
+    Args:
+        batch: arrays [B T].
+        rng: key for dropout, or None for none.
+
+    Returns:
+        (gradient like params, Sums).
+    """
+    rngs = {} if rng is None else {"dropout": rng}
+
+    def loss(params):
+        return OBJECTIVES[cfg.objective](model, params, batch, rngs, cfg)
+
+    grads, sums = jax.grad(loss, has_aux=True)(params)
+    return grads, sums
+
+
+def accumulated_gradient(model, cfg: TrainConfig, params, batch: Batch, rng: jax.Array | None):
+    """As `gradient`, over `cfg.accumulate` parts one after the other: memory of one part."""
+    parts = cfg.accumulate
+    if parts == 1:
+        return gradient(model, cfg, params, batch, rng)
+
+    def cut(x):  # part i takes rows i::parts, so that each part lies on all devices
+        return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+
+    def add(total, part):
+        index, piece = part
+        piece = jax.tree.map(lambda x: constrain(x, "BT"), piece)
+        key = None if rng is None else jax.random.fold_in(rng, index)
+        return jax.tree.map(jnp.add, total, gradient(model, cfg, params, piece, key)), None
+
+    one = jax.tree.map(lambda x: x[::parts], batch)
+    shapes = jax.eval_shape(lambda: gradient(model, cfg, params, one, rng))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    total, _ = jax.lax.scan(add, zeros, (jnp.arange(parts), jax.tree.map(cut, batch)))
+    return total
+
+
+def make_train_step(
+    cfg: Config,
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    schedule: Callable[[Any], Any],
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The pure function (state, batch [B T]) -> (state, metrics); jit it with the state donated."""
+
+    def train_step(state: TrainState, batch: Batch):
+        rng = jax.random.fold_in(state.rng, state.step) if cfg.model.dropout else None
+        grads, sums = accumulated_gradient(model, cfg.train, state.params, batch, rng)
+        weight = jnp.maximum(sums.weight, 1.0)
+        grads = jax.tree.map(lambda g: g / weight, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = Metrics(
+            loss=sums.loss / weight,
+            nats=sums.nats / weight,
+            accuracy=sums.correct / weight,
+            tokens=sums.weight,
+            grad_norm=optax.global_norm(grads),
+            lr=jnp.asarray(schedule(state.step), jnp.float32),
+        )
+        return TrainState(state.step + 1, params, opt_state, state.rng), metrics
+
+    return train_step
+
+
+def make_eval_step(cfg: Config, model: nn.Module) -> Callable[[Any, Batch], Sums]:
+    """The pure function (params, batch [B T]) -> Sums, without dropout."""
+
+    def eval_step(params, batch: Batch) -> Sums:
+        return OBJECTIVES[cfg.train.objective](model, params, batch, {}, cfg.train)[1]
+
+    return eval_step

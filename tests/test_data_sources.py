@@ -1,0 +1,418 @@
+import gzip
+import json
+import os
+import shutil
+import sys
+import types
+
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxgpt.config import DataConfig
+from jaxgpt.data import files, sources
+from jaxgpt.data.sources import Document, by_document, by_tail, divide, documents, survey
+from jaxgpt.settings import ConfigError
+
+PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
+
+
+def write(folder, contents):
+    for name, content in contents.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return folder
+
+
+def read(source, **settings):
+    return list(documents(DataConfig(source=str(source), **settings)))
+
+
+def names(folder, found):
+    return [os.path.relpath(document.name, folder) for document in found]
+
+
+def refusal(source, **settings):
+    with pytest.raises(ConfigError) as caught:
+        read(source, **settings)
+    return str(caught.value)
+
+
+# --- files ---
+
+
+def test_a_folder_gives_all_texts_below_it_in_the_order_of_their_paths(tmp_path):
+    write(tmp_path, {"b.txt": b"2", "a.md": b"1", "inner/deep/c.py": b"3", "no.csv": b"x"})
+    found = read(tmp_path)
+    assert names(tmp_path, found) == ["a.md", "b.txt", "inner/deep/c.py"]
+    assert [document.content for document in found] == [b"1", b"2", b"3"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("*.txt", ["a.txt", "b.txt"]),
+        ("**/*.txt", ["a.txt", "b.txt", "in/c.txt"]),
+        ("in", ["in/c.txt"]),
+        ("a.txt", ["a.txt"]),
+    ],
+)
+def test_a_source_is_a_file_or_a_folder_or_a_glob(tmp_path, pattern, expected):
+    write(tmp_path, {"a.txt": b"1", "b.txt": b"2", "in/c.txt": b"3"})
+    assert names(tmp_path, read(tmp_path / pattern)) == expected
+
+
+def test_a_folder_whose_name_looks_like_a_glob_is_read(tmp_path):
+    write(tmp_path, {"runs[1]/a.txt": b"1"})
+    assert names(tmp_path, read(tmp_path / "runs[1]")) == ["runs[1]/a.txt"]
+
+
+def test_empty_documents_are_left_out(tmp_path):
+    write(tmp_path, {"a.txt": b"", "b.txt": b"2", "c.jsonl": b'{"text": ""}\n\n{"text": "3"}'})
+    assert [document.content for document in read(tmp_path)] == [b"2", b"3"]
+
+
+def test_text_that_is_not_utf8_passes_unchanged(tmp_path):
+    content = bytes(range(256)) + b"\r\n"
+    write(tmp_path, {"a.txt": content})
+    assert read(tmp_path)[0].content == content
+
+
+@pytest.mark.parametrize("packing", PACK)
+@given(texts=st.lists(st.text(min_size=1), min_size=1, max_size=5), piece=st.integers(1, 40))
+def test_jsonl_gives_back_each_record_at_its_line(tmp_path_factory, packing, texts, piece):
+    folder = tmp_path_factory.mktemp("records")
+    lines = "\n".join(json.dumps({"id": 1, "text": text}) for text in texts)
+    write(folder, {f"a.jsonl{packing}": PACK[packing](lines.encode())})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "PIECE", piece)  # borders of pieces fall anywhere
+        found = read(folder)
+    assert [document.content.decode() for document in found] == texts
+    expected = [f"a.jsonl{packing}:{line}" for line in range(1, len(texts) + 1)]
+    assert names(folder, found) == expected
+
+
+@pytest.mark.parametrize("packing", PACK)
+def test_a_packed_text_is_the_text(tmp_path, packing):
+    content = b"To be, or not to be\n" * 200_000  # more than one piece
+    write(tmp_path, {f"a.txt{packing}": PACK[packing](content)})
+    assert [document.content for document in read(tmp_path)] == [content]
+
+
+@pytest.mark.parametrize("packing", [".gz", ".zst"])
+def test_parts_packed_one_after_the_other_are_one_text(tmp_path, packing):
+    write(tmp_path, {f"a.txt{packing}": PACK[packing](b"one ") + PACK[packing](b"two")})
+    assert read(tmp_path)[0].content == b"one two"
+
+
+@pytest.mark.parametrize("packing", [".gz", ".zst"])
+@pytest.mark.parametrize("harm", [lambda b: b[:-3], lambda b: b"nonsense" + b])
+def test_a_cut_or_corrupt_file_is_refused_by_name(tmp_path, packing, harm):
+    packed = PACK[packing](os.urandom(5000))
+    write(tmp_path, {f"a.txt{packing}": harm(packed)})
+    message = refusal(tmp_path)
+    assert f"a.txt{packing} can not be read" in message
+    assert "get it again" in message
+
+
+def test_zstandard_is_asked_for_only_when_it_is_missing_and_needed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    write(tmp_path, {"a.txt": b"1", "b.txt.zst": PACK[".zst"](b"2")})
+    assert read(tmp_path / "a.txt")
+    assert "pip install zstandard" in refusal(tmp_path)
+
+
+def test_a_source_that_matches_nothing_is_refused(tmp_path):
+    message = refusal(tmp_path / "none*.txt")
+    assert "data.source=" in message
+    assert "none*.txt" in message
+    assert ".jsonl" in message
+    assert "tfds:name" in message
+
+
+def test_a_source_without_a_readable_ending_is_refused(tmp_path):
+    write(tmp_path, {"a.parquet": b"x", "b.csv": b"x"})
+    message = refusal(tmp_path)
+    assert "matches 2 files" in message
+    assert ".csv, .parquet" in message
+    assert ".txt .md .py .jsonl (each also with .gz or .zst)" in message
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        (b"{oops", "is not JSON"),
+        (b"\xff\xfe{}", "is not JSON"),
+        (b"[1]", "is a JSON list"),
+        (b'{"body": "x", "id": 1}', "has no key 'text'; it has body, id"),
+        (b'{"text": 7}', "'text' is 7, not a string"),
+    ],
+)
+def test_a_bad_record_is_refused_with_its_line(tmp_path, line, complaint):
+    write(tmp_path, {"a.jsonl": b'{"text": "fine"}\n' + line})
+    message = refusal(tmp_path)
+    assert "a.jsonl:2" in message
+    assert complaint in message
+
+
+def test_text_key_names_the_field(tmp_path):
+    write(tmp_path, {"a.jsonl": b'{"body": "x"}'})
+    assert read(tmp_path, text_key="body")[0].content == b"x"
+
+
+# --- stdlib ---
+
+
+def test_stdlib_has_the_documentation_and_the_source_and_no_tests():
+    found = {document.name: document.content for document in read("stdlib")}
+    assert b"assert" in found["topics/assert"]
+    assert b"class JSONDecoder" in found[os.path.join("json", "decoder.py")]
+    parts = {part for name in found for part in name.split(os.sep)}
+    assert not parts & {"test", "tests", "idle_test", "site-packages", "__pycache__", "topics.py"}
+    assert sum(map(len, found.values())) > 5e6
+
+
+# --- what is held out ---
+
+
+def part(documents, split, holdout=0.1):
+    divided = [divide(document, split, holdout) for document in documents]
+    return [train for train, _ in divided if train], [held for _, held in divided if held]
+
+
+@given(st.lists(st.binary(min_size=1, max_size=4), max_size=60), st.floats(0.05, 0.5))
+def test_no_document_stands_on_both_sides(contents, holdout):
+    train, held = part([Document("", content) for content in contents], "document", holdout)
+    assert not set(train) & set(held)
+    assert sorted(train + held) == sorted(contents)
+
+
+def test_the_share_of_documents_held_out_is_about_the_holdout():
+    contents = [str(number).encode() for number in range(10_000)]
+    held = [content for content in contents if by_document(content, 0.1)[1]]
+    assert 880 < len(held) < 1120  # four standard deviations of the binomial
+
+
+def test_the_tail_of_shakespeare_is_that_of_nanogpt():
+    train, held = by_tail(b"x" * 1_115_394, 0.1)
+    assert len(train) == 1_003_854 == int(1_115_394 * 0.9)
+    assert len(held) == 111_540
+
+
+@given(st.integers(1, 5000), st.sampled_from([0.1, 0.2, 0.25, 0.05, 0.01, 0.5]))
+def test_the_tail_of_ascii_is_cut_at_the_share_exactly(size, holdout):
+    train, held = by_tail(b"x" * size, holdout)
+    assert len(train) == int(size * (1 - holdout))
+    assert len(train) + len(held) == size
+
+
+@given(st.text(), st.floats(0.01, 0.5))
+def test_the_tail_is_not_cut_inside_a_character(text, holdout):
+    content = text.encode()
+    train, held = by_tail(content, holdout)
+    assert train.decode() + held.decode() == text
+    assert 0 <= len(train) - int(len(content) * (1 - holdout)) <= 3
+
+
+@given(st.binary(), st.floats(0.01, 0.5))
+def test_the_tail_of_any_bytes_loses_none(content, holdout):
+    assert b"".join(by_tail(content, holdout)) == content
+
+
+@pytest.mark.parametrize(("count", "rule"), [(1, "tail"), (19, "tail"), (100, "document")])
+def test_auto_holds_out_documents_if_there_are_enough(tmp_path, count, rule):
+    write(tmp_path, {f"{n}.txt": b"document %d" % n for n in range(count)})
+    cfg = DataConfig(source=str(tmp_path))
+    assert sources.rule_for(cfg, survey(cfg)) == rule
+
+
+def test_auto_falls_back_to_tails_if_no_document_would_be_held_out(tmp_path):
+    write(tmp_path, {f"{n}.txt": b"all are equal" for n in range(40)})
+    cfg = DataConfig(source=str(tmp_path))
+    assert sources.rule_for(cfg, survey(cfg)) == "tail"
+
+
+def test_a_split_that_leaves_nothing_is_refused(tmp_path):
+    write(tmp_path, {f"{n}.txt": b"all are equal" for n in range(40)})
+    cfg = DataConfig(source=str(tmp_path), split="document")
+    with pytest.raises(ConfigError, match=r"data\.split='document' with data\.holdout=0\.1"):
+        sources.rule_for(cfg, survey(cfg))
+
+
+def test_a_source_of_empty_documents_is_refused(tmp_path):
+    write(tmp_path, {"a.txt": b""})
+    cfg = DataConfig(source=str(tmp_path))
+    with pytest.raises(ConfigError, match="every document is empty"):
+        sources.rule_for(cfg, survey(cfg))
+
+
+def test_a_split_is_looked_up_by_name():
+    with pytest.raises(ConfigError, match="Did you mean 'document'"):
+        DataConfig(split="documnet")
+
+
+def test_the_survey_knows_content_and_not_names(tmp_path):
+    one = write(tmp_path / "one", {"a.txt": b"1", "b.txt": b"2"})
+    two = write(tmp_path / "two", {"c.txt": b"1", "d.txt": b"2"})
+    other = write(tmp_path / "other", {"a.txt": b"1", "b.txt": b"3"})
+    digests = [survey(DataConfig(source=str(folder))).digest for folder in (one, two, other)]
+    assert digests[0] == digests[1] != digests[2]
+
+
+# --- tfds ---
+
+
+def builder_class(name, splits, key="text", prepare=None):
+    """A builder of tensorflow_datasets: {split: texts}. Its name must be new in this process."""
+    import tensorflow_datasets as tfds
+
+    def split_generators(self, manager):
+        if prepare:
+            prepare(self, manager)
+        return {split: self._generate_examples(texts) for split, texts in splits.items()}
+
+    def generate(self, texts):
+        yield from enumerate({key: text} for text in texts)
+
+    def info(self):
+        features = tfds.features.FeaturesDict({key: tfds.features.Text()})
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    body = dict(
+        VERSION=tfds.core.Version("1.0.0"),
+        _info=info,
+        _split_generators=split_generators,
+        _generate_examples=generate,
+        __module__=__name__,
+        name=name,
+    )
+    return types.new_class(name, (tfds.core.GeneratorBasedBuilder,), {}, lambda ns: ns.update(body))
+
+
+@pytest.fixture
+def tfds_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    return tmp_path / "tfds"
+
+
+@pytest.fixture(autouse=True)
+def no_tensorflow(monkeypatch):
+    monkeypatch.setattr("jaxgpt.data.tfds.find_spec", lambda name: None)
+    before = "tensorflow" in sys.modules
+    yield
+    assert ("tensorflow" in sys.modules) == before
+
+
+def test_tfds_prepares_and_reads_array_records_without_tensorflow(tfds_folder):
+    builder_class("fresh_texts", {"train": ["eins", "zwei ü", "drei"]})
+    found = read("tfds:fresh_texts")
+    assert sorted(document.content.decode() for document in found) == ["drei", "eins", "zwei ü"]
+    assert [d.name for d in found] == [f"tfds:fresh_texts/train/{n}" for n in range(3)]
+    assert {document.part for document in found} == {""}
+    assert list(tfds_folder.rglob("*.array_record*"))
+    assert read("tfds:fresh_texts") == found  # from disk, in the same order
+
+
+def test_tfds_reads_files_whose_builder_is_not_known(tfds_folder, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    kind = builder_class("files_only", {"train": ["a text"]}, key="body")
+    monkeypatch.delitem(tfds.core.registered._DATASET_REGISTRY, "files_only")
+    kind(data_dir=tfds_folder, file_format="array_record").download_and_prepare()
+    found = read("tfds:files_only", text_key="body")
+    assert [document.content for document in found] == [b"a text"]
+    message = refusal("tfds:files_only")
+    assert "data.text_key='text'" in message
+    assert "it has body" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "splits", "expected"),
+    [
+        ("has_all", ["train", "validation", "test"], {"train": "train", "validation": "held"}),
+        (
+            "has_test",
+            ["train", "extra", "test"],
+            {"train": "train", "extra": "train", "test": "held"},
+        ),
+        ("has_one", ["train", "extra"], {"train": "", "extra": ""}),
+    ],
+)
+def test_a_data_set_with_its_own_split_is_held_out_by_it(tfds_folder, name, splits, expected):
+    builder_class(name, {split: [f"text of {split}"] for split in splits})
+    found = read(f"tfds:{name}")
+    assert {d.content.decode().removeprefix("text of "): d.part for d in found} == expected
+    for document in found:
+        train, held = divide(document, "tail", 0.5)
+        if document.part:
+            assert (held if document.part == "held" else train) == document.content
+
+
+def test_tiny_shakespeare_is_prepared_without_tensorflow(tfds_folder, tmp_path, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    text = "First Citizen:\nBefore we proceed any further, hear me speak.\n" * 10
+    file = tmp_path / "input.txt"
+    file.write_text(text)
+    monkeypatch.setattr(tfds.download.DownloadManager, "download", lambda self, url: str(file))
+    train, validation = read("tfds:tiny_shakespeare")
+    assert train.content.decode() == text[: int(len(text) * 0.9)]
+    assert (train.part, validation.part) == ("train", "held")
+    assert survey(DataConfig(source="tfds:tiny_shakespeare")).is_own
+
+
+def offline(builder, manager):
+    raise ConnectionError("Failed to resolve 'raw.githubusercontent.com'\nmore lines")
+
+
+def needs_tensorflow(builder, manager):
+    raise ModuleNotFoundError("No module named 'tensorflow'")
+
+
+@pytest.mark.parametrize(
+    ("name", "prepare", "complaints"),
+    [
+        ("is_offline", offline, ["download or preparation failed", "Failed to resolve 'raw"]),
+        ("is_bound", needs_tensorflow, ["the preparation needs tensorflow"]),
+    ],
+)
+def test_a_data_set_that_can_not_be_prepared_says_why_and_how(
+    tfds_folder, name, prepare, complaints
+):
+    builder_class(name, {"train": ["x"]}, prepare=prepare)
+    message = refusal(f"tfds:{name}")
+    assert f"data.source='tfds:{name}'" in message
+    assert f"tfds.builder('{name}', file_format='array_record').download_and_prepare()" in message
+    assert str(tfds_folder) in message
+    assert all(complaint in message for complaint in complaints)
+
+
+def test_an_unknown_data_set_is_refused_with_the_nearest_name(tfds_folder):
+    message = refusal("tfds:tiny_shakespear")
+    assert "knows no such data set" in message
+    assert "Did you mean tfds:tiny_shakespeare?" in message
+
+
+def test_a_malformed_data_set_name_is_refused(tfds_folder):
+    assert "must be tfds:name" in refusal("tfds:")
+
+
+def test_a_data_set_without_random_access_is_refused(tfds_folder):
+    builder_class("broken_files", {"train": ["x"]})
+    read("tfds:broken_files")
+    info = next(tfds_folder.rglob("dataset_info.json"))
+    content = info.read_text()
+    assert "array_record" in content
+    info.write_text(content.replace("array_record", "tfrecord"))
+    for file in tfds_folder.rglob("*array_record*"):
+        shutil.move(file, str(file).replace("array_record", "tfrecord"))
+    message = refusal("tfds:broken_files")
+    assert "data.source='tfds:broken_files'" in message
+    assert "array_record" in message
+
+
+def test_tensorflow_datasets_is_asked_for_when_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    assert "pip install tensorflow-datasets" in refusal("tfds:tiny_shakespeare")

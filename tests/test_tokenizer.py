@@ -1,0 +1,537 @@
+"""The tokenizer against slow twins in plain Python, against transformers, and against hard text."""
+
+import collections
+import doctest
+import functools
+import itertools
+import json
+import os
+import pathlib
+import pickle
+import pydoc_data.topics
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from jaxgpt import tokenizer as module
+from jaxgpt.settings import ConfigError
+from jaxgpt.tokenizer import (
+    ALPHABET,
+    SPECIALS,
+    StreamDecoder,
+    Tokenizer,
+    compression,
+    from_bytes,
+    load,
+    train,
+)
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+GPT2 = ROOT.parent / "shared" / "data" / "gpt2_bpe"
+needs_gpt2 = pytest.mark.skipif(not GPT2.is_dir(), reason=f"{GPT2} is not here")
+
+TOPICS = [text for _, text in sorted(pydoc_data.topics.topics.items())]
+UNICODE = (
+    "Καλημέρα κόσμε, 北京 \U0001f642\U0001f3fd e\u0301 \u200d\ufeff\x00 naïve\r\n\t\u2028 ﬁ ½ Ġ Ċ"
+)
+SPELLED = "<eos> <pad><bos>text</s><unk><|endoftext|><eos>"
+
+# Single characters of the classes that the pattern tells apart, then any character that UTF-8 has;
+# `any_text` adds the lone surrogates, which it has not.
+characters = st.one_of(
+    st.sampled_from("ab 1.\n\t'é北\U0001f642\x00\u3000\x85"), st.characters(codec="utf-8")
+)
+any_text = st.text(characters | st.characters(categories=["Cs"]), max_size=60)
+# Bytes that are nearly UTF-8 are the hard ones: parts of it, in any order.
+fragments = st.sampled_from(
+    [b"hello ", b"\n", "é".encode(), b"\xc3", b"\x80", b"\xe2\x82", b"\xf0\x9f", b"\xff", b"\0"]
+)
+any_bytes = st.one_of(st.binary(max_size=60), st.lists(fragments, max_size=12).map(b"".join))
+# Few letters and short words: nearly every choice is between equals.
+tiny_corpora = st.lists(st.text("aab bc\n", max_size=24), min_size=1, max_size=6)
+
+
+@functools.cache
+def trained() -> Tokenizer:
+    return train(TOPICS, 1000)
+
+
+@functools.cache
+def gpt2() -> Tokenizer:
+    return load(GPT2)
+
+
+def merges_of(tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    return [tuple(pair) for pair in json.loads(tokenizer._content)["model"]["merges"]]
+
+
+def words_of(text: str) -> list[tuple[str, ...]]:
+    pattern = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return [tuple(word) for word, _ in pattern.pre_tokenize_str(text)]
+
+
+def merge(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+    merged, place = [], 0
+    while place < len(word):
+        if word[place : place + 2] == pair:
+            merged.append("".join(pair))
+            place += 2
+        else:
+            merged.append(word[place])
+            place += 1
+    return tuple(merged)
+
+
+def twin_train(documents: list[str], vocab: int) -> list[tuple[str, str]]:
+    """BPE by definition: count all pairs, merge the best, begin again."""
+    words = collections.Counter(word for text in documents for word in words_of(text))
+    ids = {token: index for index, token in enumerate([*SPECIALS, *ALPHABET])}
+    merges: list[tuple[str, str]] = []
+    while len(ids) < vocab:
+        counts: collections.Counter = collections.Counter()
+        for word, count in words.items():
+            for pair in itertools.pairwise(word):
+                counts[pair] += count
+        if not counts:
+            break
+        best = min(counts, key=lambda pair: (-counts[pair], ids[pair[0]], ids[pair[1]]))
+        assert "".join(best) not in ids, "two merges made the same bytes"
+        ids["".join(best)] = len(ids)
+        merges.append(best)
+        merged: collections.Counter = collections.Counter()
+        for word, count in words.items():
+            merged[merge(word, best)] += count
+        words = merged
+    return merges
+
+
+def twin_encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Applies the merges in the order learnt, each everywhere."""
+    ids = json.loads(tokenizer._content)["model"]["vocab"]
+    encoded = []
+    for word in words_of(text):
+        for pair in merges_of(tokenizer):
+            word = merge(word, pair)
+        encoded += [ids[token] for token in word]
+    return encoded
+
+
+# --- training ---
+
+
+def test_training_on_real_text_learns_the_merges_of_the_twin():
+    documents = [text for text in TOPICS if len(text) < 4000][:25]
+    assert merges_of(train(documents, 420)) == twin_train(documents, 420)
+
+
+@given(tiny_corpora.filter(lambda texts: any(texts)), st.integers(260, 300))
+@settings(max_examples=200, deadline=None)
+def test_training_breaks_ties_as_documented(documents, vocab):
+    tokenizer = train(documents, vocab)
+    assert merges_of(tokenizer) == twin_train(documents, vocab)
+
+
+def test_a_tie_goes_to_the_smaller_left_token_and_then_to_the_smaller_right_token():
+    assert merges_of(train(["bc", "ad"], 262)) == [("a", "d"), ("b", "c")]
+    assert merges_of(train(["ac", "ab"], 261)) == [("a", "b")]
+    # Bytes are ordered as bytes: a space before letters, though its character Ġ comes after them.
+    assert merges_of(train(["ab c"], 262)) == [("Ġ", "c"), ("a", "b")]
+    # A byte comes before any merge, and an earlier merge before a later one.
+    assert merges_of(train(["xab", "xab", "abz", "zq"], 262))[1] == ("x", "ab")
+
+
+def test_ids_are_specials_then_bytes_then_merges_in_the_order_learnt():
+    tokenizer = trained()
+    assert (tokenizer.pad, tokenizer.unk, tokenizer.bos, tokenizer.eos) == (0, 1, 2, 3)
+    assert tokenizer.token_bytes[:4] == [b""] * 4
+    assert tokenizer.token_bytes[4:260] == [bytes([byte]) for byte in range(256)]
+    joined = ["".join(pair) for pair in merges_of(tokenizer)]
+    learnt = [bytes(module.BYTES[character] for character in token) for token in joined]
+    assert tokenizer.token_bytes[260:] == learnt
+    assert tokenizer.vocab_size == len(tokenizer.token_bytes) == 1000
+    assert tokenizer.lengths.dtype == np.int32
+    assert tokenizer.lengths.tolist() == [len(token) for token in tokenizer.token_bytes]
+
+
+def test_training_does_not_depend_on_the_order_of_documents_or_on_their_being_a_list():
+    assert train(iter(TOPICS[::-1]), 1000).fingerprint == trained().fingerprint
+
+
+def test_training_does_not_depend_on_where_long_documents_are_cut(monkeypatch):
+    whole = "\n".join(TOPICS)
+    monkeypatch.setattr(module, "_PIECE", 10**9)
+    uncut = train([whole], 1000)
+    for size in (1, 1000):
+        monkeypatch.setattr(module, "_PIECE", size)
+        assert train([whole], 1000).fingerprint == uncut.fingerprint
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"TOKENIZERS_PARALLELISM": "false"}, {"RAYON_NUM_THREADS": "1"}, {"RAYON_NUM_THREADS": "2"}],
+    ids=str,
+)
+def test_training_does_not_depend_on_the_number_of_threads(environment):
+    script = (
+        "import pydoc_data.topics; from jaxgpt.tokenizer import train;"
+        "print(train(pydoc_data.topics.topics.values(), 1000).fingerprint)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, **environment},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == trained().fingerprint
+
+
+def test_text_and_its_bytes_train_the_same_and_stray_bytes_are_left_out():
+    texts = [text.encode() + b"\xff" for text in TOPICS]
+    assert train(texts, 1000).fingerprint == trained().fingerprint
+
+
+def test_a_corpus_with_too_few_pairs_gives_a_smaller_tokenizer():
+    assert train(["abc"], 8192).vocab_size == 262
+    assert train(["a"], 8192).vocab_size == 260
+
+
+def test_specials_spelled_in_the_training_text_are_learnt_from_as_text():
+    tokenizer = train([SPELLED * 50], 400)
+    assert tokenizer.token_bytes.count(b"<eos>") == 0
+    assert b"eos" in tokenizer.token_bytes
+    assert tokenizer.encode("<eos>").min() >= 4
+
+
+# --- encoding and decoding ---
+
+
+@given(any_bytes)
+@settings(max_examples=300, deadline=None)
+def test_any_bytes_come_back_exactly(data):
+    for tokenizer in (trained(), from_bytes()):
+        ids = tokenizer.encode(data)
+        assert ids.dtype == np.int32
+        assert ids.ndim == 1
+        assert tokenizer.decode_bytes(ids) == data
+        assert tokenizer.decode(ids) == data.decode("utf-8", "replace")
+        assert not ids.size or ids.min() >= 4
+        assert tokenizer.lengths[ids].sum() == len(data)
+
+
+@given(any_text)
+@settings(max_examples=300, deadline=None)
+def test_any_text_comes_back_exactly(text):
+    ids = trained().encode(text)
+    assert trained().decode_bytes(ids) == text.encode("utf-8", "surrogatepass")
+    if not any("\ud800" <= character <= "\udfff" for character in text):
+        assert trained().decode(ids) == text
+
+
+@pytest.mark.parametrize("text", [UNICODE, SPELLED, "", "\ud83d", "\ud83d\ude42", "\udcff x"])
+def test_text_and_its_bytes_encode_the_same(text):
+    data = text.encode("utf-8", "surrogatepass")
+    np.testing.assert_array_equal(trained().encode(text), trained().encode(data))
+
+
+def test_bytes_that_are_not_utf8_become_byte_tokens_and_leave_their_neighbours_alone():
+    tokenizer = trained()
+    left, right = tokenizer.encode("the function"), tokenizer.encode(" is called")
+    ids = tokenizer.encode(b"the function\xff\xc3 is called")
+    np.testing.assert_array_equal(ids, [*left, 4 + 0xFF, 4 + 0xC3, *right])
+
+
+@given(st.one_of(st.text(characters, max_size=60), st.text("abc eth.\n ", max_size=60)))
+@settings(max_examples=100, deadline=None)
+def test_encoding_applies_the_merges_by_rank(text):
+    assert trained().encode(text).tolist() == twin_encode(trained(), text)
+
+
+def test_encoding_real_text_applies_the_merges_by_rank():
+    text = TOPICS[3][:3000]
+    assert trained().encode(text).tolist() == twin_encode(trained(), text)
+
+
+@given(st.text("ab1.,é北 \n\t\r'\u3000\x85\x1c", max_size=80), st.integers(1, 5))
+@settings(max_examples=300, deadline=None)
+def test_a_cut_is_always_between_two_words(text, size):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_PIECE", size)
+        pieces = list(module._cut(text))
+    assert "".join(pieces) == text
+    assert [word for piece in pieces for word in words_of(piece)] == words_of(text)
+
+
+def test_a_batch_encodes_as_its_documents_do_one_by_one():
+    documents = [*TOPICS[:20], "\n".join(TOPICS), UNICODE, SPELLED, "", b"", b"a\xffb", b"\xff"]
+    for ids, document in zip(trained().encode_batch(documents), documents, strict=True):
+        np.testing.assert_array_equal(ids, trained().encode(document))
+    assert trained().encode_batch([]) == []
+
+
+@pytest.mark.parametrize("copy", ["trained", "saved", "pickled", "bytes"])
+def test_spelled_specials_are_ordinary_text(copy, tmp_path):
+    tokenizer = from_bytes() if copy == "bytes" else trained()
+    if copy == "saved":
+        tokenizer.save(tmp_path / "tokenizer.json")
+        tokenizer = load(tmp_path)
+    elif copy == "pickled":
+        tokenizer = pickle.loads(pickle.dumps(tokenizer))
+    for ids in (tokenizer.encode(SPELLED), *tokenizer.encode_batch([SPELLED, "x" + SPELLED])):
+        assert ids.min() >= 4
+    assert tokenizer.decode(tokenizer.encode(SPELLED)) == SPELLED
+
+
+def test_specials_vanish_when_decoded():
+    ids = [trained().bos, *trained().encode("text"), trained().eos, trained().pad, trained().unk]
+    assert trained().decode(ids) == "text"
+    assert trained().decode([]) == ""
+    assert trained().decode_bytes(np.array(ids)) == b"text"
+
+
+@pytest.mark.parametrize("index", [-1, 1000])
+def test_an_id_outside_the_vocabulary_is_refused(index):
+    with pytest.raises(ValueError, match=rf"token id {index} .* ids go from 0 to 999"):
+        trained().decode([5, index])
+
+
+def test_without_merges_a_byte_is_a_token():
+    tokenizer = from_bytes()
+    assert tokenizer.vocab_size == 260
+    assert tokenizer.encode(bytes(range(256))).tolist() == list(range(4, 260))
+    assert compression(tokenizer, TOPICS[:3]) == 1.0
+
+
+def test_compression_is_bytes_per_token():
+    documents = [*TOPICS[:5], UNICODE, b"\xff"]
+    size = len("".join(TOPICS[:5]).encode()) + len(UNICODE.encode()) + 1
+    tokens = sum(trained().encode(document).size for document in documents)
+    assert compression(trained(), iter(documents)) == size / tokens
+
+
+@given(any_bytes, st.lists(st.integers(0, 60), max_size=5))
+@settings(max_examples=200, deadline=None)
+def test_streamed_text_is_the_decoded_text_whatever_the_cuts(data, cuts):
+    ids = trained().encode(data)
+    stream = StreamDecoder(trained())
+    parts = [stream.push(part) for part in np.split(ids, sorted(cuts))] + [stream.flush()]
+    assert "".join(parts) == trained().decode(ids)
+    if data.decode("utf-8", "ignore").encode() == data:
+        assert "\ufffd" not in "".join(parts).replace(data.decode(), "")
+
+
+def test_a_stream_holds_back_half_a_character():
+    stream = StreamDecoder(from_bytes())
+    assert [stream.push(4 + byte) for byte in "🙂!".encode()] == ["", "", "", "🙂", "!"]
+    assert stream.flush() == ""
+    assert (stream.push([4 + 0xE2]), stream.flush(), stream.push([4 + 33])) == ("", "\ufffd", "!")
+
+
+# --- files ---
+
+
+def test_a_saved_tokenizer_is_the_same_when_loaded(tmp_path):
+    trained().save(tmp_path / "tokenizer.json")
+    assert os.listdir(tmp_path) == ["tokenizer.json"]
+    for path in (tmp_path, str(tmp_path / "tokenizer.json")):
+        loaded = load(path)
+        assert loaded.fingerprint == trained().fingerprint
+        assert loaded.token_bytes == trained().token_bytes
+        np.testing.assert_array_equal(loaded.encode(TOPICS[0]), trained().encode(TOPICS[0]))
+    loaded.save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
+
+
+def test_the_fingerprint_tells_tokenizers_apart():
+    assert (
+        len({from_bytes().fingerprint, trained().fingerprint, train(["abc"], 300).fingerprint}) == 3
+    )
+    assert from_bytes().fingerprint == from_bytes().fingerprint
+
+
+def test_transformers_reads_a_saved_tokenizer_and_agrees(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    trained().save(tmp_path / "tokenizer.json")
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    for text in (*TOPICS[:10], UNICODE, "a b , c . it 's\n\n  x"):
+        ids = trained().encode(text).tolist()
+        assert theirs(text)["input_ids"] == ids
+        assert theirs.decode(ids) == trained().decode(ids) == text
+
+
+@needs_gpt2
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("Hello world", [15496, 995]),
+        ("Hello, I'm a language model,", [15496, 11, 314, 1101, 257, 3303, 2746, 11]),
+        ("<|endoftext|>", [27, 91, 437, 1659, 5239, 91, 29]),
+    ],
+)
+def test_gpt2s_vocabulary_gives_the_ids_that_everyone_knows(text, ids):
+    assert gpt2().encode(text).tolist() == ids
+
+
+@needs_gpt2
+def test_gpt2s_only_special_serves_every_role():
+    tokenizer = gpt2()
+    assert tokenizer.vocab_size == 50257
+    assert {tokenizer.pad, tokenizer.unk, tokenizer.bos, tokenizer.eos} == {50256}
+    assert tokenizer.token_bytes[50256] == b""
+    assert tokenizer.token_bytes[995] == b" world"
+
+
+@needs_gpt2
+def test_gpt2s_vocabulary_agrees_with_transformers():
+    transformers = pytest.importorskip("transformers")
+    vocab = json.loads((GPT2 / "encoder.json").read_text("utf-8"))
+    lines = (GPT2 / "vocab.bpe").read_text("utf-8").split("\n")[1:]
+    merges = [tuple(line.split(" ")) for line in lines if line]
+    theirs = transformers.GPT2TokenizerFast(vocab=vocab, merges=merges)
+    for text in (*TOPICS[:10], UNICODE, "  two  spaces\n\n\nand lines  "):
+        assert gpt2().encode(text).tolist() == theirs(text)["input_ids"]
+        assert gpt2().decode(gpt2().encode(text)) == text
+
+
+@needs_gpt2
+@given(any_bytes)
+@settings(max_examples=100, deadline=None)
+def test_any_bytes_come_back_exactly_from_gpt2s_vocabulary(data):
+    ids = gpt2().encode(data)
+    assert gpt2().decode_bytes(ids) == data
+    assert 50256 not in ids
+
+
+def foreign(specials=("<|begin_of_text|>", "<|end_of_text|>"), **changes) -> tokenizers.Tokenizer:
+    """A tokenizer.json as others write them: other specials, other ids, other steps."""
+    vocab = {character: index for index, character in enumerate(reversed(ALPHABET))}
+    vocab["ab"] = 256
+    library = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[("a", "b")], dropout=0.5))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    library.enable_truncation(5)
+    library.enable_padding(length=50)
+    library.add_special_tokens(list(specials))
+    for name, value in changes.items():
+        setattr(library, name, value)
+    return library
+
+
+def read(library, tmp_path) -> Tokenizer:
+    library.save(str(tmp_path / "tokenizer.json"))
+    return load(tmp_path)
+
+
+def test_the_specials_of_other_peoples_tokenizers_are_found_by_name(tmp_path):
+    tokenizer = read(foreign(), tmp_path)
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.pad, tokenizer.unk) == (257, 258, 258, 258)
+    tokenizer = read(foreign(("<s>", "[PAD]", "</s>", "<unk>")), tmp_path)
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.pad, tokenizer.unk) == (257, 259, 258, 260)
+
+
+def test_padding_truncation_dropout_and_nfc_of_other_peoples_tokenizers_are_left_out(tmp_path):
+    nfc = foreign(normalizer=normalizers.NFC())
+    for library in (foreign(), nfc):
+        tokenizer = read(library, tmp_path)
+        ids = tokenizer.encode(UNICODE)
+        assert tokenizer.decode(ids) == UNICODE
+        assert ids.tolist() == [255 - byte for byte in UNICODE.encode()]
+        assert tokenizer.encode("ab" * 100).tolist() == [256] * 100
+
+
+def test_an_added_token_that_is_not_special_stands_for_its_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_PIECE", 1)  # even where a long text would be cut
+    library = foreign()
+    library.add_tokens(["<tool>", "y z"])
+    tokenizer = read(library, tmp_path)
+    text = "x y z <tool>é<|end_of_text|>"
+    assert {259, 260} < set(tokenizer.encode(text).tolist())
+    assert 258 not in tokenizer.encode(text)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+# --- errors ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"normalizer": normalizers.Lowercase()}, "it changes text before it encodes it"),
+        ({"pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=True)}, "it changes text"),
+        ({"pre_tokenizer": pre_tokenizers.Metaspace()}, "BPE with the pre-tokenizer Metaspace"),
+        ({"model": models.WordPiece({"[UNK]": 0})}, "it is WordPiece with"),
+        ({"model": models.Unigram([("a", 0.0)])}, "it is Unigram with"),
+        ({"model": models.BPE({"a": 0}, [])}, "it has no token for byte 0"),
+        ({"specials": ("[MASK]",)}, "no token that ends a document"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_tokenizer_that_can_not_write_every_text_is_refused(changes, message, tmp_path):
+    with pytest.raises(ConfigError, match=message) as refusal:
+        read(foreign(**changes), tmp_path)
+    assert f"data.tokenizer='{tmp_path / 'tokenizer.json'}'" in str(refusal.value)
+
+
+def test_a_token_that_is_not_written_in_bytes_is_refused(tmp_path):
+    vocab = {character: index for index, character in enumerate([*ALPHABET, "▁the"])}
+    with pytest.raises(ConfigError, match="token '▁the' is not written in its bytes"):
+        read(foreign(model=models.BPE(vocab, [])), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"not json", "JSONDecodeError"),
+        (b"[]", "TypeError"),
+        (b"{}", "KeyError"),
+        (b"\xff\xfe", "UnicodeDecodeError"),
+    ],
+)
+def test_a_file_that_is_no_tokenizer_is_refused(content, message, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as refusal:
+        load(tmp_path)
+    assert f"data.tokenizer='{tmp_path / 'tokenizer.json'}'" in str(refusal.value)
+    assert "encoder.json and vocab.bpe" in str(refusal.value)
+
+
+@pytest.mark.parametrize("bpe", ["#version\nĠ t x\n", "#version\nno such\n"])
+def test_gpt2_files_that_do_not_fit_each_other_are_refused(bpe, tmp_path):
+    (tmp_path / "encoder.json").write_text('{"a": 0}', "utf-8")
+    (tmp_path / "vocab.bpe").write_text(bpe, "utf-8")
+    with pytest.raises(ConfigError, match=r"data\.tokenizer=.* is not a byte-level BPE tokenizer"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", "missing", "missing.json"])
+def test_a_missing_tokenizer_is_named_with_what_would_be_right(name, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"there is no such tokenizer\. Use 'train', 'bytes'"
+    ) as e:
+        load(tmp_path / name)
+    assert f"data.tokenizer='{tmp_path / name}'" in str(e.value)
+
+
+def test_a_vocabulary_smaller_than_the_bytes_is_refused():
+    with pytest.raises(ConfigError, match=r"model\.vocab=259 has no room .* at least 260"):
+        train(["text"], 259)
+    assert train(["text"], 260).vocab_size == 260
+
+
+@pytest.mark.parametrize("documents", [[], [""], ["", b""]])
+def test_an_empty_corpus_is_refused(documents):
+    with pytest.raises(ConfigError, match=r"data\.tokenizer='train'.*no text.*data\.source"):
+        train(documents, 300)
+    with pytest.raises(ConfigError, match="no text"):
+        compression(from_bytes(), documents)
+
+
+def test_the_examples_in_the_documentation_are_true():
+    assert doctest.testmod(module).failed == 0
