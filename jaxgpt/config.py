@@ -14,6 +14,7 @@ import glob
 import json
 import os
 import runpy
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import ClassVar
@@ -368,12 +369,16 @@ def load(path: str, assignments: Iterable[str] = ()) -> Config:
         raise ConfigError(
             f"--config {path}: no such file.{hint} There are: {', '.join(known) or 'none here'}."
         )
+    root = os.path.dirname(os.path.dirname(os.path.abspath(found)))
+    sys.path.insert(0, root)  # so that one config can start from another: `from configs.x import`
     try:
         config = runpy.run_path(found).get("config")
     except ConfigError:
         raise
     except Exception as error:
         raise ConfigError(f"--config {found}: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(root)
     if not isinstance(config, Config):
         raise ConfigError(
             f"--config {found} must define `config = Config(...)`; "

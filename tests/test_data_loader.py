@@ -185,6 +185,7 @@ def test_evaluation_counts_every_target_once(lengths, B, T, mask):
     tokens = stream(lengths)
     batches = list(eval_batches(tokens, B, T, pad=PAD, mask_documents=mask))
     assert {x.shape for batch in batches for x in batch} == {(B, T)}
+    assert all(batch.segments.any() for batch in batches)  # none is all padding
     flat = [np.concatenate([batch[n].ravel() for batch in batches]) for n in range(5)]
     is_there = flat[Batch._fields.index("segments")] > 0
     inputs, targets, _, _, weights = (x[is_there] for x in flat)

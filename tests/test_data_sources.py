@@ -261,6 +261,16 @@ def test_the_survey_knows_content_and_not_names(tmp_path):
     assert digests[0] == digests[1] != digests[2]
 
 
+def test_the_survey_knows_what_the_source_itself_holds_out(monkeypatch):
+    digests = set()
+    for part in ("train", "held", ""):
+        monkeypatch.setitem(sources.SOURCES, "own:", lambda cfg, part=part: [("a", b"text", part)])
+        found = survey(DataConfig(source="own:x"))
+        digests.add(found.digest)
+        assert found.is_own == bool(part)
+    assert len(digests) == 3
+
+
 # --- tfds ---
 
 

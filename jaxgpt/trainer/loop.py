@@ -10,7 +10,6 @@ import signal
 from collections.abc import Callable, Iterable
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from itertools import count
 from typing import Any
 
 import jax
@@ -90,7 +89,7 @@ def loop(run: Run, stop: "Stop"):
     loader = Loader(
         run.corpus.train, every.batch, cfg.model.context, cfg.seed, cfg.data.mask_documents
     )
-    batches = prefetch((loader.batch(i) for i in count(progress.step)), cfg.data.prefetch)
+    batches = prefetch(loader.batches(progress.step), cfg.data.prefetch)
     due = None  # figures of an earlier step: fetched once the next step is under way
     first = progress.step + 1
     run.clock.start(progress.step)
@@ -157,6 +156,7 @@ def look(run: Run):
         cfg.train.batch,
         cfg.model.context,
         limit=cfg.train.eval_batches,
+        pad=run.corpus.tokenizer.pad,
         mask_documents=cfg.data.mask_documents,
     )
     lengths = run.corpus.tokenizer.lengths

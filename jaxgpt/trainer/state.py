@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxgpt import sharding
 from jaxgpt.config import ModelConfig
 from jaxgpt.model import abstract_params, init_params
+from jaxgpt.optimizer import state_letters
 
 
 @struct.dataclass
@@ -36,18 +37,15 @@ def abstract_state(cfg: ModelConfig, optimizer, seed: int, mesh: Mesh) -> TrainS
     small, and every device has a copy.
     """
     shapes = jax.eval_shape(lambda: init_state(cfg, optimizer, seed))
-    params, letters = abstract_params(cfg)
-    lay = sharding.shardings(params, letters, mesh)
+    _, letters = abstract_params(cfg)
+    moments = state_letters(optimizer, shapes.opt_state, letters)
     whole = sharding.replicated(mesh)
-    moments = optax.tree_map_params(
-        optimizer,
-        lambda moment, param, where: where if moment.shape == param.shape else whole,
-        shapes.opt_state,
-        params,
-        lay,
-        transform_non_params=lambda _: whole,
+    where = TrainState(
+        step=whole,
+        params=sharding.shardings(shapes.params, letters, mesh),
+        opt_state=sharding.shardings(shapes.opt_state, moments, mesh),
+        rng=whole,
     )
-    where = TrainState(whole, lay, moments, whole)
     return jax.tree.map(_placed, shapes, where)
 
 
