@@ -8,7 +8,8 @@ The settings of `sample.*` in the run's config are the defaults; any of them is 
 """
 
 import argparse
-import sys
+
+from jaxgpt import script
 
 
 def main() -> int:
@@ -30,15 +31,9 @@ def main() -> int:
         parser.print_help()
         print(f"\nsettings and their defaults:\n{configs.describe('sample')}")
         return 0 if args.help else 2
-    try:
-        console.speak(args.run, args.checkpoint, args.prompt, args.file, args.settings + more)
-    except configs.ConfigError as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print()
+    console.speak(args.run, args.checkpoint, args.prompt, args.file, args.settings + more)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script.run(main)

@@ -10,6 +10,8 @@ The same command again goes on from the last checkpoint. Ctrl-C saves first.
 import argparse
 import sys
 
+from jaxgpt import script
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(
@@ -29,9 +31,6 @@ def main() -> int:
         return 0
     try:
         trainer.train(configs.load(args.config, args.settings + more))
-    except configs.ConfigError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
     except trainer.DivergedError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
@@ -39,4 +38,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script.run(main)

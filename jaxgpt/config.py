@@ -122,11 +122,7 @@ class ModelConfig(Section):
 
     def check(self):
         if self.head_width is None and self.width % self.heads:
-            below, above = (
-                (self.width // self.heads) * self.heads,
-                -(-self.width // self.heads) * self.heads,
-            )
-            near = " or ".join(str(w) for w in (below, above) if w)
+            near = nearest_multiples(self.width, self.heads)
             raise ConfigError(
                 f"model.width={self.width} is not divisible by model.heads={self.heads}: "
                 f"set model.width={near}, or give model.head_width."
@@ -297,6 +293,13 @@ class SampleConfig(Section):
         False, "go on past the context with a sliding window instead of stopping", free=True
     )
 
+    def check(self):
+        if "" in self.stop:
+            raise ConfigError(
+                f"sample.stop={list(self.stop)} has an empty string, which would end every text "
+                "at once: leave it out."
+            )
+
 
 @dataclass(frozen=True)
 class Config(Section):
@@ -357,12 +360,10 @@ def load(path: str, assignments: Iterable[str] = ()) -> Config:
     Raises:
         ConfigError: there is no such file, it defines no config, or a value can not work.
     """
-    found = (
-        path
-        if os.path.isfile(path)
-        else os.path.join("configs", os.path.basename(path).removesuffix(".py") + ".py")
-    )
-    if not os.path.isfile(found):
+    file = path.removesuffix(".py") + ".py"
+    places = (path, file, os.path.join("configs", file))
+    found = next((place for place in places if os.path.isfile(place)), None)
+    if not found:
         known = sorted(glob.glob("configs/*.py"))
         near = difflib.get_close_matches(path, known, n=1, cutoff=0.3)
         hint = f" Did you mean {near[0]}?" if near else ""

@@ -10,6 +10,7 @@ its place in the list, never on the rows beside it.
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import chex
 import jax
@@ -42,7 +43,8 @@ def top_p(ranked: jax.Array, p: jax.Array) -> jax.Array:
     """
     probability = jax.nn.softmax(ranked, axis=-1)
     before = jnp.cumsum(probability, axis=-1) - probability
-    kept = (before < p).at[:, 0].set(True)
+    # The sum is rounded: of p = 1 it may reach all before it has passed all.
+    kept = ((before < p) | (p >= 1)).at[:, 0].set(True)
     return jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
 
 
@@ -73,15 +75,29 @@ class Rules(struct.PyTreeNode):
     top_p: jax.Array
     min_p: jax.Array
     repetition_penalty: jax.Array
+    allowed: jax.Array  # bool [V], tokens that may be drawn at all
 
     @classmethod
-    def of(cls, cfg: SampleConfig) -> "Rules":
-        return cls(**{name: jnp.asarray(getattr(cfg, name)) for name in cls.__annotations__})
+    def of(cls, cfg: SampleConfig, allowed) -> "Rules":
+        knobs = cls.__annotations__.keys() - {"allowed"}
+        values = {name: jnp.asarray(getattr(cfg, name)) for name in knobs}
+        return cls(**values, allowed=jnp.asarray(allowed))
+
+
+def drawable(tokenizer: Tokenizer, vocab: int) -> np.ndarray:
+    """Which tokens may be drawn, bool [V]: those that stand for text, and the one that ends it.
+
+    The others are pad, unk and bos, and rows of a table that is larger than the tokenizer.
+    """
+    ids = np.arange(vocab)
+    is_text = np.isin(ids, np.flatnonzero(tokenizer.lengths))
+    return is_text | (ids == tokenizer.eos)
 
 
 def warp(scores: jax.Array, seen: jax.Array, rules: Rules) -> jax.Array:
     """The scores [B V] of the distribution that is drawn from; -inf where nothing may be drawn."""
     chex.assert_equal_shape([scores, seen])
+    scores = jnp.where(rules.allowed, scores, -jnp.inf)
     scores = penalise(scores, seen, rules.repetition_penalty)
     scores = scores / jnp.where(rules.temperature > 0, rules.temperature, 1.0)
 
@@ -105,6 +121,12 @@ def draw(scores: jax.Array, seen: jax.Array, rules: Rules, keys: jax.Array) -> j
 
 
 # --- the two passes --------------------------------------------------------------------------
+
+
+def _forward(cfg: ModelConfig, params, tokens, at: Coords, cache: Cache):
+    model: Any = build(cfg)  # Any, because Flax types the outcome of `apply` as a dict
+    hidden, cache = model.apply({"params": params}, tokens, at, cache)
+    return hidden, cache
 
 
 @struct.dataclass
@@ -133,8 +155,7 @@ def prefill(cfg: ModelConfig, params, tokens, lengths, drawn, slots: int) -> Dec
     position = jnp.arange(T)[None, :] - (T - lengths)[:, None]
     is_real = position >= 0
     at = Coords(jnp.maximum(position, 0), is_real.astype(jnp.int32))
-    cache = init_cache(cfg, B, slots)
-    hidden, cache = build(cfg).apply({"params": params}, tokens, at, cache)
+    hidden, cache = _forward(cfg, params, tokens, at, init_cache(cfg, B, slots))
     seen = jnp.zeros((B, cfg.vocab), jnp.int32)
     seen = seen.at[jnp.arange(B)[:, None], tokens].max(is_real.astype(jnp.int32)) > 0
     return Decoding(cache, logits(params, hidden[:, -1]), seen, lengths, drawn)
@@ -149,7 +170,7 @@ def decode(cfg: ModelConfig, params, rules: Rules, keys, state: Decoding, steps:
         fold = jax.vmap(jax.random.fold_in)(keys, state.drawn)
         token = draw(state.scores, state.seen, rules, fold)
         at = Coords(state.position[:, None], jnp.ones_like(token)[:, None])
-        hidden, cache = build(cfg).apply({"params": params}, token[:, None], at, state.cache)
+        hidden, cache = _forward(cfg, params, token[:, None], at, state.cache)
         seen = state.seen.at[rows, token].set(True)
         scores = logits(params, hidden[:, 0])
         return Decoding(cache, scores, seen, state.position + 1, state.drawn + 1), token
@@ -235,7 +256,7 @@ def generate(
 def generate_rows(cfg, params, tokenizer, prompts, sample) -> Iterator[tuple[list[Row], list[str]]]:
     """As `generate`, and tells the rows as well: their tokens, and why they ended."""
     rows = [_row(cfg, tokenizer, prompt, sample) for prompt in prompts]
-    rules = Rules.of(sample)
+    rules = Rules.of(sample, drawable(tokenizer, cfg.vocab))
     root = jax.random.key(sample.seed)
     keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(jnp.arange(len(rows)))
     state = None

@@ -164,13 +164,13 @@ def causal(model, params, batch: Batch, rngs, cfg: TrainConfig) -> tuple[jax.Arr
     Returns:
         (summed loss [], Sums). Divide by `Sums.weight` for the mean.
     """
-    at = Coords(batch.positions, batch.segments)
-    hidden, _ = model.apply({"params": params}, batch.tokens, at, rngs=rngs)
+    tokens, targets, positions, segments, weights = map(jnp.asarray, batch)
+    hidden, _ = model.apply({"params": params}, tokens, Coords(positions, segments), rngs=rngs)
     return vocabulary_loss(
         hidden,
         unembedding(params),
-        batch.targets,
-        batch.weights,
+        targets,
+        weights,
         smoothing=cfg.label_smoothing,
         z_loss=cfg.z_loss,
         chunk=cfg.loss_chunk,

@@ -124,11 +124,14 @@ def to_dict(config) -> dict:
 
 def from_dict(kind: type, values: Mapping, prefix: str = ""):
     """Builds `kind` from nested dicts, refusing keys that it does not have."""
+    if not isinstance(values, Mapping):
+        where = f"{prefix.removesuffix('.')}=" if prefix else ""
+        raise ConfigError(f"{where}{values!r} is not a group of settings.")
     hints = type_hints(kind)
     for name in values:
         if name not in hints:
-            raise ConfigError(unknown(prefix + name, flat_hints(kind)))
-    nested = {n: hints[n] for n in values if dataclasses.is_dataclass(hints[n])}
+            raise ConfigError(unknown(prefix + name, flat_hints(kind, prefix)))
+    nested = {n: hints[n] for n in values if _is_section(hints[n])}
     inner = {n: from_dict(nested[n], values[n], f"{prefix}{n}.") for n in nested}
     return kind(**{**values, **inner})
 
@@ -149,10 +152,10 @@ def type_hints(kind: type) -> dict[str, Any]:
 
 def flat_fields(kind: type, prefix: str = "") -> dict[str, dataclasses.Field]:
     """Every leaf field by its dotted key."""
-    found = {}
+    found: dict[str, dataclasses.Field] = {}
     for f in dataclasses.fields(kind):
         inner = type_hints(kind)[f.name]
-        if dataclasses.is_dataclass(inner):
+        if _is_section(inner):
             found |= flat_fields(inner, f"{prefix}{f.name}.")
         else:
             found[prefix + f.name] = f
@@ -161,14 +164,16 @@ def flat_fields(kind: type, prefix: str = "") -> dict[str, dataclasses.Field]:
 
 def flat_hints(kind: type, prefix: str = "") -> dict[str, Any]:
     """The type of every leaf field by its dotted key."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, inner in type_hints(kind).items():
         found |= (
-            flat_hints(inner, f"{prefix}{name}.")
-            if dataclasses.is_dataclass(inner)
-            else {prefix + name: inner}
+            flat_hints(inner, f"{prefix}{name}.") if _is_section(inner) else {prefix + name: inner}
         )
     return found
+
+
+def _is_section(kind) -> bool:
+    return dataclasses.is_dataclass(kind)
 
 
 def nearest_multiples(value: int, unit: int) -> str:
@@ -224,7 +229,7 @@ def _check_bounds(value, key: str, low, high, above):
         f"at most {high}" if high is not None else "",
     ]
     out = (low is not None and value < low) or (high is not None and value > high)
-    if out or (above is not None and value <= above) or value != value:
-        raise ConfigError(
-            f"{key}={value!r} must be {' and '.join(w for w in wants if w) or 'a number'}."
-        )
+    is_finite = abs(value) < float("inf")  # nan is not
+    if out or (above is not None and value <= above) or not is_finite:
+        wants = [w for w in wants if w] if is_finite else ["a finite number"]
+        raise ConfigError(f"{key}={value!r} must be {' and '.join(wants)}.")

@@ -64,7 +64,8 @@ def spec(shape, letters: Letters, mesh) -> PartitionSpec:
     Read from left to right: a mesh axis serves one dimension of an array, first come first
     served, and a dimension that the axes do not divide evenly stays whole.
     """
-    used, out = set(), []
+    used: set[str] = set()
+    out: list[tuple[str, ...] | None] = []
     for size, letter in zip(shape, letters.replace(">", ""), strict=True):
         axes = tuple(axis for axis in RULES.get(letter, ()) if axis not in used)
         if not axes or size % int(np.prod([mesh.shape[axis] for axis in axes])):

@@ -29,12 +29,12 @@ class Linear(nn.Module):
 
     cfg: ModelConfig
     letters: str
-    init: nn.initializers.Initializer = normal
+    initial: nn.initializers.Initializer = normal
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         inputs, outputs = self.letters.split(">")
-        w = weight(self, "w", self.letters, self.cfg.sizes, self.init).astype(x.dtype)
+        w = weight(self, "w", self.letters, self.cfg.sizes, self.initial).astype(x.dtype)
         lead = x.shape[: x.ndim - len(inputs)]
         # Two plain dimensions on either side: on CPU the same product on [B T D] costs 1.8 times
         # as much as on [B*T D], and other backends do not mind.

@@ -54,6 +54,7 @@ class Checkpoints:
         """Begins to save; returns as soon as the arrays may be overwritten."""
         if progress.step == self._latest.latest_step():
             return
+        self._best.wait_until_finished()  # what `progress` says of the best one must be on disk
         rest = {"opt_state": state.opt_state, "rng": jax.random.key_data(state.rng)}
         parts = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
@@ -68,10 +69,14 @@ class Checkpoints:
             params=ocp.args.StandardSave(state.params),
             progress=ocp.args.JsonSave(_plain(progress)),
         )
-        for step in self._best.all_steps():
-            if step >= progress.step:  # from before a kill: the run is catching up with itself
-                self._best.delete(step)
+        self.forget_best(progress.step)  # from before a kill: the run is catching up with itself
         self._best.save(progress.step, args=parts)
+
+    def forget_best(self, since: int = 0):
+        """Deletes the best parameters if they are of step `since` or later."""
+        for step in self._best.all_steps():
+            if step >= since:
+                self._best.delete(step)
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, Progress]:
         """The latest state, placed as `abstract` says, and the progress that belongs to it."""
@@ -119,16 +124,25 @@ def load_run(run_folder: str, which: str = "best") -> tuple[Config, Any, Any, in
     tokenizer = tokenizers.load(os.path.join(run_folder, "tokenizer.json"))
     order = {"best": ("best", "checkpoints"), "latest": ("checkpoints",)}
     for name in configs.choose(order, which, "checkpoint"):
-        folder = os.path.join(run_folder, name)
-        if os.path.isdir(folder):
-            with _manager(folder, None, read_only=True) as manager:
-                step = manager.latest_step()
-                if step is None:
-                    continue
-                shapes, _ = abstract_params(config.model)
-                only = ocp.args.Composite(params=ocp.args.StandardRestore(shapes))
-                return config, tokenizer, manager.restore(step, args=only).params, step
+        folder = os.path.abspath(os.path.join(run_folder, name))
+        step = latest_step(folder)
+        if step is not None:
+            with ocp.StandardCheckpointer() as reader:
+                params = reader.restore(os.path.join(folder, f"{step}", "params"), _here(config))
+            return config, tokenizer, params, step
     raise ConfigError(f"{run_folder} has no checkpoint yet: train it first, or for longer.")
+
+
+def _here(config: Config):
+    """The shapes of the parameters, on this machine's first device, wherever they were trained."""
+    shapes, _ = abstract_params(config.model)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
+
+
+def latest_step(folder: str) -> int | None:
+    """The last step of which a whole checkpoint lies in `folder`."""
+    return max(ocp.utils.checkpoint_steps(folder), default=None)
 
 
 def read_config(run_folder: str) -> Config:
@@ -143,10 +157,8 @@ def read_config(run_folder: str) -> Config:
         return configs.from_json(file.read(), path)
 
 
-def _manager(folder: str, keep: int | None, *, read_only=False) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, read_only=read_only, cleanup_tmp_directories=not read_only
-    )
+def _manager(folder: str, keep: int) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
     return ocp.CheckpointManager(os.path.abspath(folder), options=options)
 
 

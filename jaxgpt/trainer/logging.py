@@ -101,8 +101,8 @@ class Console:
         self._steps, self._is_quiet = steps, is_quiet
         self._bar = None
         if sys.stderr.isatty() and not is_quiet:
-            layout = "{percentage:3.0f}%|{bar:20}| step {n_fmt}/{total_fmt} {postfix}"
-            self._bar = tqdm(total=steps, initial=step, bar_format=layout)
+            layout = "{percentage:3.0f}%|{bar:10}| step {n_fmt}/{total_fmt}{postfix}"
+            self._bar = tqdm(total=steps, initial=step, bar_format=layout, dynamic_ncols=True)
 
     def say(self, text: str = ""):
         if self._is_quiet:

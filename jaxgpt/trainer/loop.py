@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 import jaxgpt
 from jaxgpt import config as configs
@@ -26,7 +27,7 @@ from jaxgpt.objectives import Sums
 from jaxgpt.optimizer import build as build_optimizer
 from jaxgpt.settings import ConfigError
 from jaxgpt.sharding import batch_sharding, check_batch, make_mesh
-from jaxgpt.trainer.checkpoint import Checkpoints, Progress, read_config
+from jaxgpt.trainer.checkpoint import Checkpoints, Progress, latest_step, read_config
 from jaxgpt.trainer.logging import Console, MetricsFile, duration, plot_losses, write_whole
 from jaxgpt.trainer.speed import Clock, flops_per_token, peak_flops
 from jaxgpt.trainer.state import TrainState, abstract_state, make_state
@@ -116,18 +117,18 @@ def loop(run: Run, stop: "Stop"):
             if due:
                 log(run, *due)
                 due = None
-            _check_finite(run, step, float(metrics.loss))
+            _check_finite(run, step, "loss", float(metrics.loss))
             progress.seconds += run.clock.pause()
             if is_eval:
                 look(run)
             if is_sample:
                 speak(run)
             if is_save or progress.is_done:
-                run.saver.save(run.state, progress)
+                save(run)
             run.clock.start(step)
     if due:
         log(run, *due)
-    run.saver.save(run.state, progress)  # if a signal came while the loop was busy elsewhere
+    save(run)  # if a signal came while the loop was busy elsewhere
 
 
 # --- what happens every so many steps --------------------------------------------------------
@@ -136,7 +137,7 @@ def loop(run: Run, stop: "Stop"):
 def log(run: Run, step: int, metrics: Metrics):
     """Writes and shows the figures of a training step."""
     values = {name: float(value) for name, value in metrics._asdict().items()}
-    _check_finite(run, step, values["loss"])
+    _check_finite(run, step, "loss", values["loss"])
     cfg, seconds = run.cfg, run.clock.seconds_per_step(step)
     rate = cfg.train.batch * cfg.model.context / seconds
     values |= {
@@ -161,6 +162,7 @@ def look(run: Run):
     )
     lengths = run.corpus.tokenizer.lengths
     values = evaluate(run.eval_step, run.state.params, batches, lengths, run.place)
+    _check_finite(run, progress.step, "held-out loss", values["loss"])
     run.metrics.write("eval", progress.step, values)
     is_best = values["loss"] < progress.best_loss
     if is_best:
@@ -193,12 +195,12 @@ def evaluate(
     Returns:
         loss (nats per token), perplexity, bits_per_byte, accuracy and tokens.
     """
-    total, size = None, 0
+    sums, size = [], 0
     for batch in batches:
-        sums = eval_step(params, place(batch))
-        total = sums if total is None else jax.tree.map(jax.numpy.add, total, sums)
+        sums.append(eval_step(params, place(batch)))
         size += int(lengths[batch.targets][batch.weights > 0].sum())
-    nats, weight, correct = float(total.nats), float(total.weight), float(total.correct)
+    # In float64, since a float32 stops counting at 2**24 tokens.
+    _, nats, weight, correct = np.array(jax.device_get(sums), np.float64).sum(axis=0).tolist()
     return {
         "loss": nats / weight,
         "perplexity": math.exp(min(nats / weight, 700.0)),
@@ -222,15 +224,22 @@ def speak(run: Run):
     run.console.say(f"{title:-<72}\n{text}\n{'':-<72}")
 
 
-def _check_finite(run: Run, step: int, loss: float):
-    if math.isfinite(loss):
+def save(run: Run):
+    """Begins to save all that the run needs to go on."""
+    norm = float(optax.global_norm(run.state.params))  # the loss is of the parameters before
+    _check_finite(run, run.progress.step, "norm of the parameters", norm)
+    run.saver.save(run.state, run.progress)
+
+
+def _check_finite(run: Run, step: int, what: str, value: float):
+    if math.isfinite(value):
         return
-    last = run.saver.latest_step()
+    last, how = run.saver.latest_step(), run.cfg.optimizer
     rest = f"the last checkpoint is of step {last}" if last else "there is no checkpoint yet"
+    clip = f"clip harder than optimizer.clip={how.clip}" if how.clip else "set optimizer.clip=1"
     raise DivergedError(
-        f"the loss is {loss} at step {step} ({rest}): lower optimizer.lr={run.cfg.optimizer.lr}, "
-        f"lengthen optimizer.warmup={run.cfg.optimizer.warmup}, or clip harder than "
-        f"optimizer.clip={run.cfg.optimizer.clip}."
+        f"the {what} is {value} at step {step} ({rest}): lower optimizer.lr={how.lr}, "
+        f"lengthen optimizer.warmup={how.warmup}, or {clip}."
     )
 
 
@@ -242,8 +251,7 @@ def open_run(cfg: Config, is_quiet: bool = False) -> Run:
     folder = cfg.run_folder
     mesh = make_mesh(cfg.mesh)
     check_batch(cfg.train.batch, cfg.train.accumulate, mesh)
-    saver = Checkpoints(folder, cfg.train.keep)
-    is_resumed = saver.latest_step() is not None
+    is_resumed = latest_step(os.path.join(folder, "checkpoints")) is not None
     if is_resumed:
         _check_same_config(cfg)
 
@@ -251,6 +259,7 @@ def open_run(cfg: Config, is_quiet: bool = False) -> Run:
     corpus = prepare(
         cfg.data, cfg.model.vocab, tokenizer=tokenizers.load(known) if is_resumed else None
     )
+    saver = Checkpoints(folder, cfg.train.keep)
     _, letters = abstract_params(cfg.model)
     optimizer, schedule = build_optimizer(cfg.optimizer, cfg.train.steps, letters)
     abstract = abstract_state(cfg.model, optimizer, cfg.seed, mesh)
@@ -261,6 +270,7 @@ def open_run(cfg: Config, is_quiet: bool = False) -> Run:
         state = make_state(cfg.model, optimizer, cfg.seed, abstract)
         progress = Progress(data=corpus.fingerprint)
         corpus.tokenizer.save(known)
+        saver.forget_best()  # of a run that was killed before its first checkpoint
     write_whole(os.path.join(folder, "config.json"), configs.to_json(cfg))
 
     model = build(cfg.model)
@@ -345,7 +355,7 @@ def _introduction(run: Run, peak_source: str) -> str:
         f"plan   {cfg.train.steps:,} steps of {cfg.train.batch} x {cfg.model.context} tokens, "
         f"{cfg.optimizer.name} at {cfg.optimizer.lr:g}",
         f"speed  peak {run.peak / 1e12:.3g} TFLOP/s ({peak_source}); "
-        f"{flops_per_token(cfg.model) / 1e6:,.0f} MFLOP per token",
+        f"{flops_per_token(cfg.model) / 1e6:,.1f} MFLOP per token",
     ])  # fmt: skip
 
 

@@ -13,8 +13,7 @@ from jaxgpt.model import abstract_params, init_params
 from jaxgpt.optimizer import state_letters
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """Parameters, optimizer and randomness after `step` updates."""
 
     step: jax.Array  # int32 []
@@ -39,14 +38,8 @@ def abstract_state(cfg: ModelConfig, optimizer, seed: int, mesh: Mesh) -> TrainS
     shapes = jax.eval_shape(lambda: init_state(cfg, optimizer, seed))
     _, letters = abstract_params(cfg)
     moments = state_letters(optimizer, shapes.opt_state, letters)
-    whole = sharding.replicated(mesh)
-    where = TrainState(
-        step=whole,
-        params=sharding.shardings(shapes.params, letters, mesh),
-        opt_state=sharding.shardings(shapes.opt_state, moments, mesh),
-        rng=whole,
-    )
-    return jax.tree.map(_placed, shapes, where)
+    letters = shapes.replace(step="", params=letters, opt_state=moments, rng="")
+    return jax.tree.map(_placed, shapes, sharding.shardings(shapes, letters, mesh))
 
 
 def _placed(x: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStruct:

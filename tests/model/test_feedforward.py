@@ -1,0 +1,67 @@
+"""Feed-forward layers against float64 twins, activations against torch."""
+
+import jax
+import numpy as np
+import pytest
+import torch
+from helpers import tiny
+
+from jaxgpt.dims import split
+from jaxgpt.model.feedforward import ACTIVATIONS, FEEDFORWARDS
+
+TORCH = {
+    "relu": torch.nn.functional.relu,
+    "relu2": lambda x: torch.nn.functional.relu(x) ** 2,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "silu": torch.nn.functional.silu,
+}
+every_kind = pytest.mark.parametrize("kind", FEEDFORWARDS)
+
+
+def test_every_activation_is_compared():
+    assert TORCH.keys() == ACTIVATIONS.keys()
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_an_activation_equals_that_of_torch(name):
+    x = np.linspace(-6, 6, 241, dtype=np.float32)
+    # Both in float32, on values up to 36: some units of 6e-8 of it.
+    np.testing.assert_allclose(
+        ACTIVATIONS[name](x), TORCH[name](torch.tensor(x)).numpy(), rtol=1e-5, atol=2e-6
+    )
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def plain(x, w):
+    return silu(x @ w["up"]["w"] + w["up"]["b"]) @ w["down"]["w"] + w["down"]["b"]
+
+
+def gated(x, w):
+    gate = silu(x @ w["gate"]["w"] + w["gate"]["b"])
+    return gate * (x @ w["up"]["w"] + w["up"]["b"]) @ w["down"]["w"] + w["down"]["b"]
+
+
+@every_kind
+def test_a_feedforward_equals_its_formula_in_float64(kind):
+    rng = np.random.default_rng(0)
+    cfg = tiny(feedforward=kind, bias=True)
+    module = FEEDFORWARDS[kind](cfg)
+    x = rng.normal(size=(2, 5, cfg.width))
+    params, _ = split(module.init(jax.random.key(0), x.astype(np.float32))["params"])
+    params = jax.tree.map(lambda p: rng.normal(size=p.shape) * 0.3, params)
+    low = jax.tree.map(lambda p: p.astype(np.float32), params)
+    found = jax.jit(module.apply)({"params": low}, x.astype(np.float32))
+    wanted = {"plain": plain, "gated": gated}[kind](x, params)
+    # float32 sums of up to 24 products of order 1: some 1e-6.
+    np.testing.assert_allclose(found, wanted, atol=2e-5)
+
+
+@every_kind
+def test_a_feedforward_has_no_bias_unless_the_config_asks(kind):
+    cfg = tiny(feedforward=kind)
+    params = FEEDFORWARDS[kind](cfg).init(jax.random.key(0), np.zeros((1, 1, 16), np.float32))["params"]
+    assert {name for part in params.values() for name in part} == {"w"}

@@ -1,0 +1,383 @@
+"""The whole model: its size, who hears of whom, its cache, and what changes nothing."""
+
+import dataclasses
+import pathlib
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import forward, logits, random_params, random_tokens, tiny, whole
+
+from jaxgpt.config import ModelConfig, load
+from jaxgpt.model import (
+    Coords,
+    abstract_params,
+    build,
+    count_params,
+    init_cache,
+    init_params,
+    unembedding,
+)
+from jaxgpt.model.block import REMATS, WIRINGS, Dropout
+from jaxgpt.model.norms import NORMS
+from jaxgpt.model.positions import POSITIONS
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+KEY = jax.random.key(0)
+
+# Hidden states are normed and scaled, of order 1; two orders of the same float32 sums through two
+# layers differ by some 1e-6.
+CLOSE = dict(atol=1e-5, rtol=1e-5)
+
+every_position = pytest.mark.parametrize("position", POSITIONS)
+
+
+# --- size ---
+
+
+def test_the_mini_gpt_has_exactly_its_number_of_parameters_in_every_part():
+    assert count_params(ModelConfig()) == {
+        "embedding": 3_145_728,
+        "position": 0,
+        "attention": 3_538_944,
+        "feedforward": 7_077_888,
+        "norms": 4_992,
+        "head": 0,
+        "total": 13_767_552,
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "total"),
+    [
+        ("gpt_mini", 13_767_552),
+        ("gpt2_124m", 124_439_808),
+        ("gpt2_355m", 354_823_168),
+        ("gpt2_774m", 774_030_080),
+        ("gpt2_1558m", 1_557_611_200),
+        ("llama2_7b", 6_738_415_616),
+        ("llama3_1b", 1_235_814_400),
+    ],
+)
+def test_a_published_model_has_exactly_its_number_of_parameters(config, total):
+    assert count_params(load(str(CONFIGS / f"{config}.py")).model)["total"] == total
+
+
+def test_parts_are_counted_where_they_are():
+    count = count_params(tiny(position="learned", tie=False, bias=True, norm="layer"))
+    assert count == {
+        "embedding": 61 * 16,
+        "position": 32 * 16,
+        "attention": 2 * (16 * 16 + 16 + 2 * (16 * 8 + 8) + 16 * 16 + 16),
+        "feedforward": 2 * (2 * (16 * 24 + 24) + 24 * 16 + 16),
+        "norms": (2 * 2 + 1) * 2 * 16,
+        "head": 61 * 16,
+        "total": sum(n for part, n in count.items() if part != "total"),
+    }
+
+
+def test_shapes_are_known_without_allocating():
+    shapes, letters = abstract_params(tiny())
+    real, same = init_params(tiny(), KEY)
+    chex.assert_trees_all_equal_shapes_and_dtypes(shapes, real)
+    assert letters == same
+
+
+# --- the beginning ---
+
+
+@pytest.mark.parametrize("changes", [{}, dict(tie=False, bias=True, norm="layer", position="learned")])
+def test_the_letters_of_every_parameter_spell_its_shape(changes):
+    cfg = tiny(**changes)
+    params, letters = abstract_params(cfg)
+    sizes = cfg.sizes | {"L": cfg.layers}
+    spelled = jax.tree.map(lambda d: tuple(sizes[c] for c in d if c != ">"), letters)
+    assert spelled == jax.tree.map(lambda x: x.shape, params)
+
+
+def test_weights_begin_as_gpt2s_do():
+    cfg = tiny(width=128, ffn=256, layers=8, vocab=512, tie=False, bias=True, position="learned")
+    params, _ = init_params(cfg, KEY)
+    for path, x in jax.tree.leaves_with_path(params):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if name.endswith(("scale", ".b")):
+            np.testing.assert_array_equal(x, name.endswith("scale"))
+            continue
+        into_residual = name.endswith(("o.w", "down.w"))
+        std = 0.02 / np.sqrt(2 * cfg.layers) if into_residual else 0.02
+        # Of at least 4096 draws the standard deviation is known to 1.1%, the mean to 1.6% of it.
+        np.testing.assert_allclose(x.std(), std, rtol=0.05, err_msg=name)
+        np.testing.assert_allclose(x.mean(), 0, atol=0.08 * std, err_msg=name)
+
+
+def test_every_layer_begins_with_weights_of_its_own():
+    w = init_params(tiny(layers=3), KEY)[0]["stack"]["layers"]["attn"]["q"]["w"]
+    assert len(np.unique(w)) == w.size
+
+
+def test_parameters_are_float32_whatever_the_compute_dtype():
+    params, _ = abstract_params(tiny(dtype="bfloat16"))
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+
+
+# --- who hears of whom ---
+
+
+@partial(jax.jit, static_argnames="cfg")
+def hearing(cfg, params, at):
+    """[T S]: how much the hidden state of token t changes with the embedding of token s."""
+    T = at.position.shape[1]
+    tokens = jnp.arange(T)[None]  # all different, so that row s of the table is token s
+    direction = jax.random.normal(jax.random.key(9), (cfg.width,))
+
+    def read(table):
+        hidden, _ = build(cfg).apply({"params": params | {"embed": {"table": table}}}, tokens, at)
+        return hidden[0] @ direction
+
+    return jnp.abs(jax.jacrev(read)(params["embed"]["table"])[:, :T]).max(-1)
+
+
+@every_position
+def test_a_token_hears_of_itself_and_all_before_and_of_nothing_after(position):
+    cfg = tiny(position=position)
+    heard = hearing(cfg, random_params(cfg), whole(jnp.zeros((1, 8), jnp.int32)))
+    np.testing.assert_array_equal(heard > 1e-6, np.tri(8))
+    np.testing.assert_array_equal(heard[np.triu_indices(8, 1)], 0)
+
+
+@pytest.mark.parametrize("wiring", WIRINGS)
+def test_a_token_hears_only_of_its_own_document(wiring):
+    cfg = tiny(wiring=wiring)
+    at = Coords(jnp.array([[0, 1, 2, 0, 1, 0, 0, 0]]), jnp.array([[1, 1, 1, 2, 2, 3, 0, 0]]))
+    heard = hearing(cfg, random_params(cfg), at)
+    same = np.equal.outer(at.document[0], at.document[0]) & (np.asarray(at.document[0]) > 0)
+    real = np.asarray(at.document[0]) > 0
+    np.testing.assert_array_equal((heard > 1e-6)[real], (np.tri(8) * same)[real])
+    np.testing.assert_array_equal(heard[real][~(np.tri(8) * same)[real].astype(bool)], 0)
+
+
+@every_position
+def test_changing_the_future_does_not_change_the_past(position):
+    cfg = tiny(position=position)
+    params = random_params(cfg)
+    a = random_tokens(cfg, 0, 2, 10)
+    b = a.at[:, 6:].set((a[:, 6:] + 1) % cfg.vocab)
+    (x, _), (y, _) = (forward(cfg, params, tokens, whole(a)) for tokens in (a, b))
+    np.testing.assert_array_equal(x[:, :6], y[:, :6])
+    assert np.abs(x[:, 6:] - y[:, 6:]).min(axis=-1).max() > 1e-3
+
+
+@every_position
+def test_packed_documents_equal_the_same_documents_alone(position):
+    cfg = tiny(position=position)
+    params = random_params(cfg)
+    a, b = random_tokens(cfg, 0, 1, 7), random_tokens(cfg, 1, 1, 5)
+    at = Coords(
+        jnp.concatenate([whole(a).position, whole(b).position], 1),
+        jnp.concatenate([whole(a).document, 2 * whole(b).document], 1),
+    )
+    packed, _ = forward(cfg, params, jnp.concatenate([a, b], 1), at)
+    np.testing.assert_allclose(packed[:, :7], forward(cfg, params, a, whole(a))[0], **CLOSE)
+    np.testing.assert_allclose(packed[:, 7:], forward(cfg, params, b, whole(b))[0], **CLOSE)
+
+
+@every_position
+def test_padding_on_either_side_does_not_matter(position, sides=(3, 2)):
+    cfg = tiny(position=position)
+    params = random_params(cfg)
+    tokens = random_tokens(cfg, 0, 2, 6)
+    pad = lambda x, by: jnp.pad(x, ((0, 0), sides), constant_values=by)  # noqa: E731
+    at = whole(tokens)
+    wide, _ = forward(cfg, params, pad(tokens, 7), Coords(pad(at.position, 3), pad(at.document, 0)))
+    alone, _ = forward(cfg, params, tokens, at)
+    np.testing.assert_allclose(wide[:, sides[0] : sides[0] + 6], alone, **CLOSE)
+    chex.assert_tree_all_finite(wide)
+
+
+def test_rows_do_not_hear_of_each_other():
+    cfg = tiny()
+    params = random_params(cfg)
+    tokens = random_tokens(cfg, 0, 3, 6)
+    together, _ = forward(cfg, params, tokens, whole(tokens))
+    for row in range(3):
+        alone, _ = forward(cfg, params, tokens[row : row + 1], whole(tokens[:1]))
+        np.testing.assert_allclose(together[row : row + 1], alone, **CLOSE)
+
+
+def test_without_positions_only_the_set_of_earlier_tokens_counts():
+    swapped = {}
+    for position in POSITIONS:
+        cfg = tiny(position=position, layers=1)
+        params = random_params(cfg)
+        a = jnp.array([[5, 9, 2, 7]])
+        x, y = (forward(cfg, params, t, whole(t))[0][0, -1] for t in (a, a[:, [1, 0, 2, 3]]))
+        swapped[position] = float(jnp.abs(x - y).max())
+    assert {name for name, change in swapped.items() if change < 1e-5} == {"none"}
+
+
+# --- the cache ---
+
+
+@pytest.mark.parametrize(
+    ("position", "kv_heads"),  # GQA with every position; MHA, GQA and MQA with one
+    [*((position, 2) for position in POSITIONS), ("rope", 4), ("rope", 1)],
+)
+def test_cached_decoding_equals_uncached(position, kv_heads):
+    cfg = tiny(position=position, kv_heads=kv_heads, bias=True)
+    params = random_params(cfg)
+    tokens = random_tokens(cfg, 0, 2, 11)
+    at = whole(tokens)
+    wanted, none = forward(cfg, params, tokens, at)
+    assert none is None
+    cache = init_cache(cfg, batch=2, slots=14)
+    found, begin = [], 0
+    for end in (5, *range(6, 12)):  # a prefill of 5, then token by token
+        here = jax.tree.map(lambda x, a=begin, b=end: x[:, a:b], at)
+        hidden, cache = forward(cfg, params, tokens[:, begin:end], here, cache)
+        found.append(hidden)
+        begin = end
+    np.testing.assert_allclose(jnp.concatenate(found, 1), wanted, **CLOSE)
+    assert cache.cursor == 11
+    np.testing.assert_array_equal(cache.at.document[0], [1] * 11 + [0] * 3)
+
+
+def test_rows_of_different_length_share_a_cache_by_padding_on_the_left():
+    cfg = tiny()
+    params = random_params(cfg)
+    short, more = random_tokens(cfg, 0, 1, 4), jnp.array([[3]])
+    at = Coords(jnp.array([[0, 0, 0, 1, 2, 3]]), jnp.array([[0, 0, 1, 1, 1, 1]]))
+    _, cache = forward(
+        cfg, params, jnp.pad(short, ((0, 0), (2, 0))), at, init_cache(cfg, batch=1, slots=8)
+    )
+    next_at = Coords(jnp.array([[4]]), jnp.array([[1]]))
+    found, _ = forward(cfg, params, more, next_at, cache)
+    row = jnp.concatenate([short, more], 1)
+    np.testing.assert_allclose(found[0, 0], forward(cfg, params, row, whole(row))[0][0, -1], **CLOSE)
+
+
+def test_the_cache_has_the_compute_dtype_and_only_the_kv_heads():
+    cache = init_cache(tiny(dtype="bfloat16", kv_heads=1), batch=3, slots=5)
+    for x in cache.kv:
+        assert (x.shape, x.dtype) == ((2, 3, 5, 1, 4), jnp.bfloat16)
+
+
+# --- what changes nothing ---
+
+
+@partial(jax.jit, static_argnames="cfg")
+def loss_and_gradients(cfg, params, tokens):
+    def loss(params):
+        hidden, _ = build(cfg).apply({"params": params}, tokens, whole(tokens))
+        return jnp.mean(jnp.sin(3 * hidden.astype(jnp.float32)))
+
+    return jax.value_and_grad(loss)(params)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(unroll=2), *(dict(remat=name) for name in REMATS if name != "none")],
+    ids=str,
+)
+def test_unrolling_and_recomputing_change_neither_value_nor_gradients(changes):
+    cfg = tiny()
+    params, tokens = random_params(cfg), random_tokens(cfg, 0, 2, 8)
+    plain = loss_and_gradients(cfg, params, tokens)
+    other = loss_and_gradients(dataclasses.replace(cfg, **changes), params, tokens)
+    # The same float32 operations, fused differently.
+    chex.assert_trees_all_close(other, plain, atol=1e-6, rtol=1e-4)
+
+
+def test_bfloat16_is_near_float32():
+    cfg = tiny()
+    params = random_params(cfg, std=0.1)
+    tokens = random_tokens(cfg, 0, 2, 8)
+    exact, _ = forward(cfg, params, tokens, whole(tokens))
+    low, _ = forward(tiny(dtype="bfloat16"), params, tokens, whole(tokens))
+    assert low.dtype == jnp.bfloat16
+    # Values of order 1 after some ten roundings of 2^-9 each.
+    np.testing.assert_allclose(low.astype(jnp.float32), exact, atol=0.1)
+    assert jnp.mean(jnp.abs(low.astype(jnp.float32) - exact)) < 0.015
+
+
+@pytest.mark.parametrize("wiring", WIRINGS)
+@pytest.mark.parametrize("norm", NORMS)
+def test_every_parameter_has_a_gradient(wiring, norm):
+    cfg = tiny(wiring=wiring, norm=norm, bias=True, position="learned")
+    params, tokens = random_params(cfg), random_tokens(cfg, 0, 2, 8)
+    _, gradients = loss_and_gradients(cfg, params, tokens)
+    still = [
+        jax.tree_util.keystr(path)
+        for path, g in jax.tree.leaves_with_path(gradients)
+        if not np.abs(g).max() > 1e-6 and "['k']['b']" not in jax.tree_util.keystr(path)
+    ]  # a bias of the keys adds the same to all scores of a query: softmax does not see it
+    assert still == []
+
+
+# --- dropout ---
+
+
+@partial(jax.jit, static_argnames="cfg")
+def dropped(cfg, params, tokens, key=None):
+    rngs = {} if key is None else {"dropout": key}
+    return build(cfg).apply({"params": params}, tokens, whole(tokens), rngs=rngs)[0]
+
+
+def test_without_a_key_nothing_is_dropped():
+    cfg = tiny(dropout=0.5)
+    params, tokens = random_params(cfg), random_tokens(cfg, 0, 2, 8)
+    np.testing.assert_array_equal(
+        dropped(cfg, params, tokens), dropped(tiny(), params, tokens)
+    )
+
+
+def test_the_key_decides_what_is_dropped():
+    cfg = tiny(dropout=0.5)
+    params, tokens = random_params(cfg), random_tokens(cfg, 0, 2, 8)
+    a, again, b = (dropped(cfg, params, tokens, jax.random.key(i)) for i in (1, 1, 2))
+    np.testing.assert_array_equal(a, again)
+    assert np.abs(a - b).max() > 0.1
+    assert np.abs(a - dropped(cfg, params, tokens)).max() > 0.1
+
+
+def test_dropout_drops_its_share_and_keeps_the_expectation():
+    n, rate = 100_000, 0.3
+    y = Dropout(rate).apply({}, jnp.ones(n), rngs={"dropout": KEY})
+    # The share dropped has a standard deviation of sqrt(.3 x .7 / n) = 0.0014; 5 of them.
+    np.testing.assert_allclose(np.mean(y == 0), rate, atol=0.0075)
+    np.testing.assert_allclose(y[y != 0], 1 / (1 - rate), rtol=1e-6)
+
+
+# --- the head ---
+
+
+def test_a_tied_model_scores_with_its_embedding():
+    params = random_params(tiny())
+    assert "head" not in params
+    assert unembedding(params) is params["embed"]["table"]
+
+
+def test_an_untied_model_scores_with_a_table_of_its_own():
+    cfg = tiny(tie=False)
+    params, tokens = random_params(cfg), random_tokens(cfg, 0, 1, 6)
+    hidden, _ = forward(cfg, params, tokens, whole(tokens))
+    found = logits(cfg, params, tokens, whole(tokens))
+    np.testing.assert_allclose(found, hidden @ params["head"]["table"].T, atol=1e-4)
+    assert np.abs(params["head"]["table"] - params["embed"]["table"]).max() > 0.1
+
+
+def test_scores_are_float32_whatever_the_compute_dtype():
+    cfg = tiny(dtype="bfloat16")
+    params, tokens = random_params(cfg), random_tokens(cfg, 0, 1, 6)
+    assert logits(cfg, params, tokens, whole(tokens)).dtype == jnp.float32
+
+
+# --- wiring ---
+
+
+def test_post_wiring_norms_last_and_pre_wiring_norms_first():
+    names = {w: set(abstract_params(tiny(wiring=w))[0]["stack"]["layers"]) for w in WIRINGS}
+    assert names["pre"] == {"attn", "ffn", "attn_norm_in", "ffn_norm_in"}
+    assert names["post"] == {"attn", "ffn", "attn_norm_out", "ffn_norm_out"}

@@ -1,0 +1,367 @@
+"""The schema of experiments: what is accepted, what is refused, and in which words."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import typing
+
+import pytest
+from hypothesis import HealthCheck, given, reject, settings
+from hypothesis import strategies as st
+
+from jaxgpt.config import (
+    Config,
+    ConfigError,
+    MeshConfig,
+    ModelConfig,
+    SampleConfig,
+    describe,
+    differences,
+    from_json,
+    load,
+    override,
+    to_json,
+)
+from jaxgpt.settings import flat_fields, flat_hints, get, resolve_table
+
+ROOT = pathlib.Path(__file__).parent.parent
+FIELDS, HINTS = flat_fields(Config), flat_hints(Config)
+
+
+def refusal(*assignments: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        override(Config(), assignments)
+    return str(error.value)
+
+
+# --- overrides ---
+
+
+@pytest.mark.parametrize(
+    ("assignment", "value"),
+    [
+        ("model.width=768", 768),
+        ("train.steps=2e3", 2000),
+        ("optimizer.lr=3e-4", 3e-4),
+        ("optimizer.clip=0", 0.0),
+        ("model.bias=true", True),
+        ("model.tie=no", False),
+        ("model.kv_heads=none", None),
+        ("model.kv_heads=2", 2),
+        ("sample.stop=END,###", ("END", "###")),
+        ('sample.stop=["a, b", "\\n"]', ("a, b", "\n")),
+        ("data.source=a=b/*.txt", "a=b/*.txt"),
+        ("--optimizer.weight-decay=0", 0.0),
+    ],
+)
+def test_a_setting_of_every_type_is_set_from_the_shell(assignment, value):
+    key = assignment.partition("=")[0].removeprefix("--").replace("-", "_")
+    found = get(override(Config(), [assignment]), key)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_an_override_leaves_everything_else_alone():
+    changed = override(Config(), ["model.width=768"])
+    assert dataclasses.replace(changed, model=ModelConfig()) == Config()
+
+
+def test_overrides_apply_all_at_once_so_that_only_the_outcome_must_be_valid():
+    # 390 is not divisible by the 6 heads that the default has, nor is 384 by 5.
+    sizes = override(Config(), ["model.width=390", "model.heads=5"]).model.sizes
+    assert (sizes["D"], sizes["H"], sizes["K"]) == (390, 5, 78)
+
+
+def test_the_last_of_two_overrides_of_a_key_wins():
+    assert override(Config(), ["train.steps=500", "train.steps=700"]).train.steps == 700
+
+
+def test_without_an_equals_sign_the_form_is_shown():
+    assert refusal("model.width") == (
+        "expected path=value, such as model.width=512; got 'model.width'."
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "suggestion"),
+    [
+        ("model.widht", "model.width"),
+        ("modle.width", "model.width"),
+        ("width", "model.width"),
+        ("lr", "optimizer.lr"),
+        ("optimiser.lr", "optimizer.lr"),
+        ("batchs", "train.batch"),
+        ("sede", "seed"),
+    ],
+)
+def test_a_misspelt_or_shortened_key_is_answered_with_the_right_one(key, suggestion):
+    message = refusal(f"{key}=1")
+    assert message.startswith(f"there is no setting {key!r}.")
+    assert suggestion in message.partition("Did you mean ")[2].rstrip("?").split(" or ")
+
+
+def test_a_leaf_of_two_sections_is_answered_with_both():
+    assert refusal("tokens=3").endswith("Did you mean sample.tokens?")
+    assert refusal("nothing.seed=3").endswith("Did you mean seed or sample.seed?")
+
+
+def test_a_key_like_no_other_is_answered_with_where_all_are_listed():
+    assert refusal("qqqqq=1").endswith("`python train.py --help` lists all keys.")
+
+
+@pytest.mark.parametrize(
+    ("assignments", "parts"),
+    [
+        (["model.width=wide"], ["model.width='wide'", "whole number"]),
+        (["model.width=2.5"], ["model.width=2.5", "whole number"]),
+        (["optimizer.lr=fast"], ["optimizer.lr='fast'", "a number"]),
+        (["optimizer.lr=nan"], ["optimizer.lr=nan"]),
+        (["optimizer.lr=inf"], ["optimizer.lr=inf"]),
+        (["model.bias=perhaps"], ["model.bias='perhaps'", "true or false"]),
+        (["optimizer.lr=0"], ["optimizer.lr=0.0", "more than 0"]),
+        (["model.layers=0"], ["model.layers=0", "at least 1"]),
+        (["sample.top_p=1.5"], ["sample.top_p=1.5", "at most 1"]),
+        (["model.width=385"], ["model.width=385", "model.heads=6", "384 or 390"]),
+        (["model.width=4"], ["model.width=4", "model.heads=6", "model.width=6,"]),
+        (["model.kv_heads=4"], ["model.kv_heads=4", "model.heads=6", "[1, 2, 3, 6]"]),
+        (["model.kv_heads=12"], ["model.kv_heads=12", "model.heads=6"]),
+        (["model.width=390"], ["'rope'", "65", "model.head_width"]),
+        (["model.head_width=63"], ["'rope'", "63"]),
+        (["model.position=sinusoidal", "model.width=9", "model.heads=3"], ["model.width", "9"]),
+        (["model.unroll=4"], ["model.unroll=4", "model.layers=6"]),
+        (["model.norm=rsm"], ["model.norm='rsm'", "'rms'", "layer, rms"]),
+        (["optimizer.name=adam_w"], ["optimizer.name='adam_w'", "'adamw'"]),
+        (["train.objective=casual"], ["train.objective='casual'", "'causal'"]),
+        (["model.vocab=259"], ["model.vocab=259", "260"]),
+        (["model.vocab=100", "data.tokenizer=bytes"], ["model.vocab=100", "260"]),
+        (["optimizer.warmup=300", "train.steps=200"], ["300", "200", "optimizer.warmup=20"]),
+        (["train.batch=10", "train.accumulate=4"], ["10", "4", "train.batch=8 or 12"]),
+        (["train.batch=2", "train.accumulate=4"], ["train.batch=4."]),
+        (["mesh.data=0"], ["mesh.data=0", "at least 1"]),
+        (["mesh.fsdp=-2"], ["mesh.fsdp=-2", "at least -1"]),
+        (["mesh.fsdp=-1"], ["mesh.data and mesh.fsdp are both -1"]),
+        (["name=a/b"], ["name='a/b'", "folder name"]),
+        (["name=.."], ["name='..'"]),
+        (["name="], ["name=''"]),
+        (['sample.stop=["a",""]'], ["sample.stop", "empty"]),
+    ],
+)
+def test_what_can_not_work_is_refused_with_key_value_and_remedy(assignments, parts):
+    message = refusal(*assignments)
+    assert [part for part in parts if part not in message] == []
+
+
+def test_an_odd_head_width_is_fine_without_rope():
+    model = ModelConfig(width=15, heads=5, position="learned")
+    assert model.sizes["K"] == 3
+
+
+def test_a_head_width_of_its_own_frees_the_width():
+    assert ModelConfig(width=100, heads=6, head_width=32).sizes["K"] == 32
+
+
+def test_a_tokenizer_from_a_file_may_be_smaller_than_the_bytes():
+    assert override(Config(), ["data.tokenizer=x.json", "model.vocab=100"]).model.vocab == 100
+
+
+def test_one_axis_of_the_mesh_may_take_what_is_left():
+    assert MeshConfig(data=2, fsdp=-1).fsdp == -1
+
+
+def test_kv_heads_none_means_one_for_every_head():
+    assert ModelConfig().sizes["G"] == ModelConfig().heads
+
+
+# --- the schema ---
+
+
+@pytest.mark.parametrize("key", [key for key, f in FIELDS.items() if f.metadata["table"]])
+def test_a_table_resolves_and_holds_the_default(key):
+    assert FIELDS[key].default in resolve_table(FIELDS[key].metadata["table"])
+
+
+def test_every_section_names_itself_as_its_parent_does():
+    for f in dataclasses.fields(Config):
+        if dataclasses.is_dataclass(value := getattr(Config(), f.name)):
+            assert value.section == f.name
+
+
+def test_configs_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().name = "other"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().model.width = 3
+
+
+def test_configs_are_hashable_so_that_jit_may_take_them_as_static():
+    assert hash(Config()) == hash(override(Config(), ["model.width=384"]))
+
+
+def test_describe_lists_every_key_with_its_default_and_meaning():
+    text = describe()
+    assert [key for key in FIELDS if f"  {key}=" not in text] == []
+    assert [key for key, f in FIELDS.items() if f.metadata["doc"] not in text] == []
+    assert "model.kv_heads=none" in text
+    assert "learned" in text  # the choices of a table
+
+
+def test_describe_of_a_section_lists_only_its_keys():
+    keys = [line.split("=")[0].strip() for line in describe("sample").splitlines()]
+    assert keys == [f"sample.{f.name}" for f in dataclasses.fields(SampleConfig)]
+
+
+# --- files ---
+
+
+def test_every_config_file_loads(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    names = [path.stem for path in sorted(ROOT.glob("configs/*.py")) if path.stem != "__init__"]
+    assert "gpt_mini" in names
+    for name in names:
+        assert isinstance(load(name), Config), name
+
+
+def test_a_config_file_is_found_by_path_and_by_bare_name(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    asked = ["configs/gpt_mini.py", "configs/gpt_mini", "gpt_mini.py", "gpt_mini"]
+    assert {load(path).name for path in asked} == {"gpt_mini"}
+
+
+def test_a_path_that_does_not_exist_is_not_taken_for_another_file_of_that_name(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ConfigError, match=r"--config elsewhere/gpt_mini\.py: no such file"):
+        load("elsewhere/gpt_mini.py")
+
+
+def test_a_misspelt_config_file_is_answered_with_the_nearest(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ConfigError, match=r"Did you mean configs/gpt_mini\.py\?.*stdlib"):
+        load("configs/gpt_mni.py")
+
+
+def test_a_missing_config_file_where_there_are_none_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="no such file.*none here"):
+        load("gpt_mini")
+
+
+def test_load_applies_assignments(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("from jaxgpt.config import Config\nconfig = Config(name='mine')\n")
+    config = load(str(path), ["train.steps=300"])
+    assert (config.name, config.train.steps) == ("mine", 300)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("1/0", "ZeroDivisionError: division by zero"),
+        ("config = (", "SyntaxError"),
+        ("import nosuchmodule", "ModuleNotFoundError"),
+        ("x = 1", "must define `config = Config(...)`; its `config` is a NoneType"),
+        ("config = {}", "its `config` is a dict"),
+        (
+            "from jaxgpt.config import *\nconfig = Config(model=ModelConfig(width=385))",
+            "model.width=385",
+        ),
+    ],
+)
+def test_a_config_file_that_fails_is_refused_with_the_reason(tmp_path, content, says):
+    path = tmp_path / "mine.py"
+    path.write_text(content)
+    with pytest.raises(ConfigError) as error:
+        load(str(path))
+    assert says in str(error.value)
+
+
+# --- saving ---
+
+
+def texts(key: str):
+    """Strategies for valid texts of a key, as the shell gives them."""
+    f, kind = FIELDS[key], HINTS[key]
+    args = [a for a in typing.get_args(kind) if a not in (type(None), Ellipsis)]
+    low, high, above = (f.metadata[k] for k in ("low", "high", "above"))
+    low = low if low is not None else above
+    if f.metadata["table"]:
+        return st.sampled_from(sorted(resolve_table(f.metadata["table"])))
+    if kind is bool:
+        return st.sampled_from(["true", "false"])
+    if kind is str:
+        return st.text()
+    if kind == tuple[str, ...]:
+        return st.lists(st.text(min_size=1), max_size=3).map(json.dumps)
+    if int in (kind, *args):
+        return st.integers(low or 0, 10_000).map(str)
+    assert float in (kind, *args)
+    return st.floats(low or 0, high if high is not None else 1e6, exclude_min=above == 0).map(str)
+
+
+assignments = st.lists(
+    st.sampled_from(sorted(FIELDS)).flatmap(
+        lambda key: texts(key).map(lambda text: f"{key}={text}")
+    ),
+    max_size=5,
+)
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.filter_too_much], deadline=None)
+@given(assignments)
+def test_json_gives_back_the_config_that_was_saved(given):
+    try:
+        config = override(Config(), given)
+    except ConfigError:  # two values that do not go together
+        reject()
+    assert from_json(to_json(config)) == config
+
+
+def test_an_unknown_key_in_a_saved_config_names_file_and_key():
+    tree = json.loads(to_json(Config()))
+    tree["model"]["widht"] = 3
+    with pytest.raises(ConfigError) as error:
+        from_json(json.dumps(tree), "runs/a/config.json")
+    assert str(error.value).startswith("runs/a/config.json: there is no setting 'model.widht'.")
+    assert "model.width" in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "3", "[]", "null", '"x"', '{"model": 3}'])
+def test_a_file_that_is_no_config_is_refused_by_name(text):
+    with pytest.raises(ConfigError, match=r"^runs/a/config\.json"):
+        from_json(text, "runs/a/config.json")
+
+
+def test_a_saved_config_without_a_newer_key_takes_its_default():
+    tree = json.loads(to_json(override(Config(), ["model.width=768"])))
+    del tree["model"]["norm_eps"]
+    config = from_json(json.dumps(tree))
+    assert math.isclose(config.model.norm_eps, 1e-5)
+    assert config.model.width == 768
+
+
+# --- differences ---
+
+
+def test_a_config_does_not_differ_from_itself():
+    assert differences(Config(), Config()) == []
+
+
+def test_differences_name_the_key_and_both_values():
+    new = override(Config(), ["model.width=768", "optimizer.lr=0.5"])
+    assert differences(Config(), new) == [
+        "model.width: 384 -> 768",
+        "optimizer.lr: 0.001 -> 0.5",
+    ]
+
+
+def test_differences_ignore_what_changes_nothing_that_is_learned():
+    free = [
+        "folder=elsewhere",
+        "resume=force",
+        "model.remat=full",
+        "mesh.fsdp=2",
+        "train.log_every=3",
+        "sample.temperature=0",
+        "train.loss_chunk=8",
+    ]
+    assert differences(Config(), override(Config(), free)) == []

@@ -1,0 +1,215 @@
+"""The loss over the vocabulary against float64 NumPy and torch, and its memory."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from helpers import forward, random_params, tiny
+
+from jaxgpt.config import TrainConfig
+from jaxgpt.data.loader import Batch
+from jaxgpt.model import Coords, build
+from jaxgpt.objectives import OBJECTIVES, Sums, vocabulary_loss
+
+B, T, D, V = 3, 10, 16, 37
+
+
+def given(dtype=np.float32):
+    """hidden [B T D], table [V D], targets [B T], weights [B T] with a third of them 0."""
+    rng = np.random.default_rng(0)
+    hidden, table = rng.normal(size=(B, T, D)), rng.normal(size=(V, D))
+    targets = rng.integers(0, V, (B, T)).astype(np.int32)
+    weights = rng.choice([0.0, 1.0, 0.5], (B, T)).astype(np.float32)
+    return hidden.astype(dtype), table.astype(np.float32), targets, weights
+
+
+def exact(hidden, table, targets, weights, smoothing=0.0, z_loss=0.0):
+    """(loss, nats, d_hidden, d_table) in float64, whole."""
+    hidden, table = hidden.astype(np.float64), table.astype(np.float64)
+    scores = hidden @ table.T  # [B T V]
+    log_z = np.log(np.exp(scores).sum(-1))
+    wanted = np.eye(V)[targets]
+    nats = log_z - (scores * wanted).sum(-1)
+    soft = (1 - smoothing) * wanted + smoothing / V
+    loss = log_z - (scores * soft).sum(-1) + z_loss * log_z**2
+    p = np.exp(scores - log_z[..., None])
+    d_scores = weights[..., None] * (p - soft + 2 * z_loss * log_z[..., None] * p)
+    d_table = np.einsum("BTV,BTD->VD", d_scores, hidden)
+    return (weights * loss).sum(), (weights * nats).sum(), d_scores @ table, d_table
+
+
+def value_and_gradients(arrays, scale=1.0, **options):
+    """((loss, sums), (d_hidden, d_table)) of scale times the loss."""
+
+    @jax.jit
+    def run(hidden, table, targets, weights):
+        def loss(hidden, table):
+            total, sums = vocabulary_loss(hidden, table, targets, weights, **options)
+            return scale * total, sums
+
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(hidden, table)
+
+    return run(*arrays)
+
+
+# float32 sums of up to B x T = 30 terms of order 10.
+CLOSE = dict(rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("chunk", [0, 1, 3, 4, 7, 15, 29, 30, 1000])
+@pytest.mark.parametrize("options", [{}, dict(smoothing=0.1, z_loss=0.01)], ids=str)
+def test_the_loss_and_its_gradients_equal_float64_for_every_chunk_size(chunk, options):
+    arrays = given()
+    (loss, sums), gradients = value_and_gradients(arrays, chunk=chunk, **options)
+    wanted, nats, d_hidden, d_table = exact(*arrays, **options)
+    np.testing.assert_allclose([loss, sums.loss, sums.nats], [wanted, wanted, nats], rtol=1e-6)
+    np.testing.assert_allclose(gradients[0], d_hidden, **CLOSE)
+    np.testing.assert_allclose(gradients[1], d_table, **CLOSE)
+
+
+def test_the_value_without_gradients_is_the_value_with_them():
+    arrays = given()
+    (with_gradients, _), _ = value_and_gradients(arrays, chunk=6)
+    alone, _ = jax.jit(lambda *a: vocabulary_loss(*a, chunk=6))(*arrays)
+    np.testing.assert_allclose(alone, with_gradients, rtol=1e-6)
+
+
+def test_gradients_scale_with_what_the_loss_is_multiplied_by():
+    arrays = given()
+    _, once = value_and_gradients(arrays, chunk=6)
+    _, thrice = value_and_gradients(arrays, scale=3.0, chunk=6)
+    for a, b in zip(once, thrice, strict=True):
+        np.testing.assert_allclose(3 * a, b, rtol=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
+def test_label_smoothing_equals_that_of_torch(smoothing):
+    hidden, table, targets, _ = given()
+    weights = np.ones((B, T), np.float32)
+    h, w = torch.tensor(hidden, requires_grad=True), torch.tensor(table, requires_grad=True)
+    theirs = torch.nn.functional.cross_entropy(
+        (h @ w.T).reshape(-1, V),
+        torch.tensor(targets).long().reshape(-1),
+        label_smoothing=smoothing,
+        reduction="sum",
+    )
+    theirs.backward()
+    arrays = hidden, table, targets, weights
+    (loss, _), gradients = value_and_gradients(arrays, smoothing=smoothing)
+    np.testing.assert_allclose(loss, theirs.item(), rtol=1e-6)
+    np.testing.assert_allclose(gradients[0], h.grad, **CLOSE)
+    np.testing.assert_allclose(gradients[1], w.grad, **CLOSE)
+
+
+def test_z_loss_adds_the_square_of_the_log_partition():
+    hidden, table, targets, weights = given()
+    log_z = torch.logsumexp(torch.tensor(hidden) @ torch.tensor(table).T, -1).numpy()
+    plain, z = (vocabulary_loss(*given(), z_loss=z_loss)[0] for z_loss in (0.0, 0.25))
+    np.testing.assert_allclose(z - plain, 0.25 * np.sum(weights * log_z**2), rtol=1e-5)
+
+
+def test_tokens_of_weight_zero_are_ignored_entirely():
+    hidden, table, targets, weights = given()
+    ignored = weights == 0
+    other = np.where(ignored[..., None], 100.0, hidden), table, np.where(ignored, 0, targets)
+    a, (d_hidden, _) = value_and_gradients((hidden, table, targets, weights), chunk=6)
+    b, _ = value_and_gradients((*other, weights), chunk=6)
+    np.testing.assert_allclose(jax.tree.leaves(b), jax.tree.leaves(a), rtol=1e-6)
+    np.testing.assert_array_equal(d_hidden[ignored], 0)
+
+
+def test_sums_count_the_weight_and_the_right_guesses():
+    hidden, table, targets, weights = given()
+    best = (hidden @ table.T).argmax(-1)
+    targets = np.where(np.arange(T) % 2 == 0, best, targets).astype(np.int32)
+    for chunk in (0, 4):
+        _, sums = vocabulary_loss(hidden, table, targets, weights, chunk=chunk)
+        np.testing.assert_allclose(sums.weight, weights.sum(), rtol=1e-6)
+        np.testing.assert_allclose(sums.correct, (weights * (best == targets)).sum(), rtol=1e-6)
+
+
+def test_bfloat16_hidden_states_give_a_float32_gradient_of_the_table_summed_in_float32():
+    hidden, table, targets, weights = given()
+    low = jnp.asarray(hidden, jnp.bfloat16)
+    (loss, _), (d_hidden, d_table) = value_and_gradients((low, table, targets, weights), chunk=3)
+    assert (loss.dtype, d_hidden.dtype, d_table.dtype) == ("float32", "bfloat16", "float32")
+    rounded = np.asarray(jnp.asarray(table, jnp.bfloat16), np.float64)
+    wanted, _, _, exact_table = exact(np.asarray(low, np.float64), rounded, targets, weights)
+    np.testing.assert_allclose(loss, wanted, rtol=1e-5)  # scores are summed in float32
+    # The scores' gradients are rounded to bfloat16 before the product: 2^-9 of terms to 1.
+    np.testing.assert_allclose(d_table, exact_table, atol=0.05)
+
+
+def test_the_scores_of_all_tokens_never_stand_in_memory():
+    rows, length, width, vocab = 8, 128, 32, 16_384
+    whole = rows * length * vocab * 4  # 67 MB in float32
+    shapes = [((rows, length, width), "float32"), ((vocab, width), "float32")]
+    shapes += [((rows, length), "int32"), ((rows, length), "float32")]
+
+    def loss(hidden, table, targets, weights):
+        return vocabulary_loss(hidden, table, targets, weights, chunk=64)[0]
+
+    arguments = [jax.ShapeDtypeStruct(*s) for s in shapes]
+    for f in (loss, jax.value_and_grad(loss, (0, 1))):
+        compiled = jax.jit(f).lower(*arguments).compile()
+        # A chunk holds 1/16 of the scores; XLA keeps a few copies of it, and of the table.
+        assert compiled.memory_analysis().temp_size_in_bytes < whole / 2
+        sizes = [np.prod([int(n) for n in found.split(",")])
+                 for found in re.findall(r"f32\[([\d,]+)\]", compiled.as_text())]  # fmt: skip
+        assert max(sizes) < rows * length * vocab / 2
+
+
+def test_a_chunk_is_chosen_by_size_unless_it_is_given():
+    def largest(**options):
+        hlo = jax.jit(lambda *a: vocabulary_loss(*a, **options)[0]).lower(*given()).as_text()
+        return max(int(n) for n in re.findall(rf"tensor<(\d+)x{V}xf32>", hlo))
+
+    assert largest() == B * T
+    assert largest(chunk=6) == 6
+
+
+@pytest.mark.parametrize("wrong", range(4))
+def test_arrays_that_do_not_fit_together_are_refused(wrong):
+    arrays = list(given())
+    arrays[wrong] = arrays[wrong][:, 1:]
+    with pytest.raises(AssertionError):
+        vocabulary_loss(*arrays)
+
+
+# --- objectives ---
+
+
+def batch(cfg) -> Batch:
+    rng = np.random.default_rng(0)
+    tokens, targets = rng.integers(0, cfg.vocab, (2, B, T)).astype(np.int32)
+    positions = np.tile(np.r_[np.arange(6), np.arange(T - 6)], (B, 1)).astype(np.int32)
+    segments = np.tile(np.r_[np.full(6, 1), np.full(T - 6, 2)], (B, 1)).astype(np.int32)
+    return Batch(tokens, targets, positions, segments, given()[3])
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_the_causal_objective_is_the_loss_of_the_models_hidden_states(tie):
+    cfg = tiny(tie=tie)
+    params, data = random_params(cfg), batch(cfg)
+    train = TrainConfig(label_smoothing=0.1, z_loss=0.01, loss_chunk=6)
+    run = jax.jit(lambda p, b: OBJECTIVES["causal"](build(cfg), p, b, {}, train))
+    loss, sums = run(params, data)
+    assert isinstance(sums, Sums)
+    hidden, _ = forward(cfg, params, data.tokens, Coords(data.positions, data.segments))
+    table = params["embed" if tie else "head"]["table"]
+    wanted, _ = vocabulary_loss(
+        hidden, table, data.targets, data.weights, smoothing=0.1, z_loss=0.01
+    )
+    np.testing.assert_allclose(loss, wanted, rtol=1e-5)
+
+
+def test_the_causal_objective_drops_only_with_a_key():
+    cfg = tiny(dropout=0.5)
+    params, data, model = random_params(cfg), batch(cfg), build(cfg)
+    run = jax.jit(lambda rngs: OBJECTIVES["causal"](model, params, data, rngs, TrainConfig())[0])
+    a, b, none = (run(r) for r in ({"dropout": jax.random.key(0)}, {"dropout": jax.random.key(1)}, {}))
+    assert len({float(a), float(b), float(none)}) == 3
+    assert none == run({})

@@ -1,0 +1,146 @@
+"""Whole training runs that take seconds: a small text, a small model, and what is left of them."""
+
+import os
+import random
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jaxgpt.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SampleConfig,
+    TrainConfig,
+    override,
+)
+from jaxgpt.data import Batch
+from jaxgpt.model import abstract_params, build
+from jaxgpt.optimizer import build as build_optimizer
+from jaxgpt.sharding import batch_sharding, make_mesh
+from jaxgpt.trainer.checkpoint import Checkpoints
+from jaxgpt.trainer.state import abstract_state, make_state
+from jaxgpt.trainer.step import make_train_step
+
+MODEL = ModelConfig(vocab=260, context=16, width=32, layers=2, heads=4, kv_heads=2, ffn=48)
+B, T, V = 16, MODEL.context, MODEL.vocab
+
+
+def write_text(folder, documents=12, words=90):
+    """Text files of common words, the same every time."""
+    common = "the a cat dog sat on mat and ran to hill red big small house tree sun".split()
+    dice = random.Random(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(documents):
+        text = " ".join(dice.choices(common, k=words)) + ".\n"
+        (folder / f"{number:02}.txt").write_text(text)
+    return folder
+
+
+def config(*assignments: str, **sections) -> Config:
+    """A tiny experiment. It names no place on disk: see `run_config`."""
+    defaults = dict(
+        model=MODEL,
+        optimizer=OptimizerConfig(lr=1e-2, warmup=2),
+        train=TrainConfig(steps=12, batch=B),
+    )
+    return override(Config(**{**defaults, **sections}), assignments)
+
+
+def run_config(folder, *assignments: str) -> Config:
+    """A tiny run inside `folder`."""
+    text = folder / "text"
+    if not text.exists():
+        write_text(text)
+    data = DataConfig(source=str(text), tokenizer="bytes", cache=str(folder / "tokens"))
+    sample = SampleConfig(prompt="the ", tokens=4)
+    cfg = config(f"folder={folder / 'runs'}", "train.sample_every=0", data=data, sample=sample)
+    return override(cfg, assignments)
+
+
+def random_batch(seed=0, share=0.7) -> Batch:
+    """[B T] of random tokens, in rows of two documents; `share` of the targets count."""
+    rng = np.random.default_rng(seed)
+    tokens, targets = rng.integers(0, V, (2, B, T), dtype=np.int32)
+    second = np.arange(T) >= T // 2
+    return Batch(
+        tokens=tokens,
+        targets=targets,
+        positions=np.broadcast_to(np.arange(T) - second * (T // 2), (B, T)).astype(np.int32),
+        segments=np.broadcast_to(1 + second, (B, T)).astype(np.int32),
+        weights=(rng.random((B, T)) < share).astype(np.float32),
+    )
+
+
+class Training(NamedTuple):
+    """What the loop makes of a config, without the loop."""
+
+    mesh: jax.sharding.Mesh
+    abstract: object
+    optimizer: object
+    step: object  # jitted: (state, batch) -> (state, metrics)
+    make: object  # () -> a fresh state
+
+    def run(self, steps, state=None):
+        """(state, losses) after so many steps, each on its own batch."""
+        state = self.make() if state is None else state
+        losses = []
+        with jax.set_mesh(self.mesh):
+            for number in range(steps):
+                batch = jax.device_put(random_batch(number), batch_sharding(self.mesh))
+                state, metrics = self.step(state, batch)
+                losses.append(float(metrics.loss))
+        return state, losses
+
+
+def training(cfg: Config, devices: int = 1) -> Training:
+    mesh = make_mesh(cfg.mesh, devices=jax.devices()[:devices])
+    _, letters = abstract_params(cfg.model)
+    optimizer, schedule = build_optimizer(cfg.optimizer, cfg.train.steps, letters)
+    abstract = abstract_state(cfg.model, optimizer, cfg.seed, mesh)
+    where = jax.tree.map(lambda x: x.sharding, abstract)
+    step = make_train_step(cfg, build(cfg.model), optimizer, schedule)
+    return Training(
+        mesh,
+        abstract,
+        optimizer,
+        jax.jit(step, donate_argnums=0, out_shardings=(where, None)),
+        lambda: make_state(cfg.model, optimizer, cfg.seed, abstract),
+    )
+
+
+def saved(cfg: Config):
+    """(state, progress) of the latest checkpoint of a run."""
+    files = Checkpoints(cfg.run_folder, cfg.train.keep)
+    state, progress = files.restore(training(cfg, jax.device_count()).abstract)
+    files.close()
+    return state, progress
+
+
+def plain(tree):
+    """Copies of all arrays on the host, keys as their data."""
+    return jax.tree.map(
+        lambda x: np.array(jax.random.key_data(x) if _is_key(x) else x, copy=True), tree
+    )
+
+
+def _is_key(x) -> bool:
+    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def assert_same_bits(a, b):
+    """Two trees are equal, every bit."""
+    jax.tree.map_with_path(
+        lambda path, x, y: np.testing.assert_array_equal(
+            x, y, err_msg=jax.tree_util.keystr(path), strict=True
+        ),
+        plain(a),
+        plain(b),
+    )
+
+
+def alone(environment=None) -> dict[str, str]:
+    """The environment of a script that runs on one device, as a user's does."""
+    return {k: v for k, v in (environment or os.environ).items() if k != "XLA_FLAGS"}
