@@ -4,8 +4,9 @@ The mesh has three named axes, each of which may have size 1: `data` (copies of 
 (parameters divided, gathered where used) and `tensor` (heads, feed-forward and vocabulary divided).
 """
 
+import math
+
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxgpt.config import MeshConfig
@@ -32,15 +33,15 @@ def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
         ConfigError: the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [cfg.data, cfg.fsdp, cfg.tensor]
-    if -1 in sizes:
-        fixed = int(-np.prod(sizes))
-        sizes[sizes.index(-1)] = len(devices) // fixed
-    if np.prod(sizes) != len(devices):
-        asked = " x ".join(f"mesh.{name}={size}" for name, size in zip(AXES, sizes, strict=True))
+    asked = [cfg.data, cfg.fsdp, cfg.tensor]
+    fixed = math.prod(size for size in asked if size != -1)
+    sizes = [len(devices) // fixed if size == -1 else size for size in asked]
+    if math.prod(sizes) != len(devices):
+        grid = " x ".join(f"mesh.{name}={size}" for name, size in zip(AXES, asked, strict=True))
         raise ConfigError(
-            f"{asked} needs {max(1, int(np.prod(sizes)))} devices, found {len(devices)}: "
-            "set one axis to -1 (what is left), or use sizes whose product is the device count."
+            f"{grid} needs {'a multiple of ' if -1 in asked else ''}{fixed} devices, found "
+            f"{len(devices)}: use sizes whose product is the device count, or one -1 for what is "
+            "left."
         )
     # Auto: the compiler propagates shardings. (jax.make_mesh now defaults to Explicit.)
     auto = (AxisType.Auto,) * len(AXES)
@@ -68,7 +69,7 @@ def spec(shape, letters: Letters, mesh) -> PartitionSpec:
     out: list[tuple[str, ...] | None] = []
     for size, letter in zip(shape, letters.replace(">", ""), strict=True):
         axes = tuple(axis for axis in RULES.get(letter, ()) if axis not in used)
-        if not axes or size % int(np.prod([mesh.shape[axis] for axis in axes])):
+        if not axes or size % math.prod(mesh.shape[axis] for axis in axes):
             out.append(None)
         else:
             used.update(axes)

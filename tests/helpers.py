@@ -54,4 +54,3 @@ def forward(cfg: ModelConfig, params, tokens, at: Coords, cache=None):
 def logits(cfg: ModelConfig, params, tokens, at: Coords):
     """[B T V]."""
     return score(params, build(cfg).apply({"params": params}, tokens, at)[0])
-

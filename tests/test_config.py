@@ -242,7 +242,7 @@ def test_a_misspelt_config_file_is_answered_with_the_nearest(monkeypatch):
 
 def test_a_missing_config_file_where_there_are_none_says_so(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="no such file.*none here"):
+    with pytest.raises(ConfigError, match=r"no such file.*none here"):
         load("gpt_mini")
 
 

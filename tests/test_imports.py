@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = [
     {"settings"},
-    {"config"},
+    {"config", "script"},
     {"dims", "tokenizer"},
     {"sharding"},
     {"data", "model"},

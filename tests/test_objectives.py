@@ -105,7 +105,7 @@ def test_label_smoothing_equals_that_of_torch(smoothing):
 
 
 def test_z_loss_adds_the_square_of_the_log_partition():
-    hidden, table, targets, weights = given()
+    hidden, table, _, weights = given()
     log_z = torch.logsumexp(torch.tensor(hidden) @ torch.tensor(table).T, -1).numpy()
     plain, z = (vocabulary_loss(*given(), z_loss=z_loss)[0] for z_loss in (0.0, 0.25))
     np.testing.assert_allclose(z - plain, 0.25 * np.sum(weights * log_z**2), rtol=1e-5)
@@ -210,6 +210,8 @@ def test_the_causal_objective_drops_only_with_a_key():
     cfg = tiny(dropout=0.5)
     params, data, model = random_params(cfg), batch(cfg), build(cfg)
     run = jax.jit(lambda rngs: OBJECTIVES["causal"](model, params, data, rngs, TrainConfig())[0])
-    a, b, none = (run(r) for r in ({"dropout": jax.random.key(0)}, {"dropout": jax.random.key(1)}, {}))
+    a, b, none = (
+        run(r) for r in ({"dropout": jax.random.key(0)}, {"dropout": jax.random.key(1)}, {})
+    )
     assert len({float(a), float(b), float(none)}) == 3
     assert none == run({})

@@ -1,5 +1,6 @@
 """Whole training runs that take seconds: a small text, a small model, and what is left of them."""
 
+import functools
 import os
 import random
 from typing import NamedTuple
@@ -25,16 +26,16 @@ from jaxgpt.trainer.state import abstract_state, make_state
 from jaxgpt.trainer.step import make_train_step
 
 MODEL = ModelConfig(vocab=260, context=16, width=32, layers=2, heads=4, kv_heads=2, ffn=48)
+WORDS = ("the", "a", "cat", "dog", "sat", "on", "mat", "and", "ran", "to", "hill", "red", "big")
 B, T, V = 16, MODEL.context, MODEL.vocab
 
 
 def write_text(folder, documents=12, words=90):
     """Text files of common words, the same every time."""
-    common = "the a cat dog sat on mat and ran to hill red big small house tree sun".split()
     dice = random.Random(0)
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(documents):
-        text = " ".join(dice.choices(common, k=words)) + ".\n"
+        text = " ".join(dice.choices(WORDS, k=words)) + ".\n"
         (folder / f"{number:02}.txt").write_text(text)
     return folder
 
@@ -101,13 +102,14 @@ def training(cfg: Config, devices: int = 1) -> Training:
     optimizer, schedule = build_optimizer(cfg.optimizer, cfg.train.steps, letters)
     abstract = abstract_state(cfg.model, optimizer, cfg.seed, mesh)
     where = jax.tree.map(lambda x: x.sharding, abstract)
+    first = functools.cache(lambda: make_state(cfg.model, optimizer, cfg.seed, abstract))
     step = make_train_step(cfg, build(cfg.model), optimizer, schedule)
     return Training(
         mesh,
         abstract,
         optimizer,
         jax.jit(step, donate_argnums=0, out_shardings=(where, None)),
-        lambda: make_state(cfg.model, optimizer, cfg.seed, abstract),
+        lambda: jax.tree.map(lambda x: x.copy(), first()),
     )
 
 

@@ -53,7 +53,7 @@ class Attention(nn.Module):
         v = Linear(c, "D>GK", name="v")(x)
         if sight.rotate is not None:
             q, k = (sight.rotate(y, sight.q_at.position) for y in (q, k))
-        if kv is not None:
+        if kv is not None and sight.cursor is not None:
             k, v = kv = write(kv, KV(k, v), sight.cursor)
         q, k, v = constrain(q, "BTHK"), constrain(k, "BSGK"), constrain(v, "BSGK")
         out = attend(c.kernel, q, k, v, sight.q_at, sight.k_at, score)

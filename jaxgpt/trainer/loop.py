@@ -226,7 +226,7 @@ def speak(run: Run):
 
 def save(run: Run):
     """Begins to save all that the run needs to go on."""
-    norm = float(optax.global_norm(run.state.params))  # the loss is of the parameters before
+    norm = float(optax.tree.norm(run.state.params))  # the loss is of the parameters before
     _check_finite(run, run.progress.step, "norm of the parameters", norm)
     run.saver.save(run.state, run.progress)
 

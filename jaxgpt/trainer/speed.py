@@ -10,6 +10,7 @@ figures compare with the literature.
 Source: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B.
 """
 
+import re
 import time
 
 import jax
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from jaxgpt.config import ModelConfig
 from jaxgpt.model import count_params
 
-# Dense bfloat16 FLOP/s of a chip, from the vendors' data sheets, by a part of its device_kind.
+# Dense bfloat16 FLOP/s of a chip, from the vendors' data sheets, by words of its device_kind.
 PEAK = {
     "H200": 989e12,
     "H100": 989e12,
@@ -54,7 +55,7 @@ def peak_flops(devices) -> tuple[float, str]:
     """
     kind = devices[0].device_kind
     for name, peak in PEAK.items():
-        if name.lower() in kind.lower():
+        if re.search(rf"\b{name}\b", kind):
             return peak * len(devices), f"{len(devices)} x {kind}, data sheet, bfloat16"
     real = 1 if devices[0].platform == "cpu" else len(devices)
     return matmul_rate(devices[0]) * real, f"{kind}, measured float32 matrix product"

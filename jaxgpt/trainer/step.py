@@ -87,7 +87,7 @@ def make_train_step(
             nats=sums.nats / weight,
             accuracy=sums.correct / weight,
             tokens=sums.weight,
-            grad_norm=optax.global_norm(grads),
+            grad_norm=optax.tree.norm(grads),
             lr=jnp.asarray(schedule(state.step), jnp.float32),
         )
         return TrainState(state.step + 1, params, opt_state, state.rng), metrics

@@ -63,5 +63,7 @@ def test_a_feedforward_equals_its_formula_in_float64(kind):
 @every_kind
 def test_a_feedforward_has_no_bias_unless_the_config_asks(kind):
     cfg = tiny(feedforward=kind)
-    params = FEEDFORWARDS[kind](cfg).init(jax.random.key(0), np.zeros((1, 1, 16), np.float32))["params"]
+    params = FEEDFORWARDS[kind](cfg).init(jax.random.key(0), np.zeros((1, 1, 16), np.float32))[
+        "params"
+    ]
     assert {name for part in params.values() for name in part} == {"w"}

@@ -53,7 +53,8 @@ def test_a_norm_equals_its_formula_in_float64(name, bias):
 
 def test_only_layer_norm_has_a_bias_and_only_where_the_config_asks():
     has = {
-        (name, bias): "bias" in NORMS[name](tiny(bias=bias)).init(jax.random.key(0), rows()[..., :16])["params"]
+        (name, bias): "bias"
+        in NORMS[name](tiny(bias=bias)).init(jax.random.key(0), rows()[..., :16])["params"]
         for name in NORMS
         for bias in (False, True)
     }

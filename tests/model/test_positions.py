@@ -44,9 +44,7 @@ def test_rope_scores_depend_only_on_the_distance(shift):
 
     @jax.jit
     def scores(position):
-        return jnp.einsum(
-            "BTHK,BSHK->BHTS", rope(THETA, q, position), rope(THETA, k, position)
-        )
+        return jnp.einsum("BTHK,BSHK->BHTS", rope(THETA, q, position), rope(THETA, k, position))
 
     near, far = scores(position), scores(position + shift)
     np.testing.assert_allclose(far, near, atol=1e-4)  # sums of 8 products at angles to 50

@@ -22,7 +22,6 @@ from jaxgpt.model import (
     unembedding,
 )
 from jaxgpt.model.block import REMATS, WIRINGS, Dropout
-from jaxgpt.model.norms import NORMS
 from jaxgpt.model.positions import POSITIONS
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
@@ -81,7 +80,7 @@ def test_parts_are_counted_where_they_are():
 
 def test_shapes_are_known_without_allocating():
     shapes, letters = abstract_params(tiny())
-    real, same = init_params(tiny(), KEY)
+    real, same = init_params(tiny(), jax.random.key(0))
     chex.assert_trees_all_equal_shapes_and_dtypes(shapes, real)
     assert letters == same
 
@@ -89,7 +88,9 @@ def test_shapes_are_known_without_allocating():
 # --- the beginning ---
 
 
-@pytest.mark.parametrize("changes", [{}, dict(tie=False, bias=True, norm="layer", position="learned")])
+@pytest.mark.parametrize(
+    "changes", [{}, dict(tie=False, bias=True, norm="layer", position="learned")]
+)
 def test_the_letters_of_every_parameter_spell_its_shape(changes):
     cfg = tiny(**changes)
     params, letters = abstract_params(cfg)
@@ -111,11 +112,8 @@ def test_weights_begin_as_gpt2s_do():
         # Of at least 4096 draws the standard deviation is known to 1.1%, the mean to 1.6% of it.
         np.testing.assert_allclose(x.std(), std, rtol=0.05, err_msg=name)
         np.testing.assert_allclose(x.mean(), 0, atol=0.08 * std, err_msg=name)
-
-
-def test_every_layer_begins_with_weights_of_its_own():
-    w = init_params(tiny(layers=3), KEY)[0]["stack"]["layers"]["attn"]["q"]["w"]
-    assert len(np.unique(w)) == w.size
+        if name.startswith("stack.layers"):
+            assert np.abs(x[0] - x[1]).mean() > std, f"{name} begins alike in two layers"
 
 
 def test_parameters_are_float32_whatever_the_compute_dtype():
@@ -185,7 +183,8 @@ def test_packed_documents_equal_the_same_documents_alone(position):
 
 
 @every_position
-def test_padding_on_either_side_does_not_matter(position, sides=(3, 2)):
+def test_padding_on_either_side_does_not_matter(position):
+    sides = (3, 2)
     cfg = tiny(position=position)
     params = random_params(cfg)
     tokens = random_tokens(cfg, 0, 2, 6)
@@ -255,7 +254,9 @@ def test_rows_of_different_length_share_a_cache_by_padding_on_the_left():
     next_at = Coords(jnp.array([[4]]), jnp.array([[1]]))
     found, _ = forward(cfg, params, more, next_at, cache)
     row = jnp.concatenate([short, more], 1)
-    np.testing.assert_allclose(found[0, 0], forward(cfg, params, row, whole(row))[0][0, -1], **CLOSE)
+    np.testing.assert_allclose(
+        found[0, 0], forward(cfg, params, row, whole(row))[0][0, -1], **CLOSE
+    )
 
 
 def test_the_cache_has_the_compute_dtype_and_only_the_kv_heads():
@@ -302,8 +303,7 @@ def test_bfloat16_is_near_float32():
     assert jnp.mean(jnp.abs(low.astype(jnp.float32) - exact)) < 0.015
 
 
-@pytest.mark.parametrize("wiring", WIRINGS)
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(("wiring", "norm"), [("pre", "layer"), ("post", "rms")])
 def test_every_parameter_has_a_gradient(wiring, norm):
     cfg = tiny(wiring=wiring, norm=norm, bias=True, position="learned")
     params, tokens = random_params(cfg), random_tokens(cfg, 0, 2, 8)
@@ -328,9 +328,7 @@ def dropped(cfg, params, tokens, key=None):
 def test_without_a_key_nothing_is_dropped():
     cfg = tiny(dropout=0.5)
     params, tokens = random_params(cfg), random_tokens(cfg, 0, 2, 8)
-    np.testing.assert_array_equal(
-        dropped(cfg, params, tokens), dropped(tiny(), params, tokens)
-    )
+    np.testing.assert_array_equal(dropped(cfg, params, tokens), dropped(tiny(), params, tokens))
 
 
 def test_the_key_decides_what_is_dropped():

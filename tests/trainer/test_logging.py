@@ -1,0 +1,176 @@
+import functools
+import io
+import json
+import sys
+
+import pytest
+
+from jaxgpt.trainer import logging
+from jaxgpt.trainer.logging import (
+    Console,
+    MetricsFile,
+    duration,
+    plot_losses,
+    read_metrics,
+    write_whole,
+)
+
+FIGURES = dict(loss=2.5, lr=1e-3, tokens_per_second=12345.6, mfu=0.42, eta_seconds=65.0)
+
+
+# --- metrics.jsonl ---
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run folder with one line for each of the steps 1 to 4."""
+    file = MetricsFile(str(tmp_path), 0)
+    for step in range(1, 5):
+        file.write("train", step, {"loss": 1 / step, "nats": 1 / step, "tokens": step})
+    file.close()
+    return str(tmp_path)
+
+
+def steps(folder):
+    return [record["step"] for record in read_metrics(folder)]
+
+
+def test_figures_come_back_with_six_digits(folder):
+    assert read_metrics(folder)[2] == dict(
+        kind="train", step=3, loss=0.333333, nats=0.333333, tokens=3
+    )
+
+
+def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path):
+    file = MetricsFile(str(tmp_path), 0)
+    file.write("eval", 7, {"loss": 1.0})
+    assert steps(str(tmp_path)) == [7]
+    file.close()
+
+
+def test_a_run_that_goes_on_forgets_later_steps(folder):
+    MetricsFile(folder, 2).close()
+    assert steps(folder) == [1, 2]
+
+
+def test_a_run_that_goes_on_writes_after_what_it_kept(folder):
+    file = MetricsFile(folder, 3)
+    file.write("train", 4, {"loss": 9.0})
+    file.close()
+    assert [r["loss"] for r in read_metrics(folder)] == [1.0, 0.5, 0.333333, 9.0]
+
+
+def test_a_line_that_a_kill_cut_short_is_dropped(folder):
+    with open(f"{folder}/metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "st')
+    file = MetricsFile(folder, 4)
+    file.write("train", 5, {"loss": 9.0})
+    file.close()
+    assert steps(folder) == [1, 2, 3, 4, 5]
+    with open(f"{folder}/metrics.jsonl") as file:
+        assert len([json.loads(line) for line in file]) == 5
+
+
+def test_a_new_run_begins_with_an_empty_file(folder):
+    MetricsFile(folder, 0).close()
+    assert steps(folder) == []
+
+
+def test_a_file_is_replaced_whole(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    write_whole(str(path), "new")
+    assert path.read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_loss_curve_is_a_picture(folder):
+    plot_losses(folder, "title")
+    with open(f"{folder}/plots/loss.png", "rb") as file:
+        assert file.read(8) == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_run_without_figures_yet_has_an_empty_picture(tmp_path):
+    plot_losses(str(tmp_path), "title")
+    assert (tmp_path / "plots" / "loss.png").exists()
+
+
+# --- lines for people ---
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """terminal() is from then on where errors go."""
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    def begin():
+        monkeypatch.setattr(sys, "stderr", Terminal())
+        monkeypatch.setattr(logging, "tqdm", functools.partial(logging.tqdm, ncols=120, nrows=40))
+        return sys.stderr
+
+    return begin
+
+
+def test_without_a_terminal_every_step_is_a_plain_line(capsys):
+    console = Console(1000, 0)
+    console.step(50, FIGURES)
+    console.close()
+    out, err = capsys.readouterr()
+    assert out == ("step   50/1000  loss 2.500  lr 1.00e-03  12,346 tokens/s  MFU 42%  ETA 1m05s\n")
+    assert err == ""
+
+
+def test_on_a_terminal_the_figures_stand_beside_a_bar(capsys, terminal):
+    screen = terminal()
+    console = Console(1000, 0)
+    console.step(500, FIGURES)
+    console.close()
+    assert capsys.readouterr().out == ""
+    last = screen.getvalue().rstrip().split("\r")[-1]
+    assert last.startswith(" 50%|#####     | step 500/1000, loss 2.500  lr 1.00e-03")
+    assert last.endswith("ETA 1m05s")
+
+
+def test_on_a_terminal_a_run_that_goes_on_has_its_bar_where_it_was(terminal):
+    screen = terminal()
+    Console(1000, 250).close()
+    assert " 25%|##5       | step 250/1000" in screen.getvalue()
+
+
+def test_on_a_terminal_what_is_said_stands_above_the_bar(capsys, terminal):
+    screen = terminal()
+    console = Console(1000, 0)
+    console.say("held-out loss 2.0")
+    console.close()
+    assert capsys.readouterr().out == "held-out loss 2.0\n"
+    assert "step 0/1000" in screen.getvalue().rstrip().split("\r")[-1]
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_quiet_is_quiet(is_terminal, capsys, terminal):
+    screen = terminal() if is_terminal else None
+    console = Console(1000, 0, is_quiet=True)
+    console.say("hello")
+    console.step(50, FIGURES)
+    console.close()
+    assert capsys.readouterr() == ("", "")
+    assert not (screen and screen.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.2, "0s"),
+        (59.4, "59s"),
+        (59.6, "1m00s"),
+        (185, "3m05s"),
+        (3599.7, "1h00m"),
+        (7620, "2h07m"),
+        (360_000, "100h00m"),
+    ],
+)
+def test_durations_are_short(seconds, text):
+    assert duration(seconds) == text

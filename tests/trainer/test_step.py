@@ -1,0 +1,328 @@
+"""The oracle is the textbook: all scores at once, jax.grad, and optax's own AdamW."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny_runs import assert_same_bits, config, plain, random_batch, training
+
+from jaxgpt.config import OptimizerConfig
+from jaxgpt.model import Coords, abstract_params, build, logits
+from jaxgpt.model.block import REMATS
+from jaxgpt.trainer.step import make_eval_step
+
+# An eps that is not tiny, because Adam divides a rounding error of 1e-9 by a moment of 1e-9.
+ADAMW = OptimizerConfig(lr=1e-2, warmup=2, eps=1e-4, weight_decay=0.3, clip=0.5)
+STEPS = 3
+
+
+@functools.cache
+def runs(*assignments):
+    return training(config(*assignments, optimizer=ADAMW))
+
+
+def fresh():
+    """The first state; no setting that is tried here changes it."""
+    return runs().make()
+
+
+@functools.cache
+def trained(*assignments):
+    """(state, metrics of each step) after a few steps on different batches."""
+    run = runs(*assignments)
+    state, told = fresh(), []
+    for number in range(STEPS):
+        state, metrics = run.step(state, random_batch(number))
+        told.append(plain(metrics))
+    return state, told
+
+
+@jax.jit
+def naive_scores(params, batch):
+    cfg = config().model
+    at = Coords(jnp.asarray(batch.positions), jnp.asarray(batch.segments))
+    hidden, _ = build(cfg).apply({"params": params}, jnp.asarray(batch.tokens), at)
+    return logits(params, hidden)  # [B T V]
+
+
+@jax.jit
+def naive_nats(params, batch):
+    scores = naive_scores(params, batch)
+    return optax.softmax_cross_entropy_with_integer_labels(scores, batch.targets)  # [B T]
+
+
+def mean(values, batch):
+    return jnp.sum(values * batch.weights) / jnp.sum(batch.weights)
+
+
+@jax.jit
+def naive_gradient(params, batch):
+    return jax.value_and_grad(lambda p: mean(naive_nats(p, batch), batch))(params)
+
+
+@functools.cache
+def naive():
+    """[(params before, loss, gradient, params after) of each step]."""
+    _, letters = abstract_params(config().model)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(ADAMW.clip),
+        optax.adamw(
+            lambda step: jnp.array([5e-3, 1e-2, 0])[step] + (step == 2) * last_rate(),
+            ADAMW.b1,
+            ADAMW.b2,
+            ADAMW.eps,
+            weight_decay=ADAMW.weight_decay,
+            mask=jax.tree.map(lambda x: ">" in x, letters),
+        ),
+    )
+    params = fresh().params
+    opt_state = optimizer.init(params)
+    story = []
+    for number in range(STEPS):
+        loss, grads = naive_gradient(params, random_batch(number))
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        after = optax.apply_updates(params, updates)
+        story.append((params, loss, grads, after))
+        params = after
+    return story
+
+
+def last_rate():
+    """The first rate of the cosine after a warmup of 2 in a run of 12."""
+    return 1e-2 * (0.1 + 0.9 * (1 + np.cos(np.pi / 10)) / 2)
+
+
+def assert_close(a, b, atol):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=atol), a, b)
+
+
+# --- the update ---
+
+
+def test_three_steps_move_the_parameters_as_the_textbook_does():
+    # Products round in another order; Adam with eps 1e-4 turns 1e-8 of a gradient into 1e-6.
+    assert_close(trained()[0].params, naive()[-1][3], atol=2e-6)
+
+
+def test_the_step_is_counted_and_the_key_stays():
+    state, _ = trained()
+    assert int(state.step) == STEPS
+    assert_same_bits(state.rng, fresh().rng)
+
+
+def test_the_loss_falls_on_a_batch_seen_again_and_again():
+    run = runs()
+    state, losses = fresh(), []
+    for _ in range(11):
+        state, metrics = run.step(state, random_batch())
+        losses.append(float(metrics.loss))
+    assert losses[-1] < losses[0] - 0.5
+
+
+# --- what it tells ---
+
+
+def told(name, *assignments):
+    return [float(getattr(metrics, name)) for metrics in trained(*assignments)[1]]
+
+
+def test_it_tells_the_mean_loss_before_the_update():
+    # float32 has 7 digits; the mean over 180 tokens keeps 6 of them.
+    np.testing.assert_allclose(told("loss"), [loss for _, loss, _, _ in naive()], rtol=1e-5)
+    assert told("nats") == told("loss")
+
+
+def test_it_tells_the_norm_of_the_gradient_before_clipping():
+    norms = [optax.tree.norm(grads) for _, _, grads, _ in naive()]
+    assert min(norms) > ADAMW.clip
+    np.testing.assert_allclose(told("grad_norm"), norms, rtol=1e-4)
+
+
+def test_it_tells_the_learning_rate_that_it_used():
+    np.testing.assert_allclose(told("lr"), [5e-3, 1e-2, last_rate()], rtol=1e-6)
+
+
+def test_it_tells_how_many_tokens_counted():
+    assert told("tokens") == [random_batch(number).weights.sum() for number in range(STEPS)]
+
+
+def test_it_tells_how_often_the_likeliest_guess_was_right():
+    run = runs()
+    params = plain(fresh().params)
+    guesses = np.array(jnp.argmax(naive_scores(params, random_batch()), axis=-1))
+    # A random model guesses one in 260, so every other target is made right.
+    targets = np.where(np.arange(guesses.shape[1]) % 2, guesses, random_batch().targets)
+    batch = random_batch()._replace(targets=targets.astype(np.int32))
+    _, metrics = run.step(fresh(), batch)
+    expected = ((guesses == targets) * batch.weights).sum() / batch.weights.sum()
+    assert 0.3 < expected < 0.7
+    np.testing.assert_allclose(metrics.accuracy, expected, rtol=1e-6)
+
+
+def test_a_batch_without_a_token_that_counts_changes_no_weight_to_nan():
+    run = runs()
+    empty = random_batch(share=0.0)
+    state, metrics = run.step(fresh(), empty)
+    assert float(metrics.loss) == 0
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(plain(state.params)))
+
+
+# --- gradient accumulation ---
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_batch_in_parts_moves_the_parameters_as_a_whole_one(parts):
+    # As above: the gradients differ by rounding, 1e-8.
+    assert_close(trained(f"train.accumulate={parts}")[0].params, trained()[0].params, atol=2e-6)
+
+
+def test_parts_count_by_their_tokens():
+    whole, halves = runs(), runs("train.accumulate=2")
+    batch = random_batch()
+    # Part i takes rows i::2. One part has all its tokens, the other one in eight.
+    weights = np.ones_like(batch.weights)
+    weights[1::2, 2:] = 0
+    batch = batch._replace(weights=weights)
+    state, metrics = whole.step(fresh(), batch)
+    state_2, metrics_2 = halves.step(fresh(), batch)
+    assert float(metrics_2.tokens) == weights.sum()
+    np.testing.assert_allclose(metrics_2.grad_norm, metrics.grad_norm, rtol=1e-5)
+    assert_close(state_2.params, state.params, atol=2e-6)
+
+
+# --- memory and time ---
+
+
+def test_the_old_state_is_given_away():
+    run = runs()
+    state = fresh()
+    run.step(state, random_batch())
+    moved = jax.tree.leaves((state.params, state.opt_state, state.step))
+    assert all(x.is_deleted() for x in moved)
+
+
+def test_it_is_compiled_once(compilations):
+    trained()
+    assert compilations(runs().step) == 1
+
+
+@pytest.mark.parametrize("remat", [name for name in REMATS if name != "none"])
+def test_recomputing_changes_nothing(remat):
+    state = trained(f"model.remat={remat}")[0]
+    assert_close(state.params, trained()[0].params, atol=2e-6)
+
+
+def test_unrolling_changes_nothing():
+    assert_close(trained("model.unroll=2")[0].params, trained()[0].params, atol=2e-6)
+
+
+# --- bfloat16 ---
+
+
+@pytest.fixture(scope="module")
+def half():
+    return trained("model.dtype=bfloat16")
+
+
+def test_bfloat16_keeps_float32_parameters_and_moments(half):
+    kept = [x for x in jax.tree.leaves((half[0].params, half[0].opt_state)) if x.ndim]
+    assert {x.dtype for x in kept} == {jnp.dtype("float32")}
+
+
+def test_bfloat16_keeps_updates_that_it_could_not_represent(half):
+    scale = plain(half[0].params["stack"]["norm"])
+    (scale,) = jax.tree.leaves(scale)
+    assert np.any(scale != scale.astype(jnp.bfloat16).astype(np.float32))
+
+
+def test_bfloat16_loses_about_the_same(half):
+    # Eight bits of mantissa, so 0.4 % of each score of about 1.
+    losses = [float(metrics.loss) for metrics in half[1]]
+    np.testing.assert_allclose(losses, told("loss"), atol=0.02)
+    assert losses != told("loss")
+
+
+# --- dropout ---
+
+
+@pytest.fixture(scope="module")
+def dropped():
+    """(state at a step) -> loss, with dropout, of the same batch and parameters."""
+    run = runs("model.dropout=0.2", "train.accumulate=2")
+
+    def loss(step=0, seed=0):
+        state = fresh()
+        state = state.replace(step=jnp.int32(step), rng=jax.random.fold_in(state.rng, seed))
+        state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, run.abstract))
+        return float(run.step(state, random_batch())[1].loss)
+
+    return loss
+
+
+def test_dropout_is_the_same_again(dropped):
+    assert dropped(step=3) == dropped(step=3)
+
+
+def test_dropout_differs_between_steps(dropped):
+    assert len({dropped(step=step) for step in range(4)}) == 4
+
+
+def test_dropout_differs_between_seeds(dropped):
+    assert dropped(seed=0) != dropped(seed=1)
+
+
+def test_dropout_differs_between_the_parts_of_a_batch():
+    run = runs("model.dropout=0.2", "train.accumulate=2")
+    batch = random_batch()
+    twice = jax.tree.map(lambda x: np.repeat(x[:8], 2, axis=0), batch)  # both parts are the same
+    first = twice._replace(weights=twice.weights * (np.arange(16) % 2 == 0)[:, None])
+    second = twice._replace(weights=twice.weights * (np.arange(16) % 2 == 1)[:, None])
+    losses = [float(run.step(fresh(), b)[1].loss) for b in (first, second)]
+    assert losses[0] != losses[1]
+
+
+# --- the loss that is minimised ---
+
+
+@jax.jit
+def naive_penalised(params, batch):
+    scores = naive_scores(params, batch)
+    log_z = jax.nn.logsumexp(scores, axis=-1)
+    smooth = 0.8 * naive_nats(params, batch) + 0.2 * (log_z - scores.mean(-1))
+    return mean(smooth + 0.01 * log_z**2, batch)
+
+
+@pytest.fixture(scope="module")
+def penalised():
+    return runs("train.z_loss=0.01", "train.label_smoothing=0.2").step(fresh(), random_batch())[1]
+
+
+def test_z_loss_and_label_smoothing_are_part_of_the_loss(penalised):
+    expected = naive_penalised(fresh().params, random_batch())
+    np.testing.assert_allclose(penalised.loss, expected, rtol=1e-5)
+
+
+def test_z_loss_and_label_smoothing_are_minimised(penalised):
+    expected = optax.tree.norm(jax.grad(naive_penalised)(fresh().params, random_batch()))
+    np.testing.assert_allclose(penalised.grad_norm, expected, rtol=1e-4)
+    assert float(penalised.grad_norm) != pytest.approx(told("grad_norm")[0], rel=1e-3)
+
+
+def test_nats_are_told_without_z_loss_and_label_smoothing(penalised):
+    np.testing.assert_allclose(penalised.nats, told("nats")[0], rtol=1e-5)
+
+
+# --- evaluation ---
+
+
+def test_evaluation_sums_plain_nats_without_dropout():
+    cfg = config("model.dropout=0.5", "train.z_loss=0.1", "train.label_smoothing=0.5")
+    params = fresh().params
+    batch = random_batch()
+    sums = jax.jit(make_eval_step(cfg, build(cfg.model)))(params, batch)
+    expected = jnp.sum(naive_nats(params, batch) * batch.weights)
+    np.testing.assert_allclose(sums.nats, expected, rtol=1e-5)
+    assert float(sums.weight) == batch.weights.sum()
