@@ -53,7 +53,7 @@ def experiment(name: str, source: str, folder: str, seed: int) -> Config:
         data=DataConfig(source=source, tokenizer="bytes", holdout=0.1, split="tail"),
         optimizer=OptimizerConfig(lr=1e-3, b2=0.99, warmup=100, floor=0.1),
         train=TrainConfig(steps=2000, batch=12, eval_every=250, sample_every=0, log_every=50),
-        sample=SampleConfig(prompt="\n", tokens=300),
+        sample=SampleConfig(prompt="\n", tokens=300, slide=True),
     )
 
 

@@ -18,5 +18,5 @@ config = Config(
     data=DataConfig(source="tfds:tiny_shakespeare", tokenizer="bytes"),
     optimizer=OptimizerConfig(lr=1e-3, b2=0.99, warmup=100),
     train=TrainConfig(steps=2000, batch=12, eval_every=500, log_every=50, sample_every=500),
-    sample=SampleConfig(prompt="\n", tokens=300),
+    sample=SampleConfig(prompt="\n", tokens=300, slide=True),
 )

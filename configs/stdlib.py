@@ -1,14 +1,23 @@
-"""The default: a small GPT on Python's own documentation and library source, which every
-CPython carries, so that it needs no download."""
+"""The default: a small GPT on Python's own documentation and library source, which every CPython
+carries. No download; about two minutes of training on two CPU cores.
+
+Held-out loss after 600 steps: 3.32 nats per token. With AdamW (optimizer.name=adamw
+optimizer.lr=3e-3) it is 3.74 in the same time: Muon makes more of few tokens.
+"""
 
 from jaxgpt.config import Config, ModelConfig, OptimizerConfig, SampleConfig, TrainConfig
 
 config = Config(
     name="stdlib",
-    model=ModelConfig(vocab=4096, context=128, width=256, layers=4, heads=4, ffn=704),
-    optimizer=OptimizerConfig(lr=2e-3, warmup=50),
+    model=ModelConfig(vocab=2048, context=128, width=128, layers=4, heads=2, ffn=344),
+    optimizer=OptimizerConfig(name="muon", lr=5e-3, matrix_lr=2e-2, warmup=30),
     train=TrainConfig(
-        steps=600, batch=16, eval_every=100, eval_batches=20, sample_every=100, save_every=100
+        steps=600,
+        batch=16,
+        eval_every=100,
+        eval_batches=20,
+        save_every=200,
+        sample_every=200,
     ),
-    sample=SampleConfig(prompt="def ", tokens=100),
+    sample=SampleConfig(prompt="def ", tokens=120, temperature=0.7, slide=True),
 )

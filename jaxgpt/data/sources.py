@@ -44,9 +44,16 @@ def documents(cfg: DataConfig) -> Iterator[Document]:
 # --- Python itself ---
 
 _SKIPPED = {
-    "__pycache__", "dist-packages", "ensurepip", "idle_test", "lib2to3", "site-packages", "test",
+    "__pycache__",
+    "dist-packages",
+    "encodings",
+    "ensurepip",
+    "idle_test",
+    "lib2to3",
+    "site-packages",
+    "test",
     "tests",
-}  # fmt: skip
+}  # fmt: skip; encodings is an eighth of the library, and tables of characters
 
 
 def stdlib(cfg: DataConfig) -> Iterator[tuple[str, bytes]]:

@@ -83,7 +83,9 @@ def plot_losses(run_folder: str, title: str):
         axes.plot(*zip(*train, strict=True), color="#9db4d0", lw=1, label="training")
     if held:
         axes.plot(*zip(*held, strict=True), color="#c0392b", marker="o", ms=3, label="held out")
-        axes.annotate(f"{held[-1][1]:.3f}", held[-1], (4, 6), textcoords="offset points")
+        axes.annotate(
+            f"{held[-1][1]:.3f}", held[-1], (0, 7), textcoords="offset points", ha="right"
+        )
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
     if train or held:
