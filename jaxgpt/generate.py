@@ -115,6 +115,7 @@ def warp(scores: jax.Array, seen: jax.Array, rules: Rules) -> jax.Array:
 
 def draw(scores: jax.Array, seen: jax.Array, rules: Rules, keys: jax.Array) -> jax.Array:
     """One token per row, int32 [B]: keys [B]; greedy at temperature 0."""
+    chex.assert_shape(keys, scores.shape[:1])
     warped = warp(scores, seen, rules)
     chosen = jax.vmap(jax.random.categorical)(keys, warped)
     return jnp.where(rules.temperature > 0, chosen, jnp.argmax(warped, axis=-1)).astype(jnp.int32)

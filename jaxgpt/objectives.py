@@ -50,6 +50,8 @@ def score_chunk(hidden, table, targets, weights, smoothing: float, z_loss: float
     Source: label smoothing, Szegedy et al. 2016, arXiv:1512.00567, section 7; z-loss, Chowdhery
     et al. 2022, arXiv:2204.02311, section 5.
     """
+    chex.assert_rank([hidden, table], 2)
+    chex.assert_shape([targets, weights], hidden.shape[:1])
     table = table.astype(hidden.dtype)
     scores = jnp.einsum("ND,VD->NV", hidden, table, preferred_element_type=jnp.float32)
     scores = constrain(scores, "NV")
@@ -164,6 +166,8 @@ def causal(model, params, batch: Batch, rngs, cfg: TrainConfig) -> tuple[jax.Arr
     Returns:
         (summed loss [], Sums). Divide by `Sums.weight` for the mean.
     """
+    chex.assert_rank(batch.tokens, 2)
+    chex.assert_equal_shape(batch)
     tokens, targets, positions, segments, weights = map(jnp.asarray, batch)
     hidden, _ = model.apply({"params": params}, tokens, Coords(positions, segments), rngs=rngs)
     return vocabulary_loss(

@@ -2,6 +2,7 @@
 
 import math
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,7 @@ class Linear(nn.Module):
         inputs, outputs = self.letters.split(">")
         w = weight(self, "w", self.letters, self.cfg.sizes, self.initial).astype(x.dtype)
         lead = x.shape[: x.ndim - len(inputs)]
+        chex.assert_shape(x, (*lead, *w.shape[: len(inputs)]))
         # Two plain dimensions on either side: on CPU the same product on [B T D] costs 1.8 times
         # as much as on [B*T D], and other backends do not mind.
         rows = math.prod(x.shape[len(lead) :])

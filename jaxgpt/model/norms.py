@@ -1,5 +1,6 @@
 """Normalisations, computed in float32 whatever the compute dtype."""
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # [... D] -> [... D]
+        chex.assert_axis_dimension(x, -1, self.cfg.width)
         scale = weight(self, "scale", "D", self.cfg.sizes, ones)
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.cfg.norm_eps)
@@ -35,6 +37,7 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # [... D] -> [... D]
+        chex.assert_axis_dimension(x, -1, self.cfg.width)
         scale = weight(self, "scale", "D", self.cfg.sizes, ones)
         y = x.astype(jnp.float32)
         y = y - jnp.mean(y, axis=-1, keepdims=True)

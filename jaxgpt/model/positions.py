@@ -9,6 +9,7 @@ Every scheme acts in exactly one of three places, so every scheme overrides one 
 The base class is the identity in all three, which is the scheme "none".
 """
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,8 @@ def sinusoidal(position: jax.Array, width: int) -> jax.Array:
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.5.
     """
+    chex.assert_rank(position, 2)
+    chex.assert_is_divisible(width, 2)
     rate = 10_000.0 ** (-jnp.arange(0, width, 2) / width)
     angle = position[..., None] * rate
     return jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1).reshape(*position.shape, width)
@@ -39,6 +42,9 @@ def rope(theta: float, x: jax.Array, position: jax.Array) -> jax.Array:
 
     Source: Su et al. 2021, arXiv:2104.09864, equation 34 (pairs laid out as in GPT-NeoX).
     """
+    chex.assert_rank(x, 4)
+    chex.assert_shape(position, x.shape[:2])
+    chex.assert_is_divisible(x.shape[-1], 2)
     half = x.shape[-1] // 2
     rate = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = position[:, :, None, None].astype(jnp.float32) * rate  # [B T 1 K/2]

@@ -117,6 +117,7 @@ def unembedding(params) -> jax.Array:
 def logits(params, hidden: jax.Array) -> jax.Array:
     """hidden [... D] -> float32 [... V]."""
     table = unembedding(params).astype(hidden.dtype)
+    chex.assert_axis_dimension(hidden, -1, table.shape[1])
     return jnp.einsum("...D,VD->...V", hidden, table, preferred_element_type=jnp.float32)
 
 
@@ -154,6 +155,7 @@ def count_params(cfg: ModelConfig) -> dict[str, int]:
 
 def init_cache(cfg: ModelConfig, batch: int, slots: int) -> Cache:
     """An empty cache for `batch` rows of up to `slots` tokens."""
+    chex.assert_scalar_positive(batch)
     chex.assert_scalar_positive(slots)
     shape = (cfg.layers, batch, slots, cfg.sizes["G"], cfg.sizes["K"])
     empty = jnp.zeros(shape, DTYPES[cfg.dtype])
