@@ -45,6 +45,7 @@ class Run:
     cfg: Config
     mesh: jax.sharding.Mesh
     corpus: Corpus
+    loader: Loader
     state: TrainState
     progress: Progress
     train_step: Callable
@@ -87,10 +88,7 @@ def train(cfg: Config, *, is_quiet: bool = False) -> Progress:
 def loop(run: Run, stop: "Stop"):
     """Steps until the end, an early stop or a signal."""
     cfg, progress, every = run.cfg, run.progress, run.cfg.train
-    loader = Loader(
-        run.corpus.train, every.batch, cfg.model.context, cfg.seed, cfg.data.mask_documents
-    )
-    batches = prefetch(loader.batches(progress.step), cfg.data.prefetch)
+    batches = prefetch(run.loader.batches(progress.step), cfg.data.prefetch)
     due = None  # figures of an earlier step: fetched once the next step is under way
     first = progress.step + 1
     run.clock.start(progress.step)
@@ -255,9 +253,16 @@ def open_run(cfg: Config, is_quiet: bool = False) -> Run:
     if is_resumed:
         _check_same_config(cfg)
 
+    if not is_quiet:  # the first reading of a large text takes a while
+        print(
+            f"reading {cfg.data.source}, and tokenizing what is not in {cfg.data.cache}", flush=True
+        )
     known = os.path.join(folder, "tokenizer.json")
     corpus = prepare(
         cfg.data, cfg.model.vocab, tokenizer=tokenizers.load(known) if is_resumed else None
+    )
+    loader = Loader(
+        corpus.train, cfg.train.batch, cfg.model.context, cfg.seed, cfg.data.mask_documents
     )
     saver = Checkpoints(folder, cfg.train.keep)
     _, letters = abstract_params(cfg.model)
@@ -281,6 +286,7 @@ def open_run(cfg: Config, is_quiet: bool = False) -> Run:
         cfg=cfg,
         mesh=mesh,
         corpus=corpus,
+        loader=loader,
         state=state,
         progress=progress,
         train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(where, None)),

@@ -327,6 +327,13 @@ def test_a_batch_that_the_devices_can_not_divide_is_refused_before_anything_is_w
     assert not os.path.exists(cfg.run_folder)
 
 
+def test_too_little_text_is_refused_before_anything_is_written(straight):
+    cfg = override(straight, ["name=short", "model.context=100000"])
+    with pytest.raises(ConfigError, match=r"data.source gives \d+ tokens .* model.context=100000"):
+        train(cfg, is_quiet=True)
+    assert not os.path.exists(cfg.run_folder)
+
+
 def test_data_that_is_not_there_is_refused_before_anything_is_written(straight):
     cfg = override(straight, ["name=lost", "data.source=no/such/folder"])
     with pytest.raises(ConfigError, match=r"data.source|no/such/folder"):
@@ -477,7 +484,8 @@ def test_a_run_introduces_itself_and_says_goodbye(straight, capsys):
     out, err = capsys.readouterr()
     assert err == ""
     lines = out.splitlines()
-    assert [line.split()[0] for line in lines[:6]] == [
+    assert [line.split()[0] for line in lines[:7]] == [
+        "reading",
         "jaxgpt",
         "run",
         "data",
@@ -485,7 +493,7 @@ def test_a_run_introduces_itself_and_says_goodbye(straight, capsys):
         "plan",
         "speed",
     ]
-    assert "8 cpu device(s) (data 8)" in lines[0]
+    assert "8 cpu device(s) (data 8)" in lines[1]
     assert re.search(
         r"^step 2/4  loss \d\.\d{3}  lr \S+  [\d,]+ tokens/s  MFU \d+%  ETA", out, re.M
     )
