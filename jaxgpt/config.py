@@ -91,11 +91,7 @@ class ModelConfig(Section):
     bias: bool = option(False, "bias vectors in every linear map")
     tie: bool = option(True, "one table embeds tokens and scores them")
     dropout: float = option(0.0, "share of activations dropped while training", low=0.0, high=0.99)
-    kernel: str = option(
-        "auto",
-        "how attention is computed: auto takes the fast path of the device",
-        table="jaxgpt.model.kernels:KERNELS",
-    )
+    kernel: str = option("dense", "how attention is computed", table="jaxgpt.model.kernels:KERNELS")
     dtype: str = option(
         "float32",
         "compute dtype; parameters stay float32",

@@ -64,4 +64,4 @@ def attend(name: str, q, k, v, q_at: Coords, k_at: Coords, score: Score) -> jax.
     return KERNELS[name](q, k, v, q_at, k_at, score)
 
 
-KERNELS: dict[str, Kernel] = {"auto": dense, "dense": dense}
+KERNELS: dict[str, Kernel] = {"dense": dense}
