@@ -88,7 +88,7 @@ def plot(results: dict, path: str):
         axes.plot(*zip(*curve, strict=True), marker="o", ms=3, color=colour, label=label)
     axes.axhline(NANOGPT, color="#2980b9", lw=1, ls="--", label=f"nanoGPT: {NANOGPT}")
     axes.set(xlabel="step", ylabel="held-out loss (nats per byte)", title="Tiny Shakespeare, bytes")
-    axes.set_ylim(1.8, 2.7)
+    axes.set_ylim(1.6, 2.7)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     FigureCanvasAgg(figure).print_png(path)
