@@ -415,7 +415,7 @@ def from_json(text: str, where: str = "config.json") -> Config:
     """The config that `to_json` wrote. `where` names the file in errors."""
     try:
         return from_dict(Config, json.loads(text))
-    except (json.JSONDecodeError, AttributeError) as error:
+    except json.JSONDecodeError as error:
         raise ConfigError(f"{where} is not a saved config: {error}.") from error
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error

@@ -249,8 +249,7 @@ def generate(
     Raises:
         ConfigError: a prompt does not fit the context and `sample.slide` is off.
     """
-    for rows, pieces in generate_rows(cfg, params, tokenizer, prompts, sample):
-        del rows
+    for _, pieces in generate_rows(cfg, params, tokenizer, prompts, sample):
         yield pieces
 
 

@@ -10,7 +10,7 @@ import importlib
 import json
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -150,26 +150,24 @@ def type_hints(kind: type) -> dict[str, Any]:
     return {k: v for k, v in typing.get_type_hints(kind).items() if k in names}
 
 
-def flat_fields(kind: type, prefix: str = "") -> dict[str, dataclasses.Field]:
-    """Every leaf field by its dotted key."""
-    found: dict[str, dataclasses.Field] = {}
+def _leaves(kind: type, prefix: str) -> Iterator[tuple[str, dataclasses.Field, Any]]:
+    """Every leaf field: its dotted key, the field and its type."""
     for f in dataclasses.fields(kind):
         inner = type_hints(kind)[f.name]
         if _is_section(inner):
-            found |= flat_fields(inner, f"{prefix}{f.name}.")
+            yield from _leaves(inner, f"{prefix}{f.name}.")
         else:
-            found[prefix + f.name] = f
-    return found
+            yield prefix + f.name, f, inner
+
+
+def flat_fields(kind: type, prefix: str = "") -> dict[str, dataclasses.Field]:
+    """Every leaf field by its dotted key."""
+    return {key: f for key, f, _ in _leaves(kind, prefix)}
 
 
 def flat_hints(kind: type, prefix: str = "") -> dict[str, Any]:
     """The type of every leaf field by its dotted key."""
-    found: dict[str, Any] = {}
-    for name, inner in type_hints(kind).items():
-        found |= (
-            flat_hints(inner, f"{prefix}{name}.") if _is_section(inner) else {prefix + name: inner}
-        )
-    return found
+    return {key: inner for key, _, inner in _leaves(kind, prefix)}
 
 
 def _is_section(kind) -> bool:

@@ -11,7 +11,6 @@ randomness, so that sampling reads no more than it needs.
 
 import dataclasses
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,21 +55,13 @@ class Checkpoints:
             return
         self._best.wait_until_finished()  # what `progress` says of the best one must be on disk
         rest = {"opt_state": state.opt_state, "rng": jax.random.key_data(state.rng)}
-        parts = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            rest=ocp.args.StandardSave(rest),
-            progress=ocp.args.JsonSave(_plain(progress)),
-        )
+        parts = _parts(state, progress, rest=ocp.args.StandardSave(rest))
         self._latest.save(progress.step, args=parts)
 
     def save_best(self, state: TrainState, progress: Progress):
         """Begins to save the parameters alone, in place of the best ones before."""
-        parts = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            progress=ocp.args.JsonSave(_plain(progress)),
-        )
         self.forget_best(progress.step)  # from before a kill: the run is catching up with itself
-        self._best.save(progress.step, args=parts)
+        self._best.save(progress.step, args=_parts(state, progress))
 
     def forget_best(self, since: int = 0):
         """Deletes the best parameters if they are of step `since` or later."""
@@ -162,5 +153,9 @@ def _manager(folder: str, keep: int) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(os.path.abspath(folder), options=options)
 
 
-def _plain(progress: Progress) -> Mapping[str, Any]:
-    return dataclasses.asdict(progress)
+def _parts(state: TrainState, progress: Progress, **more) -> ocp.args.Composite:
+    return ocp.args.Composite(
+        params=ocp.args.StandardSave(state.params),
+        progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
+        **more,
+    )

@@ -10,6 +10,7 @@ figures compare with the literature.
 Source: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B.
 """
 
+import functools
 import re
 import time
 
@@ -38,6 +39,7 @@ PEAK = {
 }
 
 
+@functools.cache  # it traces the model to count, and every line of the log asks
 def flops_per_token(cfg: ModelConfig) -> float:
     """FLOPs of one training step per token, forward and backward."""
     count = count_params(cfg)
