@@ -3,6 +3,7 @@
 Source: the model card of Llama 3.2 1B; Dubey et al. 2024, arXiv:2407.21783, for the family.
 """
 
+from jaxgpt.architecture import RopeConfig
 from jaxgpt.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 
 config = Config(
@@ -15,7 +16,7 @@ config = Config(
         heads=32,
         kv_heads=8,
         ffn=8192,
-        rope_theta=500_000.0,
+        rope=RopeConfig(theta=500_000.0),
         dtype="bfloat16",
         remat="dots",
     ),

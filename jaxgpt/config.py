@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import ClassVar
 
+from jaxgpt.architecture import ModelConfig
 from jaxgpt.settings import (
     ConfigError,
     Section,
@@ -55,98 +56,6 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class ModelConfig(Section):
-    """The shape of a Transformer. Names choose a function; numbers choose a size."""
-
-    section: ClassVar[str] = "model"
-
-    family: str = option(
-        "decoder", "how blocks are put together", table="jaxgpt.model.transformer:FAMILIES"
-    )
-    vocab: int = option(8192, "V, rows of the embedding table", low=1)
-    context: int = option(256, "the longest sequence trained on, in tokens", low=1)
-    width: int = option(384, "D, width of the residual stream", low=1)
-    layers: int = option(6, "L, number of blocks", low=1)
-    heads: int = option(6, "H, query heads", low=1)
-    kv_heads: int | None = option(
-        None, "G, key and value heads: none = heads (MHA), 1 = MQA, between = GQA", low=1
-    )
-    head_width: int | None = option(None, "K, width of a head: none = width / heads", low=1)
-    ffn: int = option(1024, "F, width of the feed-forward layer", low=1)
-    position: str = option(
-        "rope", "how tokens know their place", table="jaxgpt.model.positions:POSITIONS"
-    )
-    rope_theta: float = option(10_000.0, "base of RoPE's wavelengths", above=0)
-    norm: str = option("rms", "normalisation", table="jaxgpt.model.norms:NORMS")
-    norm_eps: float = option(1e-5, "added to the variance inside the norm", above=0)
-    wiring: str = option("pre", "where norm and residual stand", table="jaxgpt.model.block:WIRINGS")
-    feedforward: str = option(
-        "gated", "the channel mixer", table="jaxgpt.model.feedforward:FEEDFORWARDS"
-    )
-    activation: str = option(
-        "silu",
-        "the nonlinearity (gated silu is SwiGLU)",
-        table="jaxgpt.model.feedforward:ACTIVATIONS",
-    )
-    bias: bool = option(False, "bias vectors in every linear map")
-    tie: bool = option(True, "one table embeds tokens and scores them")
-    dropout: float = option(0.0, "share of activations dropped while training", low=0.0, high=0.99)
-    kernel: str = option("dense", "how attention is computed", table="jaxgpt.model.kernels:KERNELS")
-    dtype: str = option(
-        "float32",
-        "compute dtype; parameters stay float32",
-        table="jaxgpt.model.layers:DTYPES",
-        free=True,
-    )
-    remat: str = option(
-        "none", "what the backward pass recomputes", table="jaxgpt.model.block:REMATS", free=True
-    )
-    unroll: int = option(1, "blocks per step of the scan over layers", low=1, free=True)
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The size of every dimension of a parameter, by its letter (see dims.py)."""
-        return dict(
-            V=self.vocab,
-            C=self.context,
-            D=self.width,
-            H=self.heads,
-            G=self.kv_heads or self.heads,
-            K=self.head_width or self.width // self.heads,
-            F=self.ffn,
-        )
-
-    def check(self):
-        if self.head_width is None and self.width % self.heads:
-            near = nearest_multiples(self.width, self.heads)
-            raise ConfigError(
-                f"model.width={self.width} is not divisible by model.heads={self.heads}: "
-                f"set model.width={near}, or give model.head_width."
-            )
-        if self.kv_heads and self.heads % self.kv_heads:
-            fits = [g for g in range(1, self.heads + 1) if self.heads % g == 0]
-            raise ConfigError(
-                f"model.kv_heads={self.kv_heads} does not divide model.heads={self.heads}: "
-                f"use one of {fits}."
-            )
-        if self.position == "rope" and self.sizes["K"] % 2:
-            raise ConfigError(
-                f"model.position='rope' turns pairs, so the head width must be even; "
-                f"it is {self.sizes['K']} (model.width={self.width} / model.heads={self.heads}). "
-                "Set an even model.head_width."
-            )
-        if self.position == "sinusoidal" and self.width % 2:
-            raise ConfigError(
-                f"model.position='sinusoidal' needs an even model.width; it is {self.width}."
-            )
-        if self.layers % self.unroll:
-            raise ConfigError(
-                f"model.unroll={self.unroll} does not divide model.layers={self.layers}: "
-                "use a divisor, or 1."
-            )
-
-
-@dataclass(frozen=True)
 class DataConfig(Section):
     """Where text comes from and how it becomes batches."""
 
@@ -155,7 +64,8 @@ class DataConfig(Section):
     source: str = option(
         "stdlib",
         "stdlib (Python's own documentation and library source, no download), a file, folder or "
-        "glob of .txt .md .py .jsonl(.gz|.zst), or tfds:name",
+        "glob of .txt .md .py .jsonl(.gz|.zst), tfds:name, or classes:folder (one text a line, or "
+        "a file; its class is the file's ending, or for .txt the folder)",
     )
     text_key: str = option(
         "text", "the field of a .jsonl record or tfds example that holds the text"
@@ -164,6 +74,9 @@ class DataConfig(Section):
         "train",
         "train (byte-level BPE of model.vocab entries), bytes (no merges), or a path to a "
         "tokenizer.json or to a folder with encoder.json and vocab.bpe",
+    )
+    target_key: str = option(
+        "", "the field that holds the answer (a translation, a class) where texts come in pairs"
     )
     holdout: float = option(0.1, "share of the text held out for evaluation", above=0.0, high=0.5)
     split: str = option("auto", "what is held out", table="jaxgpt.data.sources:SPLITS")
@@ -238,6 +151,9 @@ class TrainConfig(Section):
     steps: int = option(2000, "optimizer steps", low=1)
     batch: int = option(16, "sequences per step, over all devices", low=1)
     accumulate: int = option(1, "parts a batch is divided in, one after the other", low=1)
+    noise: float = option(0.15, "share of tokens to tell (masked, span)", above=0, high=0.9)
+    span: float = option(3.0, "mean tokens of a span (span)", low=1)
+    balance: float = option(0.01, "weight of the loss that keeps experts evenly busy", low=0)
     label_smoothing: float = option(
         0.0, "share of the target spread over the vocabulary", low=0, high=0.99
     )
@@ -332,11 +248,39 @@ class Config(Section):
                 f"train.steps={self.train.steps}: the learning rate would never reach its peak. "
                 f"Set optimizer.warmup={self.train.steps // 10}."
             )
-        smallest = 260  # 256 bytes and 4 specials
+        self._check_objective()
+        masks = self.objective.task.reserved(self)
+        smallest = 260 + masks  # 256 bytes, 4 specials
         if self.data.tokenizer in ("train", "bytes") and self.model.vocab < smallest:
+            more = f" and the {masks} masks of train.objective={self.train.objective}"
             raise ConfigError(
-                f"model.vocab={self.model.vocab} has no room for the 256 bytes and 4 specials: "
-                f"use at least {smallest}."
+                f"model.vocab={self.model.vocab} has no room for the 256 bytes and 4 specials"
+                f"{more if masks else ''}: use at least {smallest}."
+            )
+
+    @property
+    def objective(self):
+        """The row of OBJECTIVES that is trained for."""
+        return resolve_table("jaxgpt.objectives:OBJECTIVES")[self.train.objective]
+
+    def _check_objective(self):
+        name, model = self.train.objective, self.model
+        if self.objective.family != model.family:
+            table = resolve_table("jaxgpt.objectives:OBJECTIVES")
+            fits = [name for name, row in table.items() if row.family == model.family]
+            raise ConfigError(
+                f"train.objective={name!r} is for model.family={self.objective.family}, and it is "
+                f"{model.family!r}: use train.objective={' or '.join(fits)}."
+            )
+        if (name == "classify") != bool(model.classes):
+            raise ConfigError(
+                f"train.objective={name!r} with model.classes={model.classes}: classify needs as "
+                "many classes as the data has, the other objectives none."
+            )
+        if (name == "prefix") != ("prefix" in model.pattern):
+            raise ConfigError(
+                f"train.objective={name!r} with model.pattern={','.join(model.pattern)}: "
+                "the objective prefix and the pattern prefix belong together."
             )
 
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from jaxgpt.config import override
 from jaxgpt.generate import Row, generate_rows
+from jaxgpt.predict import ANSWERS, ask
 from jaxgpt.settings import ConfigError
-from jaxgpt.trainer.checkpoint import load_run
+from jaxgpt.trainer.checkpoint import load_run, read_labels
 from jaxgpt.trainer.logging import duration
 
 ENDINGS = {
@@ -25,11 +26,12 @@ def speak(
     file: str | None,
     settings: Sequence[str],
 ):
-    """Continues prompts with the model of a run and prints text while it is drawn.
+    """Puts prompts to the model of a run, and prints what it says while it comes.
 
     Args:
         run_folder, checkpoint: see `load_run`.
-        prompts: texts to continue; None takes those of `file`, or the run's own.
+        prompts: texts to continue, to answer, to fill or to classify, as the run's objective is;
+            None takes those of `file`, or the run's own.
         file: a path with one prompt a line, "-" for standard input, or None.
         settings: assignments such as "tokens=300", on top of the run's `sample` section.
 
@@ -43,8 +45,17 @@ def speak(
     config = override(config, prefixed)
     texts = [*(prompts or ()), *(_read_prompts(file) if file else ())] or [config.sample.prompt]
     print(f"[{run_folder}, step {step}, seed {config.sample.seed}]", file=sys.stderr)
+    if config.train.objective in ANSWERS:
+        (answers,) = ask(config, params, tokenizer, texts, read_labels(run_folder))
+        for text, answer in zip(texts, answers, strict=True):
+            print(f"{text}\n{answer}" if len(texts) > 1 else answer)
+        return
     start = time.perf_counter()
-    rows = _print_rows(texts, generate_rows(config.model, params, tokenizer, texts, config.sample))
+    masks = config.objective.task.reserved(config)
+    drawn = generate_rows(config.model, params, tokenizer, texts, config.sample, masks)
+    # A decoder goes on with the prompt; an encoder-decoder answers it on a line of its own.
+    shown = texts if config.model.family == "decoder" else [f"{text}\n" for text in texts]
+    rows = _print_rows(shown, drawn)
     seconds = time.perf_counter() - start
     total = sum(len(row.drawn) for row in rows)
     why = "; ".join(dict.fromkeys(ENDINGS[row.ending] for row in rows))

@@ -2,7 +2,9 @@
 
     B batch      T query tokens   S key tokens     N tokens = B * T    C context
     D width      H query heads    G kv heads       M = H / G           K head width
-    F ffn width  V vocabulary     L layers, stacked
+    F ffn width  V vocabulary     L layers, stacked                    E experts, stacked
+    I inner width of mamba        Z state          R rank of mamba     W convolution
+    P summary    Q chunk          U t5's buckets   Y kinds of tokens   A classes
 
 A parameter is declared by its letters; ">" separates inputs from outputs, so "D>HK" maps the
 width to heads, and a plain "D" is a vector (a bias, a norm's scale). Sharding, weight decay, Muon
@@ -31,8 +33,8 @@ class Named(struct.PyTreeNode, meta.AxisMetadata):
     def replace_boxed(self, val):
         return self.replace(value=val)
 
-    def add_axis(self, index, params):  # called by nn.scan, which stacks the layers
-        return self.replace(letters="L" + self.letters)
+    def add_axis(self, index, params):  # called by nn.scan and nn.vmap, which stack parameters
+        return self.replace(letters=params["letter"] + self.letters)
 
     def remove_axis(self, index, params):
         return self.replace(letters=self.letters[1:])

@@ -1,5 +1,7 @@
 """Text out of a model: a prefill of the prompts, then decoding with the cache, a chunk at a time.
 
+A decoder goes on with a prompt; an encoder-decoder reads it as its source and writes the answer.
+
 Prompts of different length share one batch by padding on the left: a padded slot belongs to no
 document, so nobody looks at it, and every row writes its next token into the same slot. Lengths
 are rounded up to a few sizes, and all that a user may turn (temperature, top-k, ...) is traced, so
@@ -8,9 +10,8 @@ its place in the list, never on the rows beside it.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import chex
 import jax
@@ -18,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from jaxgpt.config import ModelConfig, SampleConfig
-from jaxgpt.model import Cache, Coords, build, init_cache, logits
+from jaxgpt.config import Config, ModelConfig, SampleConfig
+from jaxgpt.model import Cache, Coords, Source, build, init_cache, logits
 from jaxgpt.settings import ConfigError
 from jaxgpt.tokenizer import StreamDecoder, Tokenizer
 
@@ -84,14 +85,15 @@ class Rules(struct.PyTreeNode):
         return cls(**values, allowed=jnp.asarray(allowed))
 
 
-def drawable(tokenizer: Tokenizer, vocab: int) -> np.ndarray:
+def drawable(tokenizer: Tokenizer, vocab: int, masks: int = 0) -> np.ndarray:
     """Which tokens may be drawn, bool [V]: those that stand for text, and the one that ends it.
 
-    The others are pad, unk and bos, and rows of a table that is larger than the tokenizer.
+    The others are pad, unk and bos, and rows of a table that is larger than the tokenizer; but for
+    the last `masks` of them, where a model writes what was behind masks.
     """
     ids = np.arange(vocab)
     is_text = np.isin(ids, np.flatnonzero(tokenizer.lengths))
-    return is_text | (ids == tokenizer.eos)
+    return is_text | (ids == tokenizer.eos) | (ids >= vocab - masks)
 
 
 def warp(scores: jax.Array, seen: jax.Array, rules: Rules) -> jax.Array:
@@ -124,12 +126,6 @@ def draw(scores: jax.Array, seen: jax.Array, rules: Rules, keys: jax.Array) -> j
 # --- the two passes --------------------------------------------------------------------------
 
 
-def _forward(cfg: ModelConfig, params, tokens, at: Coords, cache: Cache):
-    model: Any = build(cfg)  # Any, because Flax types the outcome of `apply` as a dict
-    hidden, cache = model.apply({"params": params}, tokens, at, cache)
-    return hidden, cache
-
-
 @struct.dataclass
 class Decoding:
     """Where a batch stands between two tokens."""
@@ -139,10 +135,18 @@ class Decoding:
     seen: jax.Array  # bool [B V], tokens that stand in the row
     position: jax.Array  # int32 [B] of the next token
     drawn: jax.Array  # int32 [B], tokens drawn so far: what the randomness is folded with
+    prefix: jax.Array | None = None  # int32 [B], tokens that all may see, if the model cares
+
+
+def _left_padded(T: int, lengths: jax.Array) -> tuple[jax.Array, Coords]:
+    """Which of [B T] are tokens, and where: each text stands at the right end of its row."""
+    position = jnp.arange(T)[None, :] - (T - lengths)[:, None]
+    is_real = position >= 0
+    return is_real, Coords(jnp.maximum(position, 0), is_real.astype(jnp.int32))
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "slots"))
-def prefill(cfg: ModelConfig, params, tokens, lengths, drawn, slots: int) -> Decoding:
+def prefill(cfg: ModelConfig, params, tokens, lengths, drawn, slots: int, source=None) -> Decoding:
     """Reads the prompts in one pass.
 
     Args:
@@ -150,16 +154,22 @@ def prefill(cfg: ModelConfig, params, tokens, lengths, drawn, slots: int) -> Dec
         lengths: int32 [B], tokens of each prompt.
         drawn: int32 [B], how many of them were drawn by us.
         slots: size of the cache; at least T plus the tokens to come.
+        source: (tokens int32 [B S], lengths int32 [B]) for an encoder-decoder to read, or None.
     """
     B, T = tokens.shape
     chex.assert_shape([lengths, drawn], (B,))
-    position = jnp.arange(T)[None, :] - (T - lengths)[:, None]
-    is_real = position >= 0
-    at = Coords(jnp.maximum(position, 0), is_real.astype(jnp.int32))
-    hidden, cache = _forward(cfg, params, tokens, at, init_cache(cfg, B, slots))
+    is_real, at = _left_padded(T, lengths)
+    prefix = jnp.maximum(lengths - drawn, 0) if "prefix" in cfg.pattern else None
+    if prefix is not None:
+        at = at._replace(prefix=jnp.broadcast_to(prefix[:, None], (B, T)))
+    cache = init_cache(cfg, B, slots, 0 if source is None else source[0].shape[1])
+    more = {}
+    if source is not None:
+        more["source"] = Source(source[0], _left_padded(source[0].shape[1], source[1])[1])
+    hidden, cache = build(cfg).apply({"params": params}, tokens, at, cache, **more)
     seen = jnp.zeros((B, cfg.vocab), jnp.int32)
     seen = seen.at[jnp.arange(B)[:, None], tokens].max(is_real.astype(jnp.int32)) > 0
-    return Decoding(cache, logits(params, hidden[:, -1]), seen, lengths, drawn)
+    return Decoding(cache, logits(cfg, params, hidden[:, -1]), seen, lengths, drawn, prefix)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "steps"), donate_argnames=("state",))
@@ -170,11 +180,13 @@ def decode(cfg: ModelConfig, params, rules: Rules, keys, state: Decoding, steps:
     def one(state: Decoding, _):
         fold = jax.vmap(jax.random.fold_in)(keys, state.drawn)
         token = draw(state.scores, state.seen, rules, fold)
-        at = Coords(state.position[:, None], jnp.ones_like(token)[:, None])
-        hidden, cache = _forward(cfg, params, token[:, None], at, state.cache)
+        prefix = None if state.prefix is None else state.prefix[:, None]
+        at = Coords(state.position[:, None], jnp.ones_like(token)[:, None], prefix)
+        hidden, cache = build(cfg).apply({"params": params}, token[:, None], at, state.cache)
         seen = state.seen.at[rows, token].set(True)
-        scores = logits(params, hidden[:, 0])
-        return Decoding(cache, scores, seen, state.position + 1, state.drawn + 1), token
+        scores = logits(cfg, params, hidden[:, 0])
+        after = (cache, scores, seen, state.position + 1, state.drawn + 1, state.prefix)
+        return Decoding(*after), token
 
     state, tokens = jax.lax.scan(one, state, length=steps)
     return tokens.T, state
@@ -182,11 +194,20 @@ def decode(cfg: ModelConfig, params, rules: Rules, keys, state: Decoding, steps:
 
 # --- rows of text ----------------------------------------------------------------------------
 
+MASK = "<mask>"  # how a hidden place is written in a prompt
+
+
+def with_masks(tokenizer: Tokenizer, text: str, mask: Callable[[int], int]) -> np.ndarray:
+    """The tokens of a text in which the i-th `<mask>` is the token mask(i)."""
+    first, *others = (tokenizer.encode(piece) for piece in text.split(MASK))
+    return np.concatenate([first, *(x for i, ids in enumerate(others) for x in ([mask(i)], ids))])
+
 
 @dataclass
 class Row:
     """One prompt and what has been drawn after it."""
 
+    source: list[int]  # what an encoder-decoder reads
     ids: list[int]  # the window that the model sees
     room: int  # tokens that may still be drawn
     decoder: StreamDecoder
@@ -194,6 +215,7 @@ class Row:
     drawn: list[int] = field(default_factory=list)
     held: str = ""  # text that may yet turn out to begin a stop string
     ending: str = ""  # why the row ended: "eos", "stop", "tokens" or "context"
+    masks: dict[int, str] = field(default_factory=dict)  # tokens that say a mask, and how
 
     def push(self, token: int, eos: int) -> str:
         """Takes a token and returns the text that is now certain."""
@@ -202,7 +224,8 @@ class Row:
         self.ids.append(token)
         self.drawn.append(token)
         self.room -= 1
-        self.held += self.decoder.push([token])
+        said = self.masks.get(token)
+        self.held += self.decoder.push([token]) if said is None else self.decoder.flush() + said
         found = [self.held.find(stop) for stop in self.stops if stop in self.held]
         if found:
             self.ending = "stop"
@@ -235,13 +258,15 @@ def generate(
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     sample: SampleConfig,
+    masks: int = 0,
 ) -> Iterator[list[str]]:
-    """Continues each prompt, streaming.
+    """Continues each prompt, or answers it if the model is an encoder-decoder; streaming.
 
     Args:
         params: of the model `cfg`.
         prompts: texts; an empty one starts a new document.
         sample: how to draw. `sample.prompt` is not read here.
+        masks: how many of the last tokens stand for what is behind a `<mask>` of the prompt.
 
     Yields:
         The new piece of text of each row. Their concatenation is the whole continuation.
@@ -249,14 +274,16 @@ def generate(
     Raises:
         ConfigError: a prompt does not fit the context and `sample.slide` is off.
     """
-    for _, pieces in generate_rows(cfg, params, tokenizer, prompts, sample):
+    for _, pieces in generate_rows(cfg, params, tokenizer, prompts, sample, masks):
         yield pieces
 
 
-def generate_rows(cfg, params, tokenizer, prompts, sample) -> Iterator[tuple[list[Row], list[str]]]:
+def generate_rows(
+    cfg, params, tokenizer, prompts, sample, masks: int = 0
+) -> Iterator[tuple[list[Row], list[str]]]:
     """As `generate`, and tells the rows as well: their tokens, and why they ended."""
-    rows = [_row(cfg, tokenizer, prompt, sample) for prompt in prompts]
-    rules = Rules.of(sample, drawable(tokenizer, cfg.vocab))
+    rows = [_row(cfg, tokenizer, prompt, sample, masks) for prompt in prompts]
+    rules = Rules.of(sample, drawable(tokenizer, cfg.vocab, masks))
     root = jax.random.key(sample.seed)
     keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(jnp.arange(len(rows)))
     state = None
@@ -272,14 +299,34 @@ def generate_rows(cfg, params, tokenizer, prompts, sample) -> Iterator[tuple[lis
             state = None  # a row has slid: read the windows anew
 
 
-def _row(cfg: ModelConfig, tokenizer: Tokenizer, prompt: str, sample: SampleConfig) -> Row:
-    ids = [tokenizer.bos, *tokenizer.encode(prompt).tolist()]
+def questions(config: Config, tokenizer: Tokenizer, prompts: Sequence[str], masks: int = 0):
+    """The rows that prompts make. Raises ConfigError if they can not."""
+    return [_row(config.model, tokenizer, prompt, config.sample, masks) for prompt in prompts]
+
+
+def _row(
+    cfg: ModelConfig, tokenizer: Tokenizer, prompt: str, sample: SampleConfig, masks: int
+) -> Row:
+    text = tokenizer.encode(prompt)
+    if masks and prompt.count(MASK) > masks:
+        raise ConfigError(f"the prompt has {prompt.count(MASK)} masks; the model knows {masks}.")
+    if masks:
+        text = with_masks(tokenizer, prompt, lambda i: cfg.vocab - 1 - i)
+    source, ids = [], [tokenizer.bos, *text.tolist()]
+    if cfg.family == "encoder_decoder":
+        source, ids = [*ids, tokenizer.eos], ids[:1]
+    if len(source) > cfg.context:
+        raise ConfigError(
+            f"the prompt has {len(source)} tokens, but model.context={cfg.context} must hold it: "
+            "shorten it."
+        )
     if len(ids) >= cfg.context and not sample.slide:
         raise ConfigError(
             f"the prompt has {len(ids)} tokens, but model.context={cfg.context} must hold it and "
             "at least one more: shorten it, or pass slide=true to keep only its end."
         )
-    return Row(ids, sample.tokens, StreamDecoder(tokenizer), sample.stop)
+    names = {cfg.vocab - 1 - i: f"<{i}>" for i in range(masks)}
+    return Row(source, ids, sample.tokens, StreamDecoder(tokenizer), sample.stop, masks=names)
 
 
 def _prefill_rows(cfg: ModelConfig, params, rows: list[Row]) -> tuple[Decoding, int]:
@@ -289,12 +336,19 @@ def _prefill_rows(cfg: ModelConfig, params, rows: list[Row]) -> tuple[Decoding, 
             row.ids = row.ids[-max(1, cfg.context // 2) :]  # a full window drops its older half
     length = bucket(max(len(row.ids) for row in rows))
     room = bucket(max(min(row.room, cfg.context - len(row.ids)) for row in rows))
-    tokens = np.zeros((len(rows), length), np.int32)
-    for padded, row in zip(tokens, rows, strict=True):
-        padded[length - len(row.ids) :] = row.ids
-    lengths = np.array([len(row.ids) for row in rows], np.int32)
     drawn = np.array([len(row.drawn) for row in rows], np.int32)
-    return prefill(cfg, params, tokens, lengths, drawn, length + room), room
+    source = _padded([row.source for row in rows]) if rows[0].source else None
+    window = _padded([row.ids for row in rows])
+    return prefill(cfg, params, *window, drawn, length + room, source), room
+
+
+def _padded(texts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Texts at the right ends of rows, int32 [B T], and their lengths, int32 [B]."""
+    lengths = np.array([len(text) for text in texts], np.int32)
+    tokens = np.zeros((len(texts), bucket(lengths.max())), np.int32)
+    for row, text in zip(tokens, texts, strict=True):
+        row[len(row) - len(text) :] = text
+    return tokens, lengths
 
 
 def _take(row: Row, tokens: list[int], eos: int, cfg: ModelConfig, sample: SampleConfig) -> str:

@@ -6,17 +6,19 @@ tokens in chunks, and takes the gradient of a chunk while its scores are at hand
 products, where recomputing the scores in the backward pass would need four.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
 from jaxgpt.config import TrainConfig
-from jaxgpt.data.loader import Batch
-from jaxgpt.model import Coords, unembedding
+from jaxgpt.data import Batch, tasks
+from jaxgpt.model import Coords, Head, Source, head
 from jaxgpt.sharding import constrain
 
 # Scores per chunk, in numbers. On CPU a chunk should stay near the cache: for [4096 384] x [8192],
@@ -26,20 +28,21 @@ CHUNK_SCORES_ELSEWHERE = 2**28
 
 
 class Sums(NamedTuple):
-    """Sums over tokens, float32 [] each, so that parts of a batch can simply be added."""
+    """Sums over tokens or texts, float32 [] each, so that parts of a batch can simply be added."""
 
     loss: jax.Array  # what is minimised: nats, with smoothing and z-loss
     nats: jax.Array  # plain negative log-likelihood, nats
     weight: jax.Array  # tokens that count
     correct: jax.Array  # of these, tokens whose likeliest guess was right
+    confusion: jax.Array | None = None  # [A A], texts of a class that were taken for another
 
 
-def score_chunk(hidden, table, targets, weights, smoothing: float, z_loss: float):
+def score_chunk(hidden, head: Head, targets, weights, smoothing: float, z_loss: float):
     """The loss of a few tokens, written out plainly.
 
     Args:
         hidden: [N D] in the compute dtype.
-        table: [V D] float32, cast here so that its gradient is summed over chunks in float32.
+        head: what scores them.
         targets: int32 [N]. weights: float32 [N].
         smoothing: share of the target spread evenly over the vocabulary.
         z_loss: weight of log(Z)², which keeps the scores from drifting.
@@ -50,11 +53,9 @@ def score_chunk(hidden, table, targets, weights, smoothing: float, z_loss: float
     Source: label smoothing, Szegedy et al. 2016, arXiv:1512.00567, section 7; z-loss, Chowdhery
     et al. 2022, arXiv:2204.02311, section 5.
     """
-    chex.assert_rank([hidden, table], 2)
+    chex.assert_rank(hidden, 2)
     chex.assert_shape([targets, weights], hidden.shape[:1])
-    table = table.astype(hidden.dtype)
-    scores = jnp.einsum("ND,VD->NV", hidden, table, preferred_element_type=jnp.float32)
-    scores = constrain(scores, "NV")
+    scores = constrain(head(hidden), "NV")
     log_z = jax.nn.logsumexp(scores, axis=-1)
     hit = jnp.take_along_axis(scores, targets[:, None], axis=-1)[:, 0]
     nats = log_z - hit
@@ -71,7 +72,7 @@ def score_chunk(hidden, table, targets, weights, smoothing: float, z_loss: float
 
 def vocabulary_loss(
     hidden: jax.Array,
-    table: jax.Array,
+    head: Head,
     targets: jax.Array,
     weights: jax.Array,
     *,
@@ -83,28 +84,28 @@ def vocabulary_loss(
 
     Args:
         hidden: [B T D] in the compute dtype.
-        table: [V D].
+        head: what scores hidden states, over V words.
         targets: int32 [B T]. weights: float32 [B T], 0 where a token does not count.
         smoothing, z_loss: see `score_chunk`.
         chunk: tokens per chunk; 0 chooses by size. The outcome does not depend on it.
 
     Returns:
-        (loss [], differentiable in hidden and table; Sums, not differentiable).
+        (loss [], differentiable in hidden and head; Sums, not differentiable).
     """
     B, T, D = hidden.shape
-    chex.assert_rank(table, 2)
-    chex.assert_axis_dimension(table, 1, D)
+    chex.assert_rank(head.table, 2)
+    chex.assert_axis_dimension(head.table, 1, D)
     chex.assert_shape([targets, weights], (B, T))
     scores = CHUNK_SCORES.get(jax.default_backend(), CHUNK_SCORES_ELSEWHERE)
-    pieces = _pieces(T, B, chunk or max(1, scores // table.shape[0]))
+    pieces = _pieces(T, B, chunk or max(1, scores // head.table.shape[0]))
 
     def cut(x):  # [B T ...] -> [pieces N/pieces ...]; cut along T, since B is spread over devices
         x = x.reshape(B, pieces, T // pieces, *x.shape[2:]).swapaxes(0, 1)
         return x.reshape(pieces, -1, *x.shape[3:])
 
-    table = constrain(table, "V.")
+    head = dataclasses.replace(head, table=constrain(head.table, "V."))
     loss = functools.partial(score_chunk, smoothing=smoothing, z_loss=z_loss)
-    return _chunked(loss, cut(hidden), table, cut(targets), cut(weights))
+    return _chunked(loss, cut(hidden), head, cut(targets), cut(weights))
 
 
 def _pieces(T: int, B: int, chunk: int) -> int:
@@ -114,71 +115,138 @@ def _pieces(T: int, B: int, chunk: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(loss: Callable, hidden, table, targets, weights):
+def _chunked(loss: Callable, hidden, head, targets, weights):
     """Sums `loss` over the leading axis of hidden [P N D], targets [P N] and weights [P N]."""
 
     def add(sums, part):
         h, t, w = part
-        _, more = loss(h, table, t, w)
+        _, more = loss(h, head, t, w)
         return jax.tree.map(jnp.add, sums, more), None
 
     sums, _ = jax.lax.scan(add, _zeros(), (hidden, targets, weights))
     return sums.loss, sums
 
 
-def _chunked_forward(loss, hidden, table, targets, weights):
+def _chunked_forward(loss, hidden, head, targets, weights):
     gradient = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
 
     def add(carry, part):
-        sums, d_table = carry
         h, t, w = part
-        (_, more), (d_h, d_t) = gradient(h, table, t, w)
-        return (jax.tree.map(jnp.add, sums, more), d_table + d_t), d_h
+        (_, more), (d_h, d_head) = gradient(h, head, t, w)
+        return jax.tree.map(jnp.add, carry, (more, d_head)), d_h
 
-    carry = (_zeros(), jnp.zeros_like(table))
-    (sums, d_table), d_hidden = jax.lax.scan(add, carry, (hidden, targets, weights))
-    return (sums.loss, sums), (d_hidden, d_table)
+    carry = (_zeros(), jax.tree.map(jnp.zeros_like, head))
+    (sums, d_head), d_hidden = jax.lax.scan(add, carry, (hidden, targets, weights))
+    return (sums.loss, sums), (d_hidden, d_head)
 
 
 def _chunked_backward(loss, saved, cotangents):
     scale = cotangents[0]
-    d_hidden, d_table = (g * scale.astype(g.dtype) for g in saved)
-    return d_hidden, d_table, None, None
+    d_hidden, d_head = jax.tree.map(lambda g: g * scale.astype(g.dtype), saved)
+    return d_hidden, d_head, None, None
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
 def _zeros() -> Sums:
-    return Sums(*(jnp.zeros((), jnp.float32) for _ in Sums._fields))
+    return Sums(*(jnp.zeros((), jnp.float32) for _ in range(4)))
 
 
-# --- objectives: (model, params, batch, rngs, cfg) -> (loss, Sums) ---------------------------
+# --- losses: (model, params, batch, rngs, cfg) -> (summed loss [], Sums) ---------------------
+#
+# `rngs` is {"dropout": key} to train with dropout, {} without. Divide by `Sums.weight` for means.
+
+Loss = Callable[[Any, Any, Batch, dict, TrainConfig], tuple[jax.Array, Sums]]
 
 
-def causal(model, params, batch: Batch, rngs, cfg: TrainConfig) -> tuple[jax.Array, Sums]:
-    """Every token predicts the next one of its document.
+def next_tokens(model, params, batch: Batch, rngs, cfg: TrainConfig) -> tuple[jax.Array, Sums]:
+    """Every token of [B T] tells the target of its place: the next one, or the one it hides."""
+    chex.assert_equal_shape(batch[:5])
+    arrays = _arrays(batch)
+    at = Coords(arrays.positions, arrays.segments, arrays.prefix)
+    return _over_vocabulary(model, params, arrays, rngs, cfg, at)
 
-    Args:
-        batch: arrays [B T]; `weights` says which targets count.
-        rngs: {"dropout": key} to train with dropout, {} without.
 
-    Returns:
-        (summed loss [], Sums). Divide by `Sums.weight` for the mean.
-    """
-    chex.assert_rank(batch.tokens, 2)
-    chex.assert_equal_shape(batch)
-    tokens, targets, positions, segments, weights = map(jnp.asarray, batch)
-    hidden, _ = model.apply({"params": params}, tokens, Coords(positions, segments), rngs=rngs)
-    return vocabulary_loss(
+def written(model, params, batch: Batch, rngs, cfg: TrainConfig) -> tuple[jax.Array, Sums]:
+    """Every token of [B T] tells the next one, having read a source [B S]."""
+    chex.assert_equal_shape(batch[:5])
+    chex.assert_equal_shape(batch.source)
+    arrays = _arrays(batch)
+    tokens, *place = arrays.source
+    at = Coords(arrays.positions, arrays.segments)
+    source = Source(tokens, Coords(*place))
+    return _over_vocabulary(model, params, arrays, rngs, cfg, at, source=source)
+
+
+def _arrays(batch: Batch) -> Any:  # a Batch of jax.Array
+    return jax.tree.map(jnp.asarray, batch)
+
+
+def _over_vocabulary(model, params, batch, rngs, cfg, at: Coords, **more):
+    (hidden, _), told = model.apply(
+        {"params": params}, batch.tokens, at, rngs=rngs, mutable=["losses"], **more
+    )
+    loss, sums = vocabulary_loss(
         hidden,
-        unembedding(params),
-        targets,
-        weights,
+        head(model.cfg, params),
+        batch.targets,
+        batch.weights,
         smoothing=cfg.label_smoothing,
         z_loss=cfg.z_loss,
         chunk=cfg.loss_chunk,
     )
+    return _balanced(loss, sums, told, cfg)
 
 
-OBJECTIVES = {"causal": causal}
+def classes(model, params, batch: Batch, rngs, cfg: TrainConfig) -> tuple[jax.Array, Sums]:
+    """Every text of [B T] tells its class; targets and weights are [B]."""
+    chex.assert_shape([batch.targets, batch.weights], batch.tokens.shape[:1])
+    arrays = _arrays(batch)
+    at = Coords(arrays.positions, arrays.segments)
+    scores, told = model.apply(
+        {"params": params}, arrays.tokens, at, rngs=rngs, mutable=["losses"], method="classify"
+    )
+    log_p = jax.nn.log_softmax(scores)  # [B A]
+    weights, wanted = arrays.weights, jax.nn.one_hot(arrays.targets, scores.shape[-1])
+    nats = -jnp.sum(wanted * log_p, axis=-1)
+    smooth = cfg.label_smoothing
+    loss = (1 - smooth) * nats - smooth * jnp.mean(log_p, axis=-1)
+    guessed = jax.nn.one_hot(jnp.argmax(scores, axis=-1), scores.shape[-1])
+    confusion = jnp.einsum("B,BA,BG->AG", weights, wanted, guessed)
+    total = jnp.sum(weights * loss)
+    sums = Sums(
+        total,
+        jnp.sum(weights * nats),
+        jnp.sum(weights),
+        jnp.trace(confusion),
+        confusion,
+    )
+    return _balanced(total, sums, told, cfg)
+
+
+def _balanced(loss, sums: Sums, told, cfg: TrainConfig) -> tuple[jax.Array, Sums]:
+    """Adds what the layers want to be small: the uneven load of experts."""
+    uneven = sum(map(jnp.sum, jax.tree.leaves(told)), jnp.float32(0))
+    loss = loss + cfg.balance * uneven * sums.weight
+    return loss, sums._replace(loss=loss)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is learned: the batches it takes, their loss, and the family of models that can."""
+
+    task: type[tasks.Causal]
+    loss: Loss
+    family: str
+    unit: str = "token"  # what is predicted
+
+
+OBJECTIVES = {
+    "causal": Objective(tasks.Causal, next_tokens, "decoder"),
+    "prefix": Objective(tasks.Prefix, next_tokens, "decoder"),
+    "masked": Objective(tasks.Masked, next_tokens, "encoder"),
+    "span": Objective(tasks.Span, written, "encoder_decoder"),
+    "pairs": Objective(tasks.Pairs, written, "encoder_decoder"),
+    "classify": Objective(tasks.Classify, classes, "encoder", unit="text"),
+}

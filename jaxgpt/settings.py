@@ -71,7 +71,8 @@ class Section:
             if not dataclasses.is_dataclass(value):
                 _check_bounds(value, key, **{k: f.metadata[k] for k in ("low", "high", "above")})
             if f.metadata.get("table"):
-                choose(resolve_table(f.metadata["table"]), value, key)
+                for name in value if isinstance(value, tuple) else (value,):
+                    choose(resolve_table(f.metadata["table"]), name, key)
         self.check()
 
     def check(self):

@@ -21,6 +21,7 @@ RULES = {
     "H": ("tensor",),
     "G": ("tensor",),
     "F": ("tensor",),
+    "I": ("tensor",),
     "V": ("tensor",),
 }
 AXES = ("data", "fsdp", "tensor")

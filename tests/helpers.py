@@ -53,4 +53,4 @@ def forward(cfg: ModelConfig, params, tokens, at: Coords, cache=None):
 @partial(jax.jit, static_argnames="cfg")
 def logits(cfg: ModelConfig, params, tokens, at: Coords):
     """[B T V]."""
-    return score(params, build(cfg).apply({"params": params}, tokens, at)[0])
+    return score(cfg, params, build(cfg).apply({"params": params}, tokens, at)[0])

@@ -11,11 +11,13 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = [
     {"settings"},
-    {"config", "script"},
+    {"architecture", "script"},
+    {"config"},
     {"dims", "tokenizer"},
     {"sharding"},
     {"data", "model"},
     {"objectives", "optimizer", "generate"},
+    {"predict"},
     {"trainer"},
     {"console"},
 ]

@@ -9,12 +9,17 @@ import pytest
 import torch
 from helpers import forward, random_params, tiny
 
+from jaxgpt import objectives
 from jaxgpt.config import TrainConfig
 from jaxgpt.data.loader import Batch
-from jaxgpt.model import Coords, build
-from jaxgpt.objectives import OBJECTIVES, Sums, vocabulary_loss
+from jaxgpt.model import Coords, Head, build
+from jaxgpt.objectives import OBJECTIVES, Sums
 
 B, T, D, V = 3, 10, 16, 37
+
+
+def vocabulary_loss(hidden, table, targets, weights, **options):
+    return objectives.vocabulary_loss(hidden, Head(table), targets, weights, **options)
 
 
 def given(dtype=np.float32):
@@ -195,7 +200,7 @@ def test_the_causal_objective_is_the_loss_of_the_models_hidden_states(tie):
     cfg = tiny(tie=tie)
     params, data = random_params(cfg), batch(cfg)
     train = TrainConfig(label_smoothing=0.1, z_loss=0.01, loss_chunk=6)
-    run = jax.jit(lambda p, b: OBJECTIVES["causal"](build(cfg), p, b, {}, train))
+    run = jax.jit(lambda p, b: OBJECTIVES["causal"].loss(build(cfg), p, b, {}, train))
     loss, sums = run(params, data)
     assert isinstance(sums, Sums)
     hidden, _ = forward(cfg, params, data.tokens, Coords(data.positions, data.segments))
@@ -209,7 +214,9 @@ def test_the_causal_objective_is_the_loss_of_the_models_hidden_states(tie):
 def test_the_causal_objective_drops_only_with_a_key():
     cfg = tiny(dropout=0.5)
     params, data, model = random_params(cfg), batch(cfg), build(cfg)
-    run = jax.jit(lambda rngs: OBJECTIVES["causal"](model, params, data, rngs, TrainConfig())[0])
+    run = jax.jit(
+        lambda rngs: OBJECTIVES["causal"].loss(model, params, data, rngs, TrainConfig())[0]
+    )
     a, b, none = (
         run(r) for r in ({"dropout": jax.random.key(0)}, {"dropout": jax.random.key(1)}, {})
     )

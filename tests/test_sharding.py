@@ -181,8 +181,8 @@ def test_what_adafactor_averages_lies_like_the_parameter():
     state = training(cfg, DEVICES).abstract
     parts = jax.tree.leaves(state.opt_state, is_leaf=is_factored)
     (rows,) = [part.rows for part in parts if is_factored(part)]
-    for name, parameter in state.params["stack"]["layers"]["attn"].items():
-        kept = rows["stack"]["layers"]["attn"][name]
+    for name, parameter in state.params["stack"]["layers"]["block_0"]["mixer"].items():
+        kept = rows["stack"]["layers"]["block_0"]["mixer"][name]
         expected = [
             axes if size > 1 else None
             for size, axes in zip(kept["w"].shape, parameter["w"].sharding.spec, strict=True)

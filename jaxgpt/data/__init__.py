@@ -9,6 +9,7 @@ Document(name, content)
 Corpus(tokenizer, train, held)       two streams of tokens: <bos> document <eos> <bos> ...
     |  Loader(train, B, T, seed)     windows in an order that (seed, step) decides
     |  eval_batches(held, B, T)      all of them in order, every target once
+    |  tasks                         hides, cuts or pairs tokens as the objective wants
     v
 Batch(tokens, targets, positions, segments, weights), each [B T]
     |  prefetch(batches, size)       made ahead of the device by a thread
@@ -16,7 +17,7 @@ Batch(tokens, targets, positions, segments, weights), each [B T]
 the training loop
 """
 
-from jaxgpt.data.loader import Batch, Loader, eval_batches, eval_size, prefetch
+from jaxgpt.data.loader import Batch, Loader, Source, eval_batches, eval_size, prefetch
 from jaxgpt.data.shards import Corpus, Tokens, prepare
 from jaxgpt.data.sources import Document, documents
 
@@ -25,6 +26,7 @@ __all__ = [
     "Corpus",
     "Document",
     "Loader",
+    "Source",
     "Tokens",
     "documents",
     "eval_batches",

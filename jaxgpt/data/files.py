@@ -17,30 +17,67 @@ from jaxgpt.settings import ConfigError
 PIECE = 1 << 20  # bytes read at a time
 
 
-def read(cfg: DataConfig) -> Iterator[tuple[str, bytes]]:
+def read(cfg: DataConfig) -> Iterator[tuple[str, bytes, str, bytes]]:
     """Reads a file, all files below a folder, or all that a glob matches (`**` for any depth).
 
     Hidden files and files with other endings are passed over.
 
     Args:
-        cfg: `source` names the files and `text_key` the field of a .jsonl record.
+        cfg: `source` names the files, `text_key` the field of a .jsonl record, and `target_key` the
+            one that holds the answer, if texts come in pairs.
 
     Returns:
-        (name, content) in the order of the paths. The name is the path, or path:line for .jsonl.
+        (name, content, "", target) in the order of the paths. The name is the path, or path:line
+        for .jsonl; the target is empty where there is none.
 
     Raises:
         ConfigError: nothing matches, nothing that matches can be read, or a file is corrupt.
     """
     for path in _matches(cfg.source):
         ending, packing = _form(path)
-        yield from READERS[ending](path, _unpacked(path, packing), cfg.text_key)
+        yield from READERS[ending](path, _unpacked(path, packing), cfg)
 
 
-def _matches(source: str) -> list[str]:
+def read_classes(cfg: DataConfig) -> Iterator[tuple[str, bytes, str, bytes]]:
+    """Reads texts that files or folders put into classes: `classes:` and a file, folder or glob.
+
+    A .txt file is one text, of the class that its folder is called after. Any other file has one
+    text a line, and its ending is their class: reviews.pos, reviews.neg. Files without an ending,
+    hidden ones and those of documentation (.md) are passed over.
+
+    Returns:
+        (name, content, "", class) in the order of the paths.
+
+    Raises:
+        ConfigError: nothing matches, or a file is corrupt.
+    """
+    source = cfg.source.removeprefix("classes:")
+    files = [path for path in _found(source) if _form(path)[0] not in ("", ".md")]
+    if not files:
+        raise ConfigError(
+            f"data.source={cfg.source!r} matches no file with an ending: it takes files of one "
+            "text a line whose ending is the class, such as reviews.pos, or .txt files in folders "
+            "that are called after the class."
+        )
+    for path in files:
+        ending, packing = _form(path)
+        pieces = _unpacked(path, packing)
+        if ending == ".txt":
+            yield path, b"".join(pieces), "", os.path.basename(os.path.dirname(path)).encode()
+        else:
+            for number, line in enumerate(_lines(pieces), start=1):
+                yield f"{path}:{number}", line.strip(), "", ending[1:].encode()
+
+
+def _found(source: str) -> list[str]:
     path = os.path.expanduser(source)
     pattern = os.path.join(glob.escape(path), "**") if os.path.isdir(path) else path
     found = [path] if os.path.isfile(path) else glob.glob(pattern, recursive=True)
-    files = sorted(file for file in found if os.path.isfile(file))
+    return sorted(file for file in found if os.path.isfile(file))
+
+
+def _matches(source: str) -> list[str]:
+    files = _found(source)
     readable = [file for file in files if _form(file)[0] in READERS]
     if readable:
         return readable
@@ -121,15 +158,21 @@ PACKINGS = {"": _plain, ".gz": _gzip, ".zst": _zstd}
 # --- readers: pieces of bytes -> documents ---
 
 
-def _whole(path: str, pieces: Iterator[bytes], key: str) -> Iterator[tuple[str, bytes]]:
-    yield path, b"".join(pieces)
+Texts = Iterator[tuple[str, bytes, str, bytes]]
 
 
-def _records(path: str, pieces: Iterator[bytes], key: str) -> Iterator[tuple[str, bytes]]:
+def _whole(path: str, pieces: Iterator[bytes], cfg: DataConfig) -> Texts:
+    yield path, b"".join(pieces), "", b""
+
+
+def _records(path: str, pieces: Iterator[bytes], cfg: DataConfig) -> Texts:
     for number, line in enumerate(_lines(pieces), start=1):
         if line.strip():
             where = f"{path}:{number}"
-            yield where, _text(line, key, where)
+            record = _record(line, cfg.text_key, where)
+            text = _text(record, cfg.text_key, "data.text_key", where)
+            key = cfg.target_key
+            yield where, text, "", _text(record, key, "data.target_key", where) if key else b""
 
 
 def _lines(pieces: Iterator[bytes]) -> Iterator[bytes]:
@@ -143,7 +186,7 @@ def _lines(pieces: Iterator[bytes]) -> Iterator[bytes]:
     yield b"".join(parts)
 
 
-def _text(line: bytes, key: str, where: str) -> bytes:
+def _record(line: bytes, key: str, where: str) -> dict:
     try:
         record = json.loads(line)
     except ValueError as error:
@@ -156,15 +199,19 @@ def _text(line: bytes, key: str, where: str) -> bytes:
             f"{where} is a JSON {type(record).__name__}, not a record such as "
             f'{{"{key}": "a document"}}.'
         )
+    return record
+
+
+def _text(record: dict, key: str, setting: str, where: str) -> bytes:
     if key not in record:
         raise ConfigError(
             f"{where} has no key {key!r}; it has {', '.join(record) or 'none'}. "
-            "Set data.text_key to the one that holds the text."
+            f"Set {setting} to the one that holds the text."
         )
     if not isinstance(record[key], str):
         raise ConfigError(
             f"{where}: {key!r} is {record[key]!r:.60}, not a string. "
-            "Set data.text_key to the key that holds the text."
+            f"Set {setting} to the key that holds the text."
         )
     return record[key].encode("utf-8", "surrogatepass")
 

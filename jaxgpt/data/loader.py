@@ -10,12 +10,20 @@ import itertools
 import queue
 import threading
 from collections.abc import Generator, Iterable, Iterator
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from jaxgpt.data.shards import Tokens
 from jaxgpt.settings import ConfigError
+
+
+class Source(NamedTuple):
+    """What an encoder-decoder reads, int32 [B S] each: see `Batch`."""
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    segments: np.ndarray
 
 
 class Batch(NamedTuple):
@@ -27,6 +35,10 @@ class Batch(NamedTuple):
         segments: int32 [B T], which document of the window it is, from 1; 0 = no token.
         weights: float32 [B T]; 1 where the target counts, 0 where it belongs to the next document
             or there is no token.
+        prefix: int32 [B T], how many tokens of the document are given, or None.
+        source: what is read before, or None.
+
+    Of whole texts that are classified, targets and weights are [B].
     """
 
     tokens: np.ndarray
@@ -34,6 +46,8 @@ class Batch(NamedTuple):
     positions: np.ndarray
     segments: np.ndarray
     weights: np.ndarray
+    prefix: np.ndarray | None = None
+    source: Source | None = None
 
 
 class Loader:
@@ -177,10 +191,11 @@ def eval_batches(
         firsts = (number * B + np.arange(B)) * T  # [B]
         batch = ring.cut(firsts)
         there = firsts[:, None] + np.arange(T) < targets  # [B T]
-        empty = Batch(tokens=pad, targets=pad, positions=0, segments=0, weights=0)  # type: ignore
-        yield Batch(
-            *(np.where(there, x, x.dtype.type(e)) for x, e in zip(batch, empty, strict=True))
-        )
+        parts: list[np.ndarray] = [*batch[:5]]
+        empty = (pad, pad, 0, 0, 0)
+        filled = zip(parts, empty, strict=True)
+        made: Any = (np.where(there, x, x.dtype.type(e)) for x, e in filled)
+        yield Batch(*made)
 
 
 # --- reading ahead ---

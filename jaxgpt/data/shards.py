@@ -76,13 +76,16 @@ class Corpus:
         return self.held_bytes / (self.held.ids.size - 2 * self.held.documents)
 
 
-def prepare(cfg: DataConfig, vocab: int, tokenizer: Tokenizer | None = None) -> Corpus:
+def prepare(
+    cfg: DataConfig, vocab: int, tokenizer: Tokenizer | None = None, is_paired: bool = False
+) -> Corpus:
     """Reads the source and gives its tokens, from the cache if they are there.
 
     Args:
         cfg: the source, what is held out of it, the tokenizer and the cache.
-        vocab: V, the rows of the model's embedding table.
+        vocab: how many tokens there may be.
         tokenizer: used instead of the one that `cfg.tokenizer` describes, if given.
+        is_paired: each text is followed by its answer, as a document of its own.
 
     Returns:
         The corpus. A trained tokenizer has seen the training part only.
@@ -91,11 +94,11 @@ def prepare(cfg: DataConfig, vocab: int, tokenizer: Tokenizer | None = None) -> 
         ConfigError: the source or the tokenizer can not be read or does not fit.
     """
     survey = sources.survey(cfg)
-    rule = sources.rule_for(cfg, survey)
+    rule = sources.rule_for(cfg, survey, is_paired)
     given = tokenizer or _ready_tokenizer(cfg)
     if given:
         _check_fits(given, cfg, vocab)
-    data = [FORMAT, survey.digest, rule, cfg.holdout]
+    data = [FORMAT, survey.digest, rule, cfg.holdout, *(["pairs"] if is_paired else [])]
     keys = [_digest([*data, "train", vocab])] if cfg.tokenizer == "train" else []
     if given:  # a run that goes on brings the tokenizer that the same run trained: see both places
         keys.append(_digest([*data, given.fingerprint]))
@@ -104,7 +107,7 @@ def prepare(cfg: DataConfig, vocab: int, tokenizer: Tokenizer | None = None) -> 
     opened = next(filter(None, (_open(folder, given) for folder in folders)), None)
     if opened is None:
         try:
-            opened = _build(folders[-1], cfg, vocab, rule, given)
+            opened = _build(folders[-1], cfg, vocab, rule, given, is_paired)
         except OSError as error:
             raise ConfigError(f"data.cache={cfg.cache!r} can not be written: {error}.") from error
         if sources.survey(cfg) != survey:
@@ -175,7 +178,7 @@ def _map(folder: str, part: str, dtype: str) -> Tokens:
 
 
 def _build(
-    folder: str, cfg: DataConfig, vocab: int, rule: str, given: Tokenizer | None
+    folder: str, cfg: DataConfig, vocab: int, rule: str, given: Tokenizer | None, is_paired: bool
 ) -> tuple[Tokenizer, Tokens, Tokens]:
     """Writes the folder, unless another process does so first."""
     os.makedirs(os.path.dirname(folder) or ".", exist_ok=True)
@@ -187,7 +190,7 @@ def _build(
         part_way = f"{folder}.{uuid.uuid4().hex[:8]}.tmp"
         os.mkdir(part_way)
         try:
-            _write(part_way, cfg, vocab, rule, given)
+            _write(part_way, cfg, vocab, rule, given, is_paired)
             with contextlib.suppress(OSError):  # without a lock, another process may be first
                 os.rename(part_way, folder)
         finally:
@@ -214,9 +217,16 @@ def _remains(folder: str) -> list[str]:
     return [folder, *(os.path.join(parent, n) for n in left if fcntl)]
 
 
-def _write(folder: str, cfg: DataConfig, vocab: int, rule: str, given: Tokenizer | None):
+def _write(
+    folder: str, cfg: DataConfig, vocab: int, rule: str, given: Tokenizer | None, is_paired: bool
+):
     def texts() -> Iterator[sources.Parts]:
-        return (sources.divide(d, rule, cfg.holdout) for d in sources.documents(cfg))
+        for document in sources.documents(cfg):
+            train, held = sources.divide(document, rule, cfg.holdout)
+            yield train, held
+            if is_paired:
+                target = _target(document, cfg)
+                yield (target, b"") if train else (b"", target)
 
     tokenizer = given or tokenizers.train((train for train, _ in texts() if train), vocab)
     _check_fits(tokenizer, cfg, vocab)
@@ -231,6 +241,16 @@ def _write(folder: str, cfg: DataConfig, vocab: int, rule: str, given: Tokenizer
     sizes = {name: os.path.getsize(os.path.join(folder, name)) for name in FILES}
     with open(os.path.join(folder, "manifest.json"), "w", encoding="utf-8") as file:
         json.dump({"source": cfg.source, "dtype": dtype, "sizes": sizes}, file, indent=2)
+
+
+def _target(document: sources.Document, cfg: DataConfig) -> bytes:
+    if not document.target:
+        raise ConfigError(
+            f"{document.name} has no answer, and train.objective learns from texts in pairs: use a "
+            f".jsonl or tfds source with data.target_key (it is {cfg.target_key!r}), or "
+            "data.source=classes:folder."
+        )
+    return document.target
 
 
 class _Writer:

@@ -23,11 +23,13 @@ class Document(NamedTuple):
         name: where it comes from: a path, path:line, or tfds:name/split/index.
         content: the text, never empty. Usually UTF-8, but any bytes will do.
         part: "train" or "held" where the source itself says what is held out, else "".
+        target: the answer, if texts come in pairs: a translation, the name of a class.
     """
 
     name: str
     content: bytes
     part: str = ""
+    target: bytes = b""
 
 
 def documents(cfg: DataConfig) -> Iterator[Document]:
@@ -78,7 +80,11 @@ def _modules(root: str) -> Iterator[str]:
 
 
 Source = Callable[[DataConfig], Iterable[tuple]]
-SOURCES: dict[str, Source] = {"stdlib": stdlib, "tfds:": tfds.read}  # and everything else is files
+SOURCES: dict[str, Source] = {  # and everything else is files
+    "stdlib": stdlib,
+    "tfds:": tfds.read,
+    "classes:": files.read_classes,
+}
 
 
 # --- what is held out ---
@@ -150,7 +156,8 @@ def survey(cfg: DataConfig) -> Survey:
     for document in documents(cfg):
         count += 1
         own += bool(document.part)
-        total.update(hashlib.blake2b(document.content, digest_size=16).digest())
+        for text in filter(None, (document.content, document.target)):
+            total.update(hashlib.blake2b(text, digest_size=16).digest())
         total.update(document.part.encode() + b".")
         for rule, size in sizes.items():
             for side, text in enumerate(divide(document, rule, cfg.holdout)):
@@ -170,13 +177,17 @@ SPLITS: dict[str, Callable[[Survey], str]] = {
 }
 
 
-def rule_for(cfg: DataConfig, found: Survey) -> str:
-    """The name in RULES that `data.split` means for these documents.
+def rule_for(cfg: DataConfig, found: Survey, is_paired: bool = False) -> str:
+    """The name in RULES that `data.split` means for these documents; pairs are never cut.
 
     Raises:
         ConfigError: nothing would be left to train on or to hold out.
     """
     rule = choose(SPLITS, cfg.split, "data.split")(found)
+    if is_paired and cfg.split == "tail":
+        raise ConfigError("data.split='tail' would cut texts from their answers: use document.")
+    if is_paired:
+        rule = "document"
     if not found.documents:
         raise ConfigError(f"data.source={cfg.source!r} holds no text: every document is empty.")
     for size, use in zip(found.sizes[rule], ("train on", "hold out"), strict=True):

@@ -15,11 +15,13 @@ from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
 from jaxgpt.config import DataConfig
 from jaxgpt.settings import ConfigError
 
 
-def read(cfg: DataConfig) -> Iterator[tuple[str, bytes, str]]:
+def read(cfg: DataConfig) -> Iterator[tuple[str, bytes, str, bytes]]:
     """Reads the data set that `cfg.source` names as tfds:name or tfds:name/config.
 
     If it has its own validation split (or else a test split), that is what is held out, and every
@@ -27,11 +29,12 @@ def read(cfg: DataConfig) -> Iterator[tuple[str, bytes, str]]:
     for a last measurement. If it has neither, `data.split` decides, as for any other source.
 
     Args:
-        cfg: `text_key` is the feature that holds the text.
+        cfg: `text_key` is the feature that holds the text, `target_key` the one that holds the
+            answer, if texts come in pairs: text, or the number of a class.
 
     Returns:
-        (name, content, part) in the order of the splits' names. The name says the split; part is
-        "held", "train", or "" where `data.split` decides.
+        (name, content, part, target) in the order of the splits' names. The name says the split;
+        part is "held", "train", or "" where `data.split` decides.
 
     Raises:
         ConfigError: the package, the data set or the feature is missing, or preparing it failed.
@@ -44,19 +47,22 @@ def read(cfg: DataConfig) -> Iterator[tuple[str, bytes, str]]:
         part = "held" if split == held else "train" if held else ""
         for index, example in enumerate(splits[split]):
             name = f"{cfg.source}/{split}/{index}"
-            yield name, _text(example, cfg.text_key, name), part
+            key = cfg.target_key
+            target = _text(example, key, name, "data.target_key") if key else b""
+            yield name, _text(example, cfg.text_key, name), part, target
 
 
-def _text(example: dict[str, Any], key: str, name: str) -> bytes:
+def _text(example: dict[str, Any], key: str, name: str, setting: str = "data.text_key") -> bytes:
     if key not in example:
         raise ConfigError(
-            f"data.text_key={key!r} is not a feature of {name}: "
-            f"it has {', '.join(sorted(example))}."
+            f"{setting}={key!r} is not a feature of {name}: it has {', '.join(sorted(example))}."
         )
     value = example[key]
+    if setting == "data.target_key" and isinstance(value, (int, np.integer)):
+        value = str(value)
     if not isinstance(value, (bytes, str)):
         raise ConfigError(
-            f"data.text_key={key!r} is a {type(value).__name__} in {name}, not text. "
+            f"{setting}={key!r} is a {type(value).__name__} in {name}, not text. "
             f"It has {', '.join(sorted(example))}."
         )
     return value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value

@@ -1,32 +1,52 @@
-"""A block is wiring around mixers: where norm and residual stand, and what they surround."""
+"""A block is wiring around mixers: where norms and residuals stand, and what they surround."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import flax.linen as nn
 import jax
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.model.attention import KV, Attention, Sight
 from jaxgpt.model.feedforward import FEEDFORWARDS
-from jaxgpt.model.kernels import Score
-from jaxgpt.model.masks import Mask
+from jaxgpt.model.mixers import MIXERS
+from jaxgpt.model.mixers.attention import CrossAttention
+from jaxgpt.model.mixers.mixer import Sight
 from jaxgpt.model.norms import NORMS
 from jaxgpt.sharding import constrain
 
-Mixer = Callable[[jax.Array], jax.Array]  # [B T D] -> [B T D]
+Part = Callable[[jax.Array], jax.Array]  # [B T D] -> [B T D]
+Parts = Mapping[str, Part]  # by the name of the site, in order
+Norm = Callable[[str, str], Part]  # (site, "in" or "out") -> a norm with its own parameters
 
 
-def pre(x: jax.Array, mixer: Mixer, norm: Callable[[str], Mixer]) -> jax.Array:
-    """x + mixer(norm(x)): GPT-2, Llama (Xiong et al. 2020, arXiv:2002.04745)."""
-    return x + mixer(norm("in")(x))
+def pre(x: jax.Array, parts: Parts, norm: Norm) -> jax.Array:
+    """x + part(norm(x)): GPT-2, Llama (Xiong et al. 2020, arXiv:2002.04745)."""
+    for site, part in parts.items():
+        x = x + part(norm(site, "in")(x))
+    return x
 
 
-def post(x: jax.Array, mixer: Mixer, norm: Callable[[str], Mixer]) -> jax.Array:
-    """norm(x + mixer(x)): the original Transformer."""
-    return norm("out")(x + mixer(x))
+def post(x: jax.Array, parts: Parts, norm: Norm) -> jax.Array:
+    """norm(x + part(x)): the original Transformer, BERT."""
+    for site, part in parts.items():
+        x = norm(site, "out")(x + part(x))
+    return x
 
 
-WIRINGS = {"pre": pre, "post": post}
+def sandwich(x: jax.Array, parts: Parts, norm: Norm) -> jax.Array:
+    """x + norm(part(norm(x))): Gemma 2 (Ding et al. 2021, arXiv:2105.13290, section 3.2)."""
+    for site, part in parts.items():
+        x = x + norm(site, "out")(part(norm(site, "in")(x)))
+    return x
+
+
+def parallel(x: jax.Array, parts: Parts, norm: Norm) -> jax.Array:
+    """x + a(norm(x)) + b(norm(x)): GPT-NeoX (Black et al. 2022, arXiv:2204.06745, section 2.1)."""
+    return x + sum(part(norm(site, "in")(x)) for site, part in parts.items())
+
+
+WIRINGS = {"pre": pre, "post": post, "sandwich": sandwich, "parallel": parallel}
+NORMED = {"post"}  # wirings that need no norm after the last block
 
 
 class Dropout(nn.Module):
@@ -40,46 +60,69 @@ class Dropout(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward, each wired to the residual stream x [B T D]."""
+    """A token mixer, maybe cross-attention, and a channel mixer, wired to the stream x [B T D]."""
 
     cfg: ModelConfig
-    mask: Mask
+    mixer: str
+    pattern: str
+    direction: str
 
     @nn.compact
-    def __call__(self, x: jax.Array, kv: KV | None, sight: Sight):
+    def __call__(self, x: jax.Array, state: dict | None, sight: Sight):
+        """`state` has that of each site which remembers something; None in training."""
         c = self.cfg
-        written = []
+        after = {}
 
-        def norm_of(site):
-            return lambda end: NORMS[c.norm](c, name=f"{site}_norm_{end}")
+        def remembering(site: str, module: nn.Module) -> Part:
+            def part(y):
+                y, new = module(y, sight, None if state is None else state[site])
+                after[site] = new
+                return Dropout(c.dropout)(y)
 
-        def attention(y):
-            score = Score(self.mask, sight.bias)
-            y, new = Attention(c, name="attn")(y, score, sight, kv)
-            written.append(new)
-            return Dropout(c.dropout)(y)
+            return part
 
-        def feedforward(y):
-            return Dropout(c.dropout)(FEEDFORWARDS[c.feedforward](c, name="ffn")(y))
+        parts = {}
+        mixer = MIXERS[self.mixer](c, self.pattern, self.direction, name="mixer")
+        parts["mixer"] = remembering("mixer", mixer)
+        if sight.memory_at is not None:
+            parts["cross"] = remembering("cross", CrossAttention(c, name="cross"))
+        channels = FEEDFORWARDS[c.feedforward]
+        if channels is not None:
+            ffn = channels(c, name="ffn")
+            parts["ffn"] = lambda y: Dropout(c.dropout)(ffn(y, sight.q_at))
 
-        wire = WIRINGS[c.wiring]
-        x = wire(x, attention, norm_of("attn"))
-        x = wire(x, feedforward, norm_of("ffn"))
-        return constrain(x, "BTD"), written[0]
+        def norm(site: str, end: str) -> Part:
+            return NORMS[c.norm](c, name=f"{site}_norm_{end}")
+
+        x = WIRINGS[c.wiring](x, parts, norm)
+        return constrain(x, "BTD"), None if state is None else after
+
+
+class Unit(nn.Module):
+    """The blocks that a stack repeats: one, or as many as `mixers` and `pattern` name in turn."""
+
+    cfg: ModelConfig
+    direction: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array, states: tuple | None, sight: Sight):
+        after = []
+        for i, (mixer, pattern) in enumerate(self.cfg.unit):
+            block = Block(self.cfg, mixer, pattern, self.direction, name=f"block_{i}")
+            x, state = block(x, None if states is None else states[i], sight)
+            after.append(state)
+        return x, None if states is None else tuple(after)
 
 
 def keep_all(block):
     return block
 
 
-def recompute(policy):
-    """Recomputes a block in the backward pass, but for what `policy` saves."""
-    # Inside a scan nothing can be merged across iterations, so the guard against it is not needed.
-    return lambda block: nn.remat(block, prevent_cse=False, policy=policy)
+# Inside a scan nothing can be merged across iterations, so the guard against it is not needed.
+recompute = partial(nn.remat, prevent_cse=False)
 
-
-REMATS = {
+REMATS: dict[str, Callable] = {
     "none": keep_all,
-    "full": recompute(None),
-    "dots": recompute(jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "full": recompute,
+    "dots": partial(recompute, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
 }

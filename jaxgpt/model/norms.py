@@ -17,11 +17,12 @@ class RMSNorm(nn.Module):
     """
 
     cfg: ModelConfig
+    letter: str = "D"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # [... D] -> [... D]
-        chex.assert_axis_dimension(x, -1, self.cfg.width)
-        scale = weight(self, "scale", "D", self.cfg.sizes, ones)
+        chex.assert_axis_dimension(x, -1, self.cfg.sizes[self.letter])
+        scale = weight(self, "scale", self.letter, self.cfg.sizes, ones)
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.cfg.norm_eps)
         return (y * scale).astype(x.dtype)
@@ -34,17 +35,18 @@ class LayerNorm(nn.Module):
     """
 
     cfg: ModelConfig
+    letter: str = "D"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # [... D] -> [... D]
-        chex.assert_axis_dimension(x, -1, self.cfg.width)
-        scale = weight(self, "scale", "D", self.cfg.sizes, ones)
+        chex.assert_axis_dimension(x, -1, self.cfg.sizes[self.letter])
+        scale = weight(self, "scale", self.letter, self.cfg.sizes, ones)
         y = x.astype(jnp.float32)
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.cfg.norm_eps)
         y = y * scale
         if self.cfg.bias:
-            y = y + weight(self, "bias", "D", self.cfg.sizes, zeros)
+            y = y + weight(self, "bias", self.letter, self.cfg.sizes, zeros)
         return y.astype(x.dtype)
 
 

@@ -9,7 +9,9 @@ vocabulary is not part of it: `logits` (sampling) and `objectives` (training) sc
 states, so that nobody holds [B T V] who does not need it.
 """
 
+import functools
 import math
+from typing import Any, ClassVar, NamedTuple
 
 import chex
 import flax.linen as nn
@@ -19,54 +21,80 @@ from flax import struct
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.dims import split, weight
-from jaxgpt.model import masks
-from jaxgpt.model.attention import KV, Sight, write
-from jaxgpt.model.block import REMATS, Block, Dropout
+from jaxgpt.model.block import NORMED, REMATS, Dropout, Unit
+from jaxgpt.model.heads import HEADS, Classes, head
 from jaxgpt.model.layers import DTYPES, normal
 from jaxgpt.model.masks import Coords
+from jaxgpt.model.mixers import MIXERS
+from jaxgpt.model.mixers.attention import Attention
+from jaxgpt.model.mixers.mixer import Sight, write
 from jaxgpt.model.norms import NORMS
 from jaxgpt.model.positions import POSITIONS
 from jaxgpt.sharding import constrain
 
 
+class Source(NamedTuple):
+    """What an encoder-decoder reads before it writes."""
+
+    tokens: jax.Array  # int32 [B S]
+    at: Coords  # [B S]
+
+
 @struct.dataclass
 class Cache:
-    """Keys and values seen so far. Slots not yet written have document 0: nobody looks there."""
+    """What was seen so far. Slots not yet written have document 0: nobody looks there."""
 
-    kv: KV  # [L B S G K] each
+    states: tuple[dict[str, Any], ...]  # of each block of the unit, its sites; leaves [L ...]
     at: Coords  # [B S] each
     cursor: jax.Array  # int32 [], the next free slot
+    memory_at: Coords | None = None  # of the source, [B S] each
 
 
 class Stack(nn.Module):
-    """Embedded tokens in, normed hidden states out."""
+    """Embedded tokens in, hidden states out."""
 
     cfg: ModelConfig
-    mask: masks.Mask
+    direction: str = "causal"
+    layers: int | None = None  # None = cfg.layers
 
     @nn.compact
-    def __call__(self, x: jax.Array, at: Coords, cache: Cache | None):
-        """x [B T D], at [B T] -> (hidden [B T D], cache)."""
+    def __call__(
+        self,
+        x: jax.Array,
+        at: Coords,
+        cache: Cache | None = None,
+        memory: jax.Array | None = None,
+        memory_at: Coords | None = None,
+    ):
+        """x [B T D], at [B T], memory [B S D] of a source -> (hidden [B T D], cache)."""
         c = self.cfg
-        place = POSITIONS[c.position](c, name="position")
-        x = constrain(Dropout(c.dropout)(place.embed(x, at.position)), "BTD")
+        place = POSITIONS[c.position](c, self.direction, name="position")
+        if c.embed_scale:
+            x = x * c.width**0.5
+        x = place.embed(x, at.position)
+        if c.embed_norm:
+            x = NORMS[c.norm](c, name="embed_norm")(x)
+        x = constrain(Dropout(c.dropout)(x), "BTD")
         k_at, cursor = at, None
         if cache is not None:
             k_at, cursor = write(cache.at, at, cache.cursor), cache.cursor
-        sight = Sight(at, k_at, place.rotation(), place.bias(), cursor)
-        # One compiled block whatever the depth; its parameters are stacked along L.
+            memory_at = cache.memory_at if memory is None else memory_at
+        sight = Sight(at, k_at, place.rotation(), place.bias(), cursor, memory, memory_at)
+        # One compiled unit whatever the depth; its parameters are stacked along L.
         blocks = nn.scan(
-            REMATS[c.remat](Block),
-            variable_axes={"params": 0},
+            REMATS[c.remat](Unit),
+            variable_axes={"params": 0, "losses": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast),
-            length=c.layers,
+            length=(self.layers or c.layers) // len(c.unit),
             unroll=c.unroll,
-        )(c, self.mask, name="layers")
-        x, kv = blocks(x, None if cache is None else cache.kv, sight)
-        x = NORMS[c.norm](c, name="norm")(x)
+            metadata_params={"letter": "L"},
+        )(c, self.direction, name="layers")
+        x, states = blocks(x, None if cache is None else cache.states, sight)
+        if c.wiring not in NORMED:
+            x = NORMS[c.norm](c, name="norm")(x)
         if cache is not None:
-            cache = Cache(kv, k_at, cache.cursor + x.shape[1])
+            cache = Cache(states, k_at, cache.cursor + x.shape[1], memory_at)
         return x, cache
 
 
@@ -74,56 +102,137 @@ class Table(nn.Module):
     """A row of D numbers for every token."""
 
     cfg: ModelConfig
+    letters: str = "V>D"
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:  # [B T] -> [B T D]
-        table = weight(self, "table", "V>D", self.cfg.sizes, normal)
+        table = weight(self, "table", self.letters, self.cfg.sizes, normal)
         # Gather the width before looking up, else the partitioner replicates the lookup.
-        table = constrain(table.astype(DTYPES[self.cfg.dtype]), "V.")
+        table = constrain(table.astype(DTYPES[self.cfg.dtype]), f"{self.letters[0]}.")
         return constrain(table[tokens], "BTD")
 
 
-class Decoder(nn.Module):
-    """The GPT: every token sees itself and what came before in its document."""
+class Family(nn.Module):
+    """What all families have: tables that embed tokens and score them."""
+
+    DIRECTIONS: ClassVar[tuple[str, ...]] = ("causal",)  # in which its stacks look
 
     cfg: ModelConfig
 
-    @nn.compact
+    def setup(self):
+        c = self.cfg
+        self.embed = Table(c)
+        if not c.tie:
+            self.head = Table(c)
+        if HEADS[c.head] is not None:
+            self.transform = HEADS[c.head](c)
+
+    def out(self, tokens: jax.Array, hidden: jax.Array) -> jax.Array:
+        """Hidden states [B T D] as they are scored."""
+        if not self.cfg.tie and self.is_initializing():
+            self.head(tokens[:, :1])  # the head is only declared here; see heads.head
+        return hidden if HEADS[self.cfg.head] is None else self.transform(hidden)
+
+
+class Decoder(Family):
+    """The GPT: every token sees itself and what came before in its document."""
+
+    def setup(self):
+        super().setup()
+        self.stack = Stack(self.cfg)
+
     def __call__(self, tokens: jax.Array, at: Coords, cache: Cache | None = None):
         """tokens int32 [B T], at [B T] -> (hidden [B T D] in the compute dtype, cache)."""
         at.check(tokens)
-        x = Table(self.cfg, name="embed")(tokens)
-        sees = masks.all_of(masks.same_document, masks.causal)
-        x, cache = Stack(self.cfg, sees, name="stack")(x, at, cache)
-        if not self.cfg.tie and self.is_initializing():
-            # The head is only declared here; `unembedding` is who reads it.
-            Table(self.cfg, name="head")(tokens[:, :1])
-        return x, cache
+        hidden, cache = self.stack(self.embed(tokens), at, cache)
+        return self.out(tokens, hidden), cache
 
 
-FAMILIES = {"decoder": Decoder}
+class Encoder(Family):
+    """BERT: every token sees its whole document."""
+
+    DIRECTIONS = ("both",)
+
+    def setup(self):
+        super().setup()
+        c = self.cfg
+        self.stack = Stack(c, "both")
+        if c.types:
+            self.types = Table(c, "Y>D")
+        if c.classes:
+            self.classes = Classes(c)
+
+    def encode(self, tokens: jax.Array, at: Coords, types: jax.Array | None = None):
+        """tokens, at, types [B T] -> hidden [B T D]. Without types, all are of kind 0."""
+        at.check(tokens)
+        x = self.embed(tokens)
+        if self.cfg.types:
+            x = x + self.types(jnp.zeros_like(tokens) if types is None else types)
+        return self.stack(x, at)[0]
+
+    def classify(self, tokens: jax.Array, at: Coords, types: jax.Array | None = None):
+        """-> scores of classes, float32 [B A], of rows that are one text each."""
+        return self.classes(self.encode(tokens, at, types))
+
+    def __call__(self, tokens: jax.Array, at: Coords, types: jax.Array | None = None):
+        """-> (hidden [B T D], None)."""
+        hidden = self.encode(tokens, at, types)
+        if self.cfg.classes and self.is_initializing():
+            self.classes(hidden)
+        return self.out(tokens, hidden), None
 
 
-def build(cfg: ModelConfig) -> nn.Module:
+class EncoderDecoder(Family):
+    """The original Transformer, T5, BART: a decoder that also sees what an encoder made."""
+
+    DIRECTIONS = ("both", "causal")
+
+    def setup(self):
+        super().setup()
+        self.encoder = Stack(self.cfg, "both", self.cfg.encoder_layers)
+        self.stack = Stack(self.cfg)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        at: Coords,
+        cache: Cache | None = None,
+        source: Source | None = None,
+    ):
+        """tokens, at [B T] -> (hidden [B T D], cache).
+
+        The source is read once: a cache keeps what the decoder needs of it.
+        """
+        at.check(tokens)
+        if source is None and self.is_initializing():
+            source = Source(tokens, at)
+        memory, memory_at = None, None
+        if source is not None:
+            memory_at = source.at.check(source.tokens)
+            memory, _ = self.encoder(self.embed(source.tokens), memory_at)
+        elif cache is None:
+            raise ValueError("an encoder_decoder needs a source, or a cache that has read one.")
+        hidden, cache = self.stack(self.embed(tokens), at, cache, memory, memory_at)
+        return self.out(tokens, hidden), cache
+
+
+FAMILIES = {"decoder": Decoder, "encoder": Encoder, "encoder_decoder": EncoderDecoder}
+
+
+def build(cfg: ModelConfig) -> Any:
     """The module of a config. It holds no arrays: parameters are passed to `apply`."""
     return FAMILIES[cfg.family](cfg)
 
 
-def unembedding(params) -> jax.Array:
-    """The table [V D] that scores hidden states: the embedding itself when it is tied."""
-    return params.get("head", params["embed"])["table"]
-
-
-def logits(params, hidden: jax.Array) -> jax.Array:
+def logits(cfg: ModelConfig, params, hidden: jax.Array) -> jax.Array:
     """hidden [... D] -> float32 [... V]."""
-    table = unembedding(params).astype(hidden.dtype)
-    chex.assert_axis_dimension(hidden, -1, table.shape[1])
-    return jnp.einsum("...D,VD->...V", hidden, table, preferred_element_type=jnp.float32)
+    return head(cfg, params)(hidden)
 
 
 def _init(cfg: ModelConfig, key: jax.Array):
     one = jnp.zeros((1, 1), jnp.int32)
-    return build(cfg).init({"params": key}, one, Coords(one, one + 1))["params"]
+    prefix = one if "prefix" in cfg.pattern else None
+    return build(cfg).init({"params": key}, one, Coords(one, one + 1, prefix))["params"]
 
 
 def init_params(cfg: ModelConfig, key: jax.Array) -> tuple:
@@ -131,33 +240,61 @@ def init_params(cfg: ModelConfig, key: jax.Array) -> tuple:
     return split(_init(cfg, key))
 
 
+@functools.cache
 def abstract_params(cfg: ModelConfig) -> tuple:
     """As `init_params`, with shapes in place of arrays: nothing is allocated."""
     return split(jax.eval_shape(lambda key: _init(cfg, key), jax.random.key(0)))
 
 
+# The first of these words in a parameter's path says which part it belongs to.
+PARTS = {
+    "position": "position",
+    "types": "position",
+    "head": "head",
+    "transform": "head",
+    "classes": "head",
+    "embed": "embedding",
+    "mixer": "attention",
+    "cross": "attention",
+    "ffn": "feedforward",
+}
+
+
+def part_of(path) -> str:
+    """The part of the model that a path in the tree of parameters leads to."""
+    words = [key.key for key in path]
+    return next((PARTS[word] for word in words if word in PARTS), "norms")
+
+
 def count_params(cfg: ModelConfig) -> dict[str, int]:
     """Number of parameters by part, and their "total". Nothing is allocated."""
     shapes, _ = abstract_params(cfg)
-    layers = shapes["stack"]["layers"]
-    rest = {name: part for name, part in shapes["stack"].items() if name != "layers"}
-    parts = {
-        "embedding": shapes["embed"],
-        "position": rest.pop("position", {}),
-        "attention": layers["attn"],
-        "feedforward": layers["ffn"],
-        "norms": [rest, {name: part for name, part in layers.items() if "norm" in name}],
-        "head": shapes.get("head", {}),
-    }
-    count = {k: sum(math.prod(x.shape) for x in jax.tree.leaves(v)) for k, v in parts.items()}
+    names = ("embedding", "position", "attention", "feedforward", "norms", "head")
+    count = dict.fromkeys(names, 0)
+    for path, x in jax.tree.leaves_with_path(shapes):
+        count[part_of(path)] += math.prod(x.shape)
     return count | {"total": sum(count.values())}
 
 
-def init_cache(cfg: ModelConfig, batch: int, slots: int) -> Cache:
-    """An empty cache for `batch` rows of up to `slots` tokens."""
+def init_cache(cfg: ModelConfig, batch: int, slots: int, source: int = 0) -> Cache:
+    """An empty cache for `batch` rows of up to `slots` tokens, and `source` tokens of a source."""
     chex.assert_scalar_positive(batch)
     chex.assert_scalar_positive(slots)
-    shape = (cfg.layers, batch, slots, cfg.sizes["G"], cfg.sizes["K"])
-    empty = jnp.zeros(shape, DTYPES[cfg.dtype])
+    repeats = cfg.layers // len(cfg.unit)
+
+    def stacked(state):
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (repeats, *x.shape)), state)
+
+    def states(mixer: str):
+        cross = {"cross": Attention.state(cfg, batch, source)} if source else {}
+        return {"mixer": MIXERS[mixer].state(cfg, batch, slots)} | cross
+
     nowhere = jnp.zeros((batch, slots), jnp.int32)
-    return Cache(KV(empty, empty), Coords(nowhere, nowhere), jnp.int32(0))
+    prefix = nowhere if "prefix" in cfg.pattern else None
+    beyond = jnp.zeros((batch, source), jnp.int32)
+    return Cache(
+        states=stacked(tuple(states(mixer) for mixer, _ in cfg.unit)),
+        at=Coords(nowhere, nowhere, prefix),
+        cursor=jnp.int32(0),
+        memory_at=Coords(beyond, beyond) if source else None,
+    )

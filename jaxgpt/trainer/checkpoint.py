@@ -1,6 +1,6 @@
 """Checkpoints: what a run needs to go on as if it had never stopped.
 
-    run/config.json  tokenizer.json              written once, when the run begins
+    run/config.json  tokenizer.json  labels.json  written once, when the run begins
     run/checkpoints/<step>/{params,rest,progress}  the latest ones
     run/best/<step>/{params,progress}              the one with the least held-out loss
 
@@ -10,6 +10,7 @@ randomness, so that sampling reads no more than it needs.
 """
 
 import dataclasses
+import json
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -146,6 +147,15 @@ def read_config(run_folder: str) -> Config:
         )
     with open(path) as file:
         return configs.from_json(file.read(), path)
+
+
+def read_labels(run_folder: str) -> list[str]:
+    """The names of the classes that a run tells apart; none if it does not classify."""
+    path = os.path.join(run_folder, "labels.json")
+    if not os.path.isfile(path):
+        return []
+    with open(path) as file:
+        return json.load(file)
 
 
 def _manager(folder: str, keep: int) -> ocp.CheckpointManager:

@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -69,14 +69,21 @@ def write_whole(path: str, text: str):
     os.replace(temporary, path)
 
 
-def plot_losses(run_folder: str, title: str):
-    """Draws plots/loss.png from metrics.jsonl: training and held-out loss over the steps."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def plot_curves(run_folder: str, title: str, unit: str = "token"):
+    """Draws plots/loss.png, and plots/accuracy.png of what classifies texts, from metrics.jsonl:
+    training and held out over the steps."""
+    records = read_metrics(run_folder)
+    _plot(records, run_folder, title, "loss", ("nats", "loss"), f"loss (nats per {unit})")
+    if unit == "text":
+        _plot(records, run_folder, title, "accuracy", ("accuracy", "accuracy"), "accuracy")
+
+
+def _plot(records, run_folder: str, title: str, name: str, keys: tuple[str, str], what: str):
+    """One curve for training and one for what is held out."""
     from matplotlib.figure import Figure
 
-    records = read_metrics(run_folder)
-    train = [(r["step"], r["nats"]) for r in records if r["kind"] == "train"]
-    held = [(r["step"], r["loss"]) for r in records if r["kind"] == "eval"]
+    train = [(r["step"], r[keys[0]]) for r in records if r["kind"] == "train"]
+    held = [(r["step"], r[keys[1]]) for r in records if r["kind"] == "eval"]
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     axes = figure.subplots()
     if train:
@@ -86,11 +93,36 @@ def plot_losses(run_folder: str, title: str):
         axes.annotate(
             f"{held[-1][1]:.3f}", held[-1], (0, 7), textcoords="offset points", ha="right"
         )
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.set(xlabel="step", ylabel=what, title=title)
     axes.grid(alpha=0.3)
     if train or held:
         axes.legend(frameon=False)
-    path = os.path.join(run_folder, "plots", "loss.png")
+    _print(figure, run_folder, name)
+
+
+def plot_confusion(run_folder: str, labels: Sequence[str], rows: Sequence[Sequence[int]]):
+    """Draws plots/confusion.png: how many texts of each class (rows) were taken for which."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.2 * len(labels) + 2, 1.2 * len(labels) + 1.5), dpi=120,
+                    layout="constrained")  # fmt: skip
+    axes = figure.subplots()
+    axes.imshow([[n / max(sum(row), 1) for n in row] for row in rows], cmap="Blues", vmin=0, vmax=1)
+    places = range(len(labels))
+    axes.set(xticks=places, yticks=places, xlabel="taken for", ylabel="class")
+    axes.set_xticklabels(labels, rotation=45 if len(labels) > 4 else 0)
+    axes.set_yticklabels(labels)
+    for i, row in enumerate(rows):
+        for j, n in enumerate(row):
+            dark = n > 0.5 * sum(row)
+            axes.text(j, i, f"{n:,}", ha="center", va="center", color="white" if dark else "black")
+    _print(figure, run_folder, "confusion")
+
+
+def _print(figure, run_folder: str, name: str):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    path = os.path.join(run_folder, "plots", f"{name}.png")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     FigureCanvasAgg(figure).print_png(f"{path}.tmp")
     os.replace(f"{path}.tmp", path)

@@ -4,6 +4,7 @@
 functions between them are what happens every so many steps.
 """
 
+import json
 import math
 import os
 import signal
@@ -20,15 +21,24 @@ import jaxgpt
 from jaxgpt import config as configs
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.config import Config
-from jaxgpt.data import Batch, Corpus, Loader, eval_batches, prefetch, prepare
-from jaxgpt.generate import generate
+from jaxgpt.data import Batch, Corpus, prefetch, prepare
+from jaxgpt.data.tasks import Causal
 from jaxgpt.model import abstract_params, build, count_params
 from jaxgpt.objectives import Sums
 from jaxgpt.optimizer import build as build_optimizer
+from jaxgpt.predict import ask
+from jaxgpt.predict import check as check_prompt
 from jaxgpt.settings import ConfigError
 from jaxgpt.sharding import batch_sharding, check_batch, make_mesh
 from jaxgpt.trainer.checkpoint import Checkpoints, Progress, latest_step, read_config
-from jaxgpt.trainer.logging import Console, MetricsFile, duration, plot_losses, write_whole
+from jaxgpt.trainer.logging import (
+    Console,
+    MetricsFile,
+    duration,
+    plot_confusion,
+    plot_curves,
+    write_whole,
+)
 from jaxgpt.trainer.speed import Clock, flops_per_token, peak_flops
 from jaxgpt.trainer.state import TrainState, abstract_state, make_state
 from jaxgpt.trainer.step import Metrics, make_eval_step, make_train_step
@@ -45,7 +55,7 @@ class Run:
     cfg: Config
     mesh: jax.sharding.Mesh
     corpus: Corpus
-    loader: Loader
+    task: Causal  # or another of the tasks: makes the batches
     state: TrainState
     progress: Progress
     train_step: Callable
@@ -88,7 +98,7 @@ def train(cfg: Config, *, is_quiet: bool = False) -> Progress:
 def loop(run: Run, stop: "Stop"):
     """Steps until the end, an early stop or a signal."""
     cfg, progress, every = run.cfg, run.progress, run.cfg.train
-    batches = prefetch(run.loader.batches(progress.step), cfg.data.prefetch)
+    batches = prefetch(run.task.batches(progress.step), cfg.data.prefetch)
     due = None  # figures of an earlier step: fetched once the next step is under way
     first = progress.step + 1
     run.clock.start(progress.step)
@@ -96,7 +106,7 @@ def loop(run: Run, stop: "Stop"):
         while progress.step < every.steps and not progress.is_done and not stop.name:
             run.state, metrics = run.train_step(run.state, run.place(next(batches)))
             progress.step += 1
-            progress.tokens += every.batch * cfg.model.context
+            progress.tokens += run.task.tokens
             step, is_last = progress.step, progress.step == every.steps
             if step == first:
                 jax.block_until_ready(metrics)
@@ -137,7 +147,7 @@ def log(run: Run, step: int, metrics: Metrics):
     values = {name: float(value) for name, value in metrics._asdict().items()}
     _check_finite(run, step, "loss", values["loss"])
     cfg, seconds = run.cfg, run.clock.seconds_per_step(step)
-    rate = cfg.train.batch * cfg.model.context / seconds
+    rate = run.task.tokens / seconds
     values |= {
         "tokens_per_second": rate,
         "mfu": rate * flops_per_token(cfg.model) / run.peak,
@@ -150,16 +160,9 @@ def log(run: Run, step: int, metrics: Metrics):
 def look(run: Run):
     """Evaluates on the held-out text, keeps the best model, and may end the run early."""
     cfg, progress = run.cfg, run.progress
-    batches = eval_batches(
-        run.corpus.held,
-        cfg.train.batch,
-        cfg.model.context,
-        limit=cfg.train.eval_batches,
-        pad=run.corpus.tokenizer.pad,
-        mask_documents=cfg.data.mask_documents,
-    )
-    lengths = run.corpus.tokenizer.lengths
-    values = evaluate(run.eval_step, run.state.params, batches, lengths, run.place)
+    lengths = run.corpus.tokenizer.lengths if cfg.train.objective == "causal" else None
+    values = evaluate(run.eval_step, run.state.params, run.task.held(), lengths, run.place)
+    confusion = values.pop("confusion", None)
     _check_finite(run, progress.step, "held-out loss", values["loss"])
     run.metrics.write("eval", progress.step, values)
     is_best = values["loss"] < progress.best_loss
@@ -169,57 +172,97 @@ def look(run: Run):
     else:
         progress.stale += 1
         progress.is_done = bool(cfg.train.patience) and progress.stale >= cfg.train.patience
-    run.console.say(
-        f"step {progress.step}  held-out loss {values['loss']:.4f} nats/token  "
-        f"perplexity {values['perplexity']:.2f}  {values['bits_per_byte']:.3f} bits/byte"
-        + ("  (best)" if is_best else f"  (best {progress.best_loss:.4f})")
-    )
-    plot_losses(cfg.run_folder, cfg.name)
+    rank = "(best)" if is_best else f"(best {progress.best_loss:.4f})"
+    run.console.say(f"step {progress.step}  {_figures(values, cfg.objective.unit)}  {rank}")
+    plot_curves(cfg.run_folder, cfg.name, cfg.objective.unit)
+    if confusion is not None:
+        run.console.say(_table(confusion, run.task.labels))
+        kept = {"step": progress.step, "labels": run.task.labels, "rows": confusion}
+        write_whole(os.path.join(cfg.run_folder, "confusion.json"), json.dumps(kept) + "\n")
+        plot_confusion(cfg.run_folder, run.task.labels, confusion)
+
+
+def _figures(values: dict[str, float], unit: str) -> str:
+    """Those of an evaluation, for people."""
+    text = f"held-out loss {values['loss']:.4f} nats/{unit}  "
+    if unit == "text":
+        return text + f"accuracy {values['accuracy']:.2%} of {values['tokens']:,} texts"
+    text += f"perplexity {values['perplexity']:.2f}  "
+    if "bits_per_byte" in values:
+        return text + f"{values['bits_per_byte']:.3f} bits/byte"
+    return text + f"accuracy {values['accuracy']:.1%}"
+
+
+def _table(confusion: list[list[int]], labels: list[str]) -> str:
+    """Which class (rows) was taken for which (columns)."""
+    names = [name[:12] for name in labels]
+    wide = max(8, *(len(name) for name in names)) + 2
+    head = " " * wide + "".join(f"{'-> ' + name:>{wide + 3}}" for name in names)
+    rows = [
+        f"{name:>{wide}}" + "".join(f"{count:>{wide + 3},}" for count in row)
+        for name, row in zip(names, confusion, strict=True)
+    ]
+    return "\n".join([head, *rows])
 
 
 def evaluate(
     eval_step: Callable[[Any, Batch], Sums],
     params,
     batches: Iterable[Batch],
-    lengths: np.ndarray,
+    lengths: np.ndarray | None = None,
     place: Callable[[Batch], Batch] = jax.device_put,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Figures over held-out batches [B T].
 
     Args:
-        lengths: int32 [V], bytes of each token.
+        lengths: int32 [V], bytes of each token, to count bits per byte; None where targets are not
+            a text.
         place: puts a batch on the devices.
 
     Returns:
-        loss (nats per token), perplexity, bits_per_byte, accuracy and tokens.
+        loss (nats per token or text), perplexity, bits_per_byte (with lengths), accuracy, tokens
+        (or texts), and confusion (of classes: a row for each true one).
     """
-    sums, size = [], 0
+    told, size = [], 0
     for batch in batches:
-        sums.append(eval_step(params, place(batch)))
-        size += int(lengths[batch.targets][batch.weights > 0].sum())
+        told.append(eval_step(params, place(batch)))
+        if lengths is not None:
+            size += int(lengths[batch.targets][batch.weights > 0].sum())
     # In float64, since a float32 stops counting at 2**24 tokens.
-    _, nats, weight, correct = np.array(jax.device_get(sums), np.float64).sum(axis=0).tolist()
-    return {
-        "loss": nats / weight,
-        "perplexity": math.exp(min(nats / weight, 700.0)),
-        "bits_per_byte": nats / math.log(2) / max(size, 1),
-        "accuracy": correct / weight,
+    sums = jax.tree.map(lambda *x: np.sum(np.array(x, np.float64), axis=0), *jax.device_get(told))
+    weight = max(float(sums.weight), 1.0)
+    nats = float(sums.nats) / weight
+    values = {
+        "loss": nats,
+        "perplexity": math.exp(min(nats, 700.0)),
+        "accuracy": float(sums.correct) / weight,
         "tokens": int(weight),
     }
+    if lengths is not None:
+        values["bits_per_byte"] = float(sums.nats) / math.log(2) / max(size, 1)
+    if sums.confusion is not None:
+        values["confusion"] = sums.confusion.astype(int).tolist()
+    return values
 
 
 def speak(run: Run):
     """Shows what the model would say now, and keeps it in samples/."""
-    cfg = run.cfg
-    sampled = generate(
-        cfg.model, run.state.params, run.corpus.tokenizer, [cfg.sample.prompt], cfg.sample
-    )
-    text = cfg.sample.prompt + "".join(piece for (piece,) in sampled)
+    cfg, prompt = run.cfg, run.cfg.sample.prompt
+    if not _is_asked(cfg):
+        return
+    is_continued = cfg.model.family == "decoder"
+    answer = ask(cfg, run.state.params, run.corpus.tokenizer, [prompt], run.task.labels)
+    text = prompt + ("" if is_continued else "\n") + "".join(piece for (piece,) in answer)
     folder = os.path.join(cfg.run_folder, "samples")
     os.makedirs(folder, exist_ok=True)
     write_whole(os.path.join(folder, f"step_{run.progress.step:06d}.txt"), text)
     title = f"--- sample at step {run.progress.step} "
     run.console.say(f"{title:-<72}\n{text}\n{'':-<72}")
+
+
+def _is_asked(cfg: Config) -> bool:
+    """Only a decoder has something to say to an empty prompt."""
+    return bool(cfg.sample.prompt) or cfg.model.family == "decoder"
 
 
 def save(run: Run):
@@ -259,11 +302,14 @@ def open_run(cfg: Config, is_quiet: bool = False) -> Run:
         )
     known = os.path.join(folder, "tokenizer.json")
     corpus = prepare(
-        cfg.data, cfg.model.vocab, tokenizer=tokenizers.load(known) if is_resumed else None
+        cfg.data,
+        cfg.model.vocab - cfg.objective.task.reserved(cfg),
+        tokenizer=tokenizers.load(known) if is_resumed else None,
+        is_paired=cfg.objective.task.IS_PAIRED,
     )
-    loader = Loader(
-        corpus.train, cfg.train.batch, cfg.model.context, cfg.seed, cfg.data.mask_documents
-    )
+    task = cfg.objective.task(cfg, corpus)
+    if _is_asked(cfg):
+        check_prompt(cfg, corpus.tokenizer, [cfg.sample.prompt])
     saver = Checkpoints(folder, cfg.train.keep)
     _, letters = abstract_params(cfg.model)
     optimizer, schedule = build_optimizer(cfg.optimizer, cfg.train.steps, letters)
@@ -275,6 +321,8 @@ def open_run(cfg: Config, is_quiet: bool = False) -> Run:
         state = make_state(cfg.model, optimizer, cfg.seed, abstract)
         progress = Progress(data=corpus.fingerprint)
         corpus.tokenizer.save(known)
+        if task.labels:
+            write_whole(os.path.join(folder, "labels.json"), json.dumps(task.labels) + "\n")
         saver.forget_best()  # of a run that was killed before its first checkpoint
     write_whole(os.path.join(folder, "config.json"), configs.to_json(cfg))
 
@@ -286,7 +334,7 @@ def open_run(cfg: Config, is_quiet: bool = False) -> Run:
         cfg=cfg,
         mesh=mesh,
         corpus=corpus,
-        loader=loader,
+        task=task,
         state=state,
         progress=progress,
         train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(where, None)),
@@ -356,9 +404,9 @@ def _introduction(run: Run, peak_source: str) -> str:
         f"data   {corpus.source}: {corpus.train_bytes / 1e6:,.1f} MB in {corpus.train.documents:,} "
         f"documents, {corpus.train.ids.size:,} tokens; held out by {corpus.rule}: "
         f"{corpus.held_bytes / 1e6:,.2f} MB, {corpus.held.ids.size:,} tokens; "
-        f"{corpus.bytes_per_token:.2f} bytes per token",
+        f"{corpus.bytes_per_token:.2f} bytes per token" + (run.task.note and f"; {run.task.note}"),
         f"model  {total:,} parameters: {shown}",
-        f"plan   {cfg.train.steps:,} steps of {cfg.train.batch} x {cfg.model.context} tokens, "
+        f"plan   {cfg.train.steps:,} steps of {cfg.train.batch} x {run.task.T} tokens, "
         f"{cfg.optimizer.name} at {cfg.optimizer.lr:g}",
         f"speed  peak {run.peak / 1e12:.3g} TFLOP/s ({peak_source}); "
         f"{flops_per_token(cfg.model) / 1e6:,.1f} MFLOP per token",
@@ -378,7 +426,8 @@ def _farewell(cfg: Config, progress: Progress, signal_name: str) -> str:
         )
     why = f", stopped early: no better for {progress.stale} evaluations" if progress.is_done else ""
     return (
-        f"Done: {time_spent}{why}. Best held-out loss {progress.best_loss:.4f} nats/token at step "
+        f"Done: {time_spent}{why}. Best held-out loss {progress.best_loss:.4f} nats/"
+        f"{cfg.objective.unit} at step "
         f"{progress.best_step}; curve in {os.path.join(cfg.run_folder, 'plots', 'loss.png')}."
         + _invitation(cfg)
     )

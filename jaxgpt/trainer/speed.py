@@ -5,7 +5,8 @@
 
 Every weight of a matrix costs a multiplication and an addition, once forward and twice backward;
 attention adds two products of [T K] by [K T] per head, counted as if it were not causal, so that
-figures compare with the literature.
+figures compare with the literature. Of experts only those count that a token goes to; in an
+encoder-decoder a token passes one of the two stacks.
 
 Source: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B.
 """
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.model import count_params
+from jaxgpt.model.mixers import MIXERS
 
 # Dense bfloat16 FLOP/s of a chip, from the vendors' data sheets, by words of its device_kind.
 PEAK = {
@@ -43,10 +45,14 @@ PEAK = {
 def flops_per_token(cfg: ModelConfig) -> float:
     """FLOPs of one training step per token, forward and backward."""
     count = count_params(cfg)
-    vocabulary = cfg.vocab * cfg.width  # scores every token, whether tied or not
-    multiply = count["attention"] + count["feedforward"] + vocabulary
+    stacks = 2 if cfg.family == "encoder_decoder" else 1
+    vocabulary = 0 if cfg.classes else cfg.vocab * cfg.width  # scores every token, tied or not
+    is_mixture = cfg.feedforward.startswith("moe")
+    share = cfg.moe.active / cfg.moe.experts if is_mixture else 1
+    multiply = (count["attention"] + share * count["feedforward"] + vocabulary) / stacks
+    looks = sum("pattern" in MIXERS[name].USES for name, _ in cfg.unit) / len(cfg.unit)
     heads = cfg.sizes["H"] * cfg.sizes["K"]
-    return 6 * multiply + 12 * cfg.layers * heads * cfg.context
+    return 6 * multiply + 12 * looks * cfg.layers * heads * cfg.context
 
 
 def peak_flops(devices) -> tuple[float, str]:

@@ -18,8 +18,8 @@ from jaxgpt.trainer.state import TrainState
 class Metrics(NamedTuple):
     """What a training step tells, float32 [] each."""
 
-    loss: jax.Array  # nats per token, as minimised
-    nats: jax.Array  # nats per token, without smoothing and z-loss
+    loss: jax.Array  # nats per token (or text), as minimised
+    nats: jax.Array  # nats per token, without smoothing, z-loss and balance
     accuracy: jax.Array  # share of tokens guessed right
     tokens: jax.Array  # tokens that counted
     grad_norm: jax.Array  # before clipping
@@ -39,7 +39,7 @@ def gradient(model: nn.Module, cfg: TrainConfig, params, batch: Batch, rng: jax.
     rngs = {} if rng is None else {"dropout": rng}
 
     def loss(params):
-        return OBJECTIVES[cfg.objective](model, params, batch, rngs, cfg)
+        return OBJECTIVES[cfg.objective].loss(model, params, batch, rngs, cfg)
 
     grads, sums = jax.grad(loss, has_aux=True)(params)
     return grads, sums
@@ -56,7 +56,7 @@ def accumulated_gradient(model, cfg: TrainConfig, params, batch: Batch, rng: jax
 
     def add(total, part):
         index, piece = part
-        piece = jax.tree.map(lambda x: constrain(x, "BT"), piece)
+        piece = jax.tree.map(lambda x: constrain(x, "BT"[: x.ndim]), piece)
         key = None if rng is None else jax.random.fold_in(rng, index)
         return jax.tree.map(jnp.add, total, gradient(model, cfg, params, piece, key)), None
 
@@ -99,6 +99,6 @@ def make_eval_step(cfg: Config, model: nn.Module) -> Callable[[Any, Batch], Sums
     """The pure function (params, batch [B T]) -> Sums, without dropout."""
 
     def eval_step(params, batch: Batch) -> Sums:
-        return OBJECTIVES[cfg.train.objective](model, params, batch, {}, cfg.train)[1]
+        return cfg.objective.loss(model, params, batch, {}, cfg.train)[1]
 
     return eval_step

@@ -1,10 +1,13 @@
-"""Feed-forward layers against float64 twins, activations against torch."""
+"""Feed-forward layers against float64 twins, activations against torch.
+
+Mixtures of experts are tested in test_experts.py.
+"""
 
 import jax
 import numpy as np
 import pytest
 import torch
-from helpers import tiny
+from helpers import tiny, whole
 
 from jaxgpt.dims import split
 from jaxgpt.model.feedforward import ACTIVATIONS, FEEDFORWARDS
@@ -16,7 +19,6 @@ TORCH = {
     "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
     "silu": torch.nn.functional.silu,
 }
-every_kind = pytest.mark.parametrize("kind", FEEDFORWARDS)
 
 
 def test_every_activation_is_compared():
@@ -45,25 +47,31 @@ def gated(x, w):
     return gate * (x @ w["up"]["w"] + w["up"]["b"]) @ w["down"]["w"] + w["down"]["b"]
 
 
+TWINS = {"plain": plain, "gated": gated}
+every_kind = pytest.mark.parametrize("kind", TWINS)
+AT = whole(np.zeros((2, 5), np.int32))
+
+
+def test_every_feedforward_of_one_kind_of_weights_has_a_twin():
+    assert TWINS.keys() == FEEDFORWARDS.keys() - {"moe_plain", "moe_gated", "none"}
+
+
 @every_kind
 def test_a_feedforward_equals_its_formula_in_float64(kind):
     rng = np.random.default_rng(0)
     cfg = tiny(feedforward=kind, bias=True)
     module = FEEDFORWARDS[kind](cfg)
     x = rng.normal(size=(2, 5, cfg.width))
-    params, _ = split(module.init(jax.random.key(0), x.astype(np.float32))["params"])
+    params, _ = split(module.init(jax.random.key(0), x.astype(np.float32), AT)["params"])
     params = jax.tree.map(lambda p: rng.normal(size=p.shape) * 0.3, params)
     low = jax.tree.map(lambda p: p.astype(np.float32), params)
-    found = jax.jit(module.apply)({"params": low}, x.astype(np.float32))
-    wanted = {"plain": plain, "gated": gated}[kind](x, params)
+    found = jax.jit(module.apply)({"params": low}, x.astype(np.float32), AT)
     # float32 sums of up to 24 products of order 1: some 1e-6.
-    np.testing.assert_allclose(found, wanted, atol=2e-5)
+    np.testing.assert_allclose(found, TWINS[kind](x, params), atol=2e-5)
 
 
 @every_kind
 def test_a_feedforward_has_no_bias_unless_the_config_asks(kind):
-    cfg = tiny(feedforward=kind)
-    params = FEEDFORWARDS[kind](cfg).init(jax.random.key(0), np.zeros((1, 1, 16), np.float32))[
-        "params"
-    ]
+    cfg, x = tiny(feedforward=kind), np.zeros((2, 5, 16), np.float32)
+    params = FEEDFORWARDS[kind](cfg).init(jax.random.key(0), x, AT)["params"]
     assert {name for part in params.values() for name in part} == {"w"}

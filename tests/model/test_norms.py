@@ -75,3 +75,14 @@ def test_a_norm_of_bfloat16_is_computed_in_float32(name):
 def test_a_row_of_zeros_stays_finite(name):
     y, _, _ = normed(name, np.zeros((1, 1, 24), np.float32))
     np.testing.assert_array_equal(y, np.zeros((1, 1, 24)))
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_norm_of_heads_has_a_scale_for_each_channel_of_a_head(name):
+    module = NORMS[name](tiny(head_width=6, bias=True), "K")
+    x = rows()[..., :6]
+    params, letters = split(module.init(jax.random.key(0), x)["params"])
+    assert {x.shape for x in params.values()} == {(6,)}
+    assert set(letters.values()) == {"K"}
+    with pytest.raises(AssertionError):
+        module.init(jax.random.key(0), rows())

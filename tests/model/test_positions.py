@@ -1,15 +1,31 @@
 """Position schemes against their formulas, in float64 NumPy."""
 
+import math
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import tiny
+import torch
+import transformers
+from helpers import forward, random_params, random_tokens, tiny, whole
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.t5.modeling_t5 import T5Attention
 
+from jaxgpt.architecture import RopeConfig
 from jaxgpt.dims import split
-from jaxgpt.model.positions import POSITIONS, rope, sinusoidal
+from jaxgpt.model.masks import Coords
+from jaxgpt.model.positions import POSITIONS, SCALINGS, alibi, bucket, rope, sinusoidal, slopes
 
 B, T, H, K, THETA = 2, 9, 3, 8, 500.0
+
+
+def rates(theta: float, size: int) -> np.ndarray:
+    return theta ** (-2 * np.arange(size // 2) / size)
+
+
+turn = jax.jit(partial(rope, rates(THETA, K).astype(np.float32), 1.0))
 
 
 def normal(seed, *shape):
@@ -30,11 +46,11 @@ def hooks(name: str, **changes):
 def test_rope_is_multiplication_by_a_complex_number():
     x = normal(0, B, T, H, K)
     position = np.random.default_rng(1).integers(0, 50, (B, T))
-    turn = np.exp(1j * position[:, :, None, None] * THETA ** (-2 * np.arange(K // 2) / K))
-    turned = (x[..., : K // 2] + 1j * x[..., K // 2 :]) * turn
+    unit = np.exp(1j * position[:, :, None, None] * rates(THETA, K))
+    turned = (x[..., : K // 2] + 1j * x[..., K // 2 :]) * unit
     wanted = np.concatenate([turned.real, turned.imag], axis=-1)
     # Angles up to 50 in float32 are off by 50 * 6e-8 = 3e-6 at most.
-    np.testing.assert_allclose(jax.jit(rope)(THETA, x, position), wanted, atol=2e-5)
+    np.testing.assert_allclose(turn(x, position), wanted, atol=2e-5)
 
 
 @pytest.mark.parametrize("shift", [1, 40])
@@ -44,7 +60,7 @@ def test_rope_scores_depend_only_on_the_distance(shift):
 
     @jax.jit
     def scores(position):
-        return jnp.einsum("BTHK,BSHK->BHTS", rope(THETA, q, position), rope(THETA, k, position))
+        return jnp.einsum("BTHK,BSHK->BHTS", turn(q, position), turn(k, position))
 
     near, far = scores(position), scores(position + shift)
     np.testing.assert_allclose(far, near, atol=1e-4)  # sums of 8 products at angles to 50
@@ -54,18 +70,19 @@ def test_rope_scores_depend_only_on_the_distance(shift):
 def test_rope_keeps_the_dtype_and_turns_in_float32():
     x = jnp.asarray(normal(0, B, T, H, K), jnp.bfloat16)
     position = jnp.full((B, T), 1000)  # in bfloat16 1001 would be 1000 as well
-    turned = rope(THETA, x, position + 1)
+    turned = turn(x, position + 1)
     assert turned.dtype == jnp.bfloat16
-    exact = rope(THETA, x.astype(jnp.float32), position + 1)
+    exact = turn(x.astype(jnp.float32), position + 1)
     # Rounding the outcome to bfloat16: 2^-9 of values up to 4.
     np.testing.assert_allclose(turned.astype(jnp.float32), exact, atol=4 * 2**-8)
 
 
 def test_the_rope_scheme_turns_by_the_theta_of_the_config():
-    _, position, params, place = hooks("rope", rope_theta=THETA)
+    _, position, params, place = hooks("rope", rope=RopeConfig(theta=THETA))
     assert params == {}
-    y = normal(3, B, T, H, K)
-    np.testing.assert_array_equal(place.rotation()(y, position), rope(THETA, y, position))
+    y = normal(3, B, T, H, 4)  # heads of `tiny`
+    wanted = rope(rates(THETA, 4).astype(np.float32), 1.0, y, position)
+    np.testing.assert_array_equal(place.rotation()(y, position), wanted)
     assert place.bias() is None
 
 
@@ -105,3 +122,198 @@ def test_the_scheme_none_is_the_identity_in_all_three_places():
     np.testing.assert_array_equal(place.embed(x, position), x)
     assert place.rotation() is None
     assert place.bias() is None
+
+
+# --- the rotation, in part and stretched -------------------------------------------------------
+
+
+def test_rope_turns_only_its_share_of_a_head_and_leaves_the_rest():
+    cfg = tiny(head_width=8, rope=RopeConfig(THETA, share=0.5))
+    y, position = normal(0, B, T, H, 8), np.random.default_rng(1).integers(0, 50, (B, T))
+    found = POSITIONS["rope"](cfg).bind({}).rotation()(y, position)
+    wanted = rope(rates(THETA, 4).astype(np.float32), 1.0, y[..., :4], position)
+    np.testing.assert_array_equal(found[..., :4], wanted)
+    np.testing.assert_array_equal(found[..., 4:], y[..., 4:])
+
+
+def test_loudness_multiplies_what_is_turned():
+    x, position = normal(0, B, T, H, K), np.random.default_rng(1).integers(0, 50, (B, T))
+    loud = rope(rates(THETA, K).astype(np.float32), 1.7, x, position)
+    np.testing.assert_allclose(loud, 1.7 * turn(x, position), atol=1e-5)
+
+
+# Llama 3.1's numbers; those of Code Llama and of YaRN's own Llama 2; a small head.
+STRETCHED = [
+    ("none", RopeConfig(), 128),
+    ("linear", RopeConfig(factor=4.0), 128),
+    ("ntk", RopeConfig(factor=8.0), 128),
+    ("yarn", RopeConfig(factor=16.0, original=4096), 128),
+    ("yarn", RopeConfig(1e6, factor=2.5, original=1024), 64),
+    ("llama3", RopeConfig(5e5, factor=8.0, original=8192), 128),
+    ("llama3", RopeConfig(100.0, factor=3.0, original=256), 32),
+]
+
+
+def stretch(name, r: RopeConfig, size, **changes):
+    cfg = tiny(
+        head_width=size, rope=RopeConfig(r.theta, 1.0, name, r.factor, r.original), **changes
+    )
+    return SCALINGS[name](cfg, rates(r.theta, size))
+
+
+@pytest.mark.parametrize(("name", "r", "size"), STRETCHED)
+def test_rope_is_stretched_as_in_transformers(name, r, size):
+    # "dynamic" there takes the factor from the length of the text: ours is for one such length.
+    asked = dict(rope_theta=r.theta, factor=1.0 if name == "ntk" else r.factor)
+    asked |= dict(rope_type={"ntk": "dynamic", "none": "linear"}.get(name, name))
+    asked |= dict(low_freq_factor=1.0, high_freq_factor=4.0) if name == "llama3" else {}
+    asked |= dict(original_max_position_embeddings=r.original) if r.original else {}
+    theirs = transformers.LlamaConfig(
+        head_dim=size, max_position_embeddings=4096, rope_parameters=asked
+    )
+    compute = ROPE_INIT_FUNCTIONS[asked["rope_type"]]
+    wanted, loudness = compute(theirs, torch.device("cpu"), seq_len=int(4096 * r.factor))
+    found = stretch(name, r, size)
+    np.testing.assert_allclose(found[0], wanted.numpy(), rtol=1e-5)  # theirs are float32
+    np.testing.assert_allclose(found[1], loudness, rtol=1e-6)
+    if name != "none":
+        assert np.max(rates(r.theta, size) / found[0]) > 0.9 * r.factor
+
+
+def test_every_scaling_is_compared():
+    assert {name for name, _, _ in STRETCHED} == SCALINGS.keys()
+
+
+@pytest.mark.parametrize("name", ["yarn", "llama3"])
+def test_the_original_context_is_the_context_over_the_factor_if_not_given(name):
+    asked = stretch(name, RopeConfig(100.0, factor=4.0, original=64), 32)
+    for found, wanted in zip(
+        stretch(name, RopeConfig(100.0, factor=4.0), 32, context=256), asked, strict=True
+    ):
+        np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("name", ["ntk", "yarn", "llama3"])
+def test_short_wavelengths_stay_and_long_ones_grow_by_the_factor(name):
+    before, factor = rates(1e4, 128), 8.0
+    found, _ = stretch(name, RopeConfig(1e4, factor=factor, original=512), 128)
+    np.testing.assert_allclose(found[0], before[0])
+    np.testing.assert_allclose(found[-1], before[-1] / factor)
+    assert np.all(np.diff(found) < 0)
+
+
+# --- biases ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("heads", "wanted"),
+    [
+        (8, [2.0**-i for i in range(1, 9)]),  # the paper's own
+        # The paper's code: the 8 of 8 heads, and then every second of those of 16.
+        (12, [*(2.0**-i for i in range(1, 9)), *(2.0 ** -(i / 2) for i in (1, 3, 5, 7))]),
+        (1, [2.0**-8]),
+        (3, [2.0**-4, 2.0**-8, 2.0**-2]),
+    ],
+)
+def test_the_slopes_of_alibi(heads, wanted):
+    np.testing.assert_allclose(slopes(heads), wanted, rtol=1e-6)
+
+
+def ends(seed=0):
+    """Coordinates of queries [B T] and of keys [B S]."""
+    rng = np.random.default_rng(seed)
+    return tuple(
+        Coords(jnp.asarray(rng.integers(0, 60, (B, n))), jnp.ones((B, n), jnp.int32))
+        for n in (T, 5)
+    )
+
+
+def test_alibi_is_minus_the_slope_times_the_distance():
+    q, k = ends()
+    place = POSITIONS["alibi"](tiny(position="alibi")).bind({})
+    found = place.bias()(q, k)
+    for b, h, t, s in np.ndindex(B, 4, T, 5):
+        wanted = -(2.0 ** (-2 * (h + 1))) * abs(int(q.position[b, t]) - int(k.position[b, s]))
+        np.testing.assert_allclose(found[b, h, t, s], wanted, rtol=1e-6)
+    assert place.rotation() is None
+    np.testing.assert_array_equal(found, alibi(slopes(4), q, k))
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize(("buckets", "reach"), [(32, 128), (8, 20), (16, 100)])
+def test_the_buckets_of_t5_are_those_of_transformers(is_causal, buckets, reach):
+    behind = np.arange(-300, 301)
+    found = bucket(jnp.asarray(behind), buckets, reach, is_causal)
+    wanted = T5Attention._relative_position_bucket(
+        torch.tensor(-behind), not is_causal, buckets, reach
+    )
+    np.testing.assert_array_equal(found, wanted)
+    assert set(np.asarray(found).tolist()) == set(range(buckets)) - (
+        set() if is_causal else {buckets // 2}
+    )
+
+
+@pytest.mark.parametrize("direction", ["causal", "both"])
+def test_t5_looks_the_bucket_of_the_distance_up_in_its_table(direction):
+    cfg, (q, k) = tiny(position="t5", position_buckets=8, position_reach=20), ends()
+    table = normal(3, 8, 4)
+    place = POSITIONS["t5"](cfg, direction).bind({"params": {"table": table}})
+    found = place.bias()(q, k)
+    assert found.dtype == jnp.float32
+    for b, h, t, s in np.ndindex(B, 4, T, 5):
+        behind = q.position[b, t] - k.position[b, s]
+        u = bucket(behind, 8, 20, direction == "causal")
+        assert found[b, h, t, s] == table[u, h]
+    assert place.rotation() is None
+
+
+# --- in a whole model --------------------------------------------------------------------------
+
+
+def by_hand(cfg, params, tokens):
+    """The hidden states of one layer of attention alone on one text, in float64 loops."""
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    block = jax.tree.map(lambda x: x[0], p["stack"]["layers"]["block_0"])
+    mixer, n = block["mixer"], len(tokens)
+
+    def norm(x, scale):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + cfg.norm_eps) * scale
+
+    x = p["embed"]["table"][tokens]
+    if cfg.position == "sinusoidal":
+        angle = np.arange(n)[:, None] * rates(1e4, cfg.width)
+        x = x + np.stack([np.sin(angle), np.cos(angle)], -1).reshape(n, -1)
+    y = norm(x, block["mixer_norm_in"]["scale"])
+    q, k, v = (np.einsum("td,dhk->thk", y, mixer[name]["w"]) for name in "qkv")
+    if cfg.position == "rope":
+        unit = np.exp(1j * np.arange(n)[:, None, None] * rates(1e4, 4))
+        q, k = ((z[..., :2] + 1j * z[..., 2:]) * unit for z in (q, k))
+        q, k = (np.concatenate([z.real, z.imag], -1) for z in (q, k))
+    out = np.zeros((n, 4, 4))
+    for h, t in np.ndindex(4, n):
+        scores = k[: t + 1, h] @ q[t, h] / 2
+        behind = t - np.arange(t + 1)
+        if cfg.position == "alibi":
+            scores = scores - 2.0 ** (-2 * (h + 1)) * behind
+        if cfg.position == "t5":
+            scores = scores + p["stack"]["position"]["table"][distances_of_t5(behind), h]
+        weights = np.exp(scores - scores.max())
+        out[t, h] = weights / weights.sum() @ v[: t + 1, h]
+    return norm(x + np.einsum("thk,hkd->td", out, mixer["o"]["w"]), p["stack"]["norm"]["scale"])
+
+
+def distances_of_t5(behind):
+    """Raffel et al. 2020: 16 of 32 buckets are exact, the others logarithmic up to 128."""
+    return [
+        d if d < 16 else min(16 + int(math.log(d / 16) / math.log(128 / 16) * 16), 31)
+        for d in behind.tolist()
+    ]
+
+
+@pytest.mark.parametrize("name", sorted(POSITIONS.keys() - {"learned"}))
+def test_positions_go_on_beyond_the_context_of_training(name):
+    cfg = tiny(position=name, layers=1, kv_heads=4, feedforward="none", context=16)
+    params, tokens = random_params(cfg), random_tokens(cfg, 0, 1, 2 * cfg.context)
+    found, _ = forward(cfg, params, tokens, whole(tokens))
+    # Sums of 32 values of order 1 in float32, at angles up to 32.
+    np.testing.assert_allclose(found[0], by_hand(cfg, params, tokens[0]), atol=1e-4)

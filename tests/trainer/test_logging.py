@@ -10,7 +10,7 @@ from jaxgpt.trainer.logging import (
     Console,
     MetricsFile,
     duration,
-    plot_losses,
+    plot_curves,
     read_metrics,
     write_whole,
 )
@@ -85,13 +85,13 @@ def test_a_file_is_replaced_whole(tmp_path):
 
 
 def test_the_loss_curve_is_a_picture(folder):
-    plot_losses(folder, "title")
+    plot_curves(folder, "title")
     with open(f"{folder}/plots/loss.png", "rb") as file:
         assert file.read(8) == b"\x89PNG\r\n\x1a\n"
 
 
 def test_a_run_without_figures_yet_has_an_empty_picture(tmp_path):
-    plot_losses(str(tmp_path), "title")
+    plot_curves(str(tmp_path), "title")
     assert (tmp_path / "plots" / "loss.png").exists()
 
 

@@ -161,7 +161,9 @@ def test_training_begins_with_the_loaders_first_batch(straight, monkeypatch):
     cfg = override(straight, ["name=asked", "train.steps=2"])
     asked = []
     batch = Loader.batch
-    monkeypatch.setattr(Loader, "batch", lambda self, step: asked.append(step) or batch(self, step))
+    monkeypatch.setattr(
+        Loader, "batch", lambda self, step, rows: asked.append(step) or batch(self, step, rows)
+    )
     train(cfg, is_quiet=True)
     assert asked[:2] == [0, 1]
 

@@ -45,7 +45,7 @@ def naive_scores(params, batch):
     cfg = config().model
     at = Coords(jnp.asarray(batch.positions), jnp.asarray(batch.segments))
     hidden, _ = build(cfg).apply({"params": params}, jnp.asarray(batch.tokens), at)
-    return logits(params, hidden)  # [B T V]
+    return logits(cfg, params, hidden)  # [B T V]
 
 
 @jax.jit

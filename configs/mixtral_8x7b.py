@@ -1,0 +1,11 @@
+"""Mixtral, 8x7B: 46,702,792,704 parameters, of which each token meets two experts in eight.
+
+Source: Jiang et al. 2024, arXiv:2401.04088, table 1.
+"""
+
+from configs.mistral_7b import config as base
+from jaxgpt.config import override
+
+shape = "model.context=32768 model.pattern=full model.rope.theta=1e6 model.remat=full"
+experts = "model.feedforward=moe_gated model.moe.experts=8 model.moe.active=2"
+config = override(base, ["name=mixtral_8x7b", *shape.split(), *experts.split()])

@@ -1,0 +1,7 @@
+"""T5 v1.1, small: 76,961,152 parameters. All but the shape is as in t5_v1_1_base.py."""
+
+from configs.t5_v1_1_base import config as base
+from jaxgpt.config import override
+
+shape = "model.width=512 model.layers=8 model.heads=6 model.ffn=1024"
+config = override(base, ["name=t5_v1_1_small", *shape.split()])

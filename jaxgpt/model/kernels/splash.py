@@ -1,0 +1,106 @@
+"""Splash attention, the Pallas kernel for TPUs that comes with JAX.
+
+It keeps weights in the chip's own memory as `blockwise` does in blocks, and does not visit blocks
+that a mask known beforehand hides: causality and windows are told to it as masks over the places in
+the row, documents as segments. Within a document positions count up by one, so that places are as
+far apart as positions; across documents nobody sees anybody.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention as pallas
+from jax.sharding import PartitionSpec
+
+from jaxgpt.model.kernels.score import Score, parts
+from jaxgpt.model.masks import Causal, Coords, Mask, SameDocument, Window
+from jaxgpt.sharding import spec
+
+LANES = 128  # a block of tokens is a multiple of a TPU's vector registers
+
+
+def obstacle(q, k, score: Score) -> str | None:
+    """Why `splash` can not do it here, or None."""
+    if jax.default_backend() != "tpu":
+        return "there is no TPU here"
+    return misfit(q, k, score)
+
+
+def misfit(q, k, score: Score) -> str | None:
+    """Why `splash` could not do it on a TPU either, or None."""
+    if score.bias is not None:
+        return LIMIT
+    if not score.is_self:
+        return "queries and keys are not the same tokens, as when decoding"
+    if not SameDocument() in parts(score.mask) <= {SameDocument(), Causal(), *_windows(score.mask)}:
+        return "it knows the patterns full and window only"
+    return None
+
+
+LIMIT = "the TPU's kernel takes no bias"
+
+
+def _windows(mask: Mask) -> list[Window]:
+    return [part for part in parts(mask) if isinstance(part, Window)]
+
+
+def splash(q, k, v, q_at: Coords, k_at: Coords, score: Score, interpret: bool = False) -> jax.Array:
+    """As `dense` for tokens that see something. Returns [B T H K].
+
+    Args:
+        interpret: run step by step on any device, for tests.
+    """
+    T = q.shape[1]
+    fill = [(0, 0), (0, -T % LANES)]  # whole blocks; what is appended is in document 0
+    q, k, v = (jnp.pad(x, [*fill, (0, 0), (0, 0)]) for x in (score.queries(q), k, v))
+    document = jnp.pad(q_at.document, fill)
+    run = partial(_rows, score=score, interpret=interpret)
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        # A Pallas kernel is opaque to the partitioner, so it is told what each device holds: whole
+        # rows, and heads only where they can be divided together with the keys that they share.
+        rows, heads = spec(k.shape, "BSGK", mesh)[0], spec(k.shape, "BSGK", mesh)[2]
+        place = PartitionSpec(rows, None, heads, None)
+        specs = (place, place, place, PartitionSpec(rows, None))
+        run = jax.shard_map(run, in_specs=specs, out_specs=place, check_vma=False)
+    return run(q, k, v, document)[:, :T]
+
+
+def _rows(q, k, v, document, score: Score, interpret: bool) -> jax.Array:
+    """q [B T H K], k and v [B T G K], document [B T] -> [B T H K]."""
+    T, H = q.shape[1:3]
+    masks = pallas.MultiHeadMask([_mask(score.mask, T)] * H)
+    # Larger blocks are fewer, but there must be a whole number of them.
+    block = next(size for size in (512, 256, LANES) if T % size == 0)
+    kernel = pallas.make_splash_mha_single_device(
+        masks,
+        block_sizes=pallas.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
+        attn_logits_soft_cap=score.softcap,
+        interpret=interpret,
+    )
+
+    def row(q, k, v, document):  # [H T K], [G T K], [G T K], [T]
+        return kernel(q, k, v, segment_ids=pallas.SegmentIds(document, document))
+
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    return jax.vmap(row)(q, k, v, document).swapaxes(1, 2)
+
+
+def _mask(mask: Mask, T: int) -> pallas.Mask:
+    """The same mask over places in a row, without documents."""
+    behind = min((window.size - 1 for window in _windows(mask)), default=None)
+    if Causal() in parts(mask):
+        if behind is None:
+            return pallas.CausalMask((T, T))
+        return pallas.LocalMask((T, T), (behind, 0), 0)
+    if behind is None:
+        return pallas.FullMask((T, T))
+    return pallas.LocalMask((T, T), (behind, behind), 0)

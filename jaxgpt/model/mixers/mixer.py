@@ -1,0 +1,69 @@
+"""What a token mixer is: the part of a block in which tokens hear of each other."""
+
+from typing import Any, ClassVar, NamedTuple
+
+import flax.linen as nn
+import jax
+from jax.tree_util import Partial
+
+from jaxgpt.config import ModelConfig
+from jaxgpt.model.masks import Coords
+
+
+class Sight(NamedTuple):
+    """What every layer of a stack is told, and no layer changes."""
+
+    q_at: Coords  # of the tokens at hand, [B T]
+    k_at: Coords  # of the tokens in the cache, [B S]; without a cache, the same as q_at
+    rotate: Partial | None = None  # (x [B T H K], position [B T]) -> [B T H K]
+    bias: Partial | None = None  # (q at [B T], k at [B S]) -> float32 [B H T S]
+    cursor: Any = None  # int32 [], the next free slot of the cache, the same for every row
+    memory: jax.Array | None = None  # what the encoder made of the source, [B S D]
+    memory_at: Coords | None = None  # [B S]
+
+
+class Mixer(nn.Module):
+    """A token mixer: (x [B T D], sight, state) -> (y [B T D], state).
+
+    A new document begins where `sight.q_at.position` is 0, and is not to hear of the one before it.
+    Where `sight.q_at.document` is 0 there is no token: nobody hears of it, and what comes out
+    there does not matter.
+
+    `state` is what the mixer remembers of the tokens before those at hand, for decoding. It is
+    None in training, where a row begins with nothing before it; else it comes from `state`, and
+    goes on to the next call. A call with a state may be given any number of tokens.
+    """
+
+    # What it does of what can be asked for: "rotation" and "bias" (of positions), "pattern" (of
+    # masks), "softcap", "qk_norm".
+    USES: ClassVar[tuple[str, ...]] = ()
+    DIRECTIONS: ClassVar[tuple[str, ...]] = ("causal", "both")
+    HAS_HEADS: ClassVar[bool] = True
+
+    cfg: ModelConfig
+    pattern: str = "full"
+    direction: str = "causal"
+
+    @staticmethod
+    def state(cfg: ModelConfig, batch: int, slots: int) -> Any:
+        """The empty state of one layer for `batch` rows of up to `slots` tokens."""
+        raise NotImplementedError
+
+    def __call__(self, x: jax.Array, sight: Sight, state: Any) -> tuple[jax.Array, Any]:
+        raise NotImplementedError
+
+
+class KV(NamedTuple):
+    """Keys and values of one layer, or of all of its repeats with a leading L."""
+
+    k: jax.Array  # [B S G K]
+    v: jax.Array  # [B S G K]
+
+
+def write(old, new, cursor: jax.Array):
+    """Writes new entries [B T ...] into old ones [B S ...] from slot `cursor` on, leaf by leaf."""
+
+    def put(o, n):
+        return jax.lax.dynamic_update_slice_in_dim(o, n.astype(o.dtype), cursor, axis=1)
+
+    return jax.tree.map(put, old, new)

@@ -1,0 +1,147 @@
+"""The mixture of experts against a loop over tokens."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import forward, random_params, random_tokens, tiny, whole
+
+from jaxgpt.architecture import ExpertsConfig
+from jaxgpt.dims import split
+from jaxgpt.model import Coords, build
+from jaxgpt.model.feedforward import BLOCK, FEEDFORWARDS, balance
+
+E, ACTIVE, B, T = 4, 2, 2, 23
+MIXTURES = ["moe_plain", "moe_gated"]
+
+
+def mixture(name, capacity=0.0, **changes):
+    """(cfg, module, random parameters of it)."""
+    cfg = tiny(feedforward=name, moe=ExpertsConfig(E, ACTIVE, capacity), **changes)
+    module = FEEDFORWARDS[name](cfg)
+    x, at = inputs(cfg)
+    shapes, _ = split(jax.eval_shape(lambda: module.init(jax.random.key(0), x, at)["params"]))
+    rng = np.random.default_rng(1)
+    draw = lambda x: jnp.asarray(0.4 * rng.normal(size=x.shape), jnp.float32)  # noqa: E731
+    return cfg, module, jax.tree.map(draw, shapes)
+
+
+def inputs(cfg, length=T):
+    x = np.random.default_rng(0).normal(size=(B, length, cfg.width)).astype(np.float32)
+    return x, whole(np.zeros((B, length), np.int32))
+
+
+def by_loop(cfg, name, params, x, is_real, capacity=np.inf):
+    """Token by token in float64: first choices of all tokens, then second ones, until full."""
+    params = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
+    x = x.astype(np.float64)
+    e = params["experts"]
+
+    def expert(i, y):
+        up = y @ e["up"]["w"][i]
+        if name == "moe_gated":
+            gate = y @ e["gate"]["w"][i]
+            return (gate / (1 + np.exp(-gate)) * up) @ e["down"]["w"][i]
+        return (up / (1 + np.exp(-up))) @ e["down"]["w"][i]
+
+    out = np.zeros_like(x)
+    taken = np.zeros(E, int)
+    for choice in range(ACTIVE):
+        for n, y in enumerate(x):
+            if not is_real[n]:
+                continue
+            p = np.exp(y @ params["router"]["w"])
+            p /= p.sum()
+            best = np.argsort(-p)[:ACTIVE]
+            i = best[choice]
+            if taken[i] < capacity:
+                out[n] += p[i] / p[best].sum() * expert(i, y)
+            taken[i] += 1
+    return out, taken
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("capacity", [0.0, 0.5, 1.0, float(E)])
+def test_a_mixture_equals_a_loop_over_tokens(name, capacity):
+    cfg, module, params = mixture(name, capacity)
+    x, at = inputs(cfg)
+    at = at._replace(document=at.document.at[0, :5].set(0))  # padding takes nobody's place
+    out = jax.jit(module.apply)({"params": params}, x, at)
+    limit = np.ceil(capacity * B * T * ACTIVE / E) if capacity else np.inf
+    is_real = np.asarray(at.document).reshape(-1) > 0
+    wanted, taken = by_loop(cfg, name, params, x.reshape(B * T, -1), is_real, limit)
+    assert taken.min() > 0
+    assert (taken.max() > limit) == (capacity in (0.5, 1.0))  # some are really left out
+    out = np.asarray(out).reshape(B * T, -1)
+    # float32 sums of 24 products of order 1.
+    np.testing.assert_allclose(out[is_real], wanted[is_real], atol=2e-5)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_blocks_and_a_capacity_for_all_have_the_same_gradients(name):
+    length = 3 * BLOCK  # so that experts have several blocks
+
+    def gradients(capacity):
+        cfg, module, params = mixture(name, capacity)
+        x, at = inputs(cfg, length)
+        weigh = np.random.default_rng(2).normal(size=x.shape)
+        loss = lambda p, x: jnp.sum(weigh * module.apply({"params": p}, x, at))  # noqa: E731
+        return jax.jit(jax.grad(loss, (0, 1)))(params, x)
+
+    ours, wanted = gradients(0.0), gradients(float(E))
+    # Sums over 400 tokens of terms of order 1, in another order.
+    chex.assert_trees_all_close(ours, wanted, atol=2e-3, rtol=1e-4)
+    assert min(float(jnp.abs(g).max()) for g in jax.tree.leaves(wanted)) > 0.1
+
+
+def test_biases_belong_to_each_expert():
+    cfg, module, params = mixture("moe_gated", bias=True)
+    assert params["experts"]["up"]["b"].shape == (E, cfg.ffn)
+    assert "b" not in params["router"]
+    x, at = inputs(cfg)
+    out = jax.jit(module.apply)({"params": params}, x, at)
+    more = jax.tree.map(lambda p: p, params)
+    more["experts"]["down"]["b"] += 1.0  # shares sum to 1
+    np.testing.assert_allclose(jax.jit(module.apply)({"params": more}, x, at) - out, 1.0, atol=1e-5)
+
+
+def test_the_balance_is_one_if_even_and_their_number_if_one_expert_gets_all():
+    even = jnp.full((8, E), 1 / E)
+    picked = jax.nn.one_hot(jnp.arange(8) % E, E, dtype=jnp.int32)
+    real = jnp.ones(8, bool)
+    np.testing.assert_allclose(balance(even, picked, real), 1.0, rtol=1e-6)
+    one = jax.nn.one_hot(jnp.zeros(8, int), E)
+    np.testing.assert_allclose(balance(one, one.astype(int), real), E, rtol=1e-6)
+    # Padding counts neither among the probabilities nor among the picks.
+    half = real.at[4:].set(False)
+    mixed = even.at[4:].set(one[4:])
+    np.testing.assert_allclose(balance(mixed, picked * half[:, None], half), 1.0, rtol=1e-6)
+
+
+def test_every_layer_tells_its_balance():
+    cfg = tiny(feedforward="moe_gated", moe=ExpertsConfig(E, ACTIVE))
+    params, tokens = random_params(cfg), random_tokens(cfg, 0, B, T)
+    run = jax.jit(lambda p, t: build(cfg).apply({"params": p}, t, whole(t), mutable=["losses"]))
+    _, told = run(params, tokens)
+    (values,) = jax.tree.leaves(told["losses"])
+    assert values.shape == (cfg.layers,)
+    assert (values >= 1).all()
+    assert (values < E).all()
+
+
+def test_a_mixture_without_capacity_hears_only_the_past():
+    cfg = tiny(feedforward="moe_gated", moe=ExpertsConfig(E, ACTIVE))
+    params, tokens = random_params(cfg), random_tokens(cfg, 0, 1, 12)
+    changed = tokens.at[0, 7].add(1) % cfg.vocab
+    a, b = (forward(cfg, params, t, whole(t))[0][0] for t in (tokens, changed))
+    np.testing.assert_allclose(a[:7], b[:7], atol=1e-6)
+    assert np.abs(a[7:] - b[7:]).max() > 0.1
+
+
+def test_all_padding_gives_no_nan():
+    cfg, module, params = mixture("moe_gated")
+    x, at = inputs(cfg)
+    nowhere = Coords(at.position, jnp.zeros_like(at.document))
+    run = jax.jit(lambda p: module.apply({"params": p}, x, nowhere, mutable=["losses"]))
+    chex.assert_tree_all_finite(run(params))

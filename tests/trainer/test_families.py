@@ -1,0 +1,175 @@
+"""Every objective through train.py's own loop: it learns, goes on after a stop, and answers."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tiny_runs import alone, assert_same_bits, run_config, saved
+
+from jaxgpt import trainer
+from jaxgpt.config import override
+from jaxgpt.predict import ask
+from jaxgpt.settings import ConfigError
+from jaxgpt.trainer import train
+from jaxgpt.trainer.checkpoint import load_run, read_labels
+from jaxgpt.trainer.logging import read_metrics
+
+ROOT = os.path.dirname(os.path.dirname(trainer.__file__)) + "/.."
+WORDS = {"cat": "animal", "dog": "animal", "cow": "animal", "oak": "tree", "elm": "tree"}
+
+SETTINGS = {
+    "prefix": ["model.pattern=prefix"],
+    "masked": ["model.family=encoder", "sample.prompt=the <mask>"],
+    "span": ["model.family=encoder_decoder", "model.position=t5", "model.encoder_layers=1"],
+    "pairs": ["model.family=encoder_decoder", "data.source={pairs}", "data.target_key=kind"],
+    "classify": ["model.family=encoder", "model.classes=2", "data.source={pairs}",
+                 "data.target_key=kind"],
+}  # fmt: skip
+every_objective = pytest.mark.parametrize("name", SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("families")
+    rows = [{"text": f"{n % 7} {word} {n}", "kind": kind}
+            for n in range(24) for word, kind in WORDS.items()]  # fmt: skip
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def settings(folder, name, *more):
+    given = [s.format(pairs=folder / "pairs.jsonl") for s in SETTINGS[name]]
+    return run_config(
+        folder, f"name={name}", f"train.objective={name}", "model.vocab=300", "train.steps=60",
+        "train.eval_every=20", "train.save_every=20", "train.log_every=1", *given, *more,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    """A run of each objective, made when it is asked for."""
+    done = {}
+
+    def run(name):
+        if name not in done:
+            cfg = settings(folder, name)
+            train(cfg, is_quiet=True)
+            done[name] = cfg
+        return done[name]
+
+    return run
+
+
+@every_objective
+def test_it_learns(trained, name):
+    cfg = trained(name)
+    records = read_metrics(cfg.run_folder)
+    held = [r["loss"] for r in records if r["kind"] == "eval"]
+    first = next(r["nats"] for r in records if r["kind"] == "train")
+    assert len(held) == 3
+    # From about the logarithm of the vocabulary, or of two classes, downwards.
+    assert held[-1] < 0.75 * first
+    assert held[-1] == min(held)
+
+
+@every_objective
+def test_a_stopped_run_goes_on_bit_for_bit(trained, folder, name, monkeypatch):
+    whole = trained(name)
+    cfg = override(whole, [f"name={name}_again"])
+    saver = trainer.loop.save
+
+    def stop_at_40(run):
+        saver(run)
+        if run.progress.step == 40:
+            run.saver.wait()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.loop, "save", stop_at_40)
+    with pytest.raises(KeyboardInterrupt):
+        train(cfg, is_quiet=True)
+    monkeypatch.setattr(trainer.loop, "save", saver)
+    train(cfg, is_quiet=True)
+    assert_same_bits(saved(cfg)[0], saved(whole)[0])
+
+
+def answers(cfg, prompts, *more):
+    config, tokenizer, params, _ = load_run(cfg.run_folder)
+    config = override(config, [f"sample.{s}" for s in more])
+    pieces = ask(config, params, tokenizer, prompts, read_labels(cfg.run_folder))
+    return ["".join(answer) for answer in zip(*pieces, strict=True)]
+
+
+def test_a_classifier_tells_classes_and_counts_its_mistakes(trained):
+    cfg = trained("classify")
+    said = answers(cfg, ["3 cat 9", "1 elm 4"])
+    assert [s.split()[0] for s in said] == ["animal", "tree"]
+    assert read_labels(cfg.run_folder) == ["animal", "tree"]
+    with open(os.path.join(cfg.run_folder, "confusion.json")) as file:
+        confusion = json.load(file)
+    last = [r for r in read_metrics(cfg.run_folder) if r["kind"] == "eval"][-1]
+    rows = np.array(confusion["rows"])
+    assert rows.sum() == last["tokens"] > 0
+    np.testing.assert_allclose(np.trace(rows) / rows.sum(), last["accuracy"], rtol=1e-5)
+    for name in ("loss", "accuracy", "confusion"):
+        assert os.path.getsize(os.path.join(cfg.run_folder, "plots", f"{name}.png")) > 5000
+
+
+def test_pairs_are_answered(trained):
+    said = answers(trained("pairs"), ["2 dog 11", "5 oak 1"], "tokens=8", "temperature=0")
+    assert said == ["animal", "tree"]
+
+
+def test_masks_are_filled_with_probabilities(trained):
+    (said,) = answers(trained("masked"), ["the cat <mask>at on<mask>"], "top_k=3")
+    lines = said.split("\n")
+    assert len(lines) == 2
+    for line in lines:
+        odds = [float(x.rstrip("%")) for x in line.split() if x.endswith("%")]
+        assert len(odds) == 3
+        assert odds == sorted(odds, reverse=True)
+        assert 0 < sum(odds) <= 100.1
+
+
+def test_a_prompt_without_a_mask_is_refused(trained):
+    with pytest.raises(ConfigError, match="has no <mask> to fill"):
+        answers(trained("masked"), ["nothing hidden"])
+
+
+@pytest.mark.parametrize("name", ["masked", "classify", "span"])
+def test_a_question_longer_than_the_context_is_refused(trained, name):
+    with pytest.raises(ConfigError, match=r"prompt has \d+ tokens.*model.context=16"):
+        answers(trained(name), ["<mask>" + "a long question " * 3])
+
+
+def test_spans_are_written_mask_by_mask(trained):
+    (said,) = answers(trained("span"), ["the c<mask> sat"], "tokens=12", "temperature=0")
+    assert said.startswith("<0>")
+
+
+def test_more_masks_than_were_learned_are_refused(trained):
+    cfg = trained("span")
+    known = cfg.objective.task.reserved(cfg)
+    with pytest.raises(ConfigError, match=f"masks; the model knows {known}"):
+        answers(cfg, ["<mask>" * (known + 1)])
+
+
+def test_a_prompt_that_can_not_be_asked_is_refused_before_training(folder):
+    with pytest.raises(ConfigError, match="has no <mask> to fill"):
+        train(settings(folder, "masked", "sample.prompt=the", "name=never"), is_quiet=True)
+    assert not os.path.exists(folder / "runs" / "never" / "metrics.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "shown"),
+    [("classify", "3 cat 9", "animal"), ("pairs", "3 cat 9", "3 cat 9\nanimal"),
+     ("masked", "the <mask>at", "<mask>  '")],
+)  # fmt: skip
+def test_sample_py_answers_as_the_objective_wants(trained, name, prompt, shown):
+    command = [sys.executable, "sample.py", trained(name).run_folder, "--prompt", prompt,
+               "temperature=0", "tokens=9"]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, env=alone(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(shown)
