@@ -183,8 +183,9 @@ def test_generation_never_draws_a_row_beyond_the_tokenizer(sample):
     table[hot] *= np.where(np.arange(len(hot)) % 2, 30, -30)[:, None]
     params = PARAMS | {"embed": {"table": jnp.asarray(table)}}
     rows, _ = finish(["abc", ""], sample, params=params)
-    assert all(4 <= token < 260 for row in rows for token in row.drawn)
-    assert len(rows[0].drawn) == 20
+    drawn = [token for row in rows for token in row.drawn]
+    assert len(drawn) > 20  # of at most 40; a row may end
+    assert all(4 <= token < 260 for token in drawn)
 
 
 # --- decoding ---

@@ -17,7 +17,7 @@ from jaxgpt.config import (
     TrainConfig,
     override,
 )
-from jaxgpt.data import Batch
+from jaxgpt.data import Batch, Source
 from jaxgpt.model import abstract_params, build
 from jaxgpt.optimizer import build as build_optimizer
 from jaxgpt.sharding import batch_sharding, make_mesh
@@ -75,6 +75,37 @@ def random_batch(seed=0, share=0.7) -> Batch:
     )
 
 
+def batch_for(objective: str):
+    """number -> a batch that the objective takes, where it takes another than `random_batch`."""
+
+    def pairs(number):
+        batch, source = random_batch(number), random_batch(number + 100)
+        # One document in a row, as long as it likes.
+        lengths = np.random.default_rng(number).integers(2, T, (2, B, 1))
+        there = (np.arange(T) < lengths).astype(np.int32)
+        place = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+        return batch._replace(
+            positions=place,
+            segments=there[0],
+            weights=batch.weights * there[0],
+            source=Source(source.tokens, place, there[1]),
+        )
+
+    def texts(number):
+        batch = pairs(number)
+        rng = np.random.default_rng(number)
+        return batch._replace(
+            targets=rng.integers(0, 2, B).astype(np.int32),
+            weights=np.ones(B, np.float32),
+            source=None,
+        )
+
+    def prefixes(number):
+        return random_batch(number)._replace(prefix=np.full((B, T), 3, np.int32))
+
+    return {"pairs": pairs, "classify": texts, "prefix": prefixes}.get(objective, random_batch)
+
+
 class Training(NamedTuple):
     """What the loop makes of a config, without the loop."""
 
@@ -84,13 +115,14 @@ class Training(NamedTuple):
     step: object  # jitted: (state, batch) -> (state, metrics)
     make: object  # () -> a fresh state
 
-    def run(self, steps, state=None):
+    def run(self, steps, state=None, batch_of=None):
         """(state, losses) after so many steps, each on its own batch."""
         state = self.make() if state is None else state
         losses = []
         with jax.set_mesh(self.mesh):
             for number in range(steps):
-                batch = jax.device_put(random_batch(number), batch_sharding(self.mesh))
+                batch = (batch_of or random_batch)(number)
+                batch = jax.device_put(batch, batch_sharding(self.mesh))
                 state, metrics = self.step(state, batch)
                 losses.append(float(metrics.loss))
         return state, losses

@@ -72,10 +72,9 @@ def test_it_learns(trained, name):
     assert len(held) == 3
     # From about the logarithm of the vocabulary, or of two classes, downwards.
     assert held[-1] < 0.75 * first
-    assert held[-1] == min(held)
 
 
-@every_objective
+@pytest.mark.parametrize("name", ["masked", "pairs"])  # one of windows, one of pairs
 def test_a_stopped_run_goes_on_bit_for_bit(trained, folder, name, monkeypatch):
     whole = trained(name)
     cfg = override(whole, [f"name={name}_again"])
@@ -123,7 +122,7 @@ def test_pairs_are_answered(trained):
 
 
 def test_masks_are_filled_with_probabilities(trained):
-    (said,) = answers(trained("masked"), ["the cat <mask>at on<mask>"], "top_k=3")
+    (said,) = answers(trained("masked"), ["the c<mask>t<mask>"], "top_k=3")
     lines = said.split("\n")
     assert len(lines) == 2
     for line in lines:

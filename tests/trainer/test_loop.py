@@ -438,9 +438,8 @@ def held(straight):
 
     @jax.jit
     def score(tokens, position, document):
-        return logits(
-            params, model.apply({"params": params}, tokens, Coords(position, document))[0]
-        )
+        hidden, _ = model.apply({"params": params}, tokens, Coords(position, document))
+        return logits(straight.model, params, hidden)
 
     ids, starts = np.array(corpus.held.ids, np.int32), set(corpus.held.starts.tolist())
     nats = []

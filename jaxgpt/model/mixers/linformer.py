@@ -133,7 +133,7 @@ class CausalLinformer(Mixer):
     keys and values, of which blocks are summarised anew.
 
     Source: ours: the blocks and summaries of Zhu et al. 2021 (Long-Short Transformer),
-    arXiv:2107.02192, section 3.3, with the learned projections of Wang et al. 2020.
+    arXiv:2107.02192, with the learned projections of Wang et al. 2020.
     """
 
     USES = ("rotation",)

@@ -1,0 +1,147 @@
+"""Models that can not be are refused as they are configured, by key; all others can be made."""
+
+import itertools
+
+import pytest
+
+from jaxgpt.config import Config, ConfigError, ModelConfig, override
+from jaxgpt.model import abstract_params
+from jaxgpt.model.feedforward import ACTIVATIONS, FEEDFORWARDS
+from jaxgpt.model.kernels import KERNELS, LIMITS
+from jaxgpt.model.masks import PATTERNS
+from jaxgpt.model.mixers import MIXERS
+from jaxgpt.model.norms import NORMS
+from jaxgpt.model.positions import POSITIONS, SCALINGS
+
+
+def refusal(*assignments):
+    with pytest.raises(ConfigError) as error:
+        override(Config(), assignments)
+    return str(error.value)
+
+
+ENCODER = ("model.family=encoder", "train.objective=masked")
+BOTH = ("model.family=encoder_decoder", "train.objective=span")
+
+
+@pytest.mark.parametrize(
+    ("assignments", "parts"),
+    [
+        # kernels
+        (["model.kernel=splash", "model.position=t5"],
+         ["model.kernel='splash'", "model.position='t5'", "bias"]),
+        (["model.kernel=splash", "model.position=alibi"], ["'splash'", "'alibi'", "blockwise"]),
+        (["model.kernel=cudnn", "model.softcap=50"], ["model.kernel='cudnn'", "model.softcap=50"]),
+        # mixers
+        (["model.mixers=linformer"], ["model.mixers='linformer'", "future", "linformer_causal"]),
+        (["model.mixers=mamba", "model.position=none", *ENCODER],
+         ["'mamba'", "only looks back", "attention"]),
+        (["model.mixers=attention,lstm", *BOTH], ["'lstm'", "'encoder_decoder'"]),
+        (["model.mixers=lstm"], ["model.position='rope'", "model.mixers=lstm", "use none"]),
+        (["model.mixers=performer", "model.position=alibi"], ["'alibi'", "performer", "attention"]),
+        (["model.mixers=gru", "model.position=none", "model.softcap=5"],
+         ["model.softcap=5", "gru"]),
+        (["model.mixers=gru", "model.position=none", "model.qk_norm=true"], ["model.qk_norm=True"]),
+        (["model.mixers=performer", "model.pattern=window"],
+         ["model.pattern='window'", "'performer'"]),
+        (["model.mixers=mamba,attention", "model.pattern=window"], ["'window'", "'mamba'"]),
+        (["model.mixers=attenton"], ["'attenton'", "Did you mean 'attention'"]),
+        (["model.mixers="], ["model.mixers is empty"]),
+        (["model.mixers=transformer_xl", "model.position=none", "model.width=15", "model.heads=5"],
+         ["'transformer_xl'", "even model.width", "15"]),
+        (["model.mixer.buckets=7"], ["model.mixer.buckets=7", "6 or 8"]),
+        # layers
+        (["model.pattern=window,full", "model.layers=5"], ["model.layers=5", "2 layers", "4 or 6"]),
+        (["model.pattern=full,full", "model.mixers=attention,performer,gru", "model.layers=8"],
+         ["model.layers=8", "6 layers", "6 or 12"]),
+        (["model.pattern=window,full", "model.unroll=2"], ["model.unroll=2", "3 repeats"]),
+        (["model.sparse.near=2"], ["model.sparse.near=2", "1 or 3"]),
+        # positions
+        (["model.rope.factor=4"], ["model.rope.factor=4", "model.rope.scaling", "yarn"]),
+        (["model.position=learned", "model.rope.theta=5"],
+         ["model.rope", "model.position='learned'"]),
+        (["model.rope.share=0.3"], ["model.rope.share", "0.3", "even"]),
+        (["model.rope.scaling=yan"], ["'yan'", "Did you mean 'yarn'"]),
+        (["model.position=t5", "model.position_buckets=32", "model.position_reach=16"],
+         ["model.position_reach=16", "model.position_buckets=32"]),
+        # experts
+        (["model.feedforward=moe_gated", "model.moe.active=9"],
+         ["model.moe.active=9", "model.moe.experts=8"]),
+        (["model.feedforward=moe"], ["'moe'", "moe_gated", "moe_plain"]),
+        # families and objectives
+        (["model.family=encoder"],
+         ["train.objective='causal'", "model.family=decoder", "masked or classify"]),
+        (["train.objective=masked"], ["'masked'", "model.family=encoder", "causal or prefix"]),
+        (["model.classes=3"], ["model.classes=3", "encoder", "'decoder'"]),
+        (["model.classes=3", *ENCODER], ["train.objective='masked'", "model.classes=3"]),
+        (["model.family=encoder", "train.objective=classify"], ["'classify'", "model.classes=0"]),
+        (["model.family=encoder", "train.objective=classify", "model.classes=1"],
+         ["model.classes=1"]),
+        (["model.types=2"], ["model.types=2", "encoder"]),
+        (["model.encoder_layers=2"], ["model.encoder_layers=2", "encoder_decoder"]),
+        (["model.pattern=prefix"], ["prefix", "train.objective='causal'"]),
+        (["train.objective=prefix"], ["train.objective='prefix'", "model.pattern=full"]),
+        (["model.pattern=prefix", *ENCODER], ["'prefix'", "'encoder'"]),
+        (["model.vocab=260", *ENCODER], ["model.vocab=260", "1 masks", "at least 261"]),
+    ],
+)  # fmt: skip
+def test_what_can_not_be_is_refused_with_its_keys_and_a_remedy(assignments, parts):
+    message = refusal(*assignments)
+    assert [part for part in parts if part not in message] == [], message
+
+
+def test_widths_need_not_be_divisible_where_there_are_no_heads():
+    assert ModelConfig(mixers=("lstm",), position="none", width=100).width == 100
+
+
+FAMILIES = ("decoder", "encoder", "encoder_decoder")
+SMALL = dict(vocab=64, context=16, width=16, layers=2, heads=2, ffn=16)
+
+
+def made(**changes):
+    """Whether a model can be; if it is not refused, its parameters have shapes."""
+    try:
+        cfg = ModelConfig(**SMALL | changes)
+    except ConfigError:
+        return False
+    return bool(abstract_params(cfg)[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_mixer_with_every_position_is_made_or_refused(family):
+    table = {
+        (mixer, position): made(family=family, mixers=(mixer,), position=position)
+        for mixer, position in itertools.product(MIXERS, POSITIONS)
+    }
+    directions = {"decoder": ["causal"], "encoder": ["both"], "encoder_decoder": ["both", "causal"]}
+    for (mixer, position), is_made in table.items():
+        looks = set(directions[family]) <= set(MIXERS[mixer].DIRECTIONS)
+        place = POSITIONS[position].PLACE
+        assert is_made == (looks and (not place or place in MIXERS[mixer].USES)), (mixer, position)
+
+
+@pytest.mark.parametrize(
+    ("key", "table"),
+    [("norm", NORMS), ("activation", ACTIVATIONS), ("feedforward", FEEDFORWARDS)],
+)
+def test_every_norm_activation_and_feedforward_is_made_in_every_family(key, table):
+    assert all(made(family=f, **{key: name}) for f in FAMILIES for name in table)
+
+
+def test_every_pattern_is_made_where_it_can_be():
+    for family, pattern in itertools.product(FAMILIES, PATTERNS):
+        is_known = pattern != "prefix" or family == "decoder"
+        assert made(family=family, pattern=(pattern,)) == is_known, (family, pattern)
+
+
+def test_every_kernel_refuses_its_limits_and_nothing_else():
+    wanted = {"bias": dict(position="alibi"), "softcap": dict(softcap=5.0)}
+    for kernel, (what, changes) in itertools.product(KERNELS, wanted.items()):
+        assert made(kernel=kernel, **changes) == (what not in LIMITS.get(kernel, {}))
+
+
+def test_every_stretching_of_rope_is_made():
+    rope = type(ModelConfig().rope)
+    for name in SCALINGS:
+        factor = 1.0 if name == "none" else 4.0
+        assert made(rope=rope(scaling=name, factor=factor))
