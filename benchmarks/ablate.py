@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxgpt.architecture import MixerConfig, SparseConfig
 from jaxgpt.config import (
     Config,
     ConfigError,
@@ -58,23 +59,22 @@ from jaxgpt.trainer.logging import duration, write_whole
 from jaxgpt.trainer.state import init_state
 from jaxgpt.trainer.step import make_eval_step, make_train_step
 
-# Patterns and mixers get sizes at which a context of 64 tokens is long, or they would see it all.
+# Patterns and mixers have sizes at which a context of 64 tokens is long, or they would see it all.
 BASE = Config(
     name="ablate",
-    model=ModelConfig(vocab=260, context=64, width=64, layers=2, heads=4, ffn=128),
+    model=ModelConfig(
+        vocab=260,
+        context=64,
+        width=64,
+        layers=2,
+        heads=4,
+        ffn=128,
+        sparse=SparseConfig(window=16, stride=8, block=8, random=1),
+        mixer=MixerConfig(chunk=16, summary=4, memory=32, bucket_window=16),
+    ),
     data=DataConfig(tokenizer="bytes"),
     optimizer=OptimizerConfig(lr=2e-3, warmup=40),
     train=TrainConfig(steps=400, batch=16, eval_batches=64),
-)
-SMALL = (
-    "model.sparse.window=16",
-    "model.sparse.stride=8",
-    "model.sparse.block=8",
-    "model.sparse.random=1",
-    "model.mixer.chunk=16",
-    "model.mixer.summary=4",
-    "model.mixer.memory=32",
-    "model.mixer.bucket_window=16",
 )
 TIMES = (1, 2, 4)  # lengths of the held-out windows, over the training length
 
@@ -115,8 +115,8 @@ MATRICES = {"gated": 3, "moe_gated": 3, "plain": 2, "moe_plain": 2}
 
 
 def _channels(base: Config, name: str) -> tuple[str, str]:
-    now, then = (MATRICES.get(kind, 1) for kind in (base.model.feedforward, name))
-    ffn = base.model.ffn * now // then if name in MATRICES else base.model.ffn
+    now, then = (MATRICES.get(kind) for kind in (base.model.feedforward, name))
+    ffn = base.model.ffn * now // then if now and then else base.model.ffn
     return f"model.feedforward={name}", f"model.ffn={ffn}"
 
 
@@ -228,7 +228,7 @@ class Text:
 
 
 def stretched(cfg: Config, times: int) -> tuple[Config, str]:
-    """The config at a longer context, and why its parameters do not fit there, or ""."""
+    """The config at a longer context, and which parameters do not fit there."""
     longer = override(cfg, [f"model.context={cfg.model.context * times}"])
     before, after = (jax.tree.leaves_with_path(abstract_params(c.model)[0]) for c in (cfg, longer))
     fixed = [
@@ -236,7 +236,7 @@ def stretched(cfg: Config, times: int) -> tuple[Config, str]:
         for (path, x), (_, y) in zip(before, after, strict=True)
         if x.shape != y.shape
     ]
-    return longer, f"{' and '.join(fixed)} has a fixed context" if fixed else ""
+    return longer, " and ".join(f"`{name}`" for name in fixed)
 
 
 def measure(cfg: Config, text: Text, seeds: Sequence[int]) -> dict[str, Any]:
@@ -362,7 +362,7 @@ def cells(row: dict) -> tuple[str, ...]:
     longer = (f"{mean(row, n):.3f}" if n in row["losses"] else "-" for n in TIMES[1:])
     return (
         f"{mean(row):.3f}",
-        f"{half_range(row):.3f}",
+        f"{half_range(row):.3f}" if len(row["losses"][1]) > 1 else "-",
         *longer,
         f"{row['parameters']:,}",
         f"{1e3 * statistics.median(row['seconds_per_step']):.1f}",
@@ -387,7 +387,10 @@ def table(entries: Sequence[Entry], rows: Sequence[dict], base: Config) -> str:
         if row["reason"]:
             reasons.setdefault(row["reason"], []).append(entry.name)
         lines.append(f"| {name} | {' | '.join(cells(row))} |")
-    notes = [f"\\- {', '.join(names)}: `{why}`." for why, names in reasons.items()]
+    notes = [
+        f"\\- {', '.join(names)}: {why} has no rows for longer windows."
+        for why, names in reasons.items()
+    ]
     return "\n".join([*lines, *(["", *notes] if notes else [])])
 
 
@@ -434,18 +437,21 @@ Made by the command below, which writes this page, its figures and its sentences
 Each choice stands in the base (bold), with nothing else changed but what is said in its name;
 where gated and plain feed-forwards are exchanged, F is chosen so that they have as many parameters.
 Mixers that can do nothing with the base's positions have none, and say so. All learn from the same
-{steps:,} batches of {batch} windows of {context} tokens for each seed ({tokens:,} tokens) at one
-learning rate, {lr:g}, which was tuned for none of them: this is how they compare in a small model
+{steps:,} batches of {batch} windows of {context} tokens for each seed ({tokens:,} tokens), at one
+learning rate ({lr:g}), which was tuned for none of them: this is how they compare in a small model
 and a short run, not which is best.
 
 * **loss**: nats per token of the same {held:,} held-out tokens, mean over the seeds; **±** is half
   of the distance between the lowest and the highest seed.
 * **{longer}**: the same model on the same tokens in windows of so many times the training length.
   There a token sees further back, to distances that were not trained.
-* **ms**, **tokens/s**: of a training step after compilation, the median.{noise}
-* **MB**: arguments and temporary memory of the compiled training step.
+* **ms**, **tokens/s**: of a training step after compilation, the median.
+{noise}* **MB**: arguments and temporary memory of the compiled training step.
 
 """
+
+
+NOISE = "  Machine noise: the seeds of a choice are {apart:.0%} apart (median over the choices).\n"
 
 
 def about_base(base: Config, facts: dict[str, str]) -> str:
@@ -472,7 +478,7 @@ class Result(NamedTuple):
 
     def axes(self) -> dict[str, tuple[list[Entry], list[dict]]]:
         """The entries and rows of each axis."""
-        names = dict.fromkeys(x.axis for x in (*self.entries, *self.refused))
+        names = dict.fromkeys([e.axis for e in self.entries] + [no.axis for no in self.refused])
         pairs = list(zip(self.entries, self.rows, strict=True))
         return {
             name: ([e for e, _ in pairs if e.axis == name], [r for e, r in pairs if e.axis == name])
@@ -492,10 +498,7 @@ def page(result: Result) -> str:
         lr=base.optimizer.lr,
         held=result.held,
         longer="**, **".join(f"{n}x" for n in TIMES[1:]),
-        noise=""
-        if apart is None
-        else f" Machine noise: two seeds of the same choice differ\n"
-        f"  by {apart:.0%} (the median over all choices).",
+        noise="" if apart is None else NOISE.format(apart=apart),
     )
     drawn = plots(result)
     parts = [text, f"![loss by choice](images/{drawn['loss']})\n"]
@@ -522,7 +525,7 @@ def plots(result: Result) -> dict[str, str]:
 
 # --- plots -----------------------------------------------------------------------------------
 
-BLUE, RED, GREY = "#2980b9", "#c0392b", "#7f8c8d"
+BLUE, RED = "#2980b9", "#c0392b"
 
 
 def draw(result: Result, folder: pathlib.Path):
@@ -559,7 +562,8 @@ def plot_losses(result: Result, *_):
         panel.set_ylim(-0.6, len(order) - 0.4)
         panel.set_title(axis, fontsize=9, loc="left")
         panel.grid(alpha=0.3)
-    panels[-1].set_xlabel("held-out loss (nats per token); the base is red")
+        panel.tick_params(axis="x", labelsize=8)
+    panels[-1].set_xlabel("held-out loss (nats per token); the base is red", fontsize=9)
     return figure
 
 
@@ -584,18 +588,23 @@ def plot_lengths(result: Result, entries, rows):
 
 def plot_speed(result: Result, entries, rows):
     """The loss against the speed, for the mixers."""
-    figure = _figure(7, 4.5)
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    figure = _figure(8, 4)
     panel = figure.subplots()
-    for entry, row in zip(entries, rows, strict=True):
-        colour = RED if entry.cfg == result.base else BLUE
+    for (entry, row), mark in zip(
+        zip(entries, rows, strict=True), itertools.cycle("os^vDPX<>*hdp")
+    ):
         at = (row["tokens_per_second"], mean(row))
-        panel.errorbar(*at, yerr=half_range(row), fmt="o", ms=4, capsize=2, color=colour)
         name = entry.name.partition(" (")[0]
-        panel.annotate(name, at, (5, 4), textcoords="offset points", fontsize=8, color=GREY)
+        panel.errorbar(*at, yerr=half_range(row), fmt=mark, ms=6, capsize=2, label=name)
     panel.set_xscale("log")
-    panel.margins(x=0.15)
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    panel.xaxis.set_minor_locator(NullLocator())
     panel.set(xlabel="training tokens per second", ylabel="held-out loss (nats per token)")
-    panel.grid(alpha=0.3, which="both")
+    panel.grid(alpha=0.3)
+    figure.legend(loc="outside right center", frameon=False, fontsize=9)
     return figure
 
 
@@ -641,7 +650,7 @@ def base_of(a: argparse.Namespace) -> Config:
     """
     warmup = min(BASE.optimizer.warmup, a.steps // 10)
     given = (f"train.steps={a.steps}", f"data.source={a.source}", f"optimizer.warmup={warmup}")
-    base = override(BASE, [*SMALL, *given, *a.settings])
+    base = override(BASE, [*given, *a.settings])
     if base.train.batch % TIMES[-1]:
         raise ConfigError(
             f"train.batch={base.train.batch} must be a multiple of {TIMES[-1]}, so that as many "

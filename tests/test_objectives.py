@@ -10,6 +10,7 @@ import torch
 from helpers import forward, random_params, tiny
 
 from jaxgpt import objectives
+from jaxgpt.architecture import ExpertsConfig
 from jaxgpt.config import TrainConfig
 from jaxgpt.data.loader import Batch
 from jaxgpt.model import Coords, Head, build
@@ -222,3 +223,53 @@ def test_the_causal_objective_drops_only_with_a_key():
     )
     assert len({float(a), float(b), float(none)}) == 3
     assert none == run({})
+
+
+def test_uneven_experts_cost_what_the_config_says():
+    cfg = tiny(feedforward="moe_gated", moe=ExpertsConfig(experts=4, active=1))
+    params, data, model = random_params(cfg), batch(cfg), build(cfg)
+    at = Coords(data.positions, data.segments)
+    _, told = jax.jit(lambda p: model.apply({"params": p}, data.tokens, at, mutable=["losses"]))(
+        params
+    )
+    uneven = sum(float(x.sum()) for x in jax.tree.leaves(told))
+    assert uneven > cfg.layers  # 1 for each layer would be even
+
+    def loss(balance):
+        train = TrainConfig(balance=balance)
+        run = jax.jit(lambda p: OBJECTIVES["causal"].loss(model, p, data, {}, train))
+        total, sums = run(params)
+        assert float(total) == float(sums.loss)
+        return float(total), float(sums.nats), float(sums.weight)
+
+    (plain, nats, weight), (balanced, same, _) = loss(0.0), loss(0.5)
+    np.testing.assert_allclose(plain, nats, rtol=1e-6)
+    assert same == nats  # what is reported is not what is minimised
+    np.testing.assert_allclose(balanced - plain, 0.5 * uneven * weight, rtol=1e-4)
+
+
+def test_classes_are_scored_text_by_text():
+    cfg = tiny(family="encoder", classes=3)
+    params, rng = random_params(cfg), np.random.default_rng(0)
+    tokens = rng.integers(0, cfg.vocab, (B, T)).astype(np.int32)
+    there = (np.arange(T) < np.array([[10], [4], [7]])).astype(np.int32)
+    place = np.broadcast_to(np.arange(T), (B, T)).astype(np.int32)
+    targets, weights = np.array([2, 0, 1], np.int32), np.array([1, 1, 0], np.float32)
+    data = Batch(tokens, targets, place, there, weights)
+    train = TrainConfig(label_smoothing=0.1)
+    run = jax.jit(lambda p: OBJECTIVES["classify"].loss(build(cfg), p, data, {}, train))
+    loss, sums = run(params)
+    at = Coords(place, there)
+    score = jax.jit(lambda p: build(cfg).apply({"params": p}, tokens, at, method="classify"))
+    scores = np.asarray(score(params), np.float64)
+    log_p = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+    nats = -log_p[[0, 1], targets[:2]]  # the third has no weight
+    wanted = 0.9 * nats - 0.1 * log_p[:2].mean(-1)
+    np.testing.assert_allclose(sums.nats, nats.sum(), rtol=1e-5)
+    np.testing.assert_allclose(loss, wanted.sum(), rtol=1e-5)
+    confusion = np.zeros((3, 3))
+    for row in (0, 1):
+        confusion[targets[row], scores[row].argmax()] += 1
+    np.testing.assert_array_equal(sums.confusion, confusion)
+    assert sums.correct == np.trace(confusion)
+    assert sums.weight == 2

@@ -565,7 +565,7 @@ def chosen(monkeypatch, T, S, here=None):
         can = (lambda *_: None) if name == here else (lambda *_: "not here")
         monkeypatch.setitem(ACCELERATED, name, (stub(name), can))
     for name in ("dense", "blockwise"):
-        monkeypatch.setattr(kernels, name, stub(name))
+        monkeypatch.setitem(KERNELS, name, stub(name))
     at = [Coords(*(jax.ShapeDtypeStruct((2, n), jnp.int32),) * 2) for n in (T, S)]
     q, k = shapes(T, S)
     jax.eval_shape(partial(attend, "auto"), q, k, k, *at, Score(Causal()))
@@ -577,6 +577,9 @@ def test_auto_takes_what_is_there_and_says_nothing(monkeypatch, caplog):
     assert chosen(monkeypatch, 1024, 1024) == ["blockwise"]
     assert chosen(monkeypatch, 128, 128) == ["dense"]
     assert chosen(monkeypatch, 1, 8192, here="cudnn") == ["dense"]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert chosen(monkeypatch, 1024, 1024) == ["dense"]
+    assert chosen(monkeypatch, 4096, 4096) == ["blockwise"]
     for name in ACCELERATED:
         assert chosen(monkeypatch, 1024, 1024, here=name) == [name]
     assert not caplog.messages
