@@ -3,7 +3,8 @@
     python train.py --config bert_mini
     python sample.py runs/bert_mini --prompt "import <mask>"
 
-1,090,688 parameters.
+1,090,688 parameters. Held-out loss after 1000 steps, four minutes on two CPU cores: 5.59 nats per
+hidden token, of which 12% are guessed right.
 """
 
 from jaxgpt.config import Config, ModelConfig, OptimizerConfig, SampleConfig, TrainConfig

@@ -4,8 +4,8 @@
 
 The folder has one sentence a line, in files whose endings are the classes: x.pos and x.neg, such
 as the 10,662 review sentences of Pang and Lee 2005. On a tenth of these that it has not seen it is
-right in 74.9% after 300 steps, 40 seconds on two CPU cores; the convolutions of Kim 2014 that start
-from random words as well, in 76.1% (arXiv:1408.5882, table 2, CNN-rand).
+right in 74.9% after 300 steps, 20 to 40 seconds on two CPU cores; the convolutions of Kim 2014 that
+start from random words as well, in 76.1% (arXiv:1408.5882, table 2, CNN-rand).
 """
 
 from jaxgpt.config import (
