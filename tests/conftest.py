@@ -1,6 +1,7 @@
 """What every test shares. Tests run on the CPU, as eight devices, wherever they run."""
 
 import os
+import signal
 
 # Before jax is imported, for it reads these once.
 os.environ["XLA_FLAGS"] = (
@@ -10,6 +11,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
+
+# A shell that starts this in the background has Ctrl-C ignored; tests of Ctrl-C want it heard.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

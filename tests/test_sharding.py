@@ -152,14 +152,10 @@ def test_muon_which_mixes_whole_matrices_does_not_depend_on_the_devices():
 
 
 VARIANTS = {
-    "encoder": ("model.family=encoder", "train.objective=masked", "model.head=mlm",
-                "model.vocab=261"),
     "encoder_decoder": ("model.family=encoder_decoder", "train.objective=pairs",
                         "model.position=t5", "train.accumulate=2"),
-    "classes": ("model.family=encoder", "train.objective=classify", "model.classes=2"),
     "experts": ("model.feedforward=moe_gated", "model.moe.experts=4"),
     "blockwise": ("model.kernel=blockwise", "model.position=alibi", "model.wiring=parallel"),
-    "performer": ("model.mixers=performer",),
     "mamba": ("model.mixers=mamba", "model.position=none"),
 }  # fmt: skip
 

@@ -193,7 +193,7 @@ CASES = {
     "llama with one kv head": lambda: llama(kv_heads=1),
     **{
         f"llama stretched by {name}": lambda name=name: llama_stretched(name)
-        for name in ("linear", "ntk", "yarn", "llama3")
+        for name in ("ntk", "yarn", "llama3")
     },
     "mistral": mistral,
     "mixtral": mixtral,
