@@ -206,6 +206,11 @@ class ModelConfig(Section):
         )
 
     @property
+    def attention_scale(self) -> float:
+        """What multiplies q·k."""
+        return self.sizes["K"] ** -0.5 if self.query_scale is None else self.query_scale
+
+    @property
     def unit(self) -> tuple[tuple[str, str], ...]:
         """(mixer, pattern) of the layers, until both lists begin again: what is scanned."""
         size = math.lcm(len(self.mixers), len(self.pattern))
@@ -279,9 +284,7 @@ class ModelConfig(Section):
                 f"model.rope.factor={self.rope.factor:g} stretches nothing while model.rope.scaling"
                 "='none': choose linear, ntk, yarn or llama3."
             )
-        sines = ["sinusoidal"] * (self.position == "sinusoidal") + ["transformer_xl"] * (
-            "transformer_xl" in self.mixers
-        )
+        sines = sorted({"sinusoidal", "transformer_xl"} & {self.position, *self.mixers})
         if sines and self.width % 2:
             raise ConfigError(f"{sines[0]!r} needs an even model.width; it is {self.width}.")
         if self.position == "t5" and self.position_reach <= self.position_buckets // 2:
@@ -308,9 +311,13 @@ class ModelConfig(Section):
                     "put it in: use 'full' there, or one of "
                     f"{_offering(mixers, 'USES', 'pattern')}."
                 )
-        for what, key in ((place, "position"), ("softcap",) * 2, ("qk_norm",) * 2):
-            is_asked = what and (key == "position" or getattr(self, key))
-            if is_asked and not any(what in mixers[name].USES for name in self.mixers):
+        asked = {
+            "position": place,
+            "softcap": self.softcap and "softcap",
+            "qk_norm": self.qk_norm and "qk_norm",
+        }
+        for key, what in asked.items():
+            if what and not any(what in mixers[name].USES for name in self.mixers):
                 without = {"position": "use none, sinusoidal or learned"}.get(key, "leave it out")
                 raise ConfigError(
                     f"model.{key}={getattr(self, key)!r} has nothing to act on in model.mixers="

@@ -122,7 +122,10 @@ class MeshConfig(Section):
     data: int = option(
         -1, "copies of the model, each with its part of the batch", low=-1, free=True
     )
+    pipe: int = option(1, "parts that the layers are divided in", low=-1, free=True)
     fsdp: int = option(1, "parts that parameters and batch are divided in", low=-1, free=True)
+    expert: int = option(1, "parts that experts and batch are divided in", low=-1, free=True)
+    context: int = option(1, "parts that the tokens of a row are divided in", low=-1, free=True)
     tensor: int = option(
         1, "parts that heads, feed-forward and vocabulary are divided in", low=-1, free=True
     )

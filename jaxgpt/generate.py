@@ -299,6 +299,21 @@ def generate_rows(
             state = None  # a row has slid: read the windows anew
 
 
+def framed(cfg: ModelConfig, tokenizer: Tokenizer, text: np.ndarray) -> list[int]:
+    """The tokens of a text as an encoder reads it: from bos to eos.
+
+    Raises:
+        ConfigError: it does not fit the context.
+    """
+    ids = [tokenizer.bos, *text.tolist(), tokenizer.eos]
+    if len(ids) > cfg.context:
+        raise ConfigError(
+            f"the prompt has {len(ids)} tokens, but model.context={cfg.context} must hold it: "
+            "shorten it."
+        )
+    return ids
+
+
 def questions(config: Config, tokenizer: Tokenizer, prompts: Sequence[str], masks: int = 0):
     """The rows that prompts make. Raises ConfigError if they can not."""
     return [_row(config.model, tokenizer, prompt, config.sample, masks) for prompt in prompts]
@@ -314,12 +329,7 @@ def _row(
         text = with_masks(tokenizer, prompt, lambda i: cfg.vocab - 1 - i)
     source, ids = [], [tokenizer.bos, *text.tolist()]
     if cfg.family == "encoder_decoder":
-        source, ids = [*ids, tokenizer.eos], ids[:1]
-    if len(source) > cfg.context:
-        raise ConfigError(
-            f"the prompt has {len(source)} tokens, but model.context={cfg.context} must hold it: "
-            "shorten it."
-        )
+        source, ids = framed(cfg, tokenizer, text), ids[:1]
     if len(ids) >= cfg.context and not sample.slide:
         raise ConfigError(
             f"the prompt has {len(ids)} tokens, but model.context={cfg.context} must hold it and "

@@ -236,14 +236,15 @@ def _balanced(loss, sums: Sums, told, cfg: TrainConfig) -> tuple[jax.Array, Sums
 class Objective:
     """What is learned: the batches it takes, their loss, and the family of models that can."""
 
-    task: type[tasks.Causal]
+    task: type[tasks.Task]
     loss: Loss
     family: str
     unit: str = "token"  # what is predicted
+    is_text: bool = False  # targets are the text itself, so that bits per byte can be told
 
 
 OBJECTIVES = {
-    "causal": Objective(tasks.Causal, next_tokens, "decoder"),
+    "causal": Objective(tasks.Causal, next_tokens, "decoder", is_text=True),
     "prefix": Objective(tasks.Prefix, next_tokens, "decoder"),
     "masked": Objective(tasks.Masked, next_tokens, "encoder"),
     "span": Objective(tasks.Span, written, "encoder_decoder"),

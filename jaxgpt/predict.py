@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt.config import Config, ModelConfig
-from jaxgpt.generate import MASK, bucket, drawable, generate, questions, with_masks
+from jaxgpt.generate import MASK, bucket, drawable, framed, generate, questions, with_masks
 from jaxgpt.model import Coords, build, logits
 from jaxgpt.settings import ConfigError
 from jaxgpt.tokenizer import Tokenizer
@@ -29,22 +29,13 @@ def _read(cfg: ModelConfig, params, tokens, lengths, method: str):
 
 
 def _rows(cfg: ModelConfig, tokenizer: Tokenizer, texts: Sequence[np.ndarray]):
-    """Texts of tokens -> (int32 [B T], lengths [B]).
-
-    Raises:
-        ConfigError: a text does not fit the context.
-    """
-    texts = [np.concatenate([[tokenizer.bos], text, [tokenizer.eos]]) for text in texts]
-    longest = max(map(len, texts))
-    if longest > cfg.context:
-        raise ConfigError(
-            f"the prompt has {longest} tokens, but model.context={cfg.context} must hold it: "
-            "shorten it."
-        )
-    rows = np.full((len(texts), min(bucket(longest), cfg.context)), tokenizer.pad, np.int32)
-    for row, text in zip(rows, texts, strict=True):
-        row[: len(text)] = text
-    return rows, np.array([len(text) for text in texts], np.int32)
+    """Texts of tokens -> (int32 [B T], lengths [B]); see `framed`."""
+    read = [framed(cfg, tokenizer, text) for text in texts]
+    lengths = np.array([len(ids) for ids in read], np.int32)
+    rows = np.full((len(read), min(bucket(lengths.max()), cfg.context)), tokenizer.pad, np.int32)
+    for row, ids in zip(rows, read, strict=True):
+        row[: len(ids)] = ids
+    return rows, lengths
 
 
 def fill(config: Config, params, tokenizer: Tokenizer, prompts, labels) -> list[str]:

@@ -1,7 +1,15 @@
 """From letters of dimensions to devices: one table for parameters and activations alike.
 
-The mesh has three named axes, each of which may have size 1: `data` (copies of the model), `fsdp`
-(parameters divided, gathered where used) and `tensor` (heads, feed-forward and vocabulary divided).
+The mesh has six named axes, most of which have size 1 most of the time:
+
+    data     copies of the model, each with its part of the batch
+    pipe     the layers divided: some devices have the first ones, others the next
+    fsdp     parameters divided, gathered where used; also divides the batch
+    expert   experts divided; also divides the batch
+    context  the tokens of a row divided; keys and values gathered where used
+    tensor   heads, feed-forward and vocabulary divided
+
+Neighbours along the last axes are neighbours on the machine, where talk is cheap.
 """
 
 import math
@@ -15,8 +23,11 @@ from jaxgpt.settings import ConfigError, nearest_multiples
 
 # Dimension (see dims.py) -> the mesh axes it is divided over. Other letters stay whole.
 RULES = {
-    "B": ("data", "fsdp"),
-    "N": ("data", "fsdp"),
+    "B": ("data", "fsdp", "expert"),
+    "N": ("data", "fsdp", "expert", "context"),
+    "T": ("context",),
+    "L": ("pipe",),
+    "E": ("expert",),
     "D": ("fsdp",),
     "H": ("tensor",),
     "G": ("tensor",),
@@ -24,7 +35,7 @@ RULES = {
     "I": ("tensor",),
     "V": ("tensor",),
 }
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "pipe", "fsdp", "expert", "context", "tensor")
 
 
 def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
@@ -34,15 +45,16 @@ def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
         ConfigError: the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    asked = [cfg.data, cfg.fsdp, cfg.tensor]
+    asked = [getattr(cfg, axis) for axis in AXES]
     fixed = math.prod(size for size in asked if size != -1)
     sizes = [len(devices) // fixed if size == -1 else size for size in asked]
     if math.prod(sizes) != len(devices):
-        grid = " x ".join(f"mesh.{name}={size}" for name, size in zip(AXES, asked, strict=True))
+        sizes = zip(AXES, asked, strict=True)
+        grid = " x ".join(f"mesh.{name}={size}" for name, size in sizes if size != 1)
+        many = "a multiple of " if -1 in asked else ""
         raise ConfigError(
-            f"{grid} needs {'a multiple of ' if -1 in asked else ''}{fixed} devices, found "
-            f"{len(devices)}: use sizes whose product is the device count, or one -1 for what is "
-            "left."
+            f"{grid or 'mesh.data=1'} needs {many}{fixed} devices, found {len(devices)}: use "
+            "sizes whose product is the device count, or one -1 for what is left."
         )
     # Auto: the compiler propagates shardings. (jax.make_mesh now defaults to Explicit.)
     auto = (AxisType.Auto,) * len(AXES)
@@ -51,11 +63,14 @@ def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
 
 def check_batch(batch: int, accumulate: int, mesh: Mesh):
     """Refuses, before anything is compiled, a batch that the mesh can not divide."""
-    parts = accumulate * mesh.shape["data"] * mesh.shape["fsdp"]
+    among = {f"mesh.{axis}": mesh.shape[axis] for axis in RULES["B"]}
+    among = {key: size for key, size in among.items() if size > 1}
+    among["train.accumulate"] = accumulate
+    parts = math.prod(among.values())
     if batch % parts:
+        grid = " x ".join(f"{key}={size}" for key, size in among.items())
         raise ConfigError(
-            f"train.batch={batch} can not be divided in mesh.data={mesh.shape['data']} x "
-            f"mesh.fsdp={mesh.shape['fsdp']} x train.accumulate={accumulate} = {parts} parts: "
+            f"train.batch={batch} can not be divided in {grid} = {parts} parts: "
             f"use train.batch={nearest_multiples(batch, parts)}."
         )
 
@@ -69,7 +84,7 @@ def spec(shape, letters: Letters, mesh) -> PartitionSpec:
     used: set[str] = set()
     out: list[tuple[str, ...] | None] = []
     for size, letter in zip(shape, letters.replace(">", ""), strict=True):
-        axes = tuple(axis for axis in RULES.get(letter, ()) if axis not in used)
+        axes = tuple(a for a in RULES.get(letter, ()) if a not in used and mesh.shape[a] > 1)
         if not axes or size % math.prod(mesh.shape[axis] for axis in axes):
             out.append(None)
         else:

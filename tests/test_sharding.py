@@ -46,8 +46,9 @@ def test_several_dimensions_are_divided_by_different_axes():
 
 
 def test_a_dimension_that_does_not_divide_stays_whole():
-    assert spec((6, 8), "VD", mesh(tensor=4)) == PartitionSpec(None, ("fsdp",))
-    assert spec((8, 8), "VD", mesh(tensor=4)) == PartitionSpec(("tensor",), ("fsdp",))
+    both = mesh(fsdp=2, tensor=4)
+    assert spec((6, 8), "VD", both) == PartitionSpec(None, ("fsdp",))
+    assert spec((8, 8), "VD", both) == PartitionSpec(("tensor",), ("fsdp",))
 
 
 def test_an_axis_that_a_dimension_can_not_use_is_free_for_the_next():
@@ -61,18 +62,19 @@ def test_the_arrow_between_inputs_and_outputs_is_no_dimension():
 
 
 def test_letters_without_a_rule_stay_whole():
-    assert spec((8, 8, 8), "LKT", mesh(data=2, fsdp=2, tensor=2)) == PartitionSpec(None, None, None)
+    assert spec((8, 8, 8), "ZKS", mesh(data=2, fsdp=2, tensor=2)) == PartitionSpec(None, None, None)
 
 
 # --- meshes and batches that do not work ---
 
 
 def test_a_mesh_takes_what_is_left():
-    assert dict(make_mesh(MeshConfig(tensor=2)).shape) == dict(data=4, fsdp=1, tensor=2)
+    sizes = make_mesh(MeshConfig(tensor=2)).shape
+    assert {axis: size for axis, size in sizes.items() if size > 1} == dict(data=4, tensor=2)
 
 
 def test_a_mesh_of_another_number_of_devices_is_refused_with_both_numbers():
-    with pytest.raises(ConfigError, match=r"mesh.data=3 .* needs 3 devices, found 8"):
+    with pytest.raises(ConfigError, match=r"mesh.data=3 needs 3 devices, found 8"):
         make_mesh(MeshConfig(data=3))
 
 

@@ -9,7 +9,7 @@ depends on nothing else, so the place in the data is one integer.
 import itertools
 import queue
 import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -50,6 +50,36 @@ class Batch(NamedTuple):
     source: Source | None = None
 
 
+class Epochs:
+    """Endless numbers, epoch after epoch, each in an order that (seed, epoch) decides.
+
+    Args:
+        seed: of the orders.
+        size: numbers of an epoch.
+        draw: gives the numbers of an epoch in their order, [size].
+    """
+
+    def __init__(self, seed: int, size: int, draw: Callable[[np.random.Generator], np.ndarray]):
+        self.seed, self.size, self.draw = seed, size, draw
+        self._drawn: dict[int, np.ndarray] = {}
+
+    def take(self, places: np.ndarray) -> np.ndarray:
+        """The numbers at these places [B], counted over all epochs."""
+        epochs, places = np.divmod(places, self.size)  # [B], [B]
+        numbers = np.empty_like(places)  # [B]
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            numbers[here] = self._order(epoch)[places[here]]
+        return numbers
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._drawn:
+            order = self.draw(np.random.default_rng([self.seed, epoch]))
+            # At most this epoch and the one before: a batch may lie across the border.
+            self._drawn = {e: o for e, o in self._drawn.items() if e == epoch - 1} | {epoch: order}
+        return self._drawn[epoch]
+
+
 class Loader:
     """Training batches; `batch(step)` is the same whenever and wherever it is asked for.
 
@@ -75,7 +105,7 @@ class Loader:
         self.B, self.T, self.seed = B, T, seed
         self.windows = tokens.ids.size // T  # of an epoch
         self._ring = _Ring(tokens, T, mask_documents)
-        self._drawn: dict[int, np.ndarray] = {}
+        self._firsts = Epochs(seed, self.windows, self._draw)
 
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
         """The batch of a step, counted from 0.
@@ -88,12 +118,7 @@ class Loader:
             Arrays of [B T], or of the rows only.
         """
         number = step * self.B + np.arange(self.B)[rows]  # [B] of windows, over all epochs
-        epochs, places = np.divmod(number, self.windows)  # [B], [B]
-        firsts = np.empty_like(number)  # [B]
-        for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
-            firsts[here] = self._order(epoch)[places[here]]
-        return self._ring.cut(firsts)
+        return self._ring.cut(self._firsts.take(number))
 
     def batches(self, step: int = 0) -> Iterator[Batch]:
         """The batches from `step` on, without end."""
@@ -103,22 +128,17 @@ class Loader:
         """How many times the stream has been seen before `step`."""
         return step * self.B / self.windows
 
-    def _order(self, epoch: int) -> np.ndarray:
+    def _draw(self, rng: np.random.Generator) -> np.ndarray:
         """The first token of each window of an epoch, int64 [windows], in the order of training."""
-        if epoch not in self._drawn:
-            rng = np.random.default_rng([self.seed, epoch])
-            phase = rng.integers(self.T)
-            order = phase + self.T * rng.permutation(self.windows)
-            # At most this epoch and the one before: a batch may lie across the border.
-            self._drawn = {e: o for e, o in self._drawn.items() if e == epoch - 1} | {epoch: order}
-        return self._drawn[epoch]
+        phase = rng.integers(self.T)
+        return phase + self.T * rng.permutation(self.windows)
 
 
 class _Ring:
     """Cuts windows out of a stream whose end is followed by its beginning."""
 
     def __init__(self, tokens: Tokens, T: int, mask_documents: bool):
-        self.ids, self.T = np.asarray(tokens.ids), T
+        self.tokens, self.T = tokens, T
         begins = tokens.starts[:-1]  # [documents]
         again = begins[: np.searchsorted(begins, T, side="right")] + tokens.ids.size
         self.begins = np.concatenate([begins, again]) if mask_documents else begins[:0]
@@ -127,9 +147,8 @@ class _Ring:
     def cut(self, firsts: np.ndarray) -> Batch:
         """The windows that begin at `firsts`, int64 [B] in [0, ring + T)."""
         B, T = firsts.size, self.T
-        firsts = firsts % self.ids.size
-        window = self.ids.take(firsts[:, None] + self.offsets, mode="wrap")  # [B T+1]
-        window = window.astype(np.int32)
+        firsts = firsts % self.tokens.ids.size
+        window = self.tokens.cut(firsts, T + 1)  # [B T+1]
         begins = self._begins(firsts)  # [B T+1]
         segments = 1 + np.cumsum(begins, axis=1, dtype=np.int32)  # [B T+1]
         latest = np.where(begins, self.offsets.astype(np.int32), 0)  # [B T+1]

@@ -47,6 +47,12 @@ class Tokens(NamedTuple):
     def documents(self) -> int:
         return len(self.starts) - 1
 
+    def cut(self, firsts: np.ndarray, size: int) -> np.ndarray:
+        """So many tokens from each of these places [B] on: int32 [B size]; the end is followed by
+        the beginning."""
+        places = firsts[:, None] + np.arange(size)
+        return self.ids.take(places, mode="wrap").astype(np.int32)
+
 
 @dataclass(frozen=True)
 class Corpus:

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from jaxgpt.config import Config
-from jaxgpt.data.loader import Batch, Loader, Source, eval_batches
+from jaxgpt.data.loader import Batch, Epochs, Loader, Source, eval_batches
 from jaxgpt.data.shards import Corpus, Tokens
 from jaxgpt.settings import ConfigError
 
@@ -28,43 +28,31 @@ HELD = 1  # second number of the seeds of held-out rows, so that they are masked
 Dice = Sequence[np.random.Generator]  # one for each row
 
 
-class Causal:
-    """Windows of the stream as they are."""
+class Task:
+    """What all objectives have in common: batches that are functions of the step."""
 
     IS_PAIRED: ClassVar[bool] = False  # whether it needs texts in pairs
 
+    T: int  # tokens of text in a row
+    labels: Sequence[str] = ()  # of classes
+    note: str = ""  # what the user should know of how the text fits
+
     def __init__(self, cfg: Config, corpus: Corpus):
         self.cfg, self.corpus = cfg, corpus
-        self.labels: list[str] = []  # of classes
-        self.T = self.window(cfg)
-        mask = cfg.data.mask_documents
-        self.loader = Loader(corpus.train, cfg.train.batch, self.T, cfg.seed, mask)
 
     @staticmethod
     def reserved(cfg: Config) -> int:
         """How many of the last rows of the table are masks, and no token of the tokenizer's."""
         return 0
 
-    @staticmethod
-    def window(cfg: Config) -> int:
-        """Tokens of text in a row."""
-        return cfg.model.context
-
     @property
     def tokens(self) -> int:
         """Tokens of text that a batch shows."""
         return self.cfg.train.batch * self.T
 
-    @property
-    def note(self) -> str:
-        """What the user should know of how the text fits."""
-        return ""
-
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
         """The batch of a step, or some rows of it: arrays [B T]."""
-        numbers = step * self.cfg.train.batch + np.arange(self.cfg.train.batch)[rows]
-        dice = [np.random.default_rng([self.cfg.seed, 0, n]) for n in numbers.tolist()]
-        return self.shape(self.loader.batch(step, rows), dice)
+        raise NotImplementedError
 
     def batches(self, step: int = 0) -> Iterator[Batch]:
         """The batches from `step` on, without end."""
@@ -72,6 +60,29 @@ class Causal:
 
     def held(self) -> Iterator[Batch]:
         """Held-out batches, the same every time."""
+        raise NotImplementedError
+
+
+class Causal(Task):
+    """Windows of the stream as they are."""
+
+    def __init__(self, cfg: Config, corpus: Corpus):
+        super().__init__(cfg, corpus)
+        self.T = self.window(cfg)
+        mask = cfg.data.mask_documents
+        self.loader = Loader(corpus.train, cfg.train.batch, self.T, cfg.seed, mask)
+
+    @staticmethod
+    def window(cfg: Config) -> int:
+        """Tokens of text in a row."""
+        return cfg.model.context
+
+    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+        numbers = step * self.cfg.train.batch + np.arange(self.cfg.train.batch)[rows]
+        dice = [np.random.default_rng([self.cfg.seed, 0, n]) for n in numbers.tolist()]
+        return self.shape(self.loader.batch(step, rows), dice)
+
+    def held(self) -> Iterator[Batch]:
         cfg, B = self.cfg, self.cfg.train.batch
         windows = eval_batches(
             self.corpus.held,
@@ -208,40 +219,28 @@ def _written(source: np.ndarray, target: np.ndarray, bos: int, is_real: Any) -> 
 # --- texts in pairs --------------------------------------------------------------------------
 
 
-class Pairs(Causal):
+class Pairs(Task):
     """One pair a row: the source is read, the target written; what is too long is cut off."""
 
     IS_PAIRED = True
+    READS = 2  # how many texts of a pair the model reads
 
     def __init__(self, cfg: Config, corpus: Corpus):
-        self.cfg, self.corpus, self.T = cfg, corpus, cfg.model.context
-        self.labels = []
-        self._order: dict[int, np.ndarray] = {}
-
-    @property
-    def note(self) -> str:
-        sizes = np.concatenate([np.diff(part.starts) for part in (self.corpus.train,
-                                                                  self.corpus.held)])  # fmt: skip
-        long = int((sizes.reshape(-1, 2)[:, : self._read] > self.T).any(axis=1).sum())
-        if not long:
-            return ""
-        return f"{long:,} of {sizes.size // 2:,} are longer than model.context={self.T}, and cut"
-
-    _read = 2  # how many texts of a pair the model reads
+        super().__init__(cfg, corpus)
+        self.T = cfg.model.context
+        size = corpus.train.documents // 2
+        self._order = Epochs(cfg.seed, size, lambda rng: rng.permutation(size))
+        both = np.concatenate([np.diff(part.starts) for part in (corpus.train, corpus.held)])
+        sizes = both.reshape(-1, 2)[:, : self.READS]  # [pairs READS]
+        if long := int((sizes > self.T).any(axis=1).sum()):
+            self.note = (
+                f"{long:,} of {len(sizes):,} are longer than model.context={self.T}, and cut"
+            )
 
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
-        B, size = self.cfg.train.batch, self.corpus.train.documents // 2
-        epochs, places = np.divmod(step * B + np.arange(B)[rows], size)
-        drawn = [self._epoch(e, size)[p] for e, p in zip(epochs.tolist(), places, strict=True)]
-        return self.pack(self.corpus.train, drawn)
-
-    def _epoch(self, epoch: int, size: int) -> np.ndarray:
-        """The order of the pairs in an epoch."""
-        if epoch not in self._order:
-            order = np.random.default_rng([self.cfg.seed, epoch]).permutation(size)
-            kept = {e: o for e, o in self._order.items() if e == epoch - 1}
-            self._order = kept | {epoch: order}
-        return self._order[epoch]
+        B = self.cfg.train.batch
+        numbers = self._order.take(step * B + np.arange(B)[rows])
+        return self.pack(self.corpus.train, numbers.tolist())
 
     def held(self) -> Iterator[Batch]:
         B, size = self.cfg.train.batch, self.corpus.held.documents // 2
@@ -275,7 +274,7 @@ class Classify(Pairs):
         ConfigError: the model tells another number of classes than there are.
     """
 
-    _read = 1
+    READS = 1
 
     def __init__(self, cfg: Config, corpus: Corpus):
         super().__init__(cfg, corpus)

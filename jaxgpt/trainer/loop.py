@@ -8,7 +8,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +22,7 @@ from jaxgpt import config as configs
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.config import Config
 from jaxgpt.data import Batch, Corpus, prefetch, prepare
-from jaxgpt.data.tasks import Causal
+from jaxgpt.data.tasks import Task
 from jaxgpt.model import abstract_params, build, count_params
 from jaxgpt.objectives import Sums
 from jaxgpt.optimizer import build as build_optimizer
@@ -55,7 +55,7 @@ class Run:
     cfg: Config
     mesh: jax.sharding.Mesh
     corpus: Corpus
-    task: Causal  # or another of the tasks: makes the batches
+    task: Task
     state: TrainState
     progress: Progress
     train_step: Callable
@@ -160,7 +160,7 @@ def log(run: Run, step: int, metrics: Metrics):
 def look(run: Run):
     """Evaluates on the held-out text, keeps the best model, and may end the run early."""
     cfg, progress = run.cfg, run.progress
-    lengths = run.corpus.tokenizer.lengths if cfg.train.objective == "causal" else None
+    lengths = run.corpus.tokenizer.lengths if cfg.objective.is_text else None
     values = evaluate(run.eval_step, run.state.params, run.task.held(), lengths, run.place)
     confusion = values.pop("confusion", None)
     _check_finite(run, progress.step, "held-out loss", values["loss"])
@@ -193,7 +193,7 @@ def _figures(values: dict[str, float], unit: str) -> str:
     return text + f"accuracy {values['accuracy']:.1%}"
 
 
-def _table(confusion: list[list[int]], labels: list[str]) -> str:
+def _table(confusion: list[list[int]], labels: Sequence[str]) -> str:
     """Which class (rows) was taken for which (columns)."""
     names = [name[:12] for name in labels]
     wide = max(8, *(len(name) for name in names)) + 2

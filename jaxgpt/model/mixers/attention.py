@@ -37,7 +37,7 @@ class Attention(Mixer):
         if state is not None:
             k, v = state = write(state, KV(k, v), sight.cursor)
         mask = layer_mask(c, self.pattern, self.direction)
-        score = Score(mask, sight.bias, c.query_scale, c.softcap, is_self=state is None)
+        score = Score(mask, sight.bias, c.attention_scale, c.softcap, is_self=state is None)
         q, k, v = constrain(q, "BTHK"), constrain(k, "BSGK"), constrain(v, "BSGK")
         out = attend(c.kernel, q, k, v, sight.q_at, sight.k_at, score)
         return Linear(c, "HK>D", into_residual(c), name="o")(out), state
@@ -63,7 +63,7 @@ class CrossAttention(nn.Module):
             assert state is not None, "without a memory there is a state that has read it"
             k, v = state
         assert sight.memory_at is not None
-        score = Score(SameDocument(), scale=c.query_scale)
+        score = Score(SameDocument(), scale=c.attention_scale)
         q, k, v = constrain(q, "BTHK"), constrain(k, "BSGK"), constrain(v, "BSGK")
         out = attend(c.kernel, q, k, v, sight.q_at, sight.memory_at, score)
         return Linear(c, "HK>D", into_residual(c), name="o")(out), state

@@ -6,18 +6,28 @@ and end in the middle of another. n is the number of chunks, Q the tokens of one
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxgpt.config import ModelConfig
 from jaxgpt.model.masks import Coords, Mask
 
 
-def scaled(cfg: ModelConfig, q: jax.Array) -> jax.Array:
-    """Queries [... K], so that q·k are the logits."""
-    return q * (q.shape[-1] ** -0.5 if cfg.query_scale is None else cfg.query_scale)
+@dataclass(frozen=True)
+class Spans(Mask):
+    """Documents are cut into spans of `size` tokens, from their start; tokens see the spans which
+    begin `nearest` to `farthest` spans before their own. None: as far as there are any."""
+
+    size: int
+    nearest: int
+    farthest: int | None
+
+    def __call__(self, q, k):
+        here, there = q.position[:, :, None] // self.size, k.position[:, None, :] // self.size
+        sees = here - there >= self.nearest
+        return sees if self.farthest is None else sees & (here - there <= self.farthest)
 
 
 def cut(tree, size: int):

@@ -7,8 +7,6 @@ instead of C. A summary of everything can not be causal, so `linformer_causal` c
 blocks, and a query sees the summaries of the blocks that are complete before its own.
 """
 
-from dataclasses import dataclass
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -17,15 +15,15 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.dims import weight
 from jaxgpt.model.kernels import NEVER
 from jaxgpt.model.layers import Linear, into_residual
-from jaxgpt.model.masks import Coords, Mask, SameDocument, layer_mask
+from jaxgpt.model.masks import Coords, SameDocument, layer_mask
 from jaxgpt.model.mixers.attention import Attention
 from jaxgpt.model.mixers.chunks import (
+    Spans,
     around,
     carried,
     cut,
     edge,
     join,
-    scaled,
     seen,
     segments,
 )
@@ -40,7 +38,7 @@ def _project(module: Mixer, x: jax.Array, sight: Sight) -> tuple[jax.Array, KV]:
     v = Linear(c, "D>GK", name="v")(x)
     if sight.rotate is not None:
         q, k = (sight.rotate(y, sight.q_at.position) for y in (q, k))
-    return scaled(c, q), KV(k, v)
+    return q * c.attention_scale, KV(k, v)
 
 
 def _summaries(module: Mixer, letters: str) -> KV:
@@ -114,18 +112,6 @@ def _add(a, b):
     return jax.tree.map(jnp.add, a, b)
 
 
-@dataclass(frozen=True)
-class Block(Mask):
-    """Tokens see their own block of `size` tokens (of their document), or the ones before it."""
-
-    size: int
-    is_own: bool
-
-    def __call__(self, q, k):
-        here, there = q.position[:, :, None] // self.size, k.position[:, None, :] // self.size
-        return here == there if self.is_own else here > there
-
-
 class CausalLinformer(Mixer):
     """Attention to the query's own block up to itself, and to P summaries of each block before it.
 
@@ -181,10 +167,10 @@ class CausalLinformer(Mixer):
         q = q.reshape(B, n, T, G, H // G, K)
         wide = dict(preferred_element_type=jnp.float32)
         logits = jnp.einsum("bntgmk,bnsgk->bngmts", q, near.k, **wide)
-        mask = seen(layer_mask(c, self.pattern, self.direction) & Block(size, True), q_at, near_at)
+        mask = seen(layer_mask(c, self.pattern, self.direction) & Spans(size, 0, 0), q_at, near_at)
         logits = jnp.where(mask[:, :, None, None], logits, NEVER)
         before = jnp.einsum("bntgmk,bNpgk->bngmtNp", q, far.k, **wide)
-        mask = jax.vmap(SameDocument() & Block(size, False), (1, None), 1)(q_at, far_at)
+        mask = jax.vmap(SameDocument() & Spans(size, 1, None), (1, None), 1)(q_at, far_at)
         before = jnp.where(mask[:, :, None, None, :, :, None], before, NEVER)
         both = jnp.concatenate([logits, before.reshape(*logits.shape[:-1], -1)], axis=-1)
         weights = jax.nn.softmax(both, axis=-1).astype(near.v.dtype)

@@ -91,7 +91,7 @@ class Performer(Mixer):
         if sight.rotate is not None:
             q, k = (sight.rotate(y, sight.q_at.position) for y in (q, k))
         # Each takes half of the scale, so that q·k is the logit.
-        half = (K**-0.5 if c.query_scale is None else c.query_scale) ** 0.5
+        half = c.attention_scale**0.5
         w = directions(c.mixer.features, K)
         q, k = (log_features(half * y.astype(jnp.float32), w) for y in (q, k))
         q = jnp.exp(q - jax.lax.stop_gradient(q.max(-1, keepdims=True)))  # cancels by itself

@@ -24,7 +24,7 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.model.kernels import NEVER
 from jaxgpt.model.layers import DTYPES, Linear, into_residual
 from jaxgpt.model.masks import Coords
-from jaxgpt.model.mixers.chunks import around, cut, join, scaled
+from jaxgpt.model.mixers.chunks import around, cut, join
 from jaxgpt.model.mixers.mixer import KV, Mixer, Sight, write
 
 ALONE = -1e5  # the logit of a token for itself: far below all others, and far above NEVER
@@ -111,7 +111,10 @@ class Reformer(Mixer):
         wide = k.astype(jnp.float32)
         k = (wide * jax.lax.rsqrt(jnp.sum(wide * wide, -1, keepdims=True) + 1e-12)).astype(k.dtype)
         logits = jnp.einsum(
-            "...tk,...sk->...ts", scaled(self.cfg, q), k, preferred_element_type=jnp.float32
+            "...tk,...sk->...ts",
+            q * self.cfg.attention_scale,
+            k,
+            preferred_element_type=jnp.float32,
         )
         # What n rounds see counts n times: less log n, once in all.
         logits = jnp.where(is_self, ALONE, logits) - jnp.log(jnp.maximum(times, 1))

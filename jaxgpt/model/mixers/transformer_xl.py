@@ -7,8 +7,6 @@ up to itself, and all of the segment before. What it takes from there comes out 
 that get no gradient from it, as if they had been kept from an earlier step.
 """
 
-from dataclasses import dataclass
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -17,23 +15,11 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.dims import weight
 from jaxgpt.model.kernels import NEVER
 from jaxgpt.model.layers import Linear, into_residual, normal
-from jaxgpt.model.masks import Mask, apart, layer_mask
+from jaxgpt.model.masks import apart, layer_mask
 from jaxgpt.model.mixers.attention import Attention
-from jaxgpt.model.mixers.chunks import around, cut, join, scaled, seen
+from jaxgpt.model.mixers.chunks import Spans, around, cut, join, seen
 from jaxgpt.model.mixers.mixer import KV, Mixer, Sight, write
 from jaxgpt.model.positions import sinusoidal
-
-
-@dataclass(frozen=True)
-class Segments(Mask):
-    """Tokens see the segments of `size` tokens which begin up to `reach` segments before theirs."""
-
-    size: int
-    reach: int
-
-    def __call__(self, q, k):
-        here, there = q.position[:, :, None] // self.size, k.position[:, None, :] // self.size
-        return (there <= here) & (here - there <= self.reach)
 
 
 class TransformerXL(Mixer):
@@ -55,7 +41,7 @@ class TransformerXL(Mixer):
     @nn.compact
     def __call__(self, x: jax.Array, sight: Sight, state: KV | None):
         c, (_, T, _), size = self.cfg, x.shape, self.cfg.mixer.memory
-        q = scaled(c, Linear(c, "D>HK", name="q")(x))
+        q = Linear(c, "D>HK", name="q")(x) * c.attention_scale
         key, value = Linear(c, "D>GK", name="k"), Linear(c, "D>GK", name="v")
         now = KV(key(x), value(x))
         # The same numbers: the compiler makes them once.
@@ -77,13 +63,13 @@ class TransformerXL(Mixer):
         """Chunks of queries [B n T H K] and of keys [B n S G K] -> [B n T H K]."""
         c, size, (B, n, T, H, K), G = self.cfg, self.cfg.mixer.memory, q.shape, now.k.shape[3]
         u, v = (weight(self, name, "HK", c.sizes, normal) for name in ("u_bias", "v_bias"))
-        u, v = (scaled(c, bias).astype(q.dtype) for bias in (u, v))
+        u, v = ((bias * c.attention_scale).astype(q.dtype) for bias in (u, v))
         place = sinusoidal(jnp.arange(2 * size)[None], c.width).astype(q.dtype)
         place = Linear(c, "D>HK", name="r")(place)[0]  # [2M H K], by distance
         far = jnp.einsum("bnthk,dhk->bnhtd", q + v, place, preferred_element_type=jnp.float32)
         distance = jax.vmap(apart, 1, 1)(q_at, k_at)[:, :, None]  # [B n 1 T S]
         far = jnp.take_along_axis(far, jnp.clip(distance, 0, 2 * size - 1), axis=-1)
-        is_now = seen(Segments(size, 0), q_at, k_at)[:, :, None, None]
+        is_now = seen(Spans(size, 0, 0), q_at, k_at)[:, :, None, None]
 
         def content(k):
             grouped = (q + u).reshape(B, n, T, G, H // G, K)
@@ -93,7 +79,7 @@ class TransformerXL(Mixer):
 
         logits = jnp.where(is_now, content(now.k), content(past.k))
         logits += far.reshape(logits.shape)
-        mask = layer_mask(c, self.pattern, self.direction) & Segments(size, 1)
+        mask = layer_mask(c, self.pattern, self.direction) & Spans(size, 0, 1)
         logits = jnp.where(seen(mask, q_at, k_at)[:, :, None, None], logits, NEVER)
         weights = jax.nn.softmax(logits, axis=-1).astype(now.v.dtype)
         y = jnp.einsum("bngmts,bnsgk->bntgmk", jnp.where(is_now, weights, 0), now.v)
