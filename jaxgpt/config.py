@@ -64,11 +64,12 @@ class DataConfig(Section):
     source: str = option(
         "stdlib",
         "stdlib (Python's own documentation and library source, no download), a file, folder or "
-        "glob of .txt .md .py .jsonl(.gz|.zst), tfds:name, or classes:folder (one text a line, or "
-        "a file; its class is the file's ending, or for .txt the folder)",
+        "glob of .txt .md .py .jsonl(.gz|.zst), tfds:name, hf:name[:config] or hf:folder, or "
+        "classes:folder (one text a line, or a file; its class is the file's ending, or for .txt "
+        "the folder); several are mixed as '0.7 * wiki/ + 0.3 * tfds:lm1b'",
     )
     text_key: str = option(
-        "text", "the field of a .jsonl record or tfds example that holds the text"
+        "text", "the field of a .jsonl record or data set's example that holds the text"
     )
     tokenizer: str = option(
         "train",
@@ -80,9 +81,28 @@ class DataConfig(Section):
     )
     holdout: float = option(0.1, "share of the text held out for evaluation", above=0.0, high=0.5)
     split: str = option("auto", "what is held out", table="jaxgpt.data.sources:SPLITS")
+    packing: str = option(
+        "stream",
+        "stream (rows are cut from the text as it comes) or documents (kept whole, or pairs, and "
+        "put together to rows with little padding)",
+        table="jaxgpt.data.packing:PACKINGS",
+    )
     mask_documents: bool = option(True, "a token attends only to its own document")
     cache: str = option("runs/.tokens", "where token files are kept between runs", free=True)
+    verify: bool = option(
+        True, "token files are read and checked at the start: false for terabytes", free=True
+    )
+    workers: int = option(
+        0, "processes that tokenize a large source, 0 = one for each core", low=0, free=True
+    )
     prefetch: int = option(2, "batches prepared ahead of the device", low=0, free=True)
+
+    def check(self):
+        if self.packing == "documents" and not self.mask_documents:
+            raise ConfigError(
+                "data.packing='documents' keeps documents apart, and data.mask_documents=false "
+                "does not: use data.packing=stream, or data.mask_documents=true."
+            )
 
 
 @dataclass(frozen=True)
@@ -279,6 +299,11 @@ class Config(Section):
             raise ConfigError(
                 f"train.objective={name!r} with model.classes={model.classes}: classify needs as "
                 "many classes as the data has, the other objectives none."
+            )
+        if name == "classify" and self.data.packing != "stream":
+            raise ConfigError(
+                f"data.packing={self.data.packing!r} with train.objective='classify', which tells "
+                "the class of a row as a whole: use data.packing=stream, one text a row."
             )
         if (name == "prefix") != ("prefix" in model.pattern):
             raise ConfigError(

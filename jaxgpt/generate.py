@@ -20,6 +20,7 @@ import numpy as np
 from flax import struct
 
 from jaxgpt.config import Config, ModelConfig, SampleConfig
+from jaxgpt.hosts import fetch
 from jaxgpt.model import Cache, Coords, Source, build, init_cache, logits
 from jaxgpt.settings import ConfigError
 from jaxgpt.tokenizer import StreamDecoder, Tokenizer
@@ -293,7 +294,7 @@ def generate_rows(
         tokens, state = decode(cfg, params, rules, keys, state, CHUNK)
         left -= CHUNK
         pieces = [_take(row, new, tokenizer.eos, cfg, sample) for row, new in
-                  zip(rows, np.asarray(tokens).tolist(), strict=True)]  # fmt: skip
+                  zip(rows, fetch(tokens).tolist(), strict=True)]  # fmt: skip
         yield rows, pieces
         if left < CHUNK or any(len(row.ids) >= cfg.context and not row.ending for row in rows):
             state = None  # a row has slid: read the windows anew

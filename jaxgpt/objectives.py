@@ -8,6 +8,7 @@ products, where recomputing the scores in the backward pass would need four.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,11 +16,12 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jaxgpt.config import TrainConfig
 from jaxgpt.data import Batch, tasks
 from jaxgpt.model import Coords, Head, Source, head
-from jaxgpt.sharding import constrain
+from jaxgpt.sharding import constrain, mesh_in_force, named, on_parts, spec
 
 # Scores per chunk, in numbers. On CPU a chunk should stay near the cache: for [4096 384] x [8192],
 # loss and gradient take 462 ms at 2**22 and 553 ms at 2**25. Accelerators want larger products.
@@ -97,56 +99,82 @@ def vocabulary_loss(
     chex.assert_axis_dimension(head.table, 1, D)
     chex.assert_shape([targets, weights], (B, T))
     scores = CHUNK_SCORES.get(jax.default_backend(), CHUNK_SCORES_ELSEWHERE)
-    pieces = _pieces(T, B, chunk or max(1, scores // head.table.shape[0]))
-
-    def cut(x):  # [B T ...] -> [pieces N/pieces ...]; cut along T, since B is spread over devices
-        x = x.reshape(B, pieces, T // pieces, *x.shape[2:]).swapaxes(0, 1)
-        return x.reshape(pieces, -1, *x.shape[3:])
-
+    chunk = chunk or max(1, scores // head.table.shape[0])
     head = dataclasses.replace(head, table=constrain(head.table, "V."))
     loss = functools.partial(score_chunk, smoothing=smoothing, z_loss=z_loss)
-    return _chunked(loss, cut(hidden), head, cut(targets), cut(weights))
+    return _chunked(loss, chunk, hidden, head, targets, weights)
 
 
-def _pieces(T: int, B: int, chunk: int) -> int:
-    """The fewest equal pieces of T with at most `chunk` tokens each (one column at least)."""
-    fits = (p for p in range(1, T + 1) if T % p == 0 and B * (T // p) <= chunk)
-    return next(fits, T)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(loss: Callable, hidden, head, targets, weights):
-    """Sums `loss` over the leading axis of hidden [P N D], targets [P N] and weights [P N]."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunked(loss: Callable, chunk: int, hidden, head, targets, weights):
+    """Sums `loss` over the tokens of hidden [B T D], targets [B T] and weights [B T]."""
 
     def add(sums, part):
         h, t, w = part
         _, more = loss(h, head, t, w)
         return jax.tree.map(jnp.add, sums, more), None
 
-    sums, _ = jax.lax.scan(add, _zeros(), (hidden, targets, weights))
+    def of_tokens(hidden, head, targets, weights):
+        return None, jax.lax.scan(add, _zeros(), _cut(chunk, hidden, targets, weights))[0]
+
+    _, sums = _on_all(of_tokens, hidden, head, targets, weights)
     return sums.loss, sums
 
 
-def _chunked_forward(loss, hidden, head, targets, weights):
+def _chunked_forward(loss, chunk, hidden, head, targets, weights):
     gradient = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
 
-    def add(carry, part):
-        h, t, w = part
-        (_, more), (d_h, d_head) = gradient(h, head, t, w)
-        return jax.tree.map(jnp.add, carry, (more, d_head)), d_h
+    def of_tokens(hidden, head, targets, weights):
+        def add(carry, part):
+            h, t, w = part
+            (_, more), (d_h, d_head) = gradient(h, head, t, w)
+            return jax.tree.map(jnp.add, carry, (more, d_head)), d_h
 
-    carry = (_zeros(), jax.tree.map(jnp.zeros_like, head))
-    (sums, d_head), d_hidden = jax.lax.scan(add, carry, (hidden, targets, weights))
+        carry = (_zeros(), jax.tree.map(jnp.zeros_like, head))
+        carry, d_hidden = jax.lax.scan(add, carry, _cut(chunk, hidden, targets, weights))
+        return d_hidden.reshape(hidden.shape), carry
+
+    d_hidden, (sums, d_head) = _on_all(of_tokens, hidden, head, targets, weights)
     return (sums.loss, sums), (d_hidden, d_head)
 
 
-def _chunked_backward(loss, saved, cotangents):
+def _chunked_backward(loss, chunk, saved, cotangents):
     scale = cotangents[0]
     d_hidden, d_head = jax.tree.map(lambda g: g * scale.astype(g.dtype), saved)
     return d_hidden, d_head, None, None
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def _cut(chunk: int, *arrays):
+    """[B T ...] -> [pieces N/pieces ...]: the fewest equal pieces of at most `chunk` tokens."""
+    N = math.prod(arrays[0].shape[:2])
+    pieces = next(p for p in range(1, N + 1) if N % p == 0 and N // p <= chunk)
+    return tuple(x.reshape(pieces, N // pieces, *x.shape[2:]) for x in arrays)
+
+
+def _on_all(of_tokens, hidden, head, targets, weights):
+    """(what each token gets, the sum over all) where every device does its own tokens.
+
+    The sums, of which the gradient of the table is large, cross the network once: the partitioner
+    on its own would send them for every chunk. The vocabulary stays with the partitioner.
+    """
+    mesh = mesh_in_force()
+    if mesh is None:
+        return of_tokens(hidden, head, targets, weights)
+    place = spec(targets.shape, "BN", mesh)  # N takes the axes that B leaves over
+
+    def part(hidden, head, targets, weights):
+        own, sums = of_tokens(hidden, head, targets, weights)
+        axes = tuple(axis for entry in place for axis in named(entry))
+        return own, jax.lax.psum(sums, axes)
+
+    everywhere = PartitionSpec()
+    tokens = PartitionSpec(*place, None)
+    return on_parts(part, (tokens, everywhere, place, place), (tokens, everywhere))(
+        hidden, head, targets, weights
+    )
 
 
 def _zeros() -> Sums:

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.generate import MASK, bucket, drawable, framed, generate, questions, with_masks
+from jaxgpt.hosts import fetch
 from jaxgpt.model import Coords, build, logits
 from jaxgpt.settings import ConfigError
 from jaxgpt.tokenizer import Tokenizer
@@ -46,8 +47,8 @@ def fill(config: Config, params, tokenizer: Tokenizer, prompts, labels) -> list[
     few = config.sample.top_k or FEW
     allowed = drawable(tokenizer, cfg.vocab) & (np.arange(cfg.vocab) != tokenizer.eos)
     answers = []
-    for row, states in zip(tokens, hidden, strict=True):
-        scores = np.asarray(logits(cfg, params, states[np.flatnonzero(row == mask)]))
+    for row, states in zip(tokens, fetch(hidden), strict=True):
+        scores = fetch(logits(cfg, params, states[np.flatnonzero(row == mask)]))
         odds = np.asarray(jax.nn.softmax(np.where(allowed, scores, -np.inf)))
         answers.append("\n".join(_best(tokenizer, row_odds, few) for row_odds in odds))
     return answers
@@ -70,7 +71,7 @@ def _best(tokenizer: Tokenizer, odds: np.ndarray, few: int) -> str:
 def classify(config: Config, params, tokenizer: Tokenizer, prompts, labels) -> list[str]:
     """Of each prompt, its likeliest classes and their probabilities."""
     tokens, lengths = _whole(config, tokenizer, prompts)
-    odds = np.asarray(jax.nn.softmax(_read(config.model, params, tokens, lengths, "classify")))
+    odds = fetch(jax.nn.softmax(_read(config.model, params, tokens, lengths, "classify")))
     few = config.sample.top_k or FEW
     return [
         "  ".join(f"{labels[i]} {row[i]:.1%}" for i in np.argsort(-row)[:few].tolist())

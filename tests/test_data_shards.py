@@ -1,3 +1,5 @@
+import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -6,10 +8,13 @@ import sys
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.config import DataConfig
-from jaxgpt.data import prepare, shards, sources
+from jaxgpt.data import Tokens, prepare, shards, sources, units, work
+from jaxgpt.data.shards import Joined
 from jaxgpt.settings import ConfigError
 
 VOCAB = 280
@@ -25,6 +30,7 @@ def cfg(tmp_path):
     folder.mkdir()
     lines = [json.dumps({"text": text}) for text in texts()]
     (folder / "a.jsonl").write_text("\n".join(lines))
+    os.utime(folder / "a.jsonl", (1, 1))  # long ago, so that the survey is kept
     return DataConfig(source=str(folder), cache=str(tmp_path / "cache"))
 
 
@@ -41,8 +47,30 @@ def decoded(corpus, part):
     return [tokenizer.decode(ids[1:-1]) for ids in documents]
 
 
-def whole_folders(cfg):
-    return sorted(p for p in pathlib.Path(cfg.cache).iterdir() if p.is_dir())
+def folder_of(cfg):
+    """The folder of the one corpus in the cache."""
+    (folder,) = (p for p in pathlib.Path(cfg.cache).iterdir() if p.name != "units")
+    return folder
+
+
+@pytest.fixture
+def small_units(monkeypatch):
+    """Ranges of 1000 bytes: the text of `cfg` has six."""
+    monkeypatch.setattr(units, "SIZE", 1000)
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The names of the files that are written, as they are."""
+    names = []
+    real = work.replacing
+
+    def replacing(path):
+        names.append(os.path.basename(path))
+        return real(path)
+
+    monkeypatch.setattr(work, "replacing", replacing)
+    return names
 
 
 def never(*args, **kwargs):
@@ -131,7 +159,7 @@ def test_a_tokenizer_with_too_many_tokens_is_refused(cfg):
 def test_a_run_that_goes_on_with_its_tokenizer_uses_the_same_files(cfg, tmp_path, monkeypatch):
     first = prepare(cfg, VOCAB)
     first.tokenizer.save(tmp_path / "tokenizer.json")
-    monkeypatch.setattr(shards, "_write", never)
+    monkeypatch.setattr(work, "replacing", never)
     again = prepare(cfg, VOCAB, tokenizers.load(tmp_path / "tokenizer.json"))
     assert again.fingerprint == first.fingerprint
 
@@ -145,82 +173,349 @@ def test_a_given_tokenizer_wins_over_the_config(cfg):
     assert corpus.fingerprint != first.fingerprint
 
 
+# --- many shards ---
+
+
+def test_a_source_in_many_units_gives_the_same_corpus(cfg, tmp_path, monkeypatch):
+    one = prepare(cfg, VOCAB)
+    monkeypatch.setattr(units, "SIZE", 1000)
+    many = prepare(changed(cfg, cache=str(tmp_path / "other")), VOCAB)
+    assert isinstance(many.train.ids, Joined)
+    assert len(many.train.ids.parts) == 6
+    assert many.fingerprint == one.fingerprint
+    for part in ("train", "held"):
+        assert decoded(many, part) == decoded(one, part)
+        np.testing.assert_array_equal(getattr(many, part).starts, getattr(one, part).starts)
+    assert (many.train_bytes, many.bytes_per_token) == (one.train_bytes, one.bytes_per_token)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=2, max_size=6),
+    firsts=st.lists(st.integers(0, 200), max_size=5),
+    size=st.integers(0, 80),
+)
+def test_windows_of_joined_arrays_are_those_of_one(sizes, firsts, size):
+    whole = np.arange(sum(sizes), dtype=np.uint16)
+    starts, firsts = np.array([0, whole.size]), np.array(firsts, int)
+    joined = Tokens(Joined(np.split(whole, np.cumsum(sizes)[:-1])), starts)
+    found, expected = joined.cut(firsts, size), Tokens(whole, starts).cut(firsts, size)
+    np.testing.assert_array_equal(found, expected)
+    assert found.dtype == expected.dtype == np.int32
+    assert (joined.ids.size, len(joined.ids), joined.ids.dtype) == (whole.size,) * 2 + (np.uint16,)
+    for begin in firsts.tolist():
+        np.testing.assert_array_equal(joined.ids[begin : begin + size], whole[begin : begin + size])
+
+
+def test_a_tokenizer_is_trained_on_a_share_of_every_unit(cfg, small_units, monkeypatch):
+    seen = []
+    real = tokenizers.train
+    monkeypatch.setattr(
+        tokenizers, "train", lambda texts, vocab: real(seen.extend(texts) or seen, vocab)
+    )
+    prepare(cfg, VOCAB)
+    everything, whole = [*seen], sum(map(len, seen))
+    seen.clear()
+    monkeypatch.setattr(shards, "SAMPLE", whole // 3)
+    cached = changed(cfg, cache=cfg.cache + "2")
+    prepare(cached, VOCAB)
+    assert 0.9 * whole / 3 < sum(map(len, seen)) <= whole / 3
+    places = [next(n for n, text in enumerate(everything) if text.startswith(s)) for s in seen]
+    assert places == sorted(places)
+    gaps = np.diff([*places, len(everything)])
+    assert max(gaps) < len(everything) / 6  # from all over
+
+
+def test_there_may_be_more_shards_than_files_that_a_process_opens(cfg, monkeypatch):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    monkeypatch.setattr(units, "SIZE", 50)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (80, limits[1]))
+        corpus = prepare(changed(cfg, tokenizer="bytes"), VOCAB)
+        assert len(corpus.train.ids.parts) + len(corpus.held.ids.parts) > 80
+        assert sorted(decoded(corpus, "train") + decoded(corpus, "held")) == sorted(texts())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_workers_make_what_one_process_makes(cfg, tmp_path, monkeypatch, small_units):
+    one = prepare(changed(cfg, workers=1), VOCAB)
+    monkeypatch.setattr(work, "SMALL", 0)
+    monkeypatch.setattr(work, "EVERY", 0.0)
+    monkeypatch.setattr(work, "_make", lambda job, wait: work.finished(job) or never())
+    lines = []
+    others = changed(cfg, workers=2, cache=str(tmp_path / "other"))
+    many = prepare(others, VOCAB, say=lines.append)
+    assert many.fingerprint == one.fingerprint
+    assert decoded(many, "train") == decoded(one, "train")
+    assert any(line.startswith("reading: ") for line in lines)
+    assert any(line.startswith("tokenizing: ") and "of 6 pieces, " in line for line in lines)
+
+
+def test_progress_is_said_at_most_every_couple_of_seconds(monkeypatch):
+    clock = iter([0.0, 1.0, 5.0, 6.0, 7.0, 8.0, 10.0])
+    monkeypatch.setattr(work.time, "monotonic", lambda: next(clock))
+    lines = []
+    progress = work._Progress("tokenizing", [10**7] * 7, [1, 2, 3, 4, 5, 6], lines.append)
+    for number in (1, 2, 2, 3, 4, 5, 6):  # 2 is told twice
+        progress.done(number)
+    assert lines == [
+        "tokenizing: 3 of 7 pieces, 30 of 70 MB, 4.0 MB/s, 0:10 left",
+        "tokenizing: 5 of 7 pieces, 50 of 70 MB, 5.7 MB/s, 0:03 left",
+    ]
+
+
+def test_what_a_worker_refuses_is_refused(cfg, tmp_path, monkeypatch, small_units):
+    with open(os.path.join(cfg.source, "a.jsonl"), "a") as file:
+        file.write("\n{oops")
+    os.utime(os.path.join(cfg.source, "a.jsonl"), (1, 1))
+    monkeypatch.setattr(work, "SMALL", 0)
+    monkeypatch.setattr(work, "_work", never)
+    with pytest.raises(ConfigError, match=r"a\.jsonl at byte \d+ is not JSON"):
+        prepare(changed(cfg, workers=2), VOCAB)
+
+
+def test_workers_import_neither_jax_nor_the_program_that_called():
+    code = "import sys, jaxgpt.data.work, jaxgpt.data.shards; print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+# --- several sources ---
+
+
+def write_source(folder, name, count):
+    (folder / name).mkdir()
+    for n in range(count):
+        (folder / name / f"{n}.txt").write_text(f"{name} {n * 7919}")
+    return folder / name
+
+
+def test_a_mixture_has_a_stream_for_each_weight(cfg, tmp_path):
+    a, b = (write_source(tmp_path, name, 40) for name in "ab")
+    corpus = prepare(changed(cfg, source=f"3 * {a} + 1 * {b}", tokenizer="bytes"), VOCAB)
+    assert corpus.names == (str(a), str(b))
+    assert [share for share, _ in corpus.mixture] == [0.75, 0.25]
+    streams = [decoded(dataclasses.replace(corpus, train=t), "train") for _, t in corpus.mixture]
+    assert [{text[0] for text in texts} for texts in streams] == [{"a"}, {"b"}]
+    assert streams[0] + streams[1] == decoded(corpus, "train")
+    assert {text[0] for text in decoded(corpus, "held")} == {"a", "b"}
+    bare = prepare(changed(cfg, source=f"{a} + {b}", tokenizer="bytes"), VOCAB)
+    assert decoded(bare, "train") == decoded(corpus, "train")
+    assert [(share, stream is bare.train) for share, stream in bare.mixture] == [(1.0, True)]
+
+
+def test_the_fingerprint_of_a_mixture_knows_shares_and_parts(cfg, tmp_path):
+    a, b = (write_source(tmp_path, name, 40) for name in "ab")
+    found = {
+        prepare(changed(cfg, source=source, tokenizer="bytes"), VOCAB).fingerprint
+        for source in (
+            f"{a} + {b}",
+            f"3 * {a} + 1 * {b}",
+            f"1 * {a} + 3 * {b}",
+            f"3 * {b} + 1 * {a}",
+        )
+    }
+    assert len(found) == 4
+    same = (f"0.3 * {a} + 0.1 * {b}", f"0.75 * {a} + 0.25 * {b}")
+    assert len({prepare(changed(cfg, source=s), VOCAB).fingerprint for s in same}) == 1
+
+
+def test_a_weight_of_nothing_is_refused(cfg, tmp_path):
+    a = write_source(tmp_path, "a", 40)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "0.txt").write_text("")
+    with pytest.raises(ConfigError, match=r"gives a weight to '.*/b', of which nothing"):
+        prepare(changed(cfg, source=f"1 * {a} + 1 * {tmp_path / 'b'}"), VOCAB)
+
+
 # --- cache ---
 
 
-def test_the_second_time_nothing_is_tokenized(cfg, monkeypatch):
+def test_the_second_time_nothing_is_read_or_written(cfg, small_units, monkeypatch):
     first = prepare(cfg, VOCAB)
-    monkeypatch.setattr(shards, "_write", never)
-    second = prepare(cfg, VOCAB)
+    monkeypatch.setattr(sources, "read", never)
+    monkeypatch.setattr(work, "replacing", never)
+    lines = []
+    second = prepare(cfg, VOCAB, say=lines.append)
     assert second.fingerprint == first.fingerprint
-    np.testing.assert_array_equal(second.train.ids, first.train.ids)
+    assert decoded(second, "train") == decoded(first, "train")
+    assert lines == []
 
 
-@pytest.mark.parametrize("name", [*shards.FILES, "manifest.json"])
-@pytest.mark.parametrize("harm", ["missing", "cut"])
-def test_a_broken_cache_is_built_again(cfg, name, harm):
+def test_a_file_changed_a_moment_ago_is_read_again(cfg, monkeypatch):
+    path = pathlib.Path(cfg.source) / "a.jsonl"
+    path.write_text(path.read_text())  # the next change might not change its time
     first = prepare(cfg, VOCAB)
-    expected = np.array(first.train.ids)
-    (folder,) = whole_folders(cfg)
+    before = path.stat()
+    path.write_text(path.read_text().replace("cat", "dog"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert prepare(cfg, VOCAB).fingerprint != first.fingerprint
+
+
+def test_a_file_more_leaves_the_surveys_of_the_others(cfg, small_units, made):
+    prepare(changed(cfg, tokenizer="bytes"), VOCAB)
+    assert sum(name.endswith(".train.bin") for name in made) == 6
+    made.clear()
+    (pathlib.Path(cfg.source) / "b.txt").write_text("one more")
+    prepare(changed(cfg, tokenizer="bytes"), VOCAB)
+    assert not [name for name in made if len(name) == 37]  # surveys, <32 hexadecimal digits>.json
+
+
+@pytest.mark.parametrize("name", ["000002.train.bin", "000003.held.npy"])
+@pytest.mark.parametrize("harm", ["cut", "flipped", "checked by size only"])
+def test_a_damaged_shard_is_named_and_made_again_once_it_is_deleted(
+    cfg, small_units, made, name, harm
+):
+    expected = decoded(prepare(cfg, VOCAB), "train")
+    path = folder_of(cfg) / name
+    content = path.read_bytes()
+    path.write_bytes(content[:-2] if harm == "cut" else content[:-1] + bytes([content[-1] ^ 1]))
+    if harm == "checked by size only":
+        prepare(changed(cfg, verify=False), VOCAB)
+    with pytest.raises(ConfigError) as caught:
+        prepare(changed(cfg, verify=harm != "cut"), VOCAB)
+    assert str(path) in str(caught.value)
+    wrong = f"bytes should be {len(content)}, and is {len(content) - 2}"
+    assert (wrong if harm == "cut" else "blake2b should be ") in str(caught.value)
+    assert "Delete it" in str(caught.value)
+    path.unlink()
+    made.clear()
+    assert decoded(prepare(cfg, VOCAB), "train") == expected
+    assert {file.partition(".")[0] for file in made} == {name.partition(".")[0], "manifest"}
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "manifest.json", "000000.json"])
+@pytest.mark.parametrize("harm", ["missing", "cut"])
+def test_what_else_is_damaged_is_made_again(cfg, name, harm):
+    first = prepare(cfg, VOCAB)
+    path = folder_of(cfg) / name
+    expected = path.read_bytes()
     if harm == "missing":
-        (folder / name).unlink()
+        path.unlink()
     else:
-        os.truncate(folder / name, (folder / name).stat().st_size // 2)
-    again = prepare(cfg, VOCAB)
-    np.testing.assert_array_equal(again.train.ids, expected)
-    assert whole_folders(cfg) == [folder]
+        os.truncate(path, len(expected) // 2)
+    (folder_of(cfg) / "manifest.json").unlink(missing_ok=True)  # which has all that records have
+    assert decoded(prepare(cfg, VOCAB), "held") == decoded(first, "held")
+    assert path.read_bytes() == expected
 
 
-def test_an_error_while_writing_leaves_nothing(cfg, monkeypatch):
+def test_shards_of_another_tokenizer_are_made_again(cfg):
+    prepare(cfg, VOCAB)
+    other = tokenizers.train(["some other text " * 10], 270)
+    other.save(folder_of(cfg) / "tokenizer.json")
+    corpus = prepare(cfg, VOCAB)
+    assert corpus.tokenizer.fingerprint == other.fingerprint
+    assert sorted(decoded(corpus, "train") + decoded(corpus, "held")) == sorted(texts())
+
+
+def test_the_manifest_says_what_there_is(cfg, small_units):
+    corpus = prepare(cfg, VOCAB)
+    manifest = json.loads((folder_of(cfg) / "manifest.json").read_text())
+    assert manifest["source"] == cfg.source
+    assert manifest["tokenizer"] == corpus.tokenizer.fingerprint
+    assert manifest["dtype"] == "uint16"
+    found = [unit["train"] for unit in manifest["units"]]
+    assert sum(shard["tokens"] for shard in found) == corpus.train.ids.size
+    assert sum(shard["documents"] for shard in found) == corpus.train.documents
+    assert sum(shard["bytes"] for shard in found) == corpus.train_bytes
+    for name, facts in (item for unit in manifest["units"] for item in unit["files"].items()):
+        content = (folder_of(cfg) / name).read_bytes()
+        assert facts["bytes"] == len(content)
+        assert facts["blake2b"] == hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def test_an_error_while_writing_leaves_only_what_is_whole(cfg, small_units, monkeypatch):
+    real, calls = shards._Writer.close, []
+
     def fail(self):
-        raise KeyboardInterrupt
+        calls.append(self.stem)
+        if len(calls) == 6:  # the third unit's second shard
+            raise KeyboardInterrupt
+        real(self)
 
-    monkeypatch.setattr(shards._Writer, "flush", fail)
+    monkeypatch.setattr(shards._Writer, "close", fail)
     with pytest.raises(KeyboardInterrupt):
         prepare(cfg, VOCAB)
-    assert whole_folders(cfg) == []
+    endings = (".json", ".train.bin", ".train.npy", ".held.bin", ".held.npy")
+    whole = {f"00000{n}{ending}" for n in (0, 1) for ending in endings}
+    assert set(os.listdir(folder_of(cfg))) == whole | {"tokenizer.json"}
+
+
+# --- processes ---
 
 
 SCRIPT = """
 import os, signal, sys
 from jaxgpt.config import DataConfig
-from jaxgpt.data import prepare, shards
-if "kill" in sys.argv:
-    real = shards._Writer.flush
-    def flush(self):
-        real(self)
-        self.file.flush()
+from jaxgpt.data import prepare, shards, units
+units.SIZE = 1000
+made, real = [], shards._Writer.close
+def close(self):
+    if "kill" in sys.argv and len(made) == 7:  # inside the fourth unit
         os.kill(os.getpid(), signal.SIGKILL)
-    shards._Writer.flush = flush
-corpus = prepare(DataConfig(source=sys.argv[1], cache=sys.argv[2]), 280)
-print(corpus.fingerprint, corpus.train.ids.size)
+    real(self)
+    made.append(self.stem)
+shards._Writer.close = close
+print("ready", flush=True)
+sys.stdin.readline()
+corpus = prepare(DataConfig(source=sys.argv[1], cache=sys.argv[2], workers=1), 280)
+print(corpus.fingerprint, corpus.train.ids.size, len(made) // 2)
 """
 
 
 def start(cfg, *args):
     command = [sys.executable, "-c", SCRIPT, cfg.source, cfg.cache, *args]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
 
 
-def test_a_process_killed_while_writing_leaves_nothing_to_the_next(cfg):
+def test_a_process_killed_while_writing_loses_what_was_in_its_hands(cfg, small_units, made):
     killed = start(cfg, "kill")
-    killed.communicate()
-    assert killed.returncode < 0
-    (remains,) = whole_folders(cfg)
-    assert remains.suffix == ".tmp"
+    killed.communicate("\n")
+    assert killed.returncode == -9
+    left = os.listdir(folder_of(cfg))
+    assert "manifest.json" not in left
+    assert any(name.endswith(".tmp") for name in left)
     corpus = prepare(cfg, VOCAB)
     assert sorted(decoded(corpus, "train") + decoded(corpus, "held")) == sorted(texts())
-    (folder,) = whole_folders(cfg)
-    assert folder.suffix == ""
+    assert sum(name.endswith(".train.bin") for name in made) == 3
+    assert not any(name.endswith((".tmp", ".lock")) for name in os.listdir(folder_of(cfg)))
 
 
-def test_two_processes_that_prepare_at_once_agree(cfg):
+def test_two_processes_that_prepare_at_once_share_the_work(cfg, small_units):
     both = [start(cfg), start(cfg)]
-    outputs = {process.communicate()[0] for process in both}
+    for process in both:
+        assert process.stdout.readline() == "ready\n"
+    for process in both:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    outputs = [process.communicate()[0].split() for process in both]
     assert [process.returncode for process in both] == [0, 0]
     corpus = prepare(cfg, VOCAB)
-    assert outputs == {f"{corpus.fingerprint} {corpus.train.ids.size}\n"}
-    assert len(whole_folders(cfg)) == 1
+    for fingerprint, size, _ in outputs:
+        assert (fingerprint, int(size)) == (corpus.fingerprint, corpus.train.ids.size)
+    assert sum(int(count) for _, _, count in outputs) == 6  # each unit once
+    folder_of(cfg)  # there is one
+
+
+def test_where_locks_lie_the_work_is_done_twice_and_right(cfg, small_units, monkeypatch, made):
+    """Another process makes the same, and finishes, while one is in the middle of a unit."""
+    monkeypatch.setattr(work.fcntl, "flock", lambda *args: None)
+    real, others = shards._Writer.close, []
+
+    def close(self):
+        if self.stem.endswith("000003.held") and not others:
+            others.append(None)
+            others.append(prepare(cfg, VOCAB))  # which sweeps the unfinished files away
+        real(self)
+
+    monkeypatch.setattr(shards._Writer, "close", close)
+    corpus = prepare(cfg, VOCAB)
+    assert corpus.fingerprint == others[1].fingerprint
+    assert decoded(corpus, "train") == decoded(others[1], "train")
+    assert made.count("000003.train.bin") == 2
 
 
 def test_a_cache_that_can_not_be_written_is_refused(cfg, tmp_path):
@@ -229,16 +524,21 @@ def test_a_cache_that_can_not_be_written_is_refused(cfg, tmp_path):
         prepare(changed(cfg, cache=str(tmp_path / "file")), VOCAB)
 
 
-def test_a_source_that_changes_while_it_is_read_is_refused(cfg, monkeypatch):
-    real = shards._write
+@pytest.mark.parametrize("name", ["a.jsonl", "b.txt", "a.jsonl, with its size and time"])
+def test_a_source_that_changes_while_it_is_tokenized_is_refused(cfg, monkeypatch, name):
+    real = tokenizers.train
 
-    def write(*args):
-        real(*args)
-        (pathlib.Path(cfg.source) / "b.txt").write_text("more")
+    def train(*args):  # after the first reading, before the tokens are written
+        path = pathlib.Path(cfg.source) / name.partition(",")[0]
+        is_hidden = path.name != name
+        path.write_text(path.read_text().replace("cat", "dog") if is_hidden else '{"text": "more"}')
+        os.utime(path, (1, 1) if is_hidden else (2, 2))
+        return real(*args)
 
-    monkeypatch.setattr(shards, "_write", write)
+    monkeypatch.setattr(tokenizers, "train", train)
     with pytest.raises(ConfigError, match="changed while it was tokenized"):
         prepare(cfg, VOCAB)
+    assert not (folder_of(cfg) / "manifest.json").exists()
 
 
 # --- fingerprint ---
@@ -260,16 +560,15 @@ def test_other_data_or_settings_give_another_fingerprint(cfg):
 def test_data_that_moved_keep_their_fingerprint_and_files(cfg, tmp_path, monkeypatch):
     first = prepare(cfg, VOCAB)
     os.rename(cfg.source, tmp_path / "moved")
-    monkeypatch.setattr(shards, "_write", never)
+    monkeypatch.setattr(shards, "_write", never)  # read it must be, to know it
     moved = changed(cfg, source=str(tmp_path / "moved"))
     assert prepare(moved, VOCAB).fingerprint == first.fingerprint
 
 
 def test_a_source_with_its_own_split_is_held_out_by_it(cfg, monkeypatch):
-    def own(cfg):
-        yield from [("a", b"to learn from", "train"), ("b", b"to test on", "held")]
-
-    monkeypatch.setitem(sources.SOURCES, "own:", own)
+    documents = [("a", b"to learn from", "train"), ("b", b"to test on", "held")]
+    unit = units.Unit("own", [], 23, lambda: documents)
+    monkeypatch.setitem(sources.SOURCES, "own:", lambda cfg: [unit])
     corpus = prepare(changed(cfg, source="own:x", tokenizer="bytes"), VOCAB)
     assert (decoded(corpus, "train"), decoded(corpus, "held")) == (
         ["to learn from"],

@@ -1,6 +1,7 @@
 import gzip
 import json
 import os
+import pickle
 import shutil
 import sys
 import types
@@ -11,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxgpt.config import DataConfig
-from jaxgpt.data import files, sources
-from jaxgpt.data.sources import Document, by_document, by_tail, divide, documents, survey
+from jaxgpt.data import files, sources, units
+from jaxgpt.data.sources import Document, by_document, by_tail, divide, documents
+from jaxgpt.data.units import Unit
 from jaxgpt.settings import ConfigError
 
 PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
@@ -28,6 +30,11 @@ def write(folder, contents):
 
 def read(source, **settings):
     return list(documents(DataConfig(source=str(source), **settings)))
+
+
+def survey(cfg):
+    """The survey of a source: the sum of those of its units."""
+    return sum((sources.survey(unit, cfg.holdout) for unit in sources.units(cfg)), sources.NOTHING)
 
 
 def names(folder, found):
@@ -75,7 +82,7 @@ def test_empty_documents_are_left_out(tmp_path):
 
 
 def test_text_that_is_not_utf8_passes_unchanged(tmp_path):
-    content = bytes(range(256)) + b"\r\n"
+    content = bytes(range(1, 256)) + b"\r\n"
     write(tmp_path, {"a.txt": content})
     assert read(tmp_path)[0].content == content
 
@@ -110,7 +117,7 @@ def test_parts_packed_one_after_the_other_are_one_text(tmp_path, packing):
 @pytest.mark.parametrize("packing", [".gz", ".zst"])
 @pytest.mark.parametrize("harm", [lambda b: b[:-3], lambda b: b"nonsense" + b])
 def test_a_cut_or_corrupt_file_is_refused_by_name(tmp_path, packing, harm):
-    packed = PACK[packing](os.urandom(5000))
+    packed = PACK[packing](os.urandom(5000).hex().encode())
     write(tmp_path, {f"a.txt{packing}": harm(packed)})
     message = refusal(tmp_path)
     assert f"a.txt{packing} can not be read" in message
@@ -145,6 +152,8 @@ def test_a_source_without_a_readable_ending_is_refused(tmp_path):
     [
         (b"{oops", "is not JSON"),
         (b"\xff\xfe{}", "is not JSON"),
+        (b'{"text": "\xff"}', "is not JSON: 'utf-8' codec can't decode byte 0xff"),
+        (b"[" * 100_000, "is not JSON"),
         (b"[1]", "is a JSON list"),
         (b'{"body": "x", "id": 1}', "has no key 'text'; it has body, id"),
         (b'{"text": 7}', "'text' is 7, not a string"),
@@ -155,6 +164,177 @@ def test_a_bad_record_is_refused_with_its_line(tmp_path, line, complaint):
     message = refusal(tmp_path)
     assert "a.jsonl:2" in message
     assert complaint in message
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.py.gz"])
+def test_a_binary_file_with_the_ending_of_text_is_refused_by_name(tmp_path, name):
+    content = "UTF-16 has NULs".encode("utf-16")
+    write(tmp_path, {name: PACK[".gz" if name.endswith("gz") else ""](content)})
+    message = refusal(tmp_path)
+    assert f"{name} is not text: it has a NUL byte at 3" in message
+    assert "leave it out with a glob" in message
+
+
+@pytest.mark.parametrize("packing", PACK)
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.txt", b"x" * 5000, "a.txt{} is one text of 5000 bytes"),
+        (
+            "a.jsonl",
+            b'{"text": "fine"}\n' + b"y" * 4000 + b"\n\n",
+            "a.jsonl{}:2 is one text of 4000",
+        ),
+    ],
+)
+def test_a_gigantic_text_is_refused_with_its_size_and_never_held(
+    tmp_path, monkeypatch, packing, name, content, expected
+):
+    write(tmp_path, {name + packing: PACK[packing](content)})
+    monkeypatch.setattr(files, "PIECE", 64)
+    monkeypatch.setattr(files, "LONGEST", 3000)
+    held = []
+    real = files._Bounded.add
+
+    def add(self, piece):
+        real(self, piece)
+        held.append(sum(map(len, self.parts)))
+
+    monkeypatch.setattr(files._Bounded, "add", add)
+    message = refusal(tmp_path)
+    assert expected.format(packing) in message
+    assert "the longest that can be read has 3000" in message
+    assert max(held) <= 3000
+
+
+def test_a_text_of_the_longest_size_is_read(tmp_path, monkeypatch):
+    write(tmp_path, {"a.txt": b"x" * 5000})
+    monkeypatch.setattr(files, "LONGEST", 5000)
+    assert len(read(tmp_path)[0].content) == 5000
+
+
+def test_a_file_that_vanishes_after_it_was_listed_is_named(tmp_path, monkeypatch):
+    write(tmp_path, {"a.txt": b"1", "b.txt": b"2"})
+    (unit,) = sources.units(DataConfig(source=str(tmp_path)))
+    (tmp_path / "b.txt").unlink()
+    with pytest.raises(ConfigError, match=r"b\.txt can not be read.*No such file"):
+        list(sources.read(unit))
+    monkeypatch.setattr(files, "_found", lambda source: [str(tmp_path / "b.txt")])
+    assert "b.txt can not be read" in refusal(tmp_path)
+
+
+def test_a_folder_that_can_not_be_read_is_named(tmp_path, monkeypatch):
+    write(tmp_path, {"a.txt": b"1", "closed/b.txt": b"2"})
+    real = os.access
+    closed = str(tmp_path / "closed")  # by permission, which root would not notice
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: os.fspath(path) != closed and real(path, mode)
+    )
+    assert f"the folder {closed} can not be read" in refusal(tmp_path)
+
+
+# --- units ---
+
+
+@given(
+    texts=st.lists(st.one_of(st.text(max_size=30), st.none()), min_size=1, max_size=12),
+    size=st.integers(1, 200),
+    piece=st.integers(1, 40),
+)
+def test_ranges_of_a_jsonl_give_each_line_once_and_in_order(tmp_path_factory, texts, size, piece):
+    folder = tmp_path_factory.mktemp("ranges")
+    lines = ["" if text is None else json.dumps({"text": text}) for text in texts]
+    write(folder, {"a.jsonl": "\n".join(lines).encode()})
+    cfg = DataConfig(source=str(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(units, "SIZE", size)
+        patch.setattr(files, "PIECE", piece)
+        found = [list(sources.read(unit)) for unit in sources.units(cfg)]
+    assert len(found) == max(-(-len("\n".join(lines).encode()) // size), 1)
+    assert [d.content.decode() for unit in found for d in unit] == [t for t in texts if t]
+
+
+def test_a_bad_line_inside_a_range_is_named_by_its_first_byte(tmp_path, monkeypatch):
+    monkeypatch.setattr(units, "SIZE", 1000)
+    good = b'{"text": "fine"}\n'
+    write(tmp_path, {"a.jsonl": good * 100 + b"{oops\n" + good * 100})
+    assert f"a.jsonl at byte {len(good) * 100} is not JSON" in refusal(tmp_path)
+    write(tmp_path, {"a.jsonl": good * 2 + b"{oops\n" + good * 100})
+    assert "a.jsonl:3 is not JSON" in refusal(tmp_path)
+
+
+def test_small_files_make_a_unit_together_and_large_ones_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(units, "SIZE", 100)
+    sizes = dict(a=40, b=60, c=1, d=500, e=99, f=1, g=1)
+    write(tmp_path, {f"{name}.txt": b"x" * size for name, size in sizes.items()})
+    found = sources.units(DataConfig(source=str(tmp_path)))
+    inside = ["".join(names(tmp_path, sources.read(u))).replace(".txt", "") for u in found]
+    assert inside == ["ab", "c", "d", "ef", "g"]
+    assert [unit.size for unit in found] == [100, 1, 500, 100, 1]
+
+
+def test_the_digest_does_not_depend_on_how_documents_are_divided(tmp_path, monkeypatch):
+    texts = [f"text {n}" for n in range(50)]
+    write(tmp_path, {"in/a.jsonl": "\n".join(json.dumps({"text": t}) for t in texts).encode()})
+    write(tmp_path, {f"out/{n:02}.txt": text.encode() for n, text in enumerate(texts)})
+    found = [survey(DataConfig(source=str(tmp_path / "in")))]
+    monkeypatch.setattr(units, "SIZE", 70)
+    found += [survey(DataConfig(source=str(tmp_path / name))) for name in ("in", "out")]
+    assert found[0] == found[1] == found[2]
+    texts[7], texts[8] = texts[8], texts[7]
+    write(tmp_path, {"in/a.jsonl": "\n".join(json.dumps({"text": t}) for t in texts).encode()})
+    assert survey(DataConfig(source=str(tmp_path / "in"))).digest != found[0].digest
+
+
+@pytest.mark.parametrize("change", ["size", "time", "name", "key"])
+def test_the_facts_of_a_unit_change_with_its_files_and_settings(tmp_path, change):
+    write(tmp_path, {"a.jsonl": b'{"text": "x"}'})
+    os.utime(tmp_path / "a.jsonl", ns=(1, 1))
+
+    def facts(**settings):
+        return [unit.facts for unit in sources.units(DataConfig(source=str(tmp_path), **settings))]
+
+    before = facts()
+    assert facts() == before
+    changes = dict(
+        size=lambda: (write(tmp_path, {"a.jsonl": b'{"text": "xy"}'}),
+                      os.utime(tmp_path / "a.jsonl", ns=(1, 1))),
+        time=lambda: os.utime(tmp_path / "a.jsonl", ns=(2, 2)),
+        name=lambda: os.rename(tmp_path / "a.jsonl", tmp_path / "b.jsonl"),
+        key=lambda: None,
+    )  # fmt: skip
+    changes[change]()
+    assert facts(**({"text_key": "body"} if change == "key" else {})) != before
+
+
+# --- several sources ---
+
+
+def test_sources_are_read_one_after_the_other(tmp_path):
+    write(tmp_path, {"b/1.txt": b"1", "b/2.txt": b"2", "a/3.txt": b"3"})
+    found = read(f"{tmp_path / 'b'} + {tmp_path / 'a'}")
+    assert [document.content for document in found] == [b"1", b"2", b"3"]
+
+
+def test_weights_stand_before_their_sources():
+    found = sources.parts(DataConfig(source="0.7 * wiki/*.jsonl + 3e-1 * tfds:lm1b/x + 2 * a*b"))
+    assert [(weight, cfg.source) for weight, cfg in found] == [
+        (0.7, "wiki/*.jsonl"), (0.3, "tfds:lm1b/x"), (2.0, "a*b")]  # fmt: skip
+    ((weight, cfg),) = sources.parts(DataConfig(source="1*/*.txt"))
+    assert (weight, cfg.source) == (None, "1*/*.txt")
+
+
+@pytest.mark.parametrize(
+    ("source", "complaint"),
+    [
+        ("0.5 * a + b", "'b' has no weight"),
+        ("0 * a + 1 * b", "'0 * a' must be"),
+        ("1.2.3 * a", "must be a source, or a weight above 0"),
+        ("a + ", "'' must be a source"),
+    ],
+)
+def test_weights_are_for_all_sources_or_none_and_above_0(source, complaint):
+    assert complaint in refusal(source)
 
 
 def test_text_key_names_the_field(tmp_path):
@@ -264,7 +444,8 @@ def test_the_survey_knows_content_and_not_names(tmp_path):
 def test_the_survey_knows_what_the_source_itself_holds_out(monkeypatch):
     digests = set()
     for part in ("train", "held", ""):
-        monkeypatch.setitem(sources.SOURCES, "own:", lambda cfg, part=part: [("a", b"text", part)])
+        unit = Unit("own", [], 4, lambda part=part: [("a", b"text", part)])
+        monkeypatch.setitem(sources.SOURCES, "own:", lambda cfg, unit=unit: [unit])
         found = survey(DataConfig(source="own:x"))
         digests.add(found.digest)
         assert found.is_own == bool(part)
@@ -426,3 +607,88 @@ def test_a_data_set_without_random_access_is_refused(tfds_folder):
 def test_tensorflow_datasets_is_asked_for_when_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     assert "pip install tensorflow-datasets" in refusal("tfds:tiny_shakespeare")
+
+
+def test_a_range_of_a_split_is_a_unit(tfds_folder, monkeypatch):
+    builder_class("many_texts", {"train": [f"text {n}" for n in range(20)], "test": ["held"]})
+    whole = read("tfds:many_texts")
+    assert len(sources.units(DataConfig(source="tfds:many_texts"))) == 2
+    monkeypatch.setattr(units, "SIZE", 100)
+    found = sources.units(DataConfig(source="tfds:many_texts"))
+    assert len(found) > 3
+    assert [d for unit in found for d in sources.read(unit)] == whole
+    info = next(tfds_folder.rglob("dataset_info.json"))
+    os.utime(info)
+    again = sources.units(DataConfig(source="tfds:many_texts"))
+    assert all(one.facts != other.facts for one, other in zip(found, again, strict=True))
+
+
+# --- Hugging Face ---
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    return datasets
+
+
+def test_a_folder_of_parquet_is_read_with_its_own_splits(hub, tmp_path):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for split in ("train", "validation", "test"):
+        rows = hub.Dataset.from_dict({"text": [f"{split} {n}" for n in range(3)], "id": [1, 2, 3]})
+        rows.to_parquet(folder / f"{split}.parquet")
+    found = read(f"hf:{folder}")
+    assert [(d.content.decode(), d.part) for d in found] == [
+        *((f"train {n}", "train") for n in range(3)),
+        *((f"validation {n}", "held") for n in range(3)),
+    ]
+    assert found[1].name == f"hf:{folder}/train/1"
+
+
+@pytest.mark.parametrize("is_divided", [True, False])
+def test_a_data_set_saved_to_disk_is_read_in_ranges(hub, tmp_path, monkeypatch, is_divided):
+    texts = [f"text {n}" * (n % 3) for n in range(30)]
+    data = hub.Dataset.from_dict({"body": [None, *texts], "label": [0, *range(30)]})
+    (hub.DatasetDict(train=data) if is_divided else data).save_to_disk(tmp_path / "saved")
+    cfg = DataConfig(source=f"hf:{tmp_path / 'saved'}", text_key="body", target_key="label")
+    whole = list(documents(cfg))
+    assert [(d.content.decode(), d.target) for d in whole] == [
+        (text, b"%d" % n) for n, text in enumerate(texts) if text]  # fmt: skip
+    monkeypatch.setattr(units, "SIZE", 100)
+    found = sources.units(cfg)
+    assert len(found) > 3
+    assert found[0].facts != found[1].facts
+    assert [unit.facts for unit in sources.units(cfg)] == [unit.facts for unit in found]
+    read_back = [d for unit in pickle.loads(pickle.dumps(found)) for d in sources.read(unit)]
+    assert read_back == whole
+
+
+def test_a_column_that_is_missing_or_no_text_is_refused(hub, tmp_path):
+    hub.Dataset.from_dict({"body": ["x"], "id": [1]}).save_to_disk(tmp_path / "saved")
+    source = f"hf:{tmp_path / 'saved'}"
+    message = refusal(source)
+    assert "data.text_key='text' is not a column" in message
+    assert "it has body, id" in message
+    assert "data.text_key='id' is a int" in refusal(source, text_key="id")
+    assert "data.target_key='z'" in refusal(source, text_key="body", target_key="z")
+
+
+@pytest.mark.parametrize("name", ["nobody/such-data", "nobody/such-data:config"])
+def test_a_data_set_that_can_not_be_had_says_how_to_bring_it(hub, name):
+    message = refusal(f"hf:{name}")
+    assert f"data.source='hf:{name}' can not be loaded" in message
+    arguments = ", ".join(map(repr, name.split(":")))
+    assert f"datasets.load_dataset({arguments}).save_to_disk('folder')" in message
+    assert "data.source=hf:folder" in message
+
+
+def test_a_folder_without_data_is_refused(hub, tmp_path):
+    assert "can not be loaded" in refusal(f"hf:{tmp_path}")
+
+
+def test_datasets_is_asked_for_when_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "pip install datasets" in refusal("hf:name")

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from jaxgpt.config import Config, DataConfig, ModelConfig, TrainConfig
-from jaxgpt.data import prepare
-from jaxgpt.data.tasks import Causal, Classify, Masked, Pairs, Prefix, Span
+from jaxgpt.data import Tokens, prepare
+from jaxgpt.data.tasks import Causal, Classify, Masked, Pairs, Prefix, Span, _cuts
 from jaxgpt.settings import ConfigError
 
 V, T, B = 300, 24, 8
@@ -40,20 +40,25 @@ def folder(tmp_path_factory):
     return folder
 
 
-def task(folder, name, **changes):
+def config(folder, name, data=None, **changes):
     source = {"pairs": folder / "pairs.jsonl", "classify": f"classes:{folder / 'classes'}"}
     keys = dict(text_key="q", target_key="a") if name == "pairs" else {}
-    cfg = Config(
+    return Config(
         model=ModelConfig(**dict(vocab=V, context=T) | SHAPES[name] | changes.pop("model", {})),
         data=DataConfig(source=str(source.get(name, folder / "texts")), tokenizer="bytes",
-                        cache=str(folder / "cache"), holdout=0.2, **keys),
+                        cache=str(folder / "cache"), holdout=0.2, **keys, **(data or {})),
         train=TrainConfig(objective=name, batch=B, steps=200, **changes),
     )  # fmt: skip
+
+
+def task(folder, name, **changes):
+    cfg = config(folder, name, **changes)
     row = cfg.objective.task
     corpus = prepare(cfg.data, V - row.reserved(cfg), is_paired=row.IS_PAIRED)
     return row(cfg, corpus)
 
 
+DOCUMENTS = dict(packing="documents")
 every_task = pytest.mark.parametrize("name", SHAPES)
 
 
@@ -70,14 +75,14 @@ def test_a_batch_is_a_function_of_the_step_and_differs_between_steps(folder, nam
     assert any(
         (x != y).any() for x, y in zip(leaves(one.batch(5)), leaves(one.batch(6)), strict=True)
     )
-    assert next(one.batches(7)).tokens.tolist() == one.batch(7).tokens.tolist()
 
 
 @every_task
 def test_a_host_makes_its_own_rows_of_a_batch(folder, name):
     made = task(folder, name)
-    for x, y in zip(leaves(made.batch(5)), leaves(made.batch(5, slice(2, 4))), strict=True):
-        np.testing.assert_array_equal(x[2:4], y[:2])
+    for rows in (slice(2, 4), np.array([0, 5, 6])):
+        for x, y in zip(leaves(made.batch(5)), leaves(made.batch(5, rows)), strict=True):
+            np.testing.assert_array_equal(x[rows], y)
 
 
 @every_task
@@ -172,6 +177,43 @@ def test_spans_put_back_in_their_places_are_the_text(folder):
     assert abs(hidden / (10 * B * made.T) - 0.15) < 0.02
 
 
+def twin_of_spans(made, tokens, rng):
+    """One row of T5, token by token."""
+    n = len(tokens)
+    hidden = min(max(round(n * 0.4), 1), n - 1)
+    spans = min(max(round(hidden / 3), 1), hidden, n - hidden)
+    kept, gone = _cuts(rng, n - hidden, spans), _cuts(rng, hidden, spans)
+    source, target, at = [], [], 0
+    for mask, (keep, hide) in enumerate(zip(kept, gone, strict=True)):
+        source += [*tokens[at : at + keep], V - 1 - mask]
+        target += [V - 1 - mask, *tokens[at + keep : at + keep + hide]]
+        at += keep + hide
+    eos = made.corpus.tokenizer.eos
+    return [*source, eos], [*target, eos]
+
+
+@pytest.mark.parametrize("data", [{}, DOCUMENTS])
+def test_spans_are_what_hiding_token_by_token_gives(folder, data):
+    made = task(folder, "span", data=data, noise=0.4)  # some three spans a row
+    words = made.corpus.tokenizer
+    sizes = set()
+    for step in range(6):
+        batch, plain = made.batch(step), made.loader.batch(step)
+        for row in range(B):
+            rng = np.random.default_rng([0, 0, step * B + row])
+            there = plain.tokens[row][plain.segments[row] > 0]
+            source, target = twin_of_spans(made, there.tolist(), rng)
+            n, S, said = len(there), len(source), len(target)
+            assert batch.source.tokens[row].tolist() == source + [words.pad] * (T - S)
+            assert batch.source.segments[row].tolist() == [1] * S + [0] * (T - S)
+            assert batch.targets[row, :said].tolist() == target
+            assert batch.tokens[row, 1:said].tolist() == target[:-1]
+            assert batch.weights[row].sum() == batch.weights[row, :said].sum() == said
+            assert (batch.segments[row] == batch.weights[row]).all()
+            sizes.add(n)
+    assert len(sizes) == 1 if not data else len(sizes) > 1  # full rows, and padded ones
+
+
 def test_a_longer_window_would_not_fit_the_context_of_spans(folder):
     made = task(folder, "span")
 
@@ -213,6 +255,87 @@ def test_a_source_longer_than_the_context_is_cut_and_reported(folder):
     made = task(folder, "pairs", model=dict(context=12))
     assert made.note == "60 of 60 are longer than model.context=12, and cut"
     assert made.batch(0).source.segments.all()
+
+
+@pytest.mark.parametrize("name", ["causal", "prefix", "masked", "span"])
+def test_rows_of_whole_documents_serve_every_objective_and_leave_evaluation_alone(folder, name):
+    made, plain = task(folder, name, data=DOCUMENTS), task(folder, name)
+    assert made.loader.rows[0].tokens is made.corpus.train
+    assert f"{made.loader.padding:.2%} of the rows is padding" == made.note
+    assert 0 < made.loader.padding < 0.2  # of 24 documents of some 50 tokens
+    for one, other in zip(made.held(), plain.held(), strict=True):
+        for x, y in zip(leaves(one), leaves(other), strict=True):
+            np.testing.assert_array_equal(x, y)
+    for step in range(10):
+        batch = made.batch(step)
+        assert [x.shape for x in leaves(batch)] == [x.shape for x in leaves(plain.batch(step))]
+        is_empty = batch.segments == 0
+        assert not batch.weights[is_empty].any()
+        if name != "span":
+            rows = made.loader.batch(step)
+            assert is_empty.any(axis=1).tolist() == (rows.segments == 0).any(axis=1).tolist()
+            if name == "prefix":
+                assert (batch.prefix[~is_empty] >= 1).all()
+
+
+def test_packed_pairs_keep_to_themselves_and_come_each_once_an_epoch(folder):
+    model = dict(model=dict(context=64))
+    made, alone = task(folder, "pairs", data=DOCUMENTS, **model), task(folder, "pairs", **model)
+    expected, seen = [], []
+    for packed, into in ((made, seen), (alone, expected)):
+        rows = packed.loader.rows[0]
+        batch = rows.cut(np.arange(rows.size))
+        for row in range(rows.size):
+            for pair in range(1, batch.segments[row].max() + 1):
+                here, there = batch.segments[row] == pair, batch.source.segments[row] == pair
+                fields = (batch.tokens, batch.targets, batch.positions, batch.weights)
+                source = (batch.source.tokens, batch.source.positions)
+                told = [*(x[row, here] for x in fields), *(x[row, there] for x in source)]
+                assert told[1][-1] == told[4][-1] == packed.corpus.tokenizer.eos
+                into.append(tuple(tuple(x.tolist()) for x in told))
+    assert sorted(seen) == sorted(expected)
+    assert len(expected) == made.corpus.train.documents // 2
+    assert made.loader.rows[0].size < len(expected) / 1.5
+    assert "of the rows is padding" in made.note
+    held = [batch.weights.sum() for batch in made.held()]
+    assert sum(held) == sum(batch.weights.sum() for batch in alone.held())
+
+
+def test_what_can_not_be_packed_is_refused(folder):
+    with pytest.raises(ConfigError, match=r"data\.packing='documents'.*classify.*=stream"):
+        config(folder, "classify", data=DOCUMENTS)
+    with pytest.raises(ConfigError, match=r"data\.packing='documents'.*mask_documents=false"):
+        config(folder, "causal", data=DOCUMENTS | dict(mask_documents=False))
+
+
+@every_task
+def test_sources_are_mixed_by_weight(folder, name):
+    cfg = config(folder, name)
+    one = task(folder, name).corpus
+    half = one.train.documents // 4 * 2
+    begin = one.train.starts[half]
+    parts = [
+        Tokens(one.train.ids[:begin], one.train.starts[: half + 1]),
+        Tokens(one.train.ids[begin:], one.train.starts[half:] - begin),
+    ]
+    mixed = cfg.objective.task(
+        cfg, dataclasses.replace(one, mixture=((0.75, parts[0]), (0.25, parts[1])))
+    )
+    which, _ = mixed.loader.rhythm.take(np.arange(3 * B, 4 * B))
+    assert np.bincount(which).tolist() == [6, 2]
+    alone = [
+        cfg.objective.task(cfg, dataclasses.replace(one, mixture=((1.0, part),))) for part in parts
+    ]
+    shown = mixed.loader.batch(3)
+    for row, stream in enumerate(which):
+        # Row 3 B + row is the nth of its stream, whose own first epoch is another task's.
+        nth = mixed.loader.rhythm.take(np.array([3 * B + row]))[1]
+        first = mixed.loader.epochs[stream].take(nth)
+        kept = alone[stream].loader.rows[0].cut(first)
+        if name == "classify":
+            kept = kept._replace(targets=shown.targets[row : row + 1])
+        for x, y in zip(leaves(shown), leaves(kept), strict=True):
+            np.testing.assert_array_equal(x[row], y[0])
 
 
 def test_texts_are_classified_by_the_ending_of_their_file(folder):

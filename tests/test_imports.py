@@ -15,6 +15,7 @@ FLOORS = [
     {"config"},
     {"dims", "tokenizer"},
     {"sharding"},
+    {"hosts"},
     {"data", "model"},
     {"objectives", "optimizer", "generate"},
     {"predict"},

@@ -1,26 +1,20 @@
 """The same computation, wherever its parts lie."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from tiny_runs import assert_same_bits, batch_for, config, training
+from tiny_runs import assert_same_bits, batch_for, config, random_batch, training
 
 from jaxgpt.config import MeshConfig
+from jaxgpt.model import abstract_params
 from jaxgpt.optimizer import AdafactorState
 from jaxgpt.settings import ConfigError
-from jaxgpt.sharding import check_batch, constrain, make_mesh, spec
-
-MESHES = {
-    "data": dict(data=8),
-    "fsdp": dict(data=1, fsdp=8),
-    "data and tensor": dict(data=4, tensor=2),
-    "all three": dict(data=2, fsdp=2, tensor=2),
-}
-DEVICES = 8
+from jaxgpt.sharding import check_fits, constrain, make_mesh, spec, undivided
 
 
 def mesh(**sizes):
@@ -88,18 +82,40 @@ def test_a_mesh_that_leaves_devices_over_is_refused():
         make_mesh(MeshConfig(tensor=3))
 
 
-def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_that_do():
-    with pytest.raises(ConfigError, match=r"train.batch=10 .* = 8 parts: use train.batch=8 or 16"):
-        check_batch(10, 2, mesh(data=2, fsdp=2))
+REFUSED = {
+    "train.batch=10 can not be divided in mesh.data=2 x mesh.fsdp=2 x train.accumulate=2 = 8 "
+    "parts: use train.batch=8 or 16.": (
+        dict(data=2, fsdp=2), ("train.batch=10", "train.accumulate=2")),
+    "train.batch=3 can not be divided in mesh.data=8: use train.batch=8.": (
+        dict(data=8), ("train.batch=3",)),
+    "train.batch=6 can not be divided in mesh.expert=4: use train.batch=4 or 8.": (
+        dict(expert=4), ("train.batch=6",)),
+    "model.context=18 can not be divided in mesh.context=4: use model.context=16 or 20.": (
+        dict(context=4), ("model.context=18",)),
+    "model.layers=6 can not be divided in mesh.pipe=4: use model.layers=4 or 8.": (
+        dict(pipe=4), ("model.layers=6",)),
+    "model.layers=6 can not be divided in mesh.pipe=2 x layers that repeat=2 = 4 parts: use "
+    "model.layers=4 or 8.": (dict(pipe=2), ("model.layers=6", "model.pattern=full,window")),
+    "mesh.pipe=2 with model.feedforward='moe_gated': a pipeline does not add up": (
+        dict(pipe=2), ("model.feedforward=moe_gated",)),
+}  # fmt: skip
 
 
-def test_a_batch_smaller_than_its_parts_is_told_the_one_size_that_fits():
-    with pytest.raises(ConfigError, match=r"use train.batch=8\.$"):
-        check_batch(3, 1, mesh(data=8))
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_the_mesh_can_not_divide_is_refused_with_the_nearest_that_it_can(message):
+    sizes, assignments = REFUSED[message]
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_fits(config(*assignments), mesh(**sizes))
 
 
-def test_the_tensor_axis_does_not_divide_the_batch():
-    check_batch(2, 1, mesh(data=2, tensor=4))
+def test_axes_that_do_not_divide_the_batch_are_not_asked_to():
+    check_fits(config("train.batch=2"), mesh(data=2, tensor=2, pipe=2))
+
+
+def test_dimensions_that_stay_whole_are_told():
+    cfg = config("model.kv_heads=1", "model.vocab=261").model
+    told = undivided(*abstract_params(cfg), mesh(tensor=4))
+    assert told == ["V=261 over tensor=4", "G=1 over tensor=4"]
 
 
 # --- activations ---
@@ -118,61 +134,29 @@ def test_constrain_divides_an_activation_over_the_mesh_in_force():
 
 # --- whole training steps ---
 
-STEPS = 5
+AXES_ALONE = ("data", "fsdp", "tensor", "context", "pipe")  # and expert, in test_expert_parallel.py
+LAYOUTS = {f"{axis} {size}": {axis: size} for axis in AXES_ALONE for size in (2, 4, 8)} | {
+    "data, fsdp, tensor": dict(data=2, fsdp=2, tensor=2),
+    "data, context, tensor": dict(data=2, context=2, tensor=2),
+    "fsdp, context": dict(fsdp=2, context=4),
+    "pipe, context, tensor": dict(pipe=2, context=2, tensor=2),
+    "pipe, data, fsdp": dict(pipe=2, data=2, fsdp=2),
+}
+FEW_HEADS = ("model.heads=2", "model.kv_heads=1", "model.position=t5", "model.kernel=blockwise")
+STEPS = 20
 
 
 @functools.cache
-def trained(mesh_name, optimizer="adamw"):
-    """(initial state, trained state, losses) of five steps with dropout; `one` is one device."""
-    sizes = MESHES.get(mesh_name, dict(data=1))
+def trained(layout="one", *assignments):
+    """(initial state, trained state, losses), with dropout except in a pipeline."""
+    sizes = LAYOUTS.get(layout, {})
     cfg = config(
-        "model.dropout=0.1",
-        f"optimizer.name={optimizer}",
-        mesh=MeshConfig(**sizes),
-    )
-    runs = training(cfg, DEVICES if mesh_name in MESHES else 1)
+        "model.layers=8", "model.heads=8", "model.kv_heads=4", "model.vocab=264",
+        "optimizer.lr=1e-3", *assignments, mesh=MeshConfig(**{"data": 1, **sizes}),
+    )  # fmt: skip
+    runs = training(cfg, np.prod([*sizes.values()], dtype=int))
     initial = runs.make()
-    return initial, *runs.run(STEPS)
-
-
-@pytest.mark.parametrize("name", MESHES)
-def test_initialisation_does_not_depend_on_the_devices(name):
-    assert_same_bits(trained("one")[0], trained(name)[0])
-
-
-@pytest.mark.parametrize("name", MESHES)
-def test_training_with_dropout_does_not_depend_on_the_devices(name):
-    # Sums over devices round in another order: some 1e-7 of a loss of 5.6 in each step. Another
-    # dropout mask on any device would show as 1e-2.
-    np.testing.assert_allclose(trained(name)[2], trained("one")[2], atol=1e-5)
-
-
-def test_muon_which_mixes_whole_matrices_does_not_depend_on_the_devices():
-    # Five Newton-Schulz steps enlarge rounding.
-    expected = trained("one", "muon")[2]
-    np.testing.assert_allclose(trained("all three", "muon")[2], expected, atol=1e-4)
-
-
-VARIANTS = {
-    "encoder_decoder": ("model.family=encoder_decoder", "train.objective=pairs",
-                        "model.position=t5", "train.accumulate=2"),
-    "experts": ("model.feedforward=moe_gated", "model.moe.experts=4"),
-    "blockwise": ("model.kernel=blockwise", "model.position=alibi", "model.wiring=parallel"),
-    "mamba": ("model.mixers=mamba", "model.position=none"),
-}  # fmt: skip
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", VARIANTS)
-def test_no_variant_depends_on_the_devices(name):
-    def losses(sizes, devices):
-        cfg = config(*VARIANTS[name], "model.layers=1", mesh=MeshConfig(**sizes))
-        return training(cfg, devices).run(3, batch_of=batch_for(cfg.train.objective))[1]
-
-    # As above; a token that went to another expert or bucket by rounding would show as 1e-3.
-    one, many = losses(dict(data=1), 1), losses(MESHES["all three"], DEVICES)
-    np.testing.assert_allclose(many, one, atol=2e-5)
-    assert len(set(one)) == 3
+    return initial, *runs.run(STEPS, batch_of=lambda step: random_batch(step % 4))
 
 
 def shares(tree):
@@ -184,25 +168,80 @@ def shares(tree):
     }
 
 
-def test_fsdp_divides_every_parameter_and_its_moments():
-    state = trained("fsdp")[1]
-    assert set(shares((state.params, state.opt_state)).values()) == {1 / 8}
+def share(path: str, fsdp=1, tensor=1, pipe=1, **_) -> float:
+    """The share of a parameter, or of its moments, that a device should hold."""
+    is_key = "['k']" in path or "['v']" in path  # of which there are four heads
+    is_divided_by_tensor = "norm" not in path and not (is_key and tensor > 4)
+    is_divided_by_pipe = "layers" in path
+    return 1 / (fsdp * tensor**is_divided_by_tensor * pipe**is_divided_by_pipe)
 
 
-def test_tensor_and_fsdp_divide_every_matrix_by_both():
-    state = trained("all three")[1]
-    divided = {k: v for k, v in shares((state.params, state.opt_state)).items() if "norm" not in k}
-    assert divided
-    assert set(divided.values()) == {1 / 4}
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_training_does_not_depend_on_the_layout_and_every_array_is_divided_by_it(layout):
+    dropout = "model.dropout=0" if "pipe" in layout else "model.dropout=0.1"
+    initial, state, losses = trained(layout, dropout)
+    first, _, expected = trained("one", dropout)
+    assert_same_bits(initial, first)
+    # Sums over devices round in another order: some 1e-7 of a loss of 5.6 in each step. Another
+    # dropout mask on any device would show as 1e-2.
+    np.testing.assert_allclose(losses, expected, atol=1e-5)
+    held = shares((state.params, state.opt_state))
+    assert held == {path: share(path, **LAYOUTS[layout]) for path in held}
 
 
-def test_data_alone_copies_the_parameters():
-    assert set(shares(trained("data")[1].params).values()) == {1.0}
+def test_rows_are_divided_by_their_keys_where_heads_are_too_few():
+    # Four devices share a row, and there are two heads of one key.
+    few = trained("fsdp, context", *FEW_HEADS)[2]
+    np.testing.assert_allclose(few, trained("one", *FEW_HEADS)[2], atol=1e-5)
+
+
+def test_a_pipeline_draws_another_dropout_for_every_part_and_layer():
+    losses = trained("pipe 2", "model.dropout=0.5")[2]
+    plain = trained("pipe 2", "model.dropout=0")[2]
+    assert np.all(np.isfinite(losses))
+    assert losses[0] != plain[0]
+
+
+def test_muon_which_mixes_whole_matrices_does_not_depend_on_the_devices():
+    # Five Newton-Schulz steps enlarge rounding.
+    many = trained("data, fsdp, tensor", "optimizer.name=muon")[2]
+    np.testing.assert_allclose(many, trained("one", "optimizer.name=muon")[2], atol=1e-4)
+
+
+VARIANTS = {
+    "encoder_decoder": (
+        dict(pipe=2, context=2, data=2),
+        ("model.family=encoder_decoder", "train.objective=pairs", "model.position=t5",
+         "train.accumulate=2", "model.layers=2")),
+    "blockwise": (
+        dict(data=2, context=2, tensor=2),
+        ("model.kernel=blockwise", "model.position=alibi", "model.wiring=parallel",
+         "model.layers=1")),
+    "mamba": (
+        dict(fsdp=2, context=2, tensor=2),
+        ("model.mixers=mamba", "model.position=none", "model.layers=1")),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_no_variant_depends_on_the_devices(name):
+    sizes, assignments = VARIANTS[name]
+
+    def losses(sizes, devices):
+        cfg = config(*assignments, mesh=MeshConfig(**{"data": 1, **sizes}))
+        return training(cfg, devices).run(3, batch_of=batch_for(cfg.train.objective))[1]
+
+    # As above; a key that one device did not see would show as 1e-3.
+    one, many = losses({}, 1), losses(sizes, 8)
+    np.testing.assert_allclose(many, one, atol=2e-5)
+    assert len(set(one)) == 3
 
 
 def test_what_adafactor_averages_lies_like_the_parameter():
-    cfg = config("optimizer.name=adafactor", mesh=MeshConfig(**MESHES["all three"]))
-    state = training(cfg, DEVICES).abstract
+    cfg = config("optimizer.name=adafactor", mesh=MeshConfig(**LAYOUTS["data, fsdp, tensor"]))
+    state = training(cfg, 8).abstract
     parts = jax.tree.leaves(state.opt_state, is_leaf=is_factored)
     (rows,) = [part.rows for part in parts if is_factored(part)]
     for name, parameter in state.params["stack"]["layers"]["block_0"]["mixer"].items():

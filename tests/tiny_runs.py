@@ -122,7 +122,8 @@ class Training(NamedTuple):
         with jax.set_mesh(self.mesh):
             for number in range(steps):
                 batch = (batch_of or random_batch)(number)
-                batch = jax.device_put(batch, batch_sharding(self.mesh))
+                where = jax.tree.map(lambda x: batch_sharding(self.mesh, x.shape), batch)
+                batch = jax.device_put(batch, where)
                 state, metrics = self.step(state, batch)
                 losses.append(float(metrics.loss))
         return state, losses

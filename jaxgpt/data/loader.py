@@ -1,113 +1,127 @@
-"""Batches of windows of a token stream, as pure functions of (seed, step).
+"""Batches as pure functions of (seed, step).
 
-The stream is a ring. A window is T + 1 neighbouring tokens: T inputs and, one further, T targets.
-The windows of an epoch stand T apart, so that every token is a target once (but for fewer than T of
-them, others in each epoch), and they come in an order drawn from (seed, epoch). What a step sees
-depends on nothing else, so the place in the data is one integer.
+Every stream gives rows, epoch after epoch, in an order drawn from (seed, epoch, stream); the rows
+of several streams follow each other in a fixed rhythm that honours their weights. What a step sees
+depends on nothing else, so the place in the data is one integer, and means the same on any number
+of hosts.
 """
 
+import functools
 import itertools
-import queue
-import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import Any, NamedTuple, TypeVar
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
+from jaxgpt.data.packing import Batch, Rows, Windows
 from jaxgpt.data.shards import Tokens
-from jaxgpt.settings import ConfigError
 
-
-class Source(NamedTuple):
-    """What an encoder-decoder reads, int32 [B S] each: see `Batch`."""
-
-    tokens: np.ndarray
-    positions: np.ndarray
-    segments: np.ndarray
-
-
-class Batch(NamedTuple):
-    """What a step learns from, or is evaluated on.
-
-    Args:
-        tokens, targets: int32 [B T]; the target is the token after.
-        positions: int32 [B T], counted from where the document begins inside the window.
-        segments: int32 [B T], which document of the window it is, from 1; 0 = no token.
-        weights: float32 [B T]; 1 where the target counts, 0 where it belongs to the next document
-            or there is no token.
-        prefix: int32 [B T], how many tokens of the document are given, or None.
-        source: what is read before, or None.
-
-    Of whole texts that are classified, targets and weights are [B].
-    """
-
-    tokens: np.ndarray
-    targets: np.ndarray
-    positions: np.ndarray
-    segments: np.ndarray
-    weights: np.ndarray
-    prefix: np.ndarray | None = None
-    source: Source | None = None
+LONGEST = 10_000  # rows of the longest rhythm: weights are met to one in so many
 
 
 class Epochs:
-    """Endless numbers, epoch after epoch, each in an order that (seed, epoch) decides.
+    """Endless rows, epoch after epoch, each in an order that (seed, epoch, stream) decides.
 
     Args:
+        rows: gives the rows of an epoch in their order.
         seed: of the orders.
-        size: numbers of an epoch.
-        draw: gives the numbers of an epoch in their order, [size].
+        stream: number of the stream: two of the same size have different orders.
     """
 
-    def __init__(self, seed: int, size: int, draw: Callable[[np.random.Generator], np.ndarray]):
-        self.seed, self.size, self.draw = seed, size, draw
-        self._drawn: dict[int, np.ndarray] = {}
+    def __init__(self, rows: Rows, seed: int, stream: int = 0):
+        self.rows, self.size = rows, rows.size
+        self.seed, self.stream = seed, stream
+        # A batch may lie across the border of two epochs.
+        self.order = functools.lru_cache(maxsize=2)(self._order)
 
     def take(self, places: np.ndarray) -> np.ndarray:
-        """The numbers at these places [B], counted over all epochs."""
+        """The rows at these places [B], counted over all epochs."""
         epochs, places = np.divmod(places, self.size)  # [B], [B]
-        numbers = np.empty_like(places)  # [B]
+        rows = np.empty_like(places)  # [B]
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
-            numbers[here] = self._order(epoch)[places[here]]
-        return numbers
+            rows[here] = self.order(epoch)[places[here]]
+        return rows
 
     def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._drawn:
-            order = self.draw(np.random.default_rng([self.seed, epoch]))
-            # At most this epoch and the one before: a batch may lie across the border.
-            self._drawn = {e: o for e, o in self._drawn.items() if e == epoch - 1} | {epoch: order}
-        return self._drawn[epoch]
+        # NumPy ends its seeds with zeros: a single stream has the orders of [seed, epoch].
+        return self.rows.draw(np.random.default_rng([self.seed, epoch, self.stream]))
+
+
+class Rhythm:
+    """Which stream each row is of: at any time each stream has had its share of the rows, give or
+    take less than one.
+
+    Args:
+        weights: of the streams, above 0. They are met exactly if multiples of one part in up to
+            `LONGEST` are; otherwise they are rounded to that, but each stream has some rows.
+
+    Source: Tijdeman 1980, "The chairman assignment problem", Discrete Mathematics 32.
+    """
+
+    def __init__(self, weights: Sequence[float]):
+        self.counts = _whole(np.array(weights, np.float64))  # [streams] rows of a period
+        self.period = int(self.counts.sum())
+        self.streams = np.array(_turns(self.counts.tolist()))  # [period]
+        self.ranks = np.empty_like(self.streams)  # [period], how many of its stream came before
+        for stream, count in enumerate(self.counts):
+            self.ranks[self.streams == stream] = np.arange(count)
+
+    def take(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For each of these rows [B]: its stream, and how many rows of that came before."""
+        periods, places = np.divmod(numbers, self.period)
+        streams = self.streams[places]
+        return streams, periods * self.counts[streams] + self.ranks[places]
+
+
+def _whole(weights: np.ndarray) -> np.ndarray:
+    """The least whole numbers in proportion to the weights, or nearly: int64, sum <= LONGEST."""
+    shares = weights / weights.sum()  # [streams]
+    wanted = np.arange(1, LONGEST + 1)[:, None] * shares  # [LONGEST streams]
+    is_whole = (np.abs(wanted - np.rint(wanted)) < 1e-9) & (wanted > 0.5)
+    exact = np.flatnonzero(is_whole.all(axis=1))
+    if exact.size:
+        return np.rint(wanted[exact[0]]).astype(np.int64)
+    counts = np.maximum(np.floor(wanted[-1]), 1)
+    missing = LONGEST - int(counts.sum())
+    counts[np.argsort(counts - wanted[-1])[: max(0, missing)]] += 1
+    return counts.astype(np.int64)
+
+
+def _turns(counts: list[int]) -> list[int]:
+    """A period of the rhythm, by Tijdeman's rule."""
+    if len(counts) == 1:
+        return [0]
+    period, slack = sum(counts), 2 * len(counts) - 2
+    had = [0] * len(counts)
+    turns = []
+    for row in range(1, period + 1):
+        # Of the streams that may have this row, the one that can wait for the shortest time.
+        owed = [row * count - period * n for count, n in zip(counts, had, strict=True)]
+        may = (i for i, x in enumerate(owed) if slack * x >= period)
+        turn = min(may, key=lambda i: ((slack - 1) * period - slack * owed[i]) / counts[i])
+        turns.append(turn)
+        had[turn] += 1
+    return turns
 
 
 class Loader:
     """Training batches; `batch(step)` is the same whenever and wherever it is asked for.
 
     Args:
-        tokens: the stream.
+        streams: the rows of each stream, and its weight.
         B: rows of a batch, over all hosts.
-        T: tokens of a row.
         seed: of the order.
-        mask_documents: tokens of other documents are neither seen nor predicted. Otherwise a window
-            is one segment, and every target counts.
-
-    Raises:
-        ConfigError: the stream has fewer than T + 1 tokens.
     """
 
-    def __init__(self, tokens: Tokens, B: int, T: int, seed: int, mask_documents: bool = True):
-        if tokens.ids.size < T + 1:
-            raise ConfigError(
-                f"data.source gives {tokens.ids.size} tokens to train on, and one window of "
-                f"model.context={T} needs {T + 1}: use more text, or model.context of at most "
-                f"{tokens.ids.size - 1}."
-            )
-        self.B, self.T, self.seed = B, T, seed
-        self.windows = tokens.ids.size // T  # of an epoch
-        self._ring = _Ring(tokens, T, mask_documents)
-        self._firsts = Epochs(seed, self.windows, self._draw)
+    def __init__(self, streams: Sequence[tuple[float, Rows]], B: int, seed: int):
+        weights, self.rows = zip(*streams, strict=True)
+        self.B = B
+        self.rhythm = Rhythm(weights)
+        self.epochs = [Epochs(rows, seed, stream) for stream, rows in enumerate(self.rows)]
 
-    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+    def batch(self, step: int, rows: slice | np.ndarray = slice(None)) -> Batch:
         """The batch of a step, counted from 0.
 
         Args:
@@ -117,61 +131,34 @@ class Loader:
         Returns:
             Arrays of [B T], or of the rows only.
         """
-        number = step * self.B + np.arange(self.B)[rows]  # [B] of windows, over all epochs
-        return self._ring.cut(self._firsts.take(number))
+        streams, nth = self.rhythm.take(self.numbers(step, rows))
+        there = np.unique(streams).tolist()
+        parts = [
+            self.rows[stream].cut(self.epochs[stream].take(nth[streams == stream]))
+            for stream in there
+        ]
+        return parts[0] if len(parts) == 1 else _join(parts, np.argsort(streams, kind="stable"))
 
-    def batches(self, step: int = 0) -> Iterator[Batch]:
-        """The batches from `step` on, without end."""
-        return map(self.batch, itertools.count(step))
+    def numbers(self, step: int, rows: slice | np.ndarray = slice(None)) -> np.ndarray:
+        """These rows of a batch, counted from the first row of training: int64 [B]."""
+        return step * self.B + np.arange(self.B)[rows]
 
-    def epoch(self, step: int) -> float:
-        """How many times the stream has been seen before `step`."""
-        return step * self.B / self.windows
-
-    def _draw(self, rng: np.random.Generator) -> np.ndarray:
-        """The first token of each window of an epoch, int64 [windows], in the order of training."""
-        phase = rng.integers(self.T)
-        return phase + self.T * rng.permutation(self.windows)
+    @property
+    def padding(self) -> float:
+        """The share of all that is shown that is no token."""
+        shares = self.rhythm.counts / self.rhythm.period
+        return float(sum(s * rows.padding for s, rows in zip(shares, self.rows, strict=True)))
 
 
-class _Ring:
-    """Cuts windows out of a stream whose end is followed by its beginning."""
-
-    def __init__(self, tokens: Tokens, T: int, mask_documents: bool):
-        self.tokens, self.T = tokens, T
-        begins = tokens.starts[:-1]  # [documents]
-        again = begins[: np.searchsorted(begins, T, side="right")] + tokens.ids.size
-        self.begins = np.concatenate([begins, again]) if mask_documents else begins[:0]
-        self.offsets = np.arange(T + 1)
-
-    def cut(self, firsts: np.ndarray) -> Batch:
-        """The windows that begin at `firsts`, int64 [B] in [0, ring + T)."""
-        B, T = firsts.size, self.T
-        firsts = firsts % self.tokens.ids.size
-        window = self.tokens.cut(firsts, T + 1)  # [B T+1]
-        begins = self._begins(firsts)  # [B T+1]
-        segments = 1 + np.cumsum(begins, axis=1, dtype=np.int32)  # [B T+1]
-        latest = np.where(begins, self.offsets.astype(np.int32), 0)  # [B T+1]
-        positions = self.offsets[:T] - np.maximum.accumulate(latest[:, :T], axis=1)
-        return Batch(
-            tokens=np.ascontiguousarray(window[:, :T]),
-            targets=np.ascontiguousarray(window[:, 1:]),
-            positions=positions.astype(np.int32).reshape(B, T),
-            segments=np.ascontiguousarray(segments[:, :T]),
-            weights=(~begins[:, 1:]).astype(np.float32),
-        )
-
-    def _begins(self, firsts: np.ndarray) -> np.ndarray:
-        """Where a document begins inside a window, after its first token: bool [B T+1]."""
-        low = np.searchsorted(self.begins, firsts, side="right")  # [B]
-        high = np.searchsorted(self.begins, firsts + self.T, side="right")  # [B]
-        counts = high - low  # [B]
-        rows = np.repeat(np.arange(firsts.size), counts)  # [begins in all windows]
-        nth = np.arange(rows.size) - np.repeat(np.cumsum(counts) - counts, counts)
-        columns = self.begins[low[rows] + nth] - firsts[rows]
-        begins = np.zeros((firsts.size, self.T + 1), bool)
-        begins[rows, columns] = True
-        return begins
+def _join(parts: Sequence[Any], places: np.ndarray) -> Any:
+    """One batch of several, or one array: the rows of all of them go to these places [B]."""
+    if parts[0] is None:
+        return None
+    if isinstance(parts[0], tuple):
+        return type(parts[0])(*(_join(fields, places) for fields in zip(*parts, strict=True)))
+    joined = np.empty((places.size, *parts[0].shape[1:]), parts[0].dtype)
+    joined[places] = np.concatenate(parts)
+    return joined
 
 
 # --- evaluation ---
@@ -199,16 +186,16 @@ def eval_batches(
         B, T: the shape of every batch; the last one is padded.
         limit: stop after so many batches, 0 = never.
         pad: the token where there is none; segments and weights are 0 there.
-        mask_documents: as for `Loader`.
+        mask_documents: as for `Windows`.
 
     Returns:
         Batches of [B T].
     """
-    ring = _Ring(tokens, T, mask_documents)
+    windows = Windows(tokens, T, mask_documents)
     targets = tokens.ids.size - 1
     for number in range(eval_size(tokens, B, T, limit)):
         firsts = (number * B + np.arange(B)) * T  # [B]
-        batch = ring.cut(firsts)
+        batch = windows.cut(firsts)
         there = firsts[:, None] + np.arange(T) < targets  # [B T]
         parts: list[np.ndarray] = [*batch[:5]]
         empty = (pad, pad, 0, 0, 0)
@@ -219,47 +206,50 @@ def eval_batches(
 
 # --- reading ahead ---
 
-Item = TypeVar("Item")
+
+class Made(Protocol):
+    """Something that gives a batch for each step: a loader, or a task."""
+
+    def batch(self, step: int, rows: slice | np.ndarray) -> Batch:
+        """The batch of a step, or some rows of it."""
 
 
-def prefetch(items: Iterable[Item], size: int) -> Generator[Item]:
-    """Gives the same items, made ahead of time by a thread.
+class Batches(Iterator[Batch], Protocol):
+    """Batches one after the other. `close` ends the threads that make them."""
 
-    What the items raise is raised here, in its turn. `close()` (or leaving a for loop, once the
-    iterator is collected) ends the thread.
+    def close(self) -> None: ...
+
+
+def read_ahead(
+    task: Made, step: int = 0, rows: slice | np.ndarray = slice(None), size: int = 2
+) -> Batches:
+    """The batches from `step` on, without end, made ahead of time by the threads of Grain.
+
+    What making a batch raises is raised here, in its turn. Grain's position in the data,
+    `get_state()`, is the step. Its elements are batches and not rows: a position counted in the
+    rows of one host would mean nothing on another number of hosts, and Python would be at work for
+    every row. Where Grain is not installed, batches are made when they are asked for.
 
     Args:
-        items: made one by one; only the thread touches them.
-        size: how many are made ahead; 0 = none, and no thread.
+        task: makes the batches, in any order and several at once.
+        step: the first one.
+        rows: which rows of each batch are wanted.
+        size: how many are made ahead; 0 = none.
     """
-    return _ahead(items, size) if size else (item for item in items)
-
-
-def _ahead(items: Iterable[Item], size: int) -> Generator[Item]:
-    ready: queue.SimpleQueue = queue.SimpleQueue()
-    room = threading.Semaphore(size)
-    closed = threading.Event()
-
-    def make():
-        try:
-            iterator = iter(items)
-            while room.acquire() and not closed.is_set():
-                ready.put((next(iterator), None))
-        except BaseException as error:  # StopIteration among them; raised by who reads
-            ready.put((None, error))
-
-    thread = threading.Thread(target=make, name="prefetch", daemon=True)
-    thread.start()
     try:
-        while True:
-            item, error = ready.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            room.release()
-            yield item
-    finally:
-        closed.set()
-        room.release()
-        thread.join()
+        import grain  # half a second, which only training needs to spend
+    except ImportError:
+        size = 0
+    if not size:
+        return _in_turn(task, step, rows)
+    batches = grain.MapDataset.range(2**62).map(lambda number: task.batch(number, rows))
+    threads = min(size, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=size)
+    ahead = iter(batches.to_iter_dataset(options))
+    ahead.set_state({"next_index": step})
+    return ahead
+
+
+def _in_turn(task: Made, step: int, rows: slice | np.ndarray) -> Any:
+    for number in itertools.count(step):
+        yield task.batch(number, rows)

@@ -1,18 +1,22 @@
 """Where documents come from, and which of them are held out.
 
-A source is read several times (to survey it, to train the tokenizer, to write the tokens) rather
-than kept in memory, so its order is always the same.
+A source is a list of units (units.py) that are read several times (to survey them, to train the
+tokenizer, to write the tokens) rather than kept in memory, so its order is always the same.
 """
 
 import hashlib
+import math
 import os
+import re
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
 
 from jaxgpt.config import DataConfig
-from jaxgpt.data import files, tfds
+from jaxgpt.data import files, hub, tfds
+from jaxgpt.data.units import Texts, Unit, stamp, stamped
 from jaxgpt.settings import ConfigError, choose
 
 
@@ -32,15 +36,63 @@ class Document(NamedTuple):
     target: bytes = b""
 
 
-def documents(cfg: DataConfig) -> Iterator[Document]:
-    """The documents of `cfg.source`, always in the same order; empty ones are left out.
+def read(unit: Unit) -> Iterator[Document]:
+    """The documents of a unit, always in the same order; empty ones are left out."""
+    return (document for item in unit.read() if (document := Document(*item)).content)
+
+
+def units(cfg: DataConfig) -> list[Unit]:
+    """The pieces of a single source.
 
     Raises:
         ConfigError: the source does not exist or can not be read.
     """
     kind, colon, _ = cfg.source.partition(":")
-    read = SOURCES.get(kind + colon, files.read)
-    return (document for item in read(cfg) if (document := Document(*item)).content)
+    return SOURCES.get(kind + colon, files.units)(cfg)
+
+
+def documents(cfg: DataConfig) -> Iterator[Document]:
+    """The documents of `cfg.source`, which may be several sources, in order.
+
+    Raises:
+        ConfigError: a source does not exist or can not be read.
+    """
+    return (found for _, part in parts(cfg) for unit in units(part) for found in read(unit))
+
+
+_WEIGHTED = re.compile(r"([\d.][\d.e-]*)\s+\*\s+(.+)", re.DOTALL)
+
+
+def parts(cfg: DataConfig) -> list[tuple[float | None, DataConfig]]:
+    """The single sources of `data.source`, "0.7 * wiki/ + 0.3 * tfds:lm1b", and their weights.
+
+    Returns:
+        Each weight, None where there are none, and the config with this source alone.
+
+    Raises:
+        ConfigError: a weight is no positive number, or only some sources have one.
+    """
+    found: list[tuple[float | None, DataConfig]] = []
+    for text in cfg.source.split(" + "):
+        weighted = _WEIGHTED.fullmatch(text.strip())
+        weight, source = weighted.groups() if weighted else (None, text.strip())
+        try:
+            number = None if weight is None else float(weight)
+        except ValueError:
+            number = 0.0
+        if not source or (number is not None and not 0 < number < math.inf):
+            raise ConfigError(
+                f"data.source={cfg.source!r}: {text!r} must be a source, or a weight above 0 and a "
+                'source, such as "0.7 * wiki/*.jsonl + 0.3 * tfds:lm1b".'
+            )
+        found.append((number, replace(cfg, source=source)))
+    bare = [part.source for weight, part in found if weight is None]
+    if 0 < len(bare) < len(found):
+        raise ConfigError(
+            f"data.source={cfg.source!r}: {bare[0]!r} has no weight, and others have: give one to "
+            "all, or to none, and they are read one after the other."
+        )
+    return found
 
 
 # --- Python itself ---
@@ -58,16 +110,23 @@ _SKIPPED = {
 }  # fmt: skip; encodings is an eighth of the library, and tables of characters
 
 
-def stdlib(cfg: DataConfig) -> Iterator[tuple[str, bytes]]:
+def stdlib(cfg: DataConfig) -> list[Unit]:
     """Python's documentation by topic, then the source of its library without tests."""
+    from pydoc_data import topics
+
+    root = sysconfig.get_paths()["stdlib"]
+    names = sorted(_modules(root))
+    stamps = [stamp(path) for path in (topics.__file__, *(os.path.join(root, n) for n in names))]
+    return [stamped("stdlib", stamps, ["stdlib"], partial(_stdlib, root, names))]
+
+
+def _stdlib(root: str, names: list[str]) -> Texts:
     from pydoc_data.topics import topics
 
     for name in sorted(topics):
-        yield f"topics/{name}", topics[name].encode()
-    root = sysconfig.get_paths()["stdlib"]
-    for name in sorted(_modules(root)):
-        with open(os.path.join(root, name), "rb") as file:
-            yield name, file.read()
+        yield f"topics/{name}", topics[name].encode(), "", b""
+    for name in names:
+        yield name, files.content(os.path.join(root, name)), "", b""
 
 
 def _modules(root: str) -> Iterator[str]:
@@ -79,11 +138,11 @@ def _modules(root: str) -> Iterator[str]:
                 yield os.path.relpath(os.path.join(folder, name), root)
 
 
-Source = Callable[[DataConfig], Iterable[tuple]]
-SOURCES: dict[str, Source] = {  # and everything else is files
+SOURCES: dict[str, Callable[[DataConfig], list[Unit]]] = {  # and everything else is files
     "stdlib": stdlib,
-    "tfds:": tfds.read,
-    "classes:": files.read_classes,
+    "tfds:": tfds.units,
+    "hf:": hub.units,
+    "classes:": files.class_units,
 }
 
 
@@ -118,21 +177,52 @@ RULES: dict[str, Callable[[bytes, float], Parts]] = {"document": by_document, "t
 FEW = 20  # documents, below which a share of them is too coarse to hold out
 
 
+_PRIME, _BASE = 2**127 - 1, 0x9E3779B97F4A7C15F39CC0605CEDC83  # of the digest, a polynomial
+
+
 @dataclass(frozen=True)
 class Survey:
-    """What one look at all documents tells.
+    """What one look at documents tells. The survey of two runs of documents is the sum of theirs.
 
     Args:
         documents: how many there are.
-        digest: of their contents in order, in hex. Names are not in it: data may move.
         sizes: for each rule of RULES, the bytes that it would train on and hold out.
-        is_own: the source itself says for every document what is held out.
+        own: how many of them the source itself puts into training or holds out.
+        mark: a digest of their contents in order, however they are divided into units and files.
+            Names are not in it: data may move.
     """
 
     documents: int
-    digest: str
     sizes: dict[str, tuple[int, int]]
-    is_own: bool
+    own: int = 0
+    mark: int = 0
+
+    def __add__(self, other: "Survey") -> "Survey":
+        sizes = {
+            rule: (train + other.sizes[rule][0], held + other.sizes[rule][1])
+            for rule, (train, held) in self.sizes.items()
+        }
+        mark = (self.mark * pow(_BASE, other.documents, _PRIME) + other.mark) % _PRIME
+        return Survey(self.documents + other.documents, sizes, self.own + other.own, mark)
+
+    @staticmethod
+    def from_record(record: Mapping[str, Any]) -> "Survey":
+        """The survey whose fields went through JSON, maybe among others."""
+        sizes = {rule: (train, held) for rule, (train, held) in record["sizes"].items()}
+        return Survey(record["documents"], sizes, record["own"], record["mark"])
+
+    @property
+    def is_own(self) -> bool:
+        """The source itself says for every document what is held out."""
+        return self.own == self.documents
+
+    @property
+    def digest(self) -> str:
+        """What it was a survey of, in hex."""
+        return f"{self.documents:x}-{self.mark:032x}"
+
+
+NOTHING = Survey(0, dict.fromkeys(RULES, (0, 0)))
 
 
 def divide(document: Document, rule: str, holdout: float) -> Parts:
@@ -148,22 +238,24 @@ def divide(document: Document, rule: str, holdout: float) -> Parts:
     return RULES[rule](document.content, holdout)
 
 
-def survey(cfg: DataConfig) -> Survey:
-    """Reads everything once, and keeps sizes and a digest."""
-    total = hashlib.blake2b(digest_size=16)
-    count = own = 0
-    sizes = {rule: [0, 0] for rule in RULES}
-    for document in documents(cfg):
-        count += 1
-        own += bool(document.part)
-        for text in filter(None, (document.content, document.target)):
-            total.update(hashlib.blake2b(text, digest_size=16).digest())
-        total.update(document.part.encode() + b".")
-        for rule, size in sizes.items():
-            for side, text in enumerate(divide(document, rule, cfg.holdout)):
-                size[side] += len(text)
-    pairs = {rule: (train, held) for rule, (train, held) in sizes.items()}
-    return Survey(count, total.hexdigest(), pairs, own == count)
+def look(document: Document, holdout: float) -> Survey:
+    """The survey of one document."""
+    hashes = map(_hash, (document.content, document.target))
+    mark = _hash(b"".join([*hashes, document.part.encode()]))
+    sizes = {}
+    for rule in RULES:
+        train, held = divide(document, rule, holdout)
+        sizes[rule] = (len(train), len(held))
+    return Survey(1, sizes, int(bool(document.part)), int.from_bytes(mark, "big") % _PRIME)
+
+
+def _hash(text: bytes) -> bytes:
+    return hashlib.blake2b(text, digest_size=16).digest()
+
+
+def survey(unit: Unit, holdout: float) -> Survey:
+    """Reads a unit and keeps nothing but its survey."""
+    return sum((look(document, holdout) for document in read(unit)), NOTHING)
 
 
 def _auto(found: Survey) -> str:

@@ -11,65 +11,54 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-
 from jaxgpt.config import DataConfig
+from jaxgpt.data.units import Split, Texts, Unit, from_splits, stamp, texts
 from jaxgpt.settings import ConfigError
 
 
-def read(cfg: DataConfig) -> Iterator[tuple[str, bytes, str, bytes]]:
-    """Reads the data set that `cfg.source` names as tfds:name or tfds:name/config.
-
-    If it has its own validation split (or else a test split), that is what is held out, and every
-    other split is trained on; except that the test split of a data set that has both stays unread,
-    for a last measurement. If it has neither, `data.split` decides, as for any other source.
+def units(cfg: DataConfig) -> list[Unit]:
+    """The data set that `cfg.source` names as tfds:name or tfds:name/config, in ranges of examples.
 
     Args:
         cfg: `text_key` is the feature that holds the text, `target_key` the one that holds the
             answer, if texts come in pairs: text, or the number of a class.
 
     Returns:
-        (name, content, part, target) in the order of the splits' names. The name says the split;
-        part is "held", "train", or "" where `data.split` decides.
+        The units of `from_splits`, which says what is held out. The name of a document says its
+        split and place.
 
     Raises:
-        ConfigError: the package, the data set or the feature is missing, or preparing it failed.
+        ConfigError: the package or the data set is missing, or preparing it failed. So does
+            reading, if the feature is missing.
     """
-    splits = _splits(cfg.source)
-    held = next((name for name in ("validation", "test") if name in splits), "")
-    for split in sorted(splits):
-        if split == "test" and held == "validation":
-            continue
-        part = "held" if split == held else "train" if held else ""
-        for index, example in enumerate(splits[split]):
-            name = f"{cfg.source}/{split}/{index}"
-            key = cfg.target_key
-            target = _text(example, key, name, "data.target_key") if key else b""
-            yield name, _text(example, cfg.text_key, name), part, target
+    builder, splits = _open_builder(cfg.source)
+    folder = str(builder.data_dir)
+    stamps = [stamp(os.path.join(folder, name)) for name in sorted(os.listdir(folder))]
+    sizes = {name: int(info.num_bytes) for name, info in builder.info.splits.items()}
+    found = {
+        # the inner partial makes (begin, end, part) -> () -> texts
+        name: Split(len(examples), sizes.get(name, 0), partial(partial, _range, cfg, name))
+        for name, examples in splits.items()
+    }
+    facts = ["tfds", cfg.text_key, cfg.target_key, stamps]
+    return from_splits(cfg.source, found, facts)
 
 
-def _text(example: dict[str, Any], key: str, name: str, setting: str = "data.text_key") -> bytes:
-    if key not in example:
-        raise ConfigError(
-            f"{setting}={key!r} is not a feature of {name}: it has {', '.join(sorted(example))}."
-        )
-    value = example[key]
-    if setting == "data.target_key" and isinstance(value, (int, np.integer)):
-        value = str(value)
-    if not isinstance(value, (bytes, str)):
-        raise ConfigError(
-            f"{setting}={key!r} is a {type(value).__name__} in {name}, not text. "
-            f"It has {', '.join(sorted(example))}."
-        )
-    return value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value
+def _range(cfg: DataConfig, split: str, begin: int, end: int, part: str) -> Texts:
+    examples = _open_builder(cfg.source)[1][split]
+    for index in range(begin, end):
+        name = f"{cfg.source}/{split}/{index}"
+        content, target = texts(cfg, examples[index], name)
+        yield name, content, part, target
 
 
-def _splits(source: str) -> dict[str, Any]:
-    """Random-access sequences of examples by the name of the split."""
+def _open_builder(source: str) -> tuple[Any, dict[str, Any]]:
+    """The builder, and random-access sequences of examples by the name of the split."""
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
@@ -84,7 +73,8 @@ def _splits(source: str) -> dict[str, Any]:
         except Exception as error:
             raise ConfigError(_unprepared(source, builder, error)) from error
     try:
-        return {str(name): examples for name, examples in builder.as_data_source().items()}
+        splits = builder.as_data_source()
+        return builder, {str(name): examples for name, examples in splits.items()}
     except Exception as error:  # prepared by someone else, in a format without random access
         raise ConfigError(
             f"data.source={source!r} is in {builder.data_dir}, but can not be read from there: "

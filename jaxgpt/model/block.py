@@ -75,6 +75,8 @@ class Block(nn.Module):
 
         def remembering(site: str, module: nn.Module) -> Part:
             def part(y):
+                if not getattr(module, "DIVIDES_ROWS", True):
+                    y = constrain(y, "BSD")
                 y, new = module(y, sight, None if state is None else state[site])
                 after[site] = new
                 return Dropout(c.dropout)(y)

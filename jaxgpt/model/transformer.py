@@ -29,6 +29,7 @@ from jaxgpt.model.mixers import MIXERS
 from jaxgpt.model.mixers.attention import Attention
 from jaxgpt.model.mixers.mixer import Sight, write
 from jaxgpt.model.norms import NORMS
+from jaxgpt.model.pipeline import pipeline, stages
 from jaxgpt.model.positions import POSITIONS
 from jaxgpt.sharding import constrain
 
@@ -80,22 +81,38 @@ class Stack(nn.Module):
             k_at, cursor = write(cache.at, at, cache.cursor), cache.cursor
             memory_at = cache.memory_at if memory is None else memory_at
         sight = Sight(at, k_at, place.rotation(), place.bias(), cursor, memory, memory_at)
-        # One compiled unit whatever the depth; its parameters are stacked along L.
-        blocks = nn.scan(
-            REMATS[c.remat](Unit),
+        x, states = self.blocks(x, None if cache is None else cache.states, sight)
+        if c.wiring not in NORMED:
+            x = NORMS[c.norm](c, name="norm")(x)
+        if cache is not None and states is not None:
+            cache = Cache(states, k_at, cache.cursor + x.shape[1], memory_at)
+        return x, cache
+
+    def blocks(self, x: jax.Array, states: tuple | None, sight: Sight):
+        """All layers: one compiled unit whatever the depth, its parameters stacked along L."""
+        c = self.cfg
+        repeats = (self.layers or c.layers) // len(c.unit)
+        unit = REMATS[c.remat](Unit)
+        if states is None and not self.is_initializing() and stages(repeats) > 1:
+            key = self.make_rng("dropout") if self.has_rng("dropout") else None
+
+            def layer(params, x, sight, number):
+                rngs = {} if key is None else {"dropout": jax.random.fold_in(key, number)}
+                one = unit(c, self.direction, parent=None)
+                return one.apply({"params": params}, x, None, sight, rngs=rngs)[0]
+
+            params = self.variables["params"]["layers"]
+            return pipeline(layer, params, x, sight, stages(repeats)), None
+        scanned = nn.scan(
+            unit,
             variable_axes={"params": 0, "losses": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast),
-            length=(self.layers or c.layers) // len(c.unit),
+            length=repeats,
             unroll=c.unroll,
             metadata_params={"letter": "L"},
-        )(c, self.direction, name="layers")
-        x, states = blocks(x, None if cache is None else cache.states, sight)
-        if c.wiring not in NORMED:
-            x = NORMS[c.norm](c, name="norm")(x)
-        if cache is not None:
-            cache = Cache(states, k_at, cache.cursor + x.shape[1], memory_at)
-        return x, cache
+        )
+        return scanned(c, self.direction, name="layers")(x, states, sight)
 
 
 class Table(nn.Module):

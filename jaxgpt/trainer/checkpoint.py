@@ -12,10 +12,13 @@ randomness, so that sampling reads no more than it needs.
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxgpt import config as configs
@@ -40,6 +43,10 @@ class Progress:
     is_done: bool = False  # it has stopped early
 
 
+class OtherShapesError(ConfigError):
+    """A checkpoint holds arrays of other names or shapes than are wanted."""
+
+
 class Checkpoints:
     """The checkpoints of one run folder."""
 
@@ -61,6 +68,7 @@ class Checkpoints:
 
     def save_best(self, state: TrainState, progress: Progress):
         """Begins to save the parameters alone, in place of the best ones before."""
+        self._latest.wait_until_finished()  # among many processes, Orbax does one thing at a time
         self.forget_best(progress.step)  # from before a kill: the run is catching up with itself
         self._best.save(progress.step, args=_parts(state, progress))
 
@@ -71,21 +79,32 @@ class Checkpoints:
                 self._best.delete(step)
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, Progress]:
-        """The latest state, placed as `abstract` says, and the progress that belongs to it."""
+        """The latest state, placed as `abstract` says, and the progress that belongs to it.
+
+        Raises:
+            OtherShapesError: it is the state of another model or optimizer.
+            ConfigError: it can not be read.
+        """
+        self.wait()
         rng = jax.eval_shape(jax.random.key_data, abstract.rng)
         rng = jax.ShapeDtypeStruct(rng.shape, rng.dtype, sharding=abstract.step.sharding)
         rest = {"opt_state": abstract.opt_state, "rng": rng}
         step = self._latest.latest_step()
-        parts = self._latest.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(abstract.params),
-                rest=ocp.args.StandardRestore(rest),
-                progress=ocp.args.JsonRestore(),
-            ),
-        )
-        progress = Progress(**parts.progress)
-        count = jax.device_put(jax.numpy.int32(progress.step), abstract.step.sharding)
+        folder = os.path.join(self._latest.directory, str(step))
+        with _reading(folder):
+            saved = self._latest.item_metadata(step)
+            _check_shapes(folder, saved, params=abstract.params, rest=rest)
+            parts = self._latest.restore(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore(abstract.params),
+                    rest=ocp.args.StandardRestore(rest),
+                    progress=ocp.args.JsonRestore(),
+                ),
+            )
+            progress = Progress(**parts.progress)
+        where = abstract.step.sharding
+        count = jax.make_array_from_callback((), where, lambda _: np.int32(progress.step))
         key = jax.random.wrap_key_data(parts.rest["rng"])
         return TrainState(count, parts.params, parts.rest["opt_state"], key), progress
 
@@ -110,7 +129,7 @@ def load_run(run_folder: str, which: str = "best") -> tuple[Config, Any, Any, in
         (config, tokenizer, params, step).
 
     Raises:
-        ConfigError: there is no such run, or it has no checkpoint yet.
+        ConfigError: there is no such run, or it has no checkpoint yet, or it can not be read.
     """
     config = read_config(run_folder)
     tokenizer = tokenizers.load(os.path.join(run_folder, "tokenizer.json"))
@@ -119,10 +138,61 @@ def load_run(run_folder: str, which: str = "best") -> tuple[Config, Any, Any, in
         folder = os.path.abspath(os.path.join(run_folder, name))
         step = latest_step(folder)
         if step is not None:
-            with ocp.StandardCheckpointer() as reader:
-                params = reader.restore(os.path.join(folder, f"{step}", "params"), _here(config))
+            path = os.path.join(folder, f"{step}")
+            with ocp.StandardCheckpointer() as reader, _reading(path):
+                params = reader.restore(os.path.join(path, "params"), _here(config))
             return config, tokenizer, params, step
     raise ConfigError(f"{run_folder} has no checkpoint yet: train it first, or for longer.")
+
+
+@contextmanager
+def _reading(folder: str) -> Iterator[None]:
+    """Names the checkpoint that can not be read, and what to do. Orbax raises all kinds of errors.
+
+    Raises:
+        ConfigError: in place of what came from reading.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        above, step = os.path.split(folder)
+        before = [n for n in ocp.utils.checkpoint_steps(above) if n != int(step)]
+        rest = f"step {max(before)}, the one before, is used then" if before else (
+            "there is no other one (train.keep=2 keeps two)"
+        )  # fmt: skip
+        why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise ConfigError(
+            f"the checkpoint {folder} is damaged ({why}). Delete this folder: {rest}."
+        ) from error
+
+
+def _check_shapes(folder: str, saved, **wanted):
+    """Raises OtherShapesError if the saved arrays have other names or shapes than are wanted."""
+    there = {part: _shapes(saved[part].tree) for part in wanted}
+    here = {part: _shapes(tree) for part, tree in wanted.items()}
+    lines = [
+        f"  {name}: {there[part].get(name, 'nothing')} is saved, {here[part].get(name, 'nothing')} "
+        "is wanted"
+        for part in wanted
+        for name in there[part] | here[part]
+        if there[part].get(name) != here[part].get(name)
+    ]
+    if lines:
+        more = [f"  and {len(lines) - 4} more"] if len(lines) > 4 else []
+        text = "\n".join(lines[:4] + more)
+        raise OtherShapesError(f"{folder} is of another model or optimizer:\n{text}")
+
+
+def _shapes(tree) -> dict[str, list[int]]:
+    """Name -> shape of every array of a tree. Saved trees have lists where ours have tuples."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): list(leaf.shape)
+        for path, leaf in leaves
+        if hasattr(leaf, "shape")
+    }
 
 
 def _here(config: Config):
@@ -160,7 +230,9 @@ def read_labels(run_folder: str) -> list[str]:
 
 def _manager(folder: str, keep: int) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-    return ocp.CheckpointManager(os.path.abspath(folder), options=options)
+    arrays = {part: ocp.StandardCheckpointHandler() for part in ("params", "rest")}
+    handlers = {**arrays, "progress": ocp.JsonCheckpointHandler()}
+    return ocp.CheckpointManager(os.path.abspath(folder), options=options, item_handlers=handlers)
 
 
 def _parts(state: TrainState, progress: Progress, **more) -> ocp.args.Composite:

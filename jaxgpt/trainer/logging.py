@@ -8,14 +8,17 @@ from typing import Any
 
 from tqdm import tqdm
 
+from jaxgpt import hosts
+
 
 class MetricsFile:
     """Numbers for machines: one JSON object a line, and the same in TensorBoard.
 
     A run that resumes at step s forgets what it had written about later steps, so that every
-    step stands in the file once.
+    step stands in the file once. Of several processes the first one writes.
     """
 
+    @hosts.once
     def __init__(self, run_folder: str, step: int):
         from tensorboardX import SummaryWriter
 
@@ -26,6 +29,7 @@ class MetricsFile:
         board = os.path.join(run_folder, "tensorboard")
         self._board = SummaryWriter(board, purge_step=step + 1 if step else None)
 
+    @hosts.once
     def write(self, kind: str, step: int, values: Mapping[str, float]):
         """kind: "train" or "eval"; the figures carry their unit in their name."""
         record = {"kind": kind, "step": step} | {k: _short(v) for k, v in values.items()}
@@ -33,6 +37,7 @@ class MetricsFile:
         for name, value in values.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
 
+    @hosts.once
     def close(self):
         self._file.close()
         self._board.close()
@@ -61,14 +66,17 @@ def read_metrics(run_folder: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in _lines(os.path.join(run_folder, "metrics.jsonl"))]
 
 
+@hosts.once
 def write_whole(path: str, text: str):
-    """Writes a file so that it is there whole or not at all."""
+    """Writes a file, and its folder, so that it is there whole or not at all."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = f"{path}.tmp"
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
     os.replace(temporary, path)
 
 
+@hosts.once
 def plot_curves(run_folder: str, title: str, unit: str = "token"):
     """Draws plots/loss.png, and plots/accuracy.png of what classifies texts, from metrics.jsonl:
     training and held out over the steps."""
@@ -100,6 +108,7 @@ def _plot(records, run_folder: str, title: str, name: str, keys: tuple[str, str]
     _print(figure, run_folder, name)
 
 
+@hosts.once
 def plot_confusion(run_folder: str, labels: Sequence[str], rows: Sequence[Sequence[int]]):
     """Draws plots/confusion.png: how many texts of each class (rows) were taken for which."""
     from matplotlib.figure import Figure

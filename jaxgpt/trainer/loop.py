@@ -7,11 +7,10 @@ functions between them are what happens every so many steps.
 import json
 import math
 import os
-import signal
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,18 +18,26 @@ import optax
 
 import jaxgpt
 from jaxgpt import config as configs
+from jaxgpt import hosts
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.config import Config
-from jaxgpt.data import Batch, Corpus, prefetch, prepare
+from jaxgpt.data import Batch, Corpus, prepare, read_ahead
 from jaxgpt.data.tasks import Task
+from jaxgpt.data.work import aloud
 from jaxgpt.model import abstract_params, build, count_params
 from jaxgpt.objectives import Sums
 from jaxgpt.optimizer import build as build_optimizer
 from jaxgpt.predict import ask
 from jaxgpt.predict import check as check_prompt
 from jaxgpt.settings import ConfigError
-from jaxgpt.sharding import batch_sharding, check_batch, make_mesh
-from jaxgpt.trainer.checkpoint import Checkpoints, Progress, latest_step, read_config
+from jaxgpt.sharding import check_fits, make_mesh, undivided
+from jaxgpt.trainer.checkpoint import (
+    Checkpoints,
+    OtherShapesError,
+    Progress,
+    latest_step,
+    read_config,
+)
 from jaxgpt.trainer.logging import (
     Console,
     MetricsFile,
@@ -42,6 +49,7 @@ from jaxgpt.trainer.logging import (
 from jaxgpt.trainer.speed import Clock, flops_per_token, peak_flops
 from jaxgpt.trainer.state import TrainState, abstract_state, make_state
 from jaxgpt.trainer.step import Metrics, make_eval_step, make_train_step
+from jaxgpt.trainer.stop import Stop, listen
 
 
 class DivergedError(RuntimeError):
@@ -67,8 +75,8 @@ class Run:
     clock: Clock = field(default_factory=Clock)
 
     def place(self, batch: Batch) -> Batch:
-        """Puts a batch [B T] on the devices, rows divided among them."""
-        return jax.device_put(batch, batch_sharding(self.mesh))
+        """Puts a batch [B T], or this process's rows of it, on the devices."""
+        return hosts.place(batch, self.mesh, self.cfg.train.batch)
 
 
 def train(cfg: Config, *, is_quiet: bool = False) -> Progress:
@@ -82,23 +90,28 @@ def train(cfg: Config, *, is_quiet: bool = False) -> Progress:
             holds a run that learned something else.
         DivergedError: the loss became infinite or NaN.
     """
-    run = open_run(cfg, is_quiet)
+    run = open_run(cfg, is_quiet or hosts.index() > 0)
     progress = run.progress
     with closing(run.console), closing(run.metrics), closing(run.saver):
         if progress.is_done or progress.step >= cfg.train.steps:
             run.console.say(f"This run is complete.{_invitation(cfg)}")
             return progress
-        with jax.set_mesh(run.mesh), Stop() as stop:
+        with (
+            hosts.guarded(DivergedError),
+            jax.set_mesh(run.mesh),
+            listen(progress.step) as stop,
+        ):
             loop(run, stop)
-        run.saver.wait()
+            run.saver.wait()
         run.console.say(_farewell(cfg, progress, stop.name))
     return progress
 
 
-def loop(run: Run, stop: "Stop"):
+def loop(run: Run, stop: Stop):
     """Steps until the end, an early stop or a signal."""
     cfg, progress, every = run.cfg, run.progress, run.cfg.train
-    batches = prefetch(run.task.batches(progress.step), cfg.data.prefetch)
+    mine = hosts.rows(run.mesh, every.batch)
+    batches = read_ahead(run.task, progress.step, mine, cfg.data.prefetch)
     due = None  # figures of an earlier step: fetched once the next step is under way
     first = progress.step + 1
     run.clock.start(progress.step)
@@ -119,7 +132,7 @@ def loop(run: Run, stop: "Stop"):
 
             is_eval = is_last or step % every.eval_every == 0
             is_sample = is_last or (every.sample_every and step % every.sample_every == 0)
-            is_save = is_last or bool(stop.name) or step % every.save_every == 0
+            is_save = is_last or stop.reached(step) or step % every.save_every == 0
             if not (is_eval or is_sample or is_save):
                 continue
             if due:
@@ -178,7 +191,7 @@ def look(run: Run):
     if confusion is not None:
         run.console.say(_table(confusion, run.task.labels))
         kept = {"step": progress.step, "labels": run.task.labels, "rows": confusion}
-        write_whole(os.path.join(cfg.run_folder, "confusion.json"), json.dumps(kept) + "\n")
+        write_whole(_in(cfg, "confusion.json"), json.dumps(kept) + "\n")
         plot_confusion(cfg.run_folder, run.task.labels, confusion)
 
 
@@ -229,7 +242,7 @@ def evaluate(
         if lengths is not None:
             size += int(lengths[batch.targets][batch.weights > 0].sum())
     # In float64, since a float32 stops counting at 2**24 tokens.
-    sums = jax.tree.map(lambda *x: np.sum(np.array(x, np.float64), axis=0), *jax.device_get(told))
+    sums = jax.tree.map(lambda *x: np.sum(np.array(x, np.float64), axis=0), *hosts.fetch(told))
     weight = max(float(sums.weight), 1.0)
     nats = float(sums.nats) / weight
     values = {
@@ -254,7 +267,6 @@ def speak(run: Run):
     answer = ask(cfg, run.state.params, run.corpus.tokenizer, [prompt], run.task.labels)
     text = prompt + ("" if is_continued else "\n") + "".join(piece for (piece,) in answer)
     folder = os.path.join(cfg.run_folder, "samples")
-    os.makedirs(folder, exist_ok=True)
     write_whole(os.path.join(folder, f"step_{run.progress.step:06d}.txt"), text)
     title = f"--- sample at step {run.progress.step} "
     run.console.say(f"{title:-<72}\n{text}\n{'':-<72}")
@@ -265,9 +277,12 @@ def _is_asked(cfg: Config) -> bool:
     return bool(cfg.sample.prompt) or cfg.model.family == "decoder"
 
 
+_norm = jax.jit(optax.tree.norm)
+
+
 def save(run: Run):
     """Begins to save all that the run needs to go on."""
-    norm = float(optax.tree.norm(run.state.params))  # the loss is of the parameters before
+    norm = float(_norm(run.state.params))  # the loss is of the parameters before
     _check_finite(run, run.progress.step, "norm of the parameters", norm)
     run.saver.save(run.state, run.progress)
 
@@ -287,49 +302,37 @@ def _check_finite(run: Run, step: int, what: str, value: float):
 # --- beginning and ending --------------------------------------------------------------------
 
 
+class Material(NamedTuple):
+    """What a run is made of, once it is known that its parts fit together."""
+
+    mesh: jax.sharding.Mesh
+    corpus: Corpus
+    task: Task
+    resumes: int | None  # from the checkpoint of this step
+
+
 def open_run(cfg: Config, is_quiet: bool = False) -> Run:
     """Builds everything that `cfg` describes, or restores it from the run's folder."""
-    folder = cfg.run_folder
-    mesh = make_mesh(cfg.mesh)
-    check_batch(cfg.train.batch, cfg.train.accumulate, mesh)
-    is_resumed = latest_step(os.path.join(folder, "checkpoints")) is not None
-    if is_resumed:
-        _check_same_config(cfg)
+    hosts.agree({key: configs.get(cfg, key) for key in configs.flat_fields(Config)})
+    mesh, corpus, task, resumes = hosts.together(lambda: _gather(cfg, is_quiet))
+    hosts.agree({"text": corpus.fingerprint, f"latest checkpoint in {cfg.run_folder}": resumes})
 
-    if not is_quiet:  # the first reading of a large text takes a while
-        print(
-            f"reading {cfg.data.source}, and tokenizing what is not in {cfg.data.cache}", flush=True
-        )
-    known = os.path.join(folder, "tokenizer.json")
-    corpus = prepare(
-        cfg.data,
-        cfg.model.vocab - cfg.objective.task.reserved(cfg),
-        tokenizer=tokenizers.load(known) if is_resumed else None,
-        is_paired=cfg.objective.task.IS_PAIRED,
-    )
-    task = cfg.objective.task(cfg, corpus)
-    if _is_asked(cfg):
-        check_prompt(cfg, corpus.tokenizer, [cfg.sample.prompt])
-    saver = Checkpoints(folder, cfg.train.keep)
+    saver = Checkpoints(cfg.run_folder, cfg.train.keep)
     _, letters = abstract_params(cfg.model)
     optimizer, schedule = build_optimizer(cfg.optimizer, cfg.train.steps, letters)
     abstract = abstract_state(cfg.model, optimizer, cfg.seed, mesh)
-    if is_resumed:
-        state, progress = saver.restore(abstract)
-        _check_same_data(cfg, corpus, progress)
-    else:
+    if resumes is None:
         state = make_state(cfg.model, optimizer, cfg.seed, abstract)
         progress = Progress(data=corpus.fingerprint)
-        corpus.tokenizer.save(known)
-        if task.labels:
-            write_whole(os.path.join(folder, "labels.json"), json.dumps(task.labels) + "\n")
         saver.forget_best()  # of a run that was killed before its first checkpoint
-    write_whole(os.path.join(folder, "config.json"), configs.to_json(cfg))
+    else:
+        state, progress = hosts.together(lambda: _restore(cfg, corpus, saver, abstract))
+    _write_facts(cfg, corpus, task, is_new=resumes is None)
 
     model = build(cfg.model)
     where = jax.tree.map(lambda x: x.sharding, abstract)
     train_step = make_train_step(cfg, model, optimizer, schedule)
-    peak, peak_source = peak_flops(mesh.devices.flatten())
+    peak, peak_source = peak_flops(mesh.local_devices)
     run = Run(
         cfg=cfg,
         mesh=mesh,
@@ -340,12 +343,70 @@ def open_run(cfg: Config, is_quiet: bool = False) -> Run:
         train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(where, None)),
         eval_step=jax.jit(make_eval_step(cfg, model)),
         saver=saver,
-        metrics=MetricsFile(folder, progress.step),
+        metrics=MetricsFile(cfg.run_folder, progress.step),
         console=Console(cfg.train.steps, progress.step, is_quiet),
-        peak=peak,
+        peak=peak * hosts.count(),
     )
     run.console.say(_introduction(run, peak_source))
     return run
+
+
+def _gather(cfg: Config, is_quiet: bool) -> Material:
+    """All that can be refused before the first array is made."""
+    mesh = make_mesh(cfg.mesh)
+    check_fits(cfg, mesh)
+    resumes = latest_step(os.path.join(cfg.run_folder, "checkpoints"))
+    if resumes is not None:
+        _check_same_config(cfg)
+    if not is_quiet:  # the first reading of a large text takes a while
+        aloud(f"reading {cfg.data.source}, and tokenizing what is not in {cfg.data.cache}")
+    known = None if resumes is None else tokenizers.load(_in(cfg, "tokenizer.json"))
+    corpus = prepare(
+        cfg.data,
+        cfg.model.vocab - cfg.objective.task.reserved(cfg),
+        tokenizer=known,
+        is_paired=cfg.objective.task.IS_PAIRED,
+        say=(lambda line: None) if is_quiet else aloud,
+    )
+    task = cfg.objective.task(cfg, corpus)
+    if _is_asked(cfg):
+        check_prompt(cfg, corpus.tokenizer, [cfg.sample.prompt])
+    return Material(mesh, corpus, task, resumes)
+
+
+def _restore(
+    cfg: Config, corpus: Corpus, saver: Checkpoints, abstract: TrainState
+) -> tuple[TrainState, Progress]:
+    try:
+        state, progress = saver.restore(abstract)
+    except OtherShapesError as error:
+        changed = "\n  ".join(configs.differences(read_config(cfg.run_folder), cfg))
+        raise ConfigError(
+            f"{error}\nSettings that differ from the run's:\n  {changed}\nresume=force goes on "
+            "only where the parameters and the optimizer keep their shapes: give the new run its "
+            "own name=..."
+        ) from None
+    if progress.data != corpus.fingerprint and cfg.resume != "force":
+        raise ConfigError(
+            f"data.source={cfg.data.source!r} has changed since {cfg.run_folder} was started, so "
+            "its place in the data means nothing any more. Give the new run its own name=..., or "
+            "go on with the new data by resume=force."
+        )
+    return state, progress
+
+
+@hosts.once
+def _write_facts(cfg: Config, corpus: Corpus, task: Task, is_new: bool):
+    """What stands in the run's folder from its beginning."""
+    if is_new:
+        corpus.tokenizer.save(_in(cfg, "tokenizer.json"))
+        if task.labels:
+            write_whole(_in(cfg, "labels.json"), json.dumps(task.labels) + "\n")
+    write_whole(_in(cfg, "config.json"), configs.to_json(cfg))
+
+
+def _in(cfg: Config, name: str) -> str:
+    return os.path.join(cfg.run_folder, name)
 
 
 def _check_same_config(cfg: Config):
@@ -358,44 +419,14 @@ def _check_same_config(cfg: Config):
         )
 
 
-def _check_same_data(cfg: Config, corpus: Corpus, progress: Progress):
-    if progress.data != corpus.fingerprint and cfg.resume != "force":
-        raise ConfigError(
-            f"data.source={cfg.data.source!r} has changed since {cfg.run_folder} was started, so "
-            "its place in the data means nothing any more. Give the new run its own name=..., or "
-            "go on with the new data by resume=force."
-        )
-
-
-class Stop:
-    """Hears Ctrl-C and SIGTERM: the loop ends after the step in hand. A second one is obeyed."""
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self):
-        self.name = ""  # of the signal that was heard
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self):
-        with suppress(ValueError):  # only the main thread may listen
-            self._before = {s: signal.signal(s, self._hear) for s in self.SIGNALS}
-        return self
-
-    def _hear(self, number, frame):
-        self.name = signal.Signals(number).name
-        self.__exit__()
-
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
 def _introduction(run: Run, peak_source: str) -> str:
     cfg, corpus, progress = run.cfg, run.corpus, run.progress
     parts = count_params(cfg.model)
     total = parts.pop("total")
     shown = ", ".join(f"{name} {size:,}" for name, size in parts.items() if size)
     grid = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items() if size > 1)
+    shapes, letters = abstract_params(cfg.model)
+    whole = ", ".join(undivided(shapes, letters, run.mesh))
     state = f"going on from step {progress.step}" if progress.step else "new"
     return "\n".join([
         f"jaxgpt {jaxgpt.__version__} on jax {jax.__version__}, {run.mesh.size} "
@@ -405,7 +436,7 @@ def _introduction(run: Run, peak_source: str) -> str:
         f"documents, {corpus.train.ids.size:,} tokens; held out by {corpus.rule}: "
         f"{corpus.held_bytes / 1e6:,.2f} MB, {corpus.held.ids.size:,} tokens; "
         f"{corpus.bytes_per_token:.2f} bytes per token" + (run.task.note and f"; {run.task.note}"),
-        f"model  {total:,} parameters: {shown}",
+        f"model  {total:,} parameters: {shown}" + (whole and f"; not divided: {whole}"),
         f"plan   {cfg.train.steps:,} steps of {cfg.train.batch} x {run.task.T} tokens, "
         f"{cfg.optimizer.name} at {cfg.optimizer.lr:g}",
         f"speed  peak {run.peak / 1e12:.3g} TFLOP/s ({peak_source}); "

@@ -10,7 +10,8 @@ from helpers import forward, random_params, random_tokens, tiny, whole
 from jaxgpt.architecture import ExpertsConfig
 from jaxgpt.dims import split
 from jaxgpt.model import Coords, build
-from jaxgpt.model.feedforward import BLOCK, FEEDFORWARDS, balance
+from jaxgpt.model.experts import BLOCK, balance
+from jaxgpt.model.feedforward import FEEDFORWARDS
 
 E, ACTIVE, B, T = 4, 2, 2, 23
 MIXTURES = ["moe_plain", "moe_gated"]
@@ -78,21 +79,48 @@ def test_a_mixture_equals_a_loop_over_tokens(name, capacity):
     np.testing.assert_allclose(out[is_real], wanted[is_real], atol=2e-5)
 
 
+def by_all(cfg, params, x, limit):
+    """Every expert computes every token, and those that it does not take count nothing."""
+    tokens = x.reshape(-1, cfg.width)
+    probability = jax.nn.softmax(tokens @ params["router"]["w"])
+    best, chosen = jax.lax.top_k(probability, ACTIVE)
+    picked = jax.nn.one_hot(chosen.T.reshape(-1), E)  # first choices first
+    picked = (picked * (jnp.cumsum(picked, axis=0) <= limit)).reshape(ACTIVE, -1, E)
+    share = jnp.einsum("AN,ANE->NE", (best / best.sum(axis=-1, keepdims=True)).T, picked)
+    one = FEEDFORWARDS[cfg.feedforward.removeprefix("moe_")](cfg)
+    every = jax.vmap(lambda w: one.apply({"params": w}, tokens))(params["experts"])
+    return jnp.einsum("NE,END->ND", share, every).reshape(x.shape)
+
+
 @pytest.mark.parametrize("name", MIXTURES)
-def test_blocks_and_a_capacity_for_all_have_the_same_gradients(name):
-    length = 3 * BLOCK  # so that experts have several blocks
+@pytest.mark.parametrize("capacity", [0.0, 0.5])
+def test_gradients_equal_those_of_every_expert_computing_every_token(name, capacity):
+    cfg, module, params = mixture(name, capacity, bias=True)
+    x, at = inputs(cfg, 3 * BLOCK)  # so that experts have several blocks
+    weigh = np.random.default_rng(2).normal(size=x.shape)
+    limit = capacity * 3 * BLOCK * B * ACTIVE / E or np.inf
 
-    def gradients(capacity):
-        cfg, module, params = mixture(name, capacity)
-        x, at = inputs(cfg, length)
-        weigh = np.random.default_rng(2).normal(size=x.shape)
-        loss = lambda p, x: jnp.sum(weigh * module.apply({"params": p}, x, at))  # noqa: E731
-        return jax.jit(jax.grad(loss, (0, 1)))(params, x)
+    def gradients(run):
+        return jax.jit(jax.grad(lambda p, x: jnp.sum(weigh * run(p, x)), (0, 1)))(params, x)
 
-    ours, wanted = gradients(0.0), gradients(float(E))
+    ours = gradients(lambda p, x: module.apply({"params": p}, x, at))
+    wanted = gradients(lambda p, x: by_all(cfg, p, x, limit))
     # Sums over 400 tokens of terms of order 1, in another order.
     chex.assert_trees_all_close(ours, wanted, atol=2e-3, rtol=1e-4)
     assert min(float(jnp.abs(g).max()) for g in jax.tree.leaves(wanted)) > 0.1
+
+
+def test_gradients_in_bfloat16_are_near_those_in_float32():
+    cfg, module, params = mixture("moe_gated")
+    x, at = inputs(cfg)
+    loss = lambda p, x: jnp.sum(module.apply({"params": p}, x, at).astype(jnp.float32))  # noqa: E731
+    low, high = (
+        jax.jit(jax.grad(loss))(params, jnp.asarray(x, d)) for d in ("bfloat16", "float32")
+    )
+    chex.assert_trees_all_equal_dtypes(low, high)
+    for a, b in zip(jax.tree.leaves(low), jax.tree.leaves(high), strict=True):
+        # Three significant digits; tokens near a border may go to another expert.
+        assert jnp.linalg.norm(a - b) < 0.05 * jnp.linalg.norm(b)
 
 
 def test_biases_belong_to_each_expert():

@@ -15,7 +15,15 @@ from jax.tree_util import Partial
 
 from jaxgpt.config import MeshConfig
 from jaxgpt.model import build, kernels
-from jaxgpt.model.kernels import ACCELERATED, KERNELS, Score, attend, cudnn, splash
+from jaxgpt.model.kernels import (
+    ACCELERATED,
+    KERNELS,
+    Score,
+    attend,
+    cudnn,
+    over_devices,
+    splash,
+)
 from jaxgpt.model.kernels.blockwise import blockwise
 from jaxgpt.model.masks import PATTERNS, Causal, Coords, Mask, SameDocument, layer_mask
 from jaxgpt.settings import ConfigError
@@ -419,7 +427,7 @@ def test_rows_and_heads_on_several_devices_give_the_same(name, G):
     places = [PartitionSpec("data", None, h, None) for h in ("tensor", heads, heads)]
     with jax.set_mesh(mesh):
         placed = [jax.device_put(x, p) for x, p in zip(given[:3], places, strict=True)]
-        run = at_tokens(DIVIDED[name], score, at)
+        run = at_tokens(partial(over_devices, mesh, DIVIDED[name]), score, at)
         # float32 sums in another order, as in `assert_equals_dense`.
         chex.assert_trees_all_close(run(*placed, STRENGTH), wanted, atol=2e-5, rtol=2e-5)
         program = run.lower(*placed, STRENGTH).compile().as_text()

@@ -1,22 +1,32 @@
 """What is read back is what was written, every bit, whatever happened meanwhile."""
 
+import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
+from contextlib import closing
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_runs import alone, assert_same_bits, config, plain, random_batch, training
+from tiny_runs import B, alone, assert_same_bits, config, plain, random_batch, training
 
 from jaxgpt import config as configs
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.config import MeshConfig
+from jaxgpt.hosts import place
 from jaxgpt.settings import ConfigError
-from jaxgpt.sharding import batch_sharding
-from jaxgpt.trainer.checkpoint import Checkpoints, Progress, latest_step, load_run, read_config
+from jaxgpt.trainer.checkpoint import (
+    Checkpoints,
+    OtherShapesError,
+    Progress,
+    latest_step,
+    load_run,
+    read_config,
+)
 from jaxgpt.trainer.state import TrainState
 
 DIVIDED = MeshConfig(data=2, fsdp=2, tensor=2)
@@ -89,6 +99,47 @@ def test_a_state_comes_back_on_another_mesh_bit_for_bit(divided, files):
         assert all(jax.tree.leaves(placed))
 
 
+LAYOUTS = {
+    "one device": (MeshConfig(data=1), 1),
+    "fsdp": (MeshConfig(data=1, fsdp=8), 8),
+    "tensor": (MeshConfig(data=4, tensor=2), 8),
+    "copies of tensor": (MeshConfig(data=2, fsdp=2, tensor=2), 8),
+}
+
+
+@functools.cache
+def laid(layout: str):
+    mesh, devices = LAYOUTS[layout]
+    return training(config(mesh=mesh), devices)
+
+
+@pytest.fixture(scope="module")
+def straight():
+    """Losses of six steps on one device."""
+    return laid("one device").run(6)[1]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("one device", "fsdp"),
+        ("fsdp", "one device"),
+        ("fsdp", "tensor"),
+        ("tensor", "fsdp"),
+        ("copies of tensor", "fsdp"),
+    ],
+)
+def test_a_run_goes_on_where_its_devices_are_others(before, after, files, straight):
+    state, losses = laid(before).run(3)
+    files.save(state, Progress(step=3))
+    files.wait()
+    back, progress = files.restore(laid(after).abstract)
+    assert_same_bits(back, state)
+    rest = laid(after).run(3, back, lambda number: random_batch(number + progress.step))[1]
+    # The order in which devices add, in float32.
+    np.testing.assert_allclose(losses + rest, straight, rtol=0, atol=1e-5)
+
+
 def test_only_the_latest_are_kept(divided, files):
     for step in (1, 2, 3):
         files.save(divided[1], Progress(step=step))
@@ -112,7 +163,7 @@ def test_the_same_step_is_not_saved_twice(divided, files):
 def test_training_on_with_donated_arrays_does_not_change_what_is_being_saved(files):
     made = training(config(mesh=DIVIDED), devices=8)
     with jax.set_mesh(made.mesh):
-        batch = jax.device_put(random_batch(), batch_sharding(made.mesh))
+        batch = place(random_batch(), made.mesh, B)
         state, _ = made.step(made.make(), batch)
         copies = {}
         for step in (1, 2):
@@ -173,6 +224,48 @@ def test_a_checkpoint_that_tells_of_a_best_one_finds_it_on_disk(divided, files):
     files.save_best(divided[1], Progress(step=3))
     files.save(divided[1], PROGRESS)
     assert latest_step(str(files._best.directory)) == 3
+
+
+# --- what can not be restored ---
+
+
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        ("model.width=64", r"embed.table: \[260, 32\] is saved, \[260, 64\] is wanted"),
+        ("model.qk_norm=true", r"norm.*: nothing is saved, \[.*\] is wanted"),
+        ("optimizer.name=muon", r"opt_state.*: .* is saved, nothing is wanted"),
+    ],
+)
+def test_a_state_of_another_kind_is_refused_by_name(setting, line, files):
+    files.save(laid("one device").make(), PROGRESS)
+    files.wait()
+    with pytest.raises(OtherShapesError, match=line):
+        files.restore(training(config(setting)).abstract)
+
+
+@pytest.mark.parametrize(
+    "part", ["params/_METADATA", "params/ocdbt.process_0/d", "rest/d", "rest", "progress/metadata"]
+)
+def test_a_damaged_checkpoint_is_named_with_what_to_do(part, tmp_path):
+    made = laid("one device")
+    with closing(Checkpoints(str(tmp_path), keep=2)) as files:
+        for step in (2, 3):
+            files.save(made.make(), Progress(step=step))
+        files.wait()
+    damaged = tmp_path / "checkpoints" / "3" / part
+    if damaged.is_file():
+        os.truncate(damaged, damaged.stat().st_size // 2)
+    else:
+        shutil.rmtree(damaged)
+    with closing(Checkpoints(str(tmp_path), keep=2)) as files:
+        with pytest.raises(ConfigError) as refusal:
+            files.restore(made.abstract)
+        assert str(refusal.value).startswith(f"the checkpoint {tmp_path}/checkpoints/3 is damaged")
+        assert "Delete this folder: step 2, the one before, is used then." in str(refusal.value)
+    shutil.rmtree(tmp_path / "checkpoints" / "3")
+    with closing(Checkpoints(str(tmp_path), keep=2)) as files:
+        assert files.restore(made.abstract)[1].step == 2
 
 
 # --- reading a run to use it ---

@@ -5,20 +5,32 @@
     v: [B S G K]   values
 
 `dense` is the truth: the others must equal it for every query that sees something.
+
+On a mesh a kernel runs on every device for itself, on whole rows of some heads if heads can be
+divided over `context` as well as over `tensor`, and otherwise on some tokens of a row and the keys
+and values of all of it. The first way swaps what a device holds, tokens of all heads for heads of
+all tokens (DeepSpeed-Ulysses, Jacobs et al. 2023, arXiv:2309.14509): it sends less from 4 devices
+on, divides the work of a causal mask evenly, and lets every kernel work. The second gathers keys
+and values (as Llama 3: Dubey et al. 2024, arXiv:2407.21783, section 3.3.2).
 """
 
 import functools
 import logging
+import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import chex
 import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jaxgpt.model.kernels import cudnn, splash
 from jaxgpt.model.kernels.blockwise import blockwise
 from jaxgpt.model.kernels.dense import dense
 from jaxgpt.model.kernels.score import NEVER, Kernel, Score
 from jaxgpt.model.masks import Coords
+from jaxgpt.sharding import constrain, mesh_in_force, on_parts, spec
 
 __all__ = ["KERNELS", "LIMITS", "NEVER", "Score", "attend"]
 
@@ -29,6 +41,8 @@ WHOLE = 256 * 256
 # Elsewhere a turn of a loop is a few launches, so that the whole is left only for want of memory.
 # Not measured yet.
 WHOLE_ELSEWHERE = 2048 * 2048
+
+HEADS = ("tensor", "context")  # mesh axes that heads are divided over
 
 Obstacle = Callable[[jax.Array, jax.Array, Score], str | None]
 
@@ -46,7 +60,35 @@ def attend(name: str, q, k, v, q_at: Coords, k_at: Coords, score: Score) -> jax.
     chex.assert_is_divisible(H, G)
     chex.assert_shape([q_at.position, q_at.document], (B, T))
     chex.assert_shape([k_at.position, k_at.document], (B, S))
-    return KERNELS[name](q, k, v, q_at, k_at, score)
+    mesh = mesh_in_force()
+    if mesh is None:
+        return KERNELS[name](q, k, v, q_at, k_at, score)
+    return over_devices(mesh, KERNELS[name], q, k, v, q_at, k_at, score)
+
+
+def over_devices(
+    mesh, kernel: Kernel, q, k, v, q_at: Coords, k_at: Coords, score: Score
+) -> jax.Array:
+    """Runs the kernel on every device of the mesh, on its part of q."""
+    (B, T, H, _), G = q.shape, k.shape[2]
+    rows, tokens = spec((B, T), "BT", mesh)
+
+    def keys(axes) -> int:  # a key serves heads of one device only: else it is repeated
+        return math.lcm(G, math.prod(mesh.shape[axis] for axis in axes))
+
+    ways = [HEADS, HEADS[:1]] if tokens else [HEADS[:1]]
+    fit: tuple[str, ...] = next((axes for axes in ways if H % keys(axes) == 0), ())
+    heads = tuple(axis for axis in fit if mesh.shape[axis] > 1)
+    k, v = (jnp.repeat(x, keys(heads) // G, axis=2) for x in (k, v))
+    if tokens in heads:
+        tokens = None
+    elif tokens:
+        score = replace(score, is_self=False)
+    ours, theirs = PartitionSpec(rows, tokens, heads), PartitionSpec(rows, None, heads)
+    by_head = jax.tree.map(lambda x: PartitionSpec(*[None] * (x.ndim - 1), heads), score)
+    at = PartitionSpec(rows, tokens), PartitionSpec(rows)
+    run = on_parts(kernel, (ours, theirs, theirs, *at, by_head), ours)
+    return constrain(run(q, k, v, q_at, k_at, score), "BTHK")
 
 
 def anywhere(q, k) -> str:

@@ -6,16 +6,12 @@ the row, documents as segments. Within a document positions count up by one, so 
 far apart as positions; across documents nobody sees anybody.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as pallas
-from jax.sharding import PartitionSpec
 
 from jaxgpt.model.kernels.score import Score, parts
 from jaxgpt.model.masks import Causal, Coords, Mask, SameDocument, Window
-from jaxgpt.sharding import spec
 
 LANES = 128  # a block of tokens is a multiple of a TPU's vector registers
 
@@ -55,16 +51,7 @@ def splash(q, k, v, q_at: Coords, k_at: Coords, score: Score, interpret: bool = 
     fill = [(0, 0), (0, -T % LANES)]  # whole blocks; what is appended is in document 0
     q, k, v = (jnp.pad(x, [*fill, (0, 0), (0, 0)]) for x in (score.queries(q), k, v))
     document = jnp.pad(q_at.document, fill)
-    run = partial(_rows, score=score, interpret=interpret)
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty:
-        # A Pallas kernel is opaque to the partitioner, so it is told what each device holds: whole
-        # rows, and heads only where they can be divided together with the keys that they share.
-        rows, heads = spec(k.shape, "BSGK", mesh)[0], spec(k.shape, "BSGK", mesh)[2]
-        place = PartitionSpec(rows, None, heads, None)
-        specs = (place, place, place, PartitionSpec(rows, None))
-        run = jax.shard_map(run, in_specs=specs, out_specs=place, check_vma=False)
-    return run(q, k, v, document)[:, :T]
+    return _rows(q, k, v, document, score, interpret)[:, :T]
 
 
 def _rows(q, k, v, document, score: Score, interpret: bool) -> jax.Array:

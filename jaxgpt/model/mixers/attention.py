@@ -17,6 +17,7 @@ class Attention(Mixer):
     """Multi-head attention of x to itself and to the tokens in the cache."""
 
     USES = ("rotation", "bias", "pattern", "softcap", "qk_norm")
+    DIVIDES_ROWS = True
 
     @staticmethod
     def state(cfg: ModelConfig, batch: int, slots: int) -> KV:
@@ -38,7 +39,7 @@ class Attention(Mixer):
             k, v = state = write(state, KV(k, v), sight.cursor)
         mask = layer_mask(c, self.pattern, self.direction)
         score = Score(mask, sight.bias, c.attention_scale, c.softcap, is_self=state is None)
-        q, k, v = constrain(q, "BTHK"), constrain(k, "BSGK"), constrain(v, "BSGK")
+        q, k, v = constrain(q, "BTHK"), constrain(k, "BTGK"), constrain(v, "BTGK")
         out = attend(c.kernel, q, k, v, sight.q_at, sight.k_at, score)
         return Linear(c, "HK>D", into_residual(c), name="o")(out), state
 
@@ -64,6 +65,6 @@ class CrossAttention(nn.Module):
             k, v = state
         assert sight.memory_at is not None
         score = Score(SameDocument(), scale=c.attention_scale)
-        q, k, v = constrain(q, "BTHK"), constrain(k, "BSGK"), constrain(v, "BSGK")
+        q, k, v = constrain(q, "BTHK"), constrain(k, "BTGK"), constrain(v, "BTGK")
         out = attend(c.kernel, q, k, v, sight.q_at, sight.memory_at, score)
         return Linear(c, "HK>D", into_residual(c), name="o")(out), state

@@ -51,8 +51,8 @@ class Mamba(Mixer):
         c, at = self.cfg, sight.q_at
         when = moments(at)
         old = self.state(c, len(x), 0) if state is None else state
-        u = constrain(Linear(c, "D>I", name="in")(x), "BTI")
-        gate = constrain(Linear(c, "D>I", name="gate")(x), "BTI")
+        u = constrain(Linear(c, "D>I", name="in")(x), "BSI")
+        gate = constrain(Linear(c, "D>I", name="gate")(x), "BSI")
         u = jnp.where(when.is_token[..., None], u, 0)
         past = jnp.concatenate([old.tail.astype(u.dtype), u], axis=1)  # [B W-1+T I]
         w = weight(self, "conv_w", "WI", c.sizes, _by_inputs).astype(u.dtype)

@@ -39,6 +39,8 @@ class Mixer(nn.Module):
     USES: ClassVar[tuple[str, ...]] = ()
     DIRECTIONS: ClassVar[tuple[str, ...]] = ("causal", "both")
     HAS_HEADS: ClassVar[bool] = True
+    # Whether the tokens of a row may lie on several devices; else each gets the whole row.
+    DIVIDES_ROWS: ClassVar[bool] = False
 
     cfg: ModelConfig
     pattern: str = "full"
