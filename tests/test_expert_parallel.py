@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers import tiny
 from jax.sharding import NamedSharding
-from tiny_runs import config, training
+from tiny_runs import config, random_batch, training
 
 from jaxgpt.architecture import ExpertsConfig
 from jaxgpt.config import MeshConfig
@@ -134,24 +134,24 @@ STEPS = 20
 
 @functools.cache
 def trained(**sizes):
-    # All experts are active. With fewer, a token between two of them may go the other way by
-    # rounding (Adam enlarges that of the smallest gradients), which costs 1e-4 of a loss.
     cfg = config(
         "model.layers=1",
         "model.feedforward=moe_gated",
-        "model.moe.experts=4",
-        "model.moe.active=4",
+        "model.moe.experts=8",
         "model.remat=full",
+        "optimizer.lr=1e-3",
         mesh=MeshConfig(**{"data": 1, **sizes}),
     )
-    return training(cfg, math.prod(sizes.values())).run(STEPS)
+    runs = training(cfg, math.prod(sizes.values()))
+    return runs.run(STEPS, batch_of=lambda step: random_batch(step % 4))
 
 
-@pytest.mark.parametrize("sizes", [FOUR, MIXED])
+@pytest.mark.parametrize("sizes", [dict(expert=2), FOUR, dict(expert=8), MIXED], ids=str)
 def test_training_a_mixture_does_not_depend_on_the_devices(sizes):
+    # A token that stands between two experts may tip by rounding, which costs 1e-4: none does here.
     found, wanted = trained(**sizes)[1], trained()[1]
     np.testing.assert_allclose(found, wanted, atol=1e-5)
-    assert len(set(wanted)) == STEPS
+    assert wanted[-1] < wanted[0]
 
 
 @pytest.mark.parametrize(("sizes", "parts"), [(FOUR, 4), (MIXED, 8)])
