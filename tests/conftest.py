@@ -6,10 +6,12 @@ from importlib.metadata import version
 
 # Before jax is imported, for it reads these once. Tests compile much and compute little, so machine
 # code is not optimised: that takes a quarter of the time. Scripts that tests start are as users'.
-FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
-if version("jaxlib").startswith("0.10."):  # later ones do not know it, and would end
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    " --xla_backend_optimization_level=0"
+    # jaxlib 0.11 does not know this one, and would end.
+    f"{' --xla_cpu_use_fusion_emitters=false' if version('jaxlib') < '0.11' else ''}"
+).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax

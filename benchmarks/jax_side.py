@@ -1,0 +1,306 @@
+"""What jaxgpt runs in benchmarks/speed.py: each contestant is the library's own code, compiled."""
+
+import json
+import pathlib
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from benchmarks.worker import Case, Made, Side, serve_pipe
+from jaxgpt import config as configs
+from jaxgpt import generate, objectives
+from jaxgpt import tokenizer as tokenizers
+from jaxgpt.config import Config, SampleConfig
+from jaxgpt.data import Batch
+from jaxgpt.model import Coords, Head, abstract_params, build, init_params
+from jaxgpt.model.kernels import ACCELERATED, Score, attend
+from jaxgpt.model.layers import DTYPES
+from jaxgpt.model.masks import Causal, SameDocument
+from jaxgpt.optimizer import build as build_optimizer
+from jaxgpt.sharding import batch_sharding, make_mesh
+from jaxgpt.trainer.state import abstract_state, make_state
+from jaxgpt.trainer.step import make_eval_step, make_train_step
+
+
+def config_of(case: Case) -> Config:
+    """On one device."""
+    one = [f"mesh.{axis}=1" for axis in ("data", "fsdp")]
+    return configs.override(configs.from_json(json.dumps(case.config)), one)
+
+
+def normal(case: Case, *shape: int, number: int = 0):
+    """Random numbers: products of equal ones take less power, and so less time, than real ones."""
+    key = jax.random.fold_in(jax.random.key(0), number)
+    return jax.random.normal(key, shape, DTYPES[case.dtype])
+
+
+def batch_of(case: Case) -> Batch:
+    """Rows of one document each."""
+    tokens, targets = np.random.default_rng(0).integers(0, case.V, (2, case.B, case.T), np.int32)
+    ones = np.ones((case.B, case.T), np.int32)
+    return Batch(tokens, targets, ones.cumsum(1, np.int32) - 1, ones, ones.astype(np.float32))
+
+
+# --- training ---
+
+
+def trainer(cfg: Config):
+    """(mesh, optimizer, abstract state, jitted step) as in the training loop."""
+    mesh = make_mesh(cfg.mesh, devices=jax.devices()[:1])
+    _, letters = abstract_params(cfg.model)
+    optimizer, schedule = build_optimizer(cfg.optimizer, cfg.train.steps, letters)
+    abstract = abstract_state(cfg.model, optimizer, cfg.seed, mesh)
+    where = jax.tree.map(lambda x: x.sharding, abstract)
+    step = make_train_step(cfg, build(cfg.model), optimizer, schedule)
+    return mesh, optimizer, abstract, jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+
+
+def size(tree) -> int:
+    return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def peak(compiled) -> int:
+    """Bytes that a compiled function needs, its arguments and results included."""
+    m = compiled.memory_analysis()
+    if m is None:
+        return 0
+    given = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+    return given + m.temp_size_in_bytes
+
+
+def step(case: Case) -> Made:
+    cfg = config_of(case)
+    mesh, optimizer, abstract, jitted = trainer(cfg)
+    with jax.set_mesh(mesh):
+        batch = jax.tree.map(lambda x: jax.device_put(x, batch_sharding(mesh, x.shape)),
+                             batch_of(case))  # fmt: skip
+        compiled = jitted.lower(abstract, batch).compile()
+    state = make_state(cfg.model, optimizer, cfg.seed, abstract)
+
+    def run():
+        nonlocal state
+        state, metrics = compiled(state, batch)
+        return metrics
+
+    return Made(run, size(state.params), peak(compiled))
+
+
+def compile_step(case: Case, layers: int) -> Made:
+    """Traces and compiles a step of a few tokens, all anew."""
+    more = [f"model.layers={layers}", "train.batch=1", "train.accumulate=1", "model.unroll=1"]
+    cfg = configs.override(config_of(case), more)
+    batch = jax.tree.map(lambda x: x[:1], batch_of(case))
+
+    def run():
+        jax.clear_caches()
+        mesh, _, abstract, jitted = trainer(cfg)
+        with jax.set_mesh(mesh):
+            jitted.lower(abstract, batch).compile()
+
+    return Made(run)
+
+
+def forward(case: Case) -> Made:
+    cfg = config_of(case)
+    params, _ = init_params(cfg.model, jax.random.key(0))
+    batch = jax.device_put(batch_of(case))
+    run = jax.jit(make_eval_step(cfg, build(cfg.model)))
+    return Made(lambda: run(params, batch), size(params))
+
+
+def optimizer_step(case: Case) -> Made:
+    """Clips and moves the parameters."""
+    cfg = config_of(case)
+    params, letters = init_params(cfg.model, jax.random.key(0))
+    optimizer, _ = build_optimizer(cfg.optimizer, cfg.train.steps, letters)
+    grads, state = jax.tree.map(lambda p: p + 1e-3, params), optimizer.init(params)
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def move(params, state, grads):
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def run():
+        nonlocal params, state
+        params, state = move(params, state, grads)
+        return params
+
+    return Made(run, size(params))
+
+
+# --- parts of a step ---
+
+
+def matmul(case: Case, *sizes: int) -> Made:
+    rows, inner, columns = sizes or (case.N, case.D, case.F)
+    x, w = normal(case, rows, inner), normal(case, inner, columns, number=1)
+    run = jax.jit(jnp.matmul)
+    return Made(lambda: run(x, w))
+
+
+def copy(case: Case, numbers: int) -> Made:
+    x, add = jnp.ones(numbers), jax.jit(lambda x: x + 1, donate_argnums=0)
+
+    def run():
+        nonlocal x
+        x = add(x)
+        return x
+
+    return Made(run)
+
+
+def dense(case: Case) -> Made:
+    """The products of one block with its matrices, forward and backward, and nothing else."""
+    shapes = list(enumerate(case.products))
+    xs = [normal(case, case.N, n, number=i) for i, (n, _) in shapes]
+    ws = [normal(case, n, m, number=i) for i, (n, m) in shapes]
+    ds = [normal(case, case.N, m, number=i) for i, (_, m) in shapes]
+
+    @jax.jit
+    def run(xs, ws, ds):
+        return [(x @ w, d @ w.T, x.T @ d) for x, w, d in zip(xs, ws, ds, strict=True)]
+
+    return Made(lambda: run(xs, ws, ds))
+
+
+def attention(case: Case, is_gradient: bool, kernel: str | None = None) -> Made:
+    shapes = [(case.B, case.T, heads, case.K) for heads in (case.H, case.G, case.G, case.H)]
+    *given, d = (normal(case, *shape, number=i) for i, shape in enumerate(shapes))
+    at = Coords(*(jnp.asarray(x) for x in batch_of(case)[2:4]))
+    score = Score(SameDocument() & Causal(), scale=case.K**-0.5, is_self=True)
+    kernel = kernel or config_of(case).model.kernel
+    if kernel in ACCELERATED and (why := ACCELERATED[kernel][1](given[0], given[1], score)):
+        raise ValueError(why)  # rather than measure what is run in its place
+
+    def forward(q, k, v, at):
+        return attend(kernel, q, k, v, at, at, score)
+
+    def gradient(q, k, v, at, d):
+        return jax.vjp(lambda *given: forward(*given, at), q, k, v)[1](d)
+
+    more = (at, d) if is_gradient else (at,)
+    run = jax.jit(gradient if is_gradient else forward).lower(*given, *more).compile()
+    return Made(lambda: run(*given, *more), peak=peak(run))
+
+
+def loss(case: Case, is_chunked: bool) -> Made:
+    """The vocabulary's loss and its gradient in hidden states and table."""
+    batch = jax.device_put(batch_of(case))
+    hidden = normal(case, case.B, case.T, case.D)
+    table = jax.random.normal(jax.random.key(1), (case.V, case.D)) * 0.02
+
+    def chunked(hidden, table):
+        return objectives.vocabulary_loss(hidden, Head(table), batch.targets, batch.weights)[0]
+
+    def plain(hidden, table):
+        flat = hidden.reshape(case.N, case.D), Head(table)
+        rest = batch.targets.ravel(), batch.weights.ravel()
+        return objectives.score_chunk(*flat, *rest, 0.0, 0.0)[0]
+
+    gradient = jax.value_and_grad(chunked if is_chunked else plain, argnums=(0, 1))
+    run = jax.jit(gradient).lower(hidden, table).compile()
+    return Made(lambda: run(hidden, table), peak=peak(run))
+
+
+# --- everything else ---
+
+
+def decode(case: Case, rows: int) -> Made:
+    """Reads prompts and continues them, without text."""
+    cfg = config_of(case).model
+    params, _ = init_params(cfg, jax.random.key(0))
+    rules = generate.Rules.of(SampleConfig(temperature=0), np.ones(case.V, bool))
+    tokens = np.random.default_rng(0).integers(0, case.V, (rows, case.prompt), np.int32)
+    lengths, drawn = np.full(rows, case.prompt, np.int32), np.zeros(rows, np.int32)
+    keys = jax.random.split(jax.random.key(0), rows)
+
+    def run():
+        slots = case.prompt + case.new
+        state = generate.prefill(cfg, params, tokens, lengths, drawn, slots)
+        out = []
+        for _ in range(case.new // generate.CHUNK):
+            new, state = generate.decode(cfg, params, rules, keys, state, generate.CHUNK)
+            out.append(new)
+        return out
+
+    return Made(run, size(params))
+
+
+def tokenizer(case: Case) -> Made:
+    """Encodes text with a vocabulary that is left in a file for others."""
+    from benchmarks.tokenizer import corpus
+
+    documents, _ = corpus(4)
+    trained = tokenizers.train(iter(documents), 8192)
+    trained.save(str(pathlib.Path(case.scratch) / "tokenizer.json"))
+    return Made(lambda: trained.encode_batch(documents))
+
+
+def data(case: Case, is_peer: bool) -> Made:
+    """Makes batches of packed tokens, as benchmarks/data.py does."""
+    from benchmarks import data
+
+    tokens = data.write(case.scratch, 4_000_000)
+    make = data.peer if is_peer else lambda *of: data.in_turn(data.task_of("documents", *of))
+    batches = make(tokens, case.T)
+    return Made(lambda: next(batches))
+
+
+def side() -> Side:
+    where = jax.devices()[0]
+    is_cpu = where.platform == "cpu"
+    square, numbers = (2048, 2**26) if is_cpu else (8192, 2**29)
+    own = {"gpu": ["cudnn"], "tpu": ["splash"]}.get(jax.default_backend(), [])
+    kernels = ["dense", "blockwise", *own]
+
+    def by_kernel(is_gradient: bool) -> dict[str, Callable[[Case], Made]]:
+        every = {f"jaxgpt {kernel}": kernel for kernel in kernels}
+        return {name: partial(attention, is_gradient=is_gradient, kernel=kernel)
+                for name, kernel in ({"jaxgpt": None} | every).items()}  # fmt: skip
+
+    return Side(
+        makers={
+            "matmul, square": {"jax": lambda case: matmul(case, square, square, square)},
+            "matmul, [N D] x [D F]": {"jax": matmul},
+            "copy": {"jax": partial(copy, numbers=numbers)},
+            "step": {"jaxgpt": step},
+            "forward": {"jaxgpt": forward},
+            "dense of a block": {"jax": dense},
+            "attention forward": by_kernel(False),
+            "attention gradient": by_kernel(True),
+            "loss gradient": {
+                "jaxgpt": partial(loss, is_chunked=True),
+                "jaxgpt plain": partial(loss, is_chunked=False),
+            },
+            "optimizer": {"jaxgpt": optimizer_step},
+            "decode 1 row": {"jaxgpt": partial(decode, rows=1)},
+            "decode 8 rows": {"jaxgpt": partial(decode, rows=8)},
+            "tokenizer": {"jaxgpt": tokenizer},
+            "data": {
+                "jaxgpt": partial(data, is_peer=False),
+                "grain": partial(data, is_peer=True),
+            },
+            "compile": {
+                "jaxgpt 12 layers": partial(compile_step, layers=12),
+                "jaxgpt 48 layers": partial(compile_step, layers=48),
+            },
+        },
+        wait=jax.block_until_ready,
+        about={
+            "platform": where.platform,
+            "device": where.device_kind,
+            "square": str(square),
+            "copied": str(8 * numbers),
+            **{name: version(name) for name in ("jax", "flax", "optax")},
+        },
+        is_queue=not is_cpu,
+    )
+
+
+if __name__ == "__main__":
+    serve_pipe(side)
