@@ -551,8 +551,8 @@ The other axes send activations, in every layer, and are for what the first ones
             "context by keys", "sent"
         ):,.0f} MB: choose heads that it divides. **pipe** sends one part a turn
 to a neighbour ({of("pipe", "sent"):,.0f} MB), which suits slow links, but is idle for a share of
-(stages - 1) / (parts + stages - 1) of the time; and beside data the gradients of its layers are
-sent at every turn, so divide by fsdp or tensor before it.
+(stages - 1) / (parts + stages - 1) of the time; and beside fsdp weights are gathered and
+gradients sent at every turn, so put it beside data or tensor.
 """
 
 
