@@ -147,7 +147,9 @@ def product(base: Config, axes: Sequence[str]) -> list[Choice]:
     """
     choices = [AXES[axis](base) for axis in axes]
     keys = [
-        key for some in choices for key in {s.partition("=")[0] for c in some for s in c.settings}
+        key
+        for some in choices
+        for key in sorted({s.partition("=")[0] for c in some for s in c.settings})
     ]
     twice = next((key for key in keys if keys.count(key) > 1), None)
     if twice:
