@@ -123,7 +123,7 @@ def mesh_in_force():
     return None if mesh.empty or mesh.size == 1 else mesh
 
 
-def on_parts(f: Callable, in_specs: tuple, out_specs) -> Callable:
+def on_parts(f: Callable, in_specs: tuple, out_specs, has_kernel: bool = False) -> Callable:
     """`f` as every device runs it on its own parts. Axes that no spec names are left alone.
 
     `f` may talk to other devices by the names of the axes. A sum over devices has the right
@@ -136,6 +136,8 @@ def on_parts(f: Callable, in_specs: tuple, out_specs) -> Callable:
         return f
     if mesh.shape["pipe"] > 1:  # stages are stacked along an axis of `vmap`, which adds its name
         axes.add("pipe")
+    if has_kernel:  # a TPU's is refused where any axis is left to the compiler, even of one device
+        axes |= {axis for axis in mesh.axis_names if mesh.shape[axis] == 1} - {*mesh.manual_axes}
     return jax.shard_map(
         f, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False
     )

@@ -435,6 +435,21 @@ def test_rows_and_heads_on_several_devices_give_the_same(name, G):
         assert "all-gather" not in program  # nobody holds what is another's
 
 
+@pytest.mark.parametrize("sizes", [dict(fsdp=4), dict(data=2, tensor=2), dict(context=4)], ids=str)
+def test_splash_is_lowered_for_several_tpus(sizes):
+    mesh = make_mesh(MeshConfig(**{"data": 1, **sizes}), jax.devices()[:4])
+    q = jax.ShapeDtypeStruct((4, 256, 4, 128), jnp.bfloat16)
+    at = Coords(*[jax.ShapeDtypeStruct((4, 256), jnp.int32)] * 2)
+    score = Score(PATTERN_MASKS["full, causal"], is_self=True)
+
+    def run(q, k, v, at):
+        return over_devices(mesh, splash.splash, q, k, v, at, at, score)
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(run).trace(q, q, q, at).lower(lowering_platforms=("tpu",)).as_text()
+    assert "tpu_custom_call" in text
+
+
 # --- kernels of one kind of device, where it is not ---
 
 

@@ -87,7 +87,7 @@ def over_devices(
     ours, theirs = PartitionSpec(rows, tokens, heads), PartitionSpec(rows, None, heads)
     by_head = jax.tree.map(lambda x: PartitionSpec(*[None] * (x.ndim - 1), heads), score)
     at = PartitionSpec(rows, tokens), PartitionSpec(rows)
-    run = on_parts(kernel, (ours, theirs, theirs, *at, by_head), ours)
+    run = on_parts(kernel, (ours, theirs, theirs, *at, by_head), ours, has_kernel=True)
     return constrain(run(q, k, v, q_at, k_at, score), "BTHK")
 
 

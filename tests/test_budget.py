@@ -1,0 +1,225 @@
+"""What a training step may cost, by XLA's own count: no time is measured, so nothing here is noisy.
+
+FLOPs and bytes are those of the traced program, before any machine's compiler rewrites it, and so
+the flags with which tests compile do not change them. XLA counts a loop's body once; for a count of
+everything, layers are unrolled and the loss is one chunk.
+"""
+
+import functools
+import math
+import pathlib
+import re
+import sys
+
+import jax
+import pytest
+from tiny_runs import config
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))  # benchmarks are not installed
+
+from benchmarks import tpu
+from benchmarks.hlo import collectives
+from benchmarks.tpu import lower_step
+from jaxgpt.config import Config, ConfigError, load, override
+from jaxgpt.model import count_params
+from jaxgpt.trainer.speed import flops_per_token
+
+CONFIGS = {
+    "tiny": config("optimizer.name=adamw"),
+    "gpt_mini": load(str(pathlib.Path(__file__).parent.parent / "configs" / "gpt_mini.py")),
+}
+
+
+@functools.cache
+def lowered(name: str, *assignments: str):
+    return lower_step(override(CONFIGS[name], assignments), jax.devices()[:1])
+
+
+def whole(cfg: Config) -> tuple[str, ...]:
+    """Settings with which no loop is left, and every operation stands there as often as it runs."""
+    tokens = cfg.train.batch * cfg.model.context
+    return (f"model.unroll={cfg.model.layers}", f"train.loss_chunk={tokens}", "model.kernel=dense")
+
+
+def counted(name: str, *assignments: str) -> dict[str, float]:
+    cfg = override(CONFIGS[name], assignments)
+    return lowered(name, *assignments, *whole(cfg)).cost_analysis()
+
+
+def besides_products(cfg: Config) -> dict[str, int]:
+    """Elements that are worked on one by one, by part, times the operations that each may cost."""
+    m, d = cfg.model, cfg.model.sizes
+    N = cfg.train.batch * m.context
+    return {
+        # Mask, softmax (maximum, difference, exponential, sum, quotient) and its gradient.
+        "weights of attention": 11 * m.layers * d["H"] * N * m.context,
+        # Turned by RoPE, scaled, and back.
+        "queries and keys": 11 * m.layers * N * (d["H"] + d["G"]) * d["K"],
+        # silu(gate) * up, and the gradients of both.
+        "feed-forward": 11 * m.layers * N * d["F"],
+        # Two norms and two residuals a layer, a norm at the end; a norm and its gradient take 15.
+        "stream": 34 * (m.layers + 1) * N * d["D"],
+        # Log-softmax, the guess and its check, and the gradient.
+        "scores": 9 * N * d["V"],
+        # Clipping, two moments, decay, the step.
+        "optimizer": 20 * count_params(m)["total"],
+    }
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_step_multiplies_what_the_formula_says_and_little_else(name):
+    cfg = CONFIGS[name]
+    products = flops_per_token(cfg.model) * cfg.train.batch * cfg.model.context
+    rest = sum(besides_products(cfg).values())
+    flops = counted(name)["flops"]
+    assert products + 0.85 * rest < flops < products + rest
+
+
+def test_all_else_is_under_one_percent_of_a_step_of_gpt_mini():
+    cfg = CONFIGS["gpt_mini"]
+    products = flops_per_token(cfg.model) * cfg.train.batch * cfg.model.context
+    assert counted("gpt_mini")["flops"] < 1.01 * products
+
+
+def test_the_budget_sees_what_is_computed_twice():
+    cfg = CONFIGS["gpt_mini"]
+    products = flops_per_token(cfg.model) * cfg.train.batch * cfg.model.context
+    again = counted("gpt_mini", "model.remat=full")["flops"] - counted("gpt_mini")["flops"]
+    vocabulary = 6 * cfg.model.vocab * cfg.model.width * cfg.train.batch * cfg.model.context
+    # The forward pass of the layers, one third of their products, less the last of each: what it
+    # makes is not needed again.
+    assert 0.25 < again / (products - vocabulary) < 1 / 3
+
+
+def test_every_layer_costs_the_same():
+    few, more, many = (counted("tiny", f"model.layers={n}")["flops"] for n in (2, 4, 12))
+    assert (many - few) / 10 == pytest.approx((more - few) / 2, rel=1e-6)
+
+
+# --- bytes ---
+
+# Bytes read and written if nothing were fused, per step. They are not what a machine moves, but
+# they grow with every array that is made: a float32 copy, a mask for each layer, a transposition.
+# The middle of two releases of jax: 0.10 makes 1.5% less of it, 0.11 as much more.
+BYTES = {"tiny": 46_350_000, "gpt_mini": 32_070_000_000}
+
+
+@pytest.mark.parametrize("name", BYTES)
+def test_no_arrays_are_made_that_were_not_made_before(name):
+    assert counted(name)["bytes accessed"] == pytest.approx(BYTES[name], rel=0.025)
+
+
+def arrays(text: str) -> set[tuple[str, tuple[int, ...]]]:
+    """(dtype, shape) of everything in a program."""
+    return set(map(array, re.findall(r"tensor<(?:\d+x)+\w+>", text)))
+
+
+def array(kind: str) -> tuple[str, tuple[int, ...]]:
+    """("f32", (2, 3)) of "tensor<2x3xf32>"."""
+    *shape, dtype = kind.removeprefix("tensor<").removesuffix(">").split("x")
+    return dtype, tuple(map(int, shape))
+
+
+def scores(name: str, *assignments: str) -> int:
+    """The most scores of tokens for the vocabulary that are held at once, in numbers."""
+    cfg = override(CONFIGS[name], assignments)
+    V, D = cfg.model.vocab, cfg.model.width
+    tables = {(V, D), (D, V), (V,)}
+    found = {shape for _, shape in arrays(lowered(name, *assignments).as_text())}
+    return max(math.prod(shape) for shape in found - tables if V in shape)
+
+
+def test_the_scores_of_all_tokens_are_never_held_at_once():
+    cfg = CONFIGS["gpt_mini"]
+    N, V = cfg.train.batch * cfg.model.context, cfg.model.vocab
+    assert scores("gpt_mini") == N * V // 8  # chunks of 512 tokens
+    assert scores("gpt_mini", f"train.loss_chunk={N}") == N * V  # so that this test can see them
+
+
+def test_chunks_of_the_loss_take_the_memory_of_a_chunk():
+    def temporary(chunk):
+        settings = "model.vocab=4096", f"train.loss_chunk={chunk}"
+        return lowered("tiny", *settings).compile().memory_analysis().temp_size_in_bytes
+
+    N, V = 256, 4096
+    # At least the scores themselves, in float32, for the tokens that are not in the chunk.
+    assert temporary(N) - temporary(N // 8) > 4 * (N - N // 8) * V
+
+
+def test_a_bfloat16_model_multiplies_in_bfloat16():
+    text = lowered("gpt_mini", "model.dtype=bfloat16").as_text()
+    operands = re.findall(r"dot_general.* : \((\S+), (\S+)\) -> ", text)
+    N, V, D = 512, CONFIGS["gpt_mini"].model.vocab, CONFIGS["gpt_mini"].model.width
+    # The gradient of the scores is float32, and jax multiplies it as it is.
+    known = {(N, V), (N, D), (V, D)}
+    wide = {shape for pair in operands for dtype, shape in map(array, pair) if dtype == "f32"}
+    assert wide <= known
+    assert len(operands) > 20
+
+
+# --- length: compilations are counted in trainer/test_loop.py ---
+
+
+def test_a_program_is_no_longer_for_more_layers():
+    shallow, deep = (len(lowered("tiny", f"model.layers={n}").as_text()) for n in (12, 48))
+    assert deep == pytest.approx(shallow, rel=0.01)
+
+
+# --- the reader of programs for TPUs, which CI can not make ---
+
+PROGRAM = """HloModule step, num_partitions=4
+
+%fused (p: f32[2,8]) -> f32[2,8] {
+  ROOT %inner = f32[2,8]{1,0} copy(%p), backend_config={"estimated_cycles":"1000"}
+}
+
+%condition (p: (s32[])) -> pred[] {
+  %many = s32[]{:T(128)} constant(12)
+  ROOT %less = pred[]{:T(512)} compare(%turn, %many), direction=LT
+}
+
+%body (p: (s32[])) -> (s32[]) {
+  %stack = f32[12,1024,1024]{2,1,0:T(8,128)} get-tuple-element(%p), index=1
+  %near = f32[1024,1024]{1,0:T(8,128)S(1)} fusion(%stack), calls=%fused, x={"estimated_cycles":"5"}
+  %copy.3 = f32[1024,1024]{0,1:T(8,128)} copy(%near), x={"estimated_cycles":"7"}
+  %splash.2 = f32[1024,1024]{1,0} custom-call(%copy.3), custom_call_target="tpu_custom_call"
+  %sum = f32[2,8]{1,0} all-reduce(%near), replica_groups={{0,1},{2,3}}, to_apply=%add
+}
+
+ENTRY %main (a: f32[2,8]) -> f32[2,8] {
+  %weights = f32[2,3,1024,1024]{3,2,1,0} bitcast(%b)
+  %a = f32[12,1024,1024]{2,1,0} parameter(0)
+  %w = (s32[], f32[12,1024,1024]{2,1,0}, bf16[12,64,32768]{2,1,0}) while(%t), condition=%condition, body=%body
+}
+"""  # noqa: E501
+
+
+def test_a_program_for_a_tpu_is_read_with_its_loops():
+    text = tpu.with_turns(PROGRAM)
+    this = tpu.read(text, override(CONFIGS["tiny"], ["model.layers=12", "model.context=1024"]))
+    assert this.cycles["fusion"] == 12 * 5  # and nothing for what is inside of it
+    assert this.cycles["copy"] == 12 * 7
+    assert this.slowest[0].name == "copy.3"
+    assert this.copies == {"f32[1024,1024]": 12 * 4 * 2**20}
+    assert this.kernels == {"splash": 12}
+    assert this.scores == ["f32[2,3,1024,1024]"]
+    assert this.kept == {"bf16[12,64,32768]": 1}  # the other is as large as a parameter
+    assert [(c.kind, c.times) for c in collectives(text)] == [("all-reduce", 12)]
+    # A turn of the stack, the copy, which the kernel reads, what it gives, the sum, the condition.
+    square = 4 * 2**20
+    assert this.traffic == 12 * (square + square + 2 * square + 64 + 5)
+
+
+def test_without_the_compiler_it_is_said_what_to_install(monkeypatch):
+    def missing(name):
+        raise tpu.PackageNotFoundError(name)
+
+    monkeypatch.setattr(tpu, "version", missing)
+    with pytest.raises(ConfigError, match="libtpu"):
+        tpu.main(["--models", "gpt2_124m", "--chips", "v5e"])
+
+
+def test_the_library_is_told_that_it_is_on_a_tpu_only_while_it_is_asked():
+    with tpu.as_on_tpu():
+        assert jax.default_backend() == "tpu"
+    assert jax.default_backend() == "cpu"
