@@ -225,7 +225,7 @@ class Text:
             self.base.model.context * times,
             train.eval_batches,
             pad=corpus.tokenizer.pad,
-            mask_documents=self.base.data.mask_documents,
+            mask_documents=self.base.model.documents == "apart",
         )
 
 

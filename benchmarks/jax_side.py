@@ -17,10 +17,10 @@ from jaxgpt import generate, objectives
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.config import Config, SampleConfig
 from jaxgpt.data import Batch
-from jaxgpt.model import Coords, Head, abstract_params, build, init_params
+from jaxgpt.model import Coords, Head, abstract_params, build, init_params, layer_by_layer
 from jaxgpt.model.kernels import ACCELERATED, Score, attend
 from jaxgpt.model.layers import DTYPES
-from jaxgpt.model.masks import Causal, SameDocument
+from jaxgpt.model.masks import layer_mask
 from jaxgpt.optimizer import build as build_optimizer
 from jaxgpt.sharding import batch_sharding, make_mesh
 from jaxgpt.trainer.state import abstract_state, make_state
@@ -73,8 +73,8 @@ def peak(compiled) -> int:
     return given + m.temp_size_in_bytes
 
 
-def step(case: Case) -> Made:
-    cfg = config_of(case)
+def step(case: Case, settings: tuple[str, ...] = ()) -> Made:
+    cfg = configs.override(config_of(case), settings)
     mesh, optimizer, abstract, jitted = trainer(cfg)
     with jax.set_mesh(mesh):
         batch = jax.tree.map(lambda x: jax.device_put(x, batch_sharding(mesh, x.shape)),
@@ -172,8 +172,9 @@ def attention(case: Case, is_gradient: bool, kernel: str | None = None) -> Made:
     shapes = [(case.B, case.T, heads, case.K) for heads in (case.H, case.G, case.G, case.H)]
     *given, d = (normal(case, *shape, number=i) for i, shape in enumerate(shapes))
     at = Coords(*(jnp.asarray(x) for x in batch_of(case)[2:4]))
-    score = Score(SameDocument() & Causal(), scale=case.K**-0.5, is_self=True)
-    kernel = kernel or config_of(case).model.kernel
+    cfg = config_of(case).model
+    score = Score(layer_mask(cfg, "full", "causal"), scale=case.K**-0.5, is_self=True)
+    kernel = kernel or cfg.kernel
     if kernel in ACCELERATED and (why := ACCELERATED[kernel][1](given[0], given[1], score)):
         raise ValueError(why)  # rather than measure what is run in its place
 
@@ -214,6 +215,7 @@ def decode(case: Case, rows: int) -> Made:
     """Reads prompts and continues them, without text."""
     cfg = config_of(case).model
     params, _ = init_params(cfg, jax.random.key(0))
+    apart = layer_by_layer(params)
     rules = generate.Rules.of(SampleConfig(temperature=0), np.ones(case.V, bool))
     tokens = np.random.default_rng(0).integers(0, case.V, (rows, case.prompt), np.int32)
     lengths, drawn = np.full(rows, case.prompt, np.int32), np.zeros(rows, np.int32)
@@ -224,7 +226,7 @@ def decode(case: Case, rows: int) -> Made:
         state = generate.prefill(cfg, params, tokens, lengths, drawn, slots)
         out = []
         for _ in range(case.new // generate.CHUNK):
-            new, state = generate.decode(cfg, params, rules, keys, state, generate.CHUNK)
+            new, state = generate.decode(cfg, apart, rules, keys, state, generate.CHUNK)
             out.append(new)
         return out
 
@@ -263,12 +265,22 @@ def side() -> Side:
         return {name: partial(attention, is_gradient=is_gradient, kernel=kernel)
                 for name, kernel in ({"jaxgpt": None} | every).items()}  # fmt: skip
 
+    # What a policy costs is decided by measuring; what does not fit, or is not known, says so.
+    tries = [("model.remat=none",), ("model.remat=dots",), ("model.remat=full",),
+             ("train.loss_chunk=2048",), ("train.loss_chunk=16384",),
+             ("model.products=fp8",), ("optimizer.moments=int8",),
+             ("model.documents=apart",)]  # fmt: skip
+
     return Side(
         makers={
             "matmul, square": {"jax": lambda case: matmul(case, square, square, square)},
             "matmul, [N D] x [D F]": {"jax": matmul},
             "copy": {"jax": partial(copy, numbers=numbers)},
             "step": {"jaxgpt": step},
+            "step, other settings": {
+                "jaxgpt, layers unrolled": lambda case: step(case, (f"model.unroll={case.L}",)),
+                **{f"jaxgpt {' '.join(some)}": partial(step, settings=some) for some in tries},
+            },
             "forward": {"jaxgpt": forward},
             "dense of a block": {"jax": dense},
             "attention forward": by_kernel(False),

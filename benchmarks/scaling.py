@@ -23,7 +23,7 @@ part of the sum, which an all-reduce completes; a dimension that is needed whole
                 of them). [n D] of the embedding and of the loss; four [n] for the softmax.
     context     all-to-all of q, k, v and the output, forward and backward, where heads divide;
                 else keys and values [b T G K] are gathered, and their gradients summed (at least:
-                a reduce-scatter). Twice [b T] for positions and documents.
+                a reduce-scatter). [b T] of positions and of documents, forward and backward.
     pipe        P + stages - 1 turns, each passing a part [b t D / P] on, and back twice, half of it
                 for nothing; what the first stage is fed has a gradient that all hear (at least:
                 none, for only the first stage needs it). All parts go from the last stage to all
@@ -36,11 +36,14 @@ Memory of a step, of a model that keeps all activations for its backward pass (`
 
     arguments   parameters and two moments of each, as divided; they are updated in place
     gradients   of all parameters, as divided, and the table whole once for each of its uses
-    saved       L layers of n (9 D + 3 H K + 2 G K + 6 F + H + 4) numbers, D being not divided, and
-                the weights of attention once more, as matrices. (The papers' 34 n D is for 2-byte
-                numbers: Korthikanti et al. 2022, arXiv:2205.05198, section 4.1.)
-    at work     two chunks of scores [chunk V], or the gradients of what one layer has saved (of a
-                part of the batch in a pipeline), whichever is more
+    saved       L layers of n (4 D + 2 H K + 2 G K + 2 F + H) numbers, D being not divided: what
+                goes into norms and comes out of them; q, k, v; what attention gives and its sums;
+                gate and up. In `context`, what attention gives once more, as it is sent. (The
+                papers' 34 n D is for 2-byte numbers: Korthikanti et al. 2022, arXiv:2205.05198,
+                section 4.1.)
+    at work     two chunks of scores [chunk V], or what the backward pass of one layer computes (of
+                a part of the batch in a pipeline), whichever is more: the steps that are not saved
+                and the gradients of all, about n (9 D + 3 H K + 2 G K + 6 F)
 
 Sources: Shoeybi et al. 2019 (Megatron), arXiv:1909.08053, section 3; Rajbhandari et al. 2020
 (ZeRO), arXiv:1910.02054, section 7; Jacobs et al. 2023 (Ulysses), arXiv:2309.14509.
@@ -65,21 +68,17 @@ os.environ["XLA_FLAGS"] = (
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
-import numpy as np
 
 from benchmarks.hlo import SENDS, Collective, collectives
+from benchmarks.step import lower_step
 from jaxgpt.config import Config, ConfigError, ModelConfig, TrainConfig, override
-from jaxgpt.data import Batch
-from jaxgpt.model import abstract_params, build
+from jaxgpt.model import abstract_params
 from jaxgpt.model.pipeline import parts
 from jaxgpt.objectives import CHUNK_SCORES
-from jaxgpt.optimizer import build as build_optimizer
 from jaxgpt.script import run
 from jaxgpt.settings import choose
-from jaxgpt.sharding import batch_sharding, check_fits, make_mesh, named
+from jaxgpt.sharding import named
 from jaxgpt.trainer.logging import write_whole
-from jaxgpt.trainer.state import abstract_state
-from jaxgpt.trainer.step import make_train_step
 
 BASE = Config(
     name="scaling",
@@ -152,23 +151,8 @@ class Step(NamedTuple):
 
 def compile_step(cfg: Config, devices: int) -> Step:
     """The training step of a config for the first so many devices."""
-    mesh = make_mesh(cfg.mesh, jax.devices()[:devices])
-    check_fits(cfg, mesh)
-    _, letters = abstract_params(cfg.model)
-    optimizer, schedule = build_optimizer(cfg.optimizer, cfg.train.steps, letters)
-    state = abstract_state(cfg.model, optimizer, cfg.seed, mesh)
-    shape = (cfg.train.batch, cfg.model.context)
-    place = batch_sharding(mesh, shape)
-    integers: Any = jax.ShapeDtypeStruct(shape, np.int32, sharding=place)
-    weights: Any = jax.ShapeDtypeStruct(shape, np.float32, sharding=place)
-    batch = Batch(integers, integers, integers, integers, weights)
-    step = jax.jit(
-        make_train_step(cfg, build(cfg.model), optimizer, schedule),
-        donate_argnums=0,
-        out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
-    )
-    with jax.set_mesh(mesh):
-        compiled = step.lower(state, batch).compile(compiler_options=QUICKLY)
+    _, mesh, state, lowered = lower_step(cfg, jax.devices()[:devices])
+    compiled = lowered.compile(compiler_options=QUICKLY)
     found = collectives(compiled.as_text() or "")
     return Step(cfg, mesh, state, compiled.memory_analysis(), found)
 
@@ -319,7 +303,7 @@ class Theory:
             size = 4 * self.b * self.m.context * G * K
             yield Row("k, v", "all-gather", axes, size, 2 * self.L)
             yield Row("gradients of k, v", "all-reduce", axes, size, 2 * self.L, 1 / 2)
-        yield Row("places", "all-gather", axes, 4 * self.b * self.m.context, 2)
+        yield Row("places", "all-gather", axes, 4 * self.b * self.m.context, 4, 1 / 2)
 
     def pipe(self):
         axes, part = self.along("pipe"), self.stream / self.P
@@ -363,26 +347,34 @@ class Theory:
             total += 4 * math.prod(x.shape) / self.size(*axes)
         return total
 
-    def saved(self) -> float:
-        """Bytes of activations that the backward pass needs."""
+    def layer(self, streams: int, heads: int, channels: int) -> float:
+        """Bytes of so many arrays [n D], [n H K] and [n F] of a layer, with keys and values.
+
+        Half as many as [n F] are those of all tokens of the devices that divide experts.
+        """
         d, tensor, moe = self.d, self.mesh["tensor"], self.m.moe
         keys = 2 * d["G"] * d["K"] * (1 if self.by_heads else self.mesh["context"])
-        heads = 3 * d["H"] * d["K"] + keys + d["H"]
-        channels = 6 * d["F"] / tensor
+        mixed = heads * d["H"] * d["K"] + keys + d["H"]
+        wide = channels * d["F"] / tensor
         if self.m.feedforward.startswith("moe"):
-            channels = self.mesh["expert"] * (d["D"] + 3 * moe.active) + 2 * moe.experts
+            gathered = self.mesh["expert"] * (d["D"] + 3 * moe.active)
+            wide = channels / 2 * gathered + 2 * moe.experts
+        return 4 * self.n * (streams * d["D"] + mixed / tensor + wide)
+
+    def saved(self) -> float:
+        """Bytes of activations that the backward pass needs."""
         idle = self.turns / self.P  # turns of nothing are kept too
-        return 4 * self.n * idle * self.L * (9 * d["D"] + 4 + heads / tensor + channels)
+        heads = 2 if self.mesh["context"] == 1 else 3  # what attention gives, as made and as sent
+        return idle * self.L * self.layer(streams=4, heads=heads, channels=2)
 
     def peak(self) -> float:
         """Bytes of everything, when it is most."""
-        attention = sum(w for name, _, w, _ in self.parameters("layers") if "mixer/" in name)
         table = sum(W for name, _, W, _ in self.parameters("rest") if "table" in name)
         scores = 2 * 4 * self.chunk * self.d["V"] / self.mesh["tensor"]
-        work = max(scores, self.saved() / self.L / self.turns)
+        work = max(scores, self.layer(streams=9, heads=3, channels=6) / self.P)
         batch = 5 * 4 * self.n
         state = 4 * self.parameter_bytes()  # with two moments and the gradients
-        return state + batch + 2 * table + self.saved() + attention / self.mesh["fsdp"] + work
+        return state + batch + 2 * table + self.saved() + work
 
 
 # --- tables ----------------------------------------------------------------------------------

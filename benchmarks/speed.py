@@ -4,12 +4,16 @@
     python -m benchmarks.speed --shapes gpt_mini --rows step forward --repeats 9
     python -m benchmarks.speed model.remat=dots --shapes gpt2_1558m      settings of jaxgpt's side
 
-The peer is a model of transformers of the same shape, dtype and batch, eager and compiled. On a CPU
-contestants take turns (A B A B ...), so that noise hits all alike; on an accelerator each has the
-memory to itself. The floor is the FLOPs that can not be left out at the rate of the best matrix
-product of this run (of any side), and bytes at that of the best copy; "reached" is floor / median.
-MFU counts attention as if it were not causal, as the literature does. Peers that are not installed,
-what fails and what takes too long are left out, and the table says why.
+The peer is a model of transformers of the same shape, dtype and batch, eager and compiled; it knows
+no documents in a row, so ours are told that there is one (`model.documents=joined`). On a CPU
+contestants take turns (A B B A A B ...), with a pause between them in which threads go to sleep, so
+that noise hits all alike; on an accelerator each has the memory to itself, and what matters most is
+measured first, since all of it has to end in `--seconds`.
+
+The floor is the FLOPs that can not be left out at the rate of the best matrix product of this run
+(of any side), and bytes at that of the best copy; "reached" is floor / median. MFU counts attention
+as if it were not causal, as the literature does. Peers that are not installed, what fails and what
+takes too long are left out, and the table says why.
 """
 
 import argparse
@@ -32,6 +36,8 @@ from benchmarks.worker import Case, FailedError, Worker, cores
 
 JAX, TORCH = "benchmarks.jax_side", "benchmarks.torch_peer"
 TURN = 0.1  # seconds: what is shorter runs several times in a turn
+SHORT = 0.3  # seconds: where all take a turn in less, there are three times as many
+PAUSE = 0.05  # seconds before a turn: threads of the one before spin for some milliseconds
 TURNS = {"cpu": 120}  # seconds that all turns of a row may take; what is long has fewer
 TURNS_ELSEWHERE = 10
 TEXT = 4e6  # bytes that tokenizers encode
@@ -49,16 +55,20 @@ class Shape:
     rows: tuple[str, ...] = ()  # none = all
 
 
-STEP_AND_PARTS = ("step", "dense of a block", "attention gradient", "loss gradient", "optimizer")
+SETTINGS = "step, other settings"
+STEP_AND_PARTS = ("step", "dense of a block", "attention gradient", "loss gradient", "optimizer",
+                  SETTINGS)  # fmt: skip
 GPT2 = "model.position=learned model.norm=layer model.feedforward=plain model.bias=true"
 SHAPES = {
     "gpt_mini": Shape("gpt_mini"),
     # nanoGPT's recipe for CPUs; transformers' GPT-2 always has biases, so ours has them too
     "nanogpt_cpu": Shape("shakespeare", f"{GPT2} model.activation=gelu_tanh model.ffn=512"),
     "gpt2_124m": Shape("gpt2_124m", "train.batch=32"),
-    "llama3_1b": Shape("llama3_1b", "train.batch=8 model.context=2048", STEP_AND_PARTS),
+    "llama3_1b": Shape("llama3_1b", "train.batch=8 model.context=2048 model.remat=none "
+                       "train.loss_chunk=8192",
+                       STEP_AND_PARTS),
     "gpt2_1558m": Shape("gpt2_1558m", "train.batch=8", STEP_AND_PARTS),
-}
+}  # fmt: skip
 BY_PLATFORM = {"cpu": ["gpt_mini", "nanogpt_cpu"]}
 ELSEWHERE = ["gpt2_124m", "llama3_1b", "gpt2_1558m"]
 
@@ -68,7 +78,8 @@ def case_of(name: str, settings: Iterable[str], scratch: str) -> Case:
     from jaxgpt import config as configs
 
     shape = SHAPES[name]
-    given = ["train.accumulate=1", *shape.settings.split(), *settings]
+    # Rows are one document each, as the peer takes all rows to be.
+    given = ["train.accumulate=1", "model.documents=joined", *shape.settings.split(), *settings]
     cfg = configs.load(shape.config, given)
     m = cfg.model
     s = m.sizes
@@ -163,20 +174,22 @@ ROWS = {
     "matmul, [N D] x [D F]": Row(lambda c, a: Work(((2 * c.N * c.D * c.F, 0),))),
     "copy": Row(lambda c, a: Work(((0, float(a["copied"])),))),
     "step": Row(lambda c, a: step_work(c), 150),
+    SETTINGS: Row(lambda c, a: step_work(c), 150),
     "forward": Row(lambda c, a: forward_work(c), 120),
     "dense of a block": Row(lambda c, a: dense_work(c)),
     "attention forward": Row(lambda c, a: attention_work(c, 2)),
     "attention gradient": Row(lambda c, a: attention_work(c, 6)),
     "loss gradient": Row(lambda c, a: Work(((6 * c.N * c.D * c.V, 0),), c.N)),
     "optimizer": Row(lambda c, a: optimizer_work(c)),
-    "decode 1 row": Row(lambda c, a: decode_work(c, 1), 90),
-    "decode 8 rows": Row(lambda c, a: decode_work(c, 8), 90),
-    "tokenizer": Row(lambda c, a: Work((), TEXT, "bytes")),
-    "data": Row(lambda c, a: Work((), TOKENS)),
+    "decode 1 row": Row(lambda c, a: decode_work(c, 1), 150),
+    "decode 8 rows": Row(lambda c, a: decode_work(c, 8), 150),
+    "tokenizer": Row(lambda c, a: Work((), TEXT, "bytes"), 120),
+    "data": Row(lambda c, a: Work((), TOKENS), 120),
     "start-up": Row(lambda c, a: Work(), 150),
     "compile": Row(lambda c, a: Work(), 120),
 }
 RATES = tuple(ROWS)[:3]  # what floors are made of: always measured
+ACCELERATED = (SETTINGS,)  # rows that a CPU does not run unless asked, and without turns
 PER_LAYER = ("dense of a block", "attention gradient")
 ONCE = ("loss gradient", "optimizer")
 
@@ -217,6 +230,7 @@ class Limits:
     repeats: int
     turns: float  # seconds for all turns of a row
     until: float  # on the clock of time.perf_counter
+    pause: float = 0.0  # seconds before a turn
 
 
 def contest(case: Case, row: str, entries: list[Entry], limits: Limits) -> list[Figure]:
@@ -260,8 +274,10 @@ def _turns(case: Case, row: str, entries: list[Entry], limits: Limits) -> list[F
         total += second * counts[name]
     seconds: dict[str, list[float]] = {name: [] for name, _ in entries}
     peaks = dict.fromkeys(seconds, 0)
-    for _ in range(max(1, min(limits.repeats, int(limits.turns / max(total, 1e-9))))):
-        for name, worker in entries:
+    wanted = limits.repeats * (3 if total < SHORT else 1)
+    for number in range(max(1, min(wanted, int(limits.turns / max(total, 1e-9))))):
+        for name, worker in entries[:: -1 if number % 2 else 1]:  # nobody is always the first
+            time.sleep(limits.pause)
             answer = asked(name, worker.run, counts[name])
             seconds[name].append(answer["seconds"])
             peaks[name] = max(peaks[name], answer["peak"])
@@ -458,6 +474,39 @@ def write(path: pathlib.Path, text: str) -> None:
 # --- the command ---
 
 
+@dataclass(frozen=True)
+class Stage:
+    """Rows of some shapes, and the share of the time that is left which they may take."""
+
+    shapes: tuple[str, ...]
+    rows: tuple[str, ...]
+    share: float
+
+
+def soon(share: float, until: float) -> float:
+    """When a share of the time from now has passed."""
+    now = time.perf_counter()
+    return now + share * (until - now)
+
+
+def plan(shapes: Sequence[str], asked: Sequence[str], is_cpu: bool) -> list[Stage]:
+    """What is measured, in order: on a CPU shape by shape, elsewhere what matters most first."""
+    if is_cpu:
+        wanted = asked or [row for row in ROWS if row not in ACCELERATED]
+        rows = (*RATES, *(row for row in wanted if row not in RATES))
+        share = [*[0.5] * (len(shapes) - 1), 1.0]  # the first has all rows
+        return [Stage((name,), rows, x) for name, x in zip(shapes, share, strict=True)]
+    whole, last = (*RATES, "step"), ("start-up", "compile")
+    parts = tuple(row for row in ROWS if row not in {*whole, *last, *ACCELERATED})
+    first, others, every = tuple(shapes[:1]), tuple(shapes[1:]), tuple(shapes)
+    order = [(first, whole, 0.45), (others, whole, 0.8), (every, parts, 0.6),
+             (every, ACCELERATED, 0.8), (every, last, 1.0)]  # fmt: skip
+    wanted = {*RATES, *(asked or ROWS)}
+    stages = [Stage(which, tuple(row for row in rows if row in wanted), share)
+              for which, rows, share in order if which]  # fmt: skip
+    return [stage for stage in stages if stage.rows]
+
+
 class Bench:
     """The sides, what was measured so far, and where it is written."""
 
@@ -498,40 +547,50 @@ class Bench:
 
     def run(self) -> None:
         print("\n".join(f"{k:12} {v}" for k, v in self.facts().items()) + "\n", flush=True)
-        for number, case in enumerate(self.cases.values()):
-            left = self.until - time.perf_counter()
-            # Half for the first of several: it has all rows.
-            share = 1.0 if number == len(self.cases) - 1 else 0.5
-            self.shape(case, time.perf_counter() + share * left)
+        stages = plan(tuple(self.cases), self.a.rows or (), self.is_cpu)
+        for number, stage in enumerate(stages):
+            share = 1.0 if number == len(stages) - 1 else stage.share
+            self.stage(stage, soon(share, self.until))
 
-    def shape(self, case: Case, until: float) -> None:
-        rows = list(self.a.rows or SHAPES[case.name].rows or ROWS)
-        rows = [*RATES, *(row for row in rows if row not in RATES)]
+    def stage(self, stage: Stage, until: float) -> None:
         groups = [list(self.workers)] if self.is_cpu else [[module] for module in self.workers]
-        turns = TURNS.get(self.about["platform"], TURNS_ELSEWHERE)
-        has_start = "start-up" in rows  # which comes last
         for number, modules in enumerate(groups):
-            left = until - time.perf_counter()
-            end = until - left * (1 - 1 / (len(groups) - number + has_start))
-            limits = Limits(self.a.repeats, turns, end)
-            for row in rows:
-                entries = [
-                    (name, self.workers[module])
-                    for module in modules
-                    for name in self.makers[module].get(row, ())
-                ]
-                # On an accelerator, where nobody disturbs, one at a time: memory is scarce.
-                rounds = [entries] if self.is_cpu else [[entry] for entry in entries]
-                for some in rounds:
-                    self.add(contest(case, row, some, limits))
+            # Ours have somewhat more: what they leave is for the others.
+            end = until if number == len(groups) - 1 else soon(0.6, until)
+            for which, name in enumerate(stage.shapes):
+                share = 1 / (len(stage.shapes) - which)
+                self.shape(self.cases[name], stage.rows, modules, soon(share, end))
             if not self.is_cpu:  # the next side needs the memory
                 for module in modules:
                     self.workers[module].close()
-        if has_start:
+        if "start-up" in stage.rows:
             for worker in self.workers.values():
                 worker.close()
             repeats = min(self.a.repeats, 3 if self.is_cpu else 1)
-            self.add(starts(case, list(self.workers), repeats, until, self.log))
+            for name in stage.shapes:
+                if self.has(name, "start-up"):
+                    case, modules = self.cases[name], list(self.workers)
+                    self.add(starts(case, modules, repeats, until, self.log))
+
+    def has(self, shape: str, row: str) -> bool:
+        return row in (self.a.rows or SHAPES[shape].rows or ROWS) or row in RATES
+
+    def shape(self, case: Case, rows: Sequence[str], modules: list[str], until: float) -> None:
+        turns = TURNS.get(self.about["platform"], TURNS_ELSEWHERE)
+        if "start-up" in rows:  # comes last, and has its share
+            until = soon(0.5, until)
+        limits = Limits(self.a.repeats, turns, until, PAUSE)
+        for row in filter(lambda row: self.has(case.name, row), rows):
+            entries = [
+                (name, self.workers[module])
+                for module in modules
+                for name in self.makers[module].get(row, ())
+            ]
+            # On an accelerator, where nobody disturbs, one at a time: memory is scarce.
+            is_contest = self.is_cpu and row not in ACCELERATED
+            rounds = [entries] if is_contest else [[entry] for entry in entries]
+            for some in rounds:
+                self.add(contest(case, row, some, limits))
 
     def add(self, new: list[Figure]) -> None:
         new = same_size(new, self.figures)

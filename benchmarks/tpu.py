@@ -12,7 +12,7 @@ Nothing runs, so no time here is measured. Beside each other stand, for one step
     floor       model FLOPs (trainer/speed.py) at the chip's peak
     compiler    cycles that the compiler expects of its instructions, times how often each runs. It
                 expects nothing of a Pallas kernel, which stands in its own column:
-    kernel      attention's products at the chip's peak: of the 9 that splash makes (2 forward, 3
+    kernel      attention's products at the chip's peak: of those that splash makes (2 forward, 3
                 for queries, 4 for keys and values) the causal half, at K / 128 of the peak where
                 heads are narrower than the matrix unit
     traffic     bytes that instructions read and write in HBM, at its bandwidth. What a loop of n
@@ -26,7 +26,6 @@ Source: the system architecture pages of Cloud TPU v5e and v5p, for units, memor
 """
 
 import argparse
-import contextlib
 import os
 import pathlib
 import platform
@@ -35,9 +34,8 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 # Before jax is imported: there is no TPU to look for, nor a cloud to ask about it.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -47,20 +45,14 @@ os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 import jax
-import numpy as np
 from jax.experimental import topologies
 
 from benchmarks.hlo import ARRAY, array_bytes, collectives, computations, runs
+from benchmarks.step import lower_step
 from jaxgpt.config import Config, ConfigError, load, override
-from jaxgpt.data import Batch
-from jaxgpt.model import abstract_params, build
-from jaxgpt.optimizer import build as build_optimizer
 from jaxgpt.script import run
 from jaxgpt.settings import choose
-from jaxgpt.sharding import batch_sharding, check_fits, make_mesh
 from jaxgpt.trainer.speed import PEAK, flops_per_token
-from jaxgpt.trainer.state import abstract_state
-from jaxgpt.trainer.step import make_train_step
 
 LANES = 128
 LARGE = 2**20  # bytes: smaller copies are not worth a line
@@ -88,26 +80,6 @@ MODELS = {
 }
 
 
-def lower_step(cfg: Config, devices) -> Any:
-    """The training step of a config, traced for these devices, which need not exist."""
-    mesh = make_mesh(cfg.mesh, devices)
-    check_fits(cfg, mesh)
-    _, letters = abstract_params(cfg.model)
-    optimizer, schedule = build_optimizer(cfg.optimizer, cfg.train.steps, letters)
-    state = abstract_state(cfg.model, optimizer, cfg.seed, mesh)
-    shape = (cfg.train.batch, cfg.model.context)
-    place = batch_sharding(mesh, shape)
-    integers: Any = jax.ShapeDtypeStruct(shape, np.int32, sharding=place)
-    weights: Any = jax.ShapeDtypeStruct(shape, np.float32, sharding=place)
-    step = jax.jit(
-        make_train_step(cfg, build(cfg.model), optimizer, schedule),
-        donate_argnums=0,
-        out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
-    )
-    with jax.set_mesh(mesh):
-        return step.lower(state, Batch(integers, integers, integers, integers, weights))
-
-
 def chips_of(chip: Chip) -> list:
     """Four chips to compile for.
 
@@ -120,17 +92,6 @@ def chips_of(chip: Chip) -> list:
         wanted = "the libtpu that `pip install 'jax[tpu]'` names (0.0.42.* for jax 0.10.2)"
         raise ConfigError(f"the TPU's compiler is not installed: install {wanted}.") from None
     return list(topologies.get_topology_desc(platform="tpu", topology_name=chip.topology).devices)
-
-
-@contextlib.contextmanager
-def as_on_tpu() -> Iterator[None]:
-    """The library asks jax for its kind of device, which is a CPU here: it shall hear "tpu"."""
-    asked = jax.default_backend
-    jax.default_backend = lambda: "tpu"
-    try:
-        yield
-    finally:
-        jax.default_backend = asked
 
 
 # --- reading a program ------------------------------------------------------------------------
@@ -292,11 +253,15 @@ def size_of(kind: str) -> int:
 # --- one model on one chip --------------------------------------------------------------------
 
 
-def attention_seconds(cfg: Config, tokens: float, peak: float) -> float:
-    """The nine products of splash, the causal half, at the chip's peak."""
-    m = cfg.model
-    product = 2 * tokens * m.context * m.sizes["H"] * m.sizes["K"] * m.layers
-    return 9 * product / 2 / (peak * min(1, m.sizes["K"] / LANES))
+SPLASH = {"fwd": 2, "dq": 3, "dkv": 4}  # products that a run of each kernel makes
+
+
+def attention_seconds(cfg: Config, tokens: float, peak: float, kernels: Counter[str]) -> float:
+    """The products of splash, the causal half, at the chip's peak."""
+    d = cfg.model.sizes
+    runs = sum(n * SPLASH[part] for name, n in kernels.items() for part in SPLASH if part in name)
+    product = 2 * tokens * cfg.model.context * d["H"] * d["K"]
+    return runs * product / 2 / (peak * min(1, d["K"] / LANES))
 
 
 def measured(cfg: Config, name: str, count: int, text_file: pathlib.Path | None) -> list[str]:
@@ -304,8 +269,7 @@ def measured(cfg: Config, name: str, count: int, text_file: pathlib.Path | None)
     chip, peak = CHIPS[name], PEAK[name]
     clock = peak / (chip.units * 2 * LANES * LANES)
     start = time.perf_counter()
-    with as_on_tpu():
-        lowered = lower_step(cfg, chips_of(chip)[:count])
+    lowered = lower_step(cfg, chips_of(chip)[:count]).lowered
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -320,7 +284,7 @@ def measured(cfg: Config, name: str, count: int, text_file: pathlib.Path | None)
     tokens = cfg.train.batch * cfg.model.context / count
     flops = flops_per_token(cfg.model) * tokens
     estimate = sum(this.cycles.values()) / clock
-    kernel = attention_seconds(cfg, tokens, peak) if this.kernels else 0.0
+    kernel = attention_seconds(cfg, tokens, peak, this.kernels)
     reached = flops / peak / (estimate + kernel)
     held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     lines = [

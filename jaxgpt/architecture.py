@@ -131,6 +131,12 @@ class ModelConfig(Section):
         "whom attention sees, layer by layer, from the first again when the list ends",
         table="jaxgpt.model.masks:PATTERNS",
     )
+    documents: str = option(
+        "apart",
+        "whether tokens see their own document only, or (joined) all of a row, as GPT-2's training "
+        "did: then a GPU's attention needs no mask",
+        table="jaxgpt.model.masks:DOCUMENTS",
+    )
     sparse: SparseConfig = field(default_factory=SparseConfig)
     position: str = option(
         "rope", "how tokens know their place", table="jaxgpt.model.positions:POSITIONS"
@@ -175,6 +181,13 @@ class ModelConfig(Section):
         "float32",
         "compute dtype; parameters stay float32",
         table="jaxgpt.model.layers:DTYPES",
+        free=True,
+    )
+    products: str = option(
+        "plain",
+        "matrix products in blocks: plain (in dtype) or fp8 (one byte a number, for GPUs from "
+        "Hopper on; MFU stays relative to bfloat16)",
+        table="jaxgpt.model.layers:PRODUCTS",
         free=True,
     )
     remat: str = option(
@@ -337,7 +350,8 @@ class ModelConfig(Section):
             if is_asked:
                 raise ConfigError(
                     f"model.kernel={self.kernel!r} can not do model.{key}="
-                    f"{getattr(self, key)!r}: {why}. Use model.kernel=auto, blockwise or dense."
+                    f"{getattr(self, key)!r}: {why}. "
+                    "Use model.kernel=auto, strips, blockwise or dense."
                 )
 
     def _check_family(self):

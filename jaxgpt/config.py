@@ -87,7 +87,6 @@ class DataConfig(Section):
         "put together to rows with little padding)",
         table="jaxgpt.data.packing:PACKINGS",
     )
-    mask_documents: bool = option(True, "a token attends only to its own document")
     cache: str = option("runs/.tokens", "where token files are kept between runs", free=True)
     verify: bool = option(
         True, "token files are read and checked at the start: false for terabytes", free=True
@@ -96,13 +95,6 @@ class DataConfig(Section):
         0, "processes that tokenize a large source, 0 = one for each core", low=0, free=True
     )
     prefetch: int = option(2, "batches prepared ahead of the device", low=0, free=True)
-
-    def check(self):
-        if self.packing == "documents" and not self.mask_documents:
-            raise ConfigError(
-                "data.packing='documents' keeps documents apart, and data.mask_documents=false "
-                "does not: use data.packing=stream, or data.mask_documents=true."
-            )
 
 
 @dataclass(frozen=True)
@@ -119,6 +111,11 @@ class OptimizerConfig(Section):
     weight_decay: float = option(
         0.1, "decoupled decay, on matrices only; every rule has it but adam", low=0
     )
+    moments: str = option(
+        "float32",
+        "how moments of matrices are kept: in 4, 2 or 1 bytes",
+        table="jaxgpt.moments:MOMENTS",
+    )
     clip: float = option(1.0, "largest global norm of the gradient, 0 = no clipping", low=0)
     schedule: str = option(
         "warmup_cosine", "learning rate over the run", table="jaxgpt.optimizer:SCHEDULES"
@@ -131,6 +128,17 @@ class OptimizerConfig(Section):
     matrix_lr: float | None = option(
         None, "muon's peak learning rate for the matrices in blocks: none = lr", above=0
     )
+
+    def check(self):
+        without = resolve_table("jaxgpt.optimizer:WITHOUT_MOMENTS")
+        if self.moments != "float32" and self.name in without:
+            rules = resolve_table("jaxgpt.optimizer:OPTIMIZERS")
+            fits = ", ".join(name for name in rules if name not in without)
+            raise ConfigError(
+                f"optimizer.moments={self.moments!r} with optimizer.name={self.name!r}, which "
+                "keeps no moments of matrices: use optimizer.moments=float32, or one of "
+                f"{fits}."
+            )
 
 
 @dataclass(frozen=True)
@@ -304,6 +312,11 @@ class Config(Section):
             raise ConfigError(
                 f"data.packing={self.data.packing!r} with train.objective='classify', which tells "
                 "the class of a row as a whole: use data.packing=stream, one text a row."
+            )
+        if model.documents == "joined" and self.data.packing != "stream":
+            raise ConfigError(
+                f"data.packing={self.data.packing!r} keeps documents apart, and model.documents="
+                "'joined' does not: use data.packing=stream, or model.documents=apart."
             )
         if (name == "prefix") != ("prefix" in model.pattern):
             raise ConfigError(

@@ -21,12 +21,13 @@ from jax.sharding import PartitionSpec
 from jaxgpt.config import TrainConfig
 from jaxgpt.data import Batch, tasks
 from jaxgpt.model import Coords, Head, Source, head
-from jaxgpt.sharding import constrain, mesh_in_force, named, on_parts, spec
+from jaxgpt.sharding import constrain, mesh_in_force, named, on_parts, platform, spec
 
 # Scores per chunk, in numbers. On CPU a chunk should stay near the cache: for [4096 384] x [8192],
 # loss and gradient take 462 ms at 2**22 and 553 ms at 2**25. Accelerators want larger products.
 CHUNK_SCORES = {"cpu": 2**22}
 CHUNK_SCORES_ELSEWHERE = 2**28
+ALIGNED = 64  # words: GPT-2 has 50257 of them
 
 
 class Sums(NamedTuple):
@@ -37,6 +38,28 @@ class Sums(NamedTuple):
     weight: jax.Array  # tokens that count
     correct: jax.Array  # of these, tokens whose likeliest guess was right
     confusion: jax.Array | None = None  # [A A], texts of a class that were taken for another
+
+
+@jax.custom_vjp
+def score_of(scores: jax.Array, targets: jax.Array) -> jax.Array:
+    """Of scores [N V] those of the targets, int32 [N].
+
+    The gradient of `take_along_axis` would be an array [N V] of its own, mostly 0; by comparison it
+    is part of the loop that makes the gradient of all scores.
+    """
+    return jnp.take_along_axis(scores, targets[:, None], axis=-1)[:, 0]
+
+
+def _score_of_forward(scores, targets):
+    return score_of(scores, targets), (targets, scores.shape[-1])
+
+
+def _score_of_backward(saved, d_hit):
+    targets, V = saved
+    return jnp.where(jnp.arange(V) == targets[:, None], d_hit[:, None], 0), None
+
+
+score_of.defvjp(_score_of_forward, _score_of_backward)
 
 
 def score_chunk(hidden, head: Head, targets, weights, smoothing: float, z_loss: float):
@@ -59,7 +82,7 @@ def score_chunk(hidden, head: Head, targets, weights, smoothing: float, z_loss: 
     chex.assert_shape([targets, weights], hidden.shape[:1])
     scores = constrain(head(hidden), "NV")
     log_z = jax.nn.logsumexp(scores, axis=-1)
-    hit = jnp.take_along_axis(scores, targets[:, None], axis=-1)[:, 0]
+    hit = score_of(scores, targets)
     nats = log_z - hit
     loss = nats
     if smoothing:
@@ -98,9 +121,12 @@ def vocabulary_loss(
     chex.assert_rank(head.table, 2)
     chex.assert_axis_dimension(head.table, 1, D)
     chex.assert_shape([targets, weights], (B, T))
-    scores = CHUNK_SCORES.get(jax.default_backend(), CHUNK_SCORES_ELSEWHERE)
+    scores = CHUNK_SCORES.get(platform(), CHUNK_SCORES_ELSEWHERE)
     chunk = chunk or max(1, scores // head.table.shape[0])
-    head = dataclasses.replace(head, table=constrain(head.table, "V."))
+    table, V = constrain(head.table, "V."), head.table.shape[0]
+    if platform() == "gpu":  # its units multiply at full speed only where rows are aligned
+        table = jnp.pad(table, [(0, -V % ALIGNED), (0, 0)])
+    head = dataclasses.replace(head, table=table, words=V)
     loss = functools.partial(score_chunk, smoothing=smoothing, z_loss=z_loss)
     return _chunked(loss, chunk, hidden, head, targets, weights)
 

@@ -19,6 +19,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from jaxgpt.config import OptimizerConfig, choose
+from jaxgpt.moments import keep
 
 Letters = Any  # a pytree of strings, of the same structure as the parameters
 
@@ -212,7 +213,8 @@ def adam(cfg: OptimizerConfig, lr: optax.Schedule, letters: Letters):
 
     Source: Kingma & Ba 2015, algorithm 1.
     """
-    return optax.adam(lr, cfg.b1, cfg.b2, cfg.eps)
+    direction = keep(optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps), cfg.moments, letters)
+    return optax.chain(direction, optax.scale_by_learning_rate(lr))
 
 
 def sgd(cfg: OptimizerConfig, lr: optax.Schedule, letters: Letters):
@@ -275,13 +277,16 @@ def muon(cfg: OptimizerConfig, lr: optax.Schedule, letters: Letters):
 
     Source: Jordan et al. 2024 (Muon); the factor: Liu et al. 2025 (Moonlight), section 2.2, eq. 4.
     """
-    # optax has MuonDimensionNumbers for muon's parameters, and MaskedNode in place of the others
-    numbers = jax.tree.map(
-        lambda d: MuonDimensionNumbers(*_axes(d)) if _is_block_matrix(d) else optax.MaskedNode(),
-        letters,
-    )
     in_blocks = jax.tree.map(_is_block_matrix, letters)
     elsewhere = jax.tree.map(lambda d: not _is_block_matrix(d), letters)
+    # optax has MaskedNode in place of the parameters that are not a rule's
+    muons, adams = (
+        jax.tree.map(lambda d, is_in: d if is_in else optax.MaskedNode(), letters, mask)
+        for mask in (in_blocks, elsewhere)
+    )
+    numbers = jax.tree.map(lambda d: MuonDimensionNumbers(*_axes(d)), muons)
+    matrices = scale_by_muon(beta=cfg.b1, weight_dimension_numbers=numbers)
+    others = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps)
     ratio = (cfg.matrix_lr or cfg.lr) / cfg.lr
 
     def size(update, letters: str):
@@ -290,9 +295,9 @@ def muon(cfg: OptimizerConfig, lr: optax.Schedule, letters: Letters):
         return update * 0.2 * math.sqrt(max(sides)) if _is_block_matrix(letters) else update
 
     return optax.chain(
-        optax.masked(scale_by_muon(beta=cfg.b1, weight_dimension_numbers=numbers), in_blocks),
+        optax.masked(keep(matrices, cfg.moments, muons), in_blocks),
         optax.stateless(lambda updates, _: jax.tree.map(size, updates, letters)),
-        optax.masked(optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps), elsewhere),
+        optax.masked(keep(others, cfg.moments, adams), elsewhere),
         _decay(cfg, letters),
         optax.masked(optax.scale(ratio), in_blocks),
         optax.scale_by_learning_rate(lr),
@@ -301,6 +306,7 @@ def muon(cfg: OptimizerConfig, lr: optax.Schedule, letters: Letters):
 
 def _descend(direction, cfg: OptimizerConfig, lr: optax.Schedule, letters: Letters):
     """p <- p - lr (direction + weight_decay p), decaying matrices only."""
+    direction = keep(direction, cfg.moments, letters)
     return optax.chain(direction, _decay(cfg, letters), optax.scale_by_learning_rate(lr))
 
 
@@ -388,3 +394,5 @@ OPTIMIZERS: dict[
     "lion": lion,
     "muon": muon,
 }
+
+WITHOUT_MOMENTS = ("sgd", "adafactor")  # the second has means of rows and columns, which are small

@@ -123,6 +123,15 @@ def mesh_in_force():
     return None if mesh.empty or mesh.size == 1 else mesh
 
 
+def platform() -> str:
+    """What a program that is traced now will run on: "cpu", "gpu" or "tpu".
+
+    The mesh in force knows, and may be of devices that this machine does not have.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
 def on_parts(f: Callable, in_specs: tuple, out_specs, has_kernel: bool = False) -> Callable:
     """`f` as every device runs it on its own parts. Axes that no spec names are left alone.
 

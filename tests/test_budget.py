@@ -10,6 +10,7 @@ import math
 import pathlib
 import re
 import sys
+from collections import Counter
 
 import jax
 import pytest
@@ -19,7 +20,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))  # benchmarks are 
 
 from benchmarks import tpu
 from benchmarks.hlo import collectives
-from benchmarks.tpu import lower_step
+from benchmarks.step import lower_step
 from jaxgpt.config import Config, ConfigError, load, override
 from jaxgpt.model import count_params
 from jaxgpt.trainer.speed import flops_per_token
@@ -32,7 +33,7 @@ CONFIGS = {
 
 @functools.cache
 def lowered(name: str, *assignments: str):
-    return lower_step(override(CONFIGS[name], assignments), jax.devices()[:1])
+    return lower_step(override(CONFIGS[name], assignments), jax.devices()[:1]).lowered
 
 
 def whole(cfg: Config) -> tuple[str, ...]:
@@ -51,18 +52,20 @@ def besides_products(cfg: Config) -> dict[str, int]:
     m, d = cfg.model, cfg.model.sizes
     N = cfg.train.batch * m.context
     return {
-        # Mask, softmax (maximum, difference, exponential, sum, quotient) and its gradient.
-        "weights of attention": 11 * m.layers * d["H"] * N * m.context,
-        # Turned by RoPE, scaled, and back.
-        "queries and keys": 11 * m.layers * N * (d["H"] + d["G"]) * d["K"],
-        # silu(gate) * up, and the gradients of both.
-        "feed-forward": 11 * m.layers * N * d["F"],
-        # Two norms and two residuals a layer, a norm at the end; a norm and its gradient take 15.
-        "stream": 34 * (m.layers + 1) * N * d["D"],
+        # Mask and softmax (maximum, difference, exponential, sum, quotient), once more for the
+        # backward pass, and the gradient.
+        "weights of attention": 20 * m.layers * d["H"] * N * m.context,
+        # Turned by RoPE, scaled (twice), and back.
+        "queries and keys": 12 * m.layers * N * (d["H"] + d["G"]) * d["K"],
+        # silu(gate) * up, once more for the backward pass, and the gradients of both.
+        "feed-forward": 20 * m.layers * N * d["F"],
+        # Two norms and two residuals a layer, a norm at the end; a norm, once more, and its
+        # gradient take 19.
+        "stream": 41 * (m.layers + 1) * N * d["D"],
         # Log-softmax, the guess and its check, and the gradient.
-        "scores": 9 * N * d["V"],
+        "scores": 7 * N * d["V"],
         # Clipping, two moments, decay, the step.
-        "optimizer": 20 * count_params(m)["total"],
+        "optimizer": 23 * count_params(m)["total"],
     }
 
 
@@ -100,13 +103,13 @@ def test_every_layer_costs_the_same():
 
 # Bytes read and written if nothing were fused, per step. They are not what a machine moves, but
 # they grow with every array that is made: a float32 copy, a mask for each layer, a transposition.
-# The middle of two releases of jax: 0.10 makes 1.5% less of it, 0.11 as much more.
-BYTES = {"tiny": 46_350_000, "gpt_mini": 32_070_000_000}
+# The middle of two releases of jax: 0.10 makes 0.4% less of it, 0.11 as much more.
+BYTES = {"tiny": 55_930_000, "gpt_mini": 39_240_000_000}
 
 
 @pytest.mark.parametrize("name", BYTES)
 def test_no_arrays_are_made_that_were_not_made_before(name):
-    assert counted(name)["bytes accessed"] == pytest.approx(BYTES[name], rel=0.025)
+    assert counted(name)["bytes accessed"] == pytest.approx(BYTES[name], rel=0.01)
 
 
 def arrays(text: str) -> set[tuple[str, tuple[int, ...]]]:
@@ -141,19 +144,15 @@ def test_chunks_of_the_loss_take_the_memory_of_a_chunk():
         settings = "model.vocab=4096", f"train.loss_chunk={chunk}"
         return lowered("tiny", *settings).compile().memory_analysis().temp_size_in_bytes
 
-    N, V = 256, 4096
     # At least the scores themselves, in float32, for the tokens that are not in the chunk.
-    assert temporary(N) - temporary(N // 8) > 4 * (N - N // 8) * V
+    assert temporary(128) - temporary(32) > 4 * (128 - 32) * 4096
 
 
-def test_a_bfloat16_model_multiplies_in_bfloat16():
-    text = lowered("gpt_mini", "model.dtype=bfloat16").as_text()
+@pytest.mark.parametrize("kernel", ["auto", "dense", "blockwise"])
+def test_a_bfloat16_model_multiplies_in_bfloat16(kernel):
+    text = lowered("gpt_mini", "model.dtype=bfloat16", f"model.kernel={kernel}").as_text()
     operands = re.findall(r"dot_general.* : \((\S+), (\S+)\) -> ", text)
-    N, V, D = 512, CONFIGS["gpt_mini"].model.vocab, CONFIGS["gpt_mini"].model.width
-    # The gradient of the scores is float32, and jax multiplies it as it is.
-    known = {(N, V), (N, D), (V, D)}
-    wide = {shape for pair in operands for dtype, shape in map(array, pair) if dtype == "f32"}
-    assert wide <= known
+    assert {dtype for pair in operands for dtype, _ in map(array, pair)} == {"bf16"}
     assert len(operands) > 20
 
 
@@ -210,6 +209,17 @@ def test_a_program_for_a_tpu_is_read_with_its_loops():
     assert this.traffic == 12 * (square + square + 2 * square + 64 + 5)
 
 
+def test_a_kernel_that_runs_again_costs_again():
+    cfg = override(CONFIGS["tiny"], ["model.layers=3", "model.width=512", "model.heads=4"])
+    once = {"splash_mha_fwd_residuals": 3, "splash_mha_dq": 3, "splash_mha_dkv": 3}
+    # 3 layers of 9 products [T K] x [K T] of 4 heads of 128, half of each, for 100 tokens.
+    flops = 3 * 9 * (2 * 100 * cfg.model.context * 512) / 2
+    assert tpu.attention_seconds(cfg, 100, 1e6, Counter(once)) == pytest.approx(flops / 1e6)
+    again = once | {"splash_mha_fwd_residuals": 6}
+    more = tpu.attention_seconds(cfg, 100, 1e6, Counter(again))
+    assert more == pytest.approx(11 / 9 * flops / 1e6)
+
+
 def test_without_the_compiler_it_is_said_what_to_install(monkeypatch):
     def missing(name):
         raise tpu.PackageNotFoundError(name)
@@ -217,9 +227,3 @@ def test_without_the_compiler_it_is_said_what_to_install(monkeypatch):
     monkeypatch.setattr(tpu, "version", missing)
     with pytest.raises(ConfigError, match="libtpu"):
         tpu.main(["--models", "gpt2_124m", "--chips", "v5e"])
-
-
-def test_the_library_is_told_that_it_is_on_a_tpu_only_while_it_is_asked():
-    with tpu.as_on_tpu():
-        assert jax.default_backend() == "tpu"
-    assert jax.default_backend() == "cpu"

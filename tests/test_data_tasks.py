@@ -3,12 +3,14 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from jaxgpt.config import Config, DataConfig, ModelConfig, TrainConfig
 from jaxgpt.data import Tokens, prepare
 from jaxgpt.data.tasks import Causal, Classify, Masked, Pairs, Prefix, Span, _cuts
+from jaxgpt.model import Coords, build, init_params
 from jaxgpt.settings import ConfigError
 
 V, T, B = 300, 24, 8
@@ -304,8 +306,27 @@ def test_packed_pairs_keep_to_themselves_and_come_each_once_an_epoch(folder):
 def test_what_can_not_be_packed_is_refused(folder):
     with pytest.raises(ConfigError, match=r"data\.packing='documents'.*classify.*=stream"):
         config(folder, "classify", data=DOCUMENTS)
-    with pytest.raises(ConfigError, match=r"data\.packing='documents'.*mask_documents=false"):
-        config(folder, "causal", data=DOCUMENTS | dict(mask_documents=False))
+    with pytest.raises(ConfigError, match=r"data\.packing='documents'.*model\.documents='joined'"):
+        config(folder, "causal", data=DOCUMENTS, model=dict(documents="joined"))
+
+
+@pytest.mark.parametrize("documents", ["apart", "joined"])
+def test_tokens_hear_of_the_document_before_only_where_documents_are_joined(folder, documents):
+    made = task(folder, "causal", model=dict(documents=documents, width=8, heads=2, ffn=8))
+    cfg, batch = made.cfg.model, made.batch(0)
+    starts = np.argwhere(task(folder, "causal").batch(0).positions == 0)
+    row, begin = next((row, begin) for row, begin in starts.tolist() if begin)
+    model, params = build(cfg), init_params(cfg, jax.random.key(0))[0]
+
+    def hidden(tokens):
+        return model.apply({"params": params}, tokens, Coords(*batch[2:4]))[0]
+
+    other = batch.tokens.copy()
+    other[row, begin - 1] += 1
+    is_heard = bool((hidden(other) != hidden(batch.tokens))[row, begin:].any())
+    assert is_heard == (documents == "joined")
+    assert is_heard == bool((batch.positions == np.arange(T)).all())
+    assert is_heard == bool(batch.weights.all())
 
 
 @every_task

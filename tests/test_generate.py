@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +17,9 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as theirs
 
 from jaxgpt import generate as g
-from jaxgpt.config import ConfigError, SampleConfig
+from jaxgpt.config import ConfigError, ModelConfig, SampleConfig
 from jaxgpt.generate import Rules, bucket, draw, drawable, generate, generate_rows, warp
+from jaxgpt.model import Coords, abstract_params, build, init_cache, layer_by_layer
 from jaxgpt.tokenizer import StreamDecoder, from_bytes
 
 TOKENIZER = from_bytes()
@@ -276,6 +279,52 @@ def test_nothing_recompiles_when_prompts_and_settings_change(compilations):
 def test_a_bucket_is_the_smallest_that_holds_the_length(length):
     sizes = [g.SMALLEST * 2**n for n in range(12)]
     assert bucket(length) == next(size for size in sizes if size >= length)
+
+
+def test_layers_that_lie_apart_keep_their_order_beyond_ten():
+    cfg = tiny(layers=12)
+    params = random_params(cfg, std=0.3)
+    token, at = jnp.ones((1, 1), jnp.int32), Coords(*jnp.ones((2, 1, 1), jnp.int32))
+    (apart, cache), (scanned, _) = (
+        build(cfg).apply({"params": p}, token, at, *more)
+        for p, more in ((layer_by_layer(params), [init_cache(cfg, 1, 1)]), (params, []))
+    )
+    assert len(cache.states) == 12
+    np.testing.assert_allclose(apart, scanned, rtol=1e-4)
+
+
+def made_for_a_token(cfg: ModelConfig, rows: int, slots: int) -> list[tuple[int, str]]:
+    """(numbers, line) of every array that the loop over tokens makes, but for those it changes."""
+    params, _ = abstract_params(cfg)
+    n = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    prompts = jax.ShapeDtypeStruct((rows, 8), jnp.int32)
+    state = jax.eval_shape(lambda *of: g.prefill(cfg, *of, slots), params, prompts, n, n)
+    knobs = Rules.of(DRAWN, np.ones(cfg.vocab, bool))
+    keys = jax.random.split(jax.random.key(0), rows)
+    apart = jax.eval_shape(layer_by_layer, params)
+    text = g.decode.lower(cfg, apart, knobs, keys, state, 4).compile().as_text()
+    loop = max(re.findall(r" = \((.*)\) while\(.* body=%?([\w.-]+)", text), key=lambda x: len(x[0]))
+    body = text.split(f"\n%{loop[1]} (")[1].split("\n}")[0].splitlines()[1:]
+    kept = r"(get-tuple-element|parameter|bitcast|tuple|while)\(|dynamic-update-slice"
+    made = [line.strip() for line in body if not re.search(kept, line.split("metadata")[0])]
+    shapes = [re.search(r"= \w+\[([\d,]*)\]", line) for line in made]
+    return [
+        (math.prod(map(int, filter(None, shape[1].split(",")))), line)
+        for shape, line in zip(shapes, made, strict=True)
+        if shape
+    ]
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])  # of a single one, XLA copies the keys on CPUs
+def test_a_token_is_drawn_without_a_copy_of_weights_or_cache(kv_heads):
+    shape = dict(vocab=40, width=64, heads=4, head_width=16, ffn=80, layers=3)
+    cfg = tiny(**shape, kv_heads=kv_heads, context=256)
+    rows, slots = 2, 128
+    made = made_for_a_token(cfg, rows, slots)
+    assert len(made) > 20
+    # The smallest matrix has 2048 numbers, the keys of a layer 8192 or more; attention's weights,
+    # one for each row, head and slot, 1024.
+    assert [line for numbers, line in made if numbers > rows * 4 * slots] == []
 
 
 # --- endings ---

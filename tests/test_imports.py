@@ -15,7 +15,7 @@ FLOORS = [
     {"config"},
     {"dims", "tokenizer"},
     {"sharding"},
-    {"hosts"},
+    {"hosts", "moments"},
     {"data", "model"},
     {"objectives", "optimizer", "generate"},
     {"predict"},

@@ -76,6 +76,24 @@ def test_the_loss_and_its_gradients_equal_float64_for_every_chunk_size(chunk, op
     np.testing.assert_allclose(gradients[1], d_table, **CLOSE)
 
 
+@pytest.mark.parametrize("options", [{}, dict(smoothing=0.1, z_loss=0.01)], ids=str)
+def test_on_a_gpu_products_are_filled_up_to_whole_blocks_and_the_loss_is_the_same(
+    options, monkeypatch
+):
+    monkeypatch.setattr(objectives, "platform", lambda: "gpu")
+    arrays, here = given(), dict(chunk=6, **options)
+    (loss, sums), gradients = value_and_gradients(arrays, **here)
+    wanted, nats, *slopes = exact(*arrays, **options)
+    np.testing.assert_allclose([loss, sums.nats], [wanted, nats], rtol=1e-6)
+    for found, slope in zip(gradients, slopes, strict=True):
+        np.testing.assert_allclose(found, slope, **CLOSE)
+    gradient = jax.jit(jax.grad(lambda *a: vocabulary_loss(*a, **here)[0], argnums=(0, 1)))
+    text = gradient.lower(*arrays).as_text()
+    products = re.findall(r"dot_general.* : (.*)", text)
+    assert len(products) == 3
+    assert all("64" in line and f"{V}x" not in line and f"x{V}" not in line for line in products)
+
+
 def test_the_value_without_gradients_is_the_value_with_them():
     arrays = given()
     (with_gradients, _), _ = value_and_gradients(arrays, chunk=6)

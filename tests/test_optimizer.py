@@ -471,9 +471,9 @@ def test_a_rule_learns_a_logistic_regression(name):
     assert descend(name, loss, params, {"w": "LD>F", "b": "LF"}) < 0.4
 
 
-def descend(name, loss, params, letters, steps=150):
+def descend(name, loss, params, letters, steps=150, **changes):
     """The loss after training, as a share of the first one."""
-    cfg = config(name, lr=RATES[name], weight_decay=0.0)
+    cfg = config(name, lr=RATES[name], weight_decay=0.0, **changes)
     optimizer, _ = build(cfg, steps, letters)
 
     @jax.jit

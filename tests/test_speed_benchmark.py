@@ -162,8 +162,15 @@ def test_contestants_take_turns():
         ("torch eager", (1.0,) * 3, 7, 5),
     ]
     turns = [name for do, name in worker.calls if do == "run"][-6:]
-    assert turns == ["jaxgpt", "torch eager"] * 3
+    one_turn = ["jaxgpt", "torch eager"]
+    assert turns == [*one_turn, *one_turn[::-1], *one_turn]
     assert worker.calls[-1] == ("drop", "")
+
+
+def test_short_turns_are_taken_more_often():
+    worker = Fake(0.1)
+    found = speed.contest(CASE, "step", [("jaxgpt", worker), ("torch eager", worker)], LIMITS)
+    assert [len(f.seconds) for f in found] == [9, 9]
 
 
 @pytest.mark.parametrize("fails_at", [1, 2, 4])
@@ -200,6 +207,89 @@ def test_slow_rows_have_fewer_turns_and_none_begins_too_late():
     late = dataclasses.replace(LIMITS, until=0.0)
     (found,) = speed.contest(CASE, "step", [("jaxgpt", worker)], late)
     assert (found.seconds, found.error) == ((), "no time was left")
+
+
+# --- the order ---
+
+ACCELERATOR = tuple(speed.ELSEWHERE)
+
+
+def test_an_accelerator_measures_whole_steps_before_anything_else():
+    first, second, *rest = speed.plan(ACCELERATOR, (), is_cpu=False)
+    steps = (*speed.RATES, "step")
+    assert (first.shapes, first.rows) == (("gpt2_124m",), steps)
+    assert (second.shapes, second.rows) == (("llama3_1b", "gpt2_1558m"), steps)
+    assert not any("step" in stage.rows for stage in rest)
+
+
+@pytest.mark.parametrize("is_cpu", [True, False])
+@pytest.mark.parametrize("asked", [(), ("step",), ("compile", "copy"), ("decode 1 row",)])
+def test_a_plan_has_every_row_of_every_shape_once(is_cpu, asked):
+    planned = [
+        (shape, row)
+        for stage in speed.plan(ACCELERATOR, asked, is_cpu)
+        for row in stage.rows
+        for shape in stage.shapes
+    ]
+    wanted = {*speed.RATES, *(asked or speed.ROWS)}
+    left_out = set(speed.ACCELERATED) if is_cpu and not asked else set()
+    assert len(planned) == len(set(planned))
+    assert set(planned) == {(s, row) for s in ACCELERATOR for row in wanted - left_out}
+
+
+class Clock:
+    """Time passes only where a worker says so."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+@pytest.mark.parametrize("compiling", [5, 40, 1000])
+def test_the_steps_that_matter_have_their_turn_however_slow_compilers_are(
+    compiling, monkeypatch, tmp_path
+):
+    clock = Clock()
+    monkeypatch.setattr(speed, "time", clock)
+
+    class Slow(Fake):
+        """Every contestant takes so many seconds to be made, and is stopped at its limit."""
+
+        def make(self, limit, row, name, case):
+            is_heavy = row in ("step", speed.SETTINGS, "start-up")
+            wanted = compiling if is_heavy else compiling / 40
+            clock.now += min(limit, wanted)
+            if wanted > limit:
+                raise FailedError("not done")
+            return super().make(limit, row, name, case)
+
+        def close(self):
+            clock.now += 10  # and the next start
+
+    jax_side, torch_side = ["jaxgpt"], ["torch eager", "torch compile"]
+    bench = object.__new__(speed.Bench)
+    bench.a = speed.arguments_of(["--out", str(tmp_path), "--rows", "step", "forward"])
+    bench.is_cpu, bench.figures, bench.notes, bench.start = False, [], [], 0.0
+    bench.about = ABOUT | {"platform": "gpu"}
+    bench.workers = {speed.JAX: Slow(0.01), speed.TORCH: Slow(0.01)}
+    bench.makers = {
+        speed.JAX: dict.fromkeys(speed.ROWS, jax_side),
+        speed.TORCH: dict.fromkeys(speed.ROWS, torch_side),
+    }
+    bench.cases = {name: speed.case_of(name, [], "") for name in ACCELERATOR}
+    bench.until = 450.0
+    bench.run()
+    assert clock.now < 480
+    steps = {(f.shape, f.name): bool(f.seconds) for f in bench.figures if f.row == "step"}
+    assert steps.keys() == {(s, n) for s in ACCELERATOR for n in (*jax_side, *torch_side)}
+    assert all(steps.values()) == (compiling == 5)
+    if compiling == 40:
+        assert all(done for (_, name), done in steps.items() if name == "jaxgpt")
+        assert all(done for (shape, _), done in steps.items() if shape == "gpt2_124m")
 
 
 # --- the process of a side ---

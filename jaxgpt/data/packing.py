@@ -176,7 +176,7 @@ class Documents:
     Args:
         tokens: the stream.
         T: tokens of a row.
-        mask_documents: true, for which DataConfig cares: documents are always kept apart.
+        mask_documents: true, for which Config cares: documents are always kept apart.
         pad: the token where there is none.
 
     Source: Ding et al. 2024, "Fewer Truncations Improve Language Modeling", arXiv:2404.10830.

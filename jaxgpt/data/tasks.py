@@ -58,9 +58,8 @@ class Task:
 
     def rows(self, tokens: Tokens) -> Rows:
         """The rows that a stream gives."""
-        data = self.cfg.data
-        pad = self.corpus.tokenizer.pad
-        return PACKINGS[data.packing](tokens, self.T, data.mask_documents, pad)
+        apart = self.cfg.model.documents == "apart"
+        return PACKINGS[self.cfg.data.packing](tokens, self.T, apart, self.corpus.tokenizer.pad)
 
     @property
     def tokens(self) -> int:
@@ -93,7 +92,7 @@ class Causal(Task):
             self.T,
             limit=cfg.train.eval_batches,
             pad=self.corpus.tokenizer.pad,
-            mask_documents=cfg.data.mask_documents,
+            mask_documents=cfg.model.documents == "apart",
         )
         for number, batch in enumerate(windows):
             dice = (np.random.default_rng([0, HELD, number * B + row]) for row in range(B))

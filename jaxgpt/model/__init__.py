@@ -16,6 +16,7 @@ from jaxgpt.model.transformer import (
     count_params,
     init_cache,
     init_params,
+    layer_by_layer,
     logits,
 )
 
@@ -30,5 +31,6 @@ __all__ = [
     "head",
     "init_cache",
     "init_params",
+    "layer_by_layer",
     "logits",
 ]

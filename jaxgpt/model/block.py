@@ -8,6 +8,7 @@ import jax
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.model.feedforward import FEEDFORWARDS
+from jaxgpt.model.layers import ATTENDED, keeping
 from jaxgpt.model.mixers import MIXERS
 from jaxgpt.model.mixers.attention import CrossAttention
 from jaxgpt.model.mixers.mixer import Sight
@@ -123,8 +124,13 @@ def keep_all(block):
 # Inside a scan nothing can be merged across iterations, so the guard against it is not needed.
 recompute = partial(nn.remat, prevent_cse=False)
 
+# What `dots` keeps: products with parameters, and what attention kernels make.
+COSTLY = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, keeping(ATTENDED)
+)
+
 REMATS: dict[str, Callable] = {
     "none": keep_all,
     "full": recompute,
-    "dots": partial(recompute, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "dots": partial(recompute, policy=COSTLY),
 }

@@ -34,9 +34,8 @@ class Plain(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, at: Coords | None = None) -> jax.Array:
         act = ACTIVATIONS[self.cfg.activation]
-        h = act(Linear(self.cfg, "D>F", name="up")(x))
-        h = constrain(h, "BTF"[-h.ndim :])
-        return Linear(self.cfg, "F>D", into_residual(self.cfg), name="down")(h)
+        up = divided(Linear(self.cfg, "D>F", name="up")(x))
+        return Linear(self.cfg, "F>D", into_residual(self.cfg), name="down")(up, of=act)
 
 
 class Gated(nn.Module):
@@ -50,9 +49,14 @@ class Gated(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, at: Coords | None = None) -> jax.Array:
         act = ACTIVATIONS[self.cfg.activation]
-        h = act(Linear(self.cfg, "D>F", name="gate")(x)) * Linear(self.cfg, "D>F", name="up")(x)
-        h = constrain(h, "BTF"[-h.ndim :])  # an expert has [T F]
-        return Linear(self.cfg, "F>D", into_residual(self.cfg), name="down")(h)
+        gate, up = (divided(Linear(self.cfg, "D>F", name=name)(x)) for name in ("gate", "up"))
+        down = Linear(self.cfg, "F>D", into_residual(self.cfg), name="down")
+        return down(gate, up, of=lambda gate, up: act(gate) * up)
+
+
+def divided(x: jax.Array) -> jax.Array:
+    """[B T F], or [T F] of an expert, as it lies on the mesh."""
+    return constrain(x, "BTF"[-x.ndim :])
 
 
 FEEDFORWARDS: dict[str, Callable[..., nn.Module] | None] = {

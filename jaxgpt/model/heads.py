@@ -4,6 +4,8 @@ The model ends in hidden states [B T D]. What scores them is a `Head`, a pytree 
 and numbers that it takes, so that a loss can score a few tokens at a time.
 """
 
+import dataclasses
+
 import chex
 import flax.linen as nn
 import jax
@@ -13,7 +15,7 @@ from flax import struct
 from jaxgpt.config import ModelConfig
 from jaxgpt.dims import weight
 from jaxgpt.model.feedforward import ACTIVATIONS
-from jaxgpt.model.layers import Linear, zeros
+from jaxgpt.model.layers import Linear, wide_product, zeros
 from jaxgpt.model.norms import NORMS
 
 
@@ -25,13 +27,13 @@ class Head:
     bias: jax.Array | None = None  # float32 [V]
     scale: float | None = struct.field(pytree_node=False, default=None)
     softcap: float | None = struct.field(pytree_node=False, default=None)
+    words: int | None = struct.field(pytree_node=False, default=None)  # None = all rows are words
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """hidden [... D] -> float32 [... V]."""
-        # Cast here, so that the gradient of the table is summed in float32.
-        table = self.table.astype(hidden.dtype)
-        chex.assert_axis_dimension(hidden, -1, table.shape[1])
-        scores = jnp.einsum("...D,VD->...V", hidden, table, preferred_element_type=jnp.float32)
+        chex.assert_axis_dimension(hidden, -1, self.table.shape[1])
+        lead = "BT"[: hidden.ndim - 1]
+        scores = wide_product(f"{lead}D,VD->{lead}V", hidden, self.table)[..., : self.words]
         if self.scale is not None:
             scores = scores * self.scale
         if self.bias is not None:
@@ -51,7 +53,7 @@ class Transform(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: jax.Array) -> jax.Array:  # [B T D] -> [B T D]
-        c = self.cfg
+        c = dataclasses.replace(self.cfg, products="plain")  # scores need their digits
         weight(self, "bias", "V", c.sizes, zeros)  # only declared here
         hidden = ACTIVATIONS[c.activation](Linear(c, "D>D", name="dense")(hidden))
         return NORMS[c.norm](c, name="norm")(hidden)
@@ -77,6 +79,6 @@ class Classes(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: jax.Array) -> jax.Array:  # [B T D] -> float32 [B A]
-        c = self.cfg
+        c = dataclasses.replace(self.cfg, products="plain")  # scores need their digits
         pooled = jnp.tanh(Linear(c, "D>D", name="pooler")(hidden[:, 0]))
         return Linear(c, "D>A", name="scores")(pooled).astype(jnp.float32)

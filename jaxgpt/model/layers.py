@@ -1,6 +1,8 @@
 """Linear maps. The one place that decides how a matrix product is laid out."""
 
+import functools
 import math
+from collections.abc import Callable
 
 import chex
 import flax.linen as nn
@@ -9,9 +11,37 @@ import jax.numpy as jnp
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.dims import weight
-from jaxgpt.sharding import is_divided
+from jaxgpt.model import fp8
+from jaxgpt.sharding import is_divided, platform
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+# Names (`checkpoint_name`) of what is not cheap to compute again.
+ATTENDED = "attended"  # what an attention kernel gives, and what it needs for its backward pass
+LOGITS = "logits"  # of attention, where a kernel has them whole
+RECEIVED = "received"  # from other devices
+
+
+def keeping(*names: str) -> Callable[..., bool]:
+    """A policy for `jax.checkpoint`: only what has such a name is kept, and what cuDNN has made.
+
+    cuDNN's kernel can not give its sums a name, but it is a primitive of its own.
+    """
+    is_named = jax.checkpoint_policies.save_only_these_names(*names)
+
+    def is_kept(primitive, *shapes, **how) -> bool:
+        is_cudnn = primitive.name.startswith("dot_product_attention_fwd")
+        return is_cudnn or is_named(primitive, *shapes, **how)
+
+    return is_kept
+
+
+# What `again(f)` keeps for the backward pass is what came in and what has a name; f's other steps
+# are computed again: it is for steps that cost less than memory for what they make. Inside a scan
+# nothing can be merged across iterations, so that the guard against it is not needed.
+again = functools.partial(
+    jax.checkpoint, prevent_cse=False, policy=keeping(ATTENDED, LOGITS, RECEIVED, fp8.SCALE)
+)
 
 normal = nn.initializers.normal(0.02)
 zeros = nn.initializers.zeros
@@ -26,26 +56,75 @@ def into_residual(cfg: ModelConfig):
     return nn.initializers.normal(0.02 / (2 * cfg.layers) ** 0.5)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def wide_product(letters: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """einsum(letters, a, b) in float32, out of factors in the dtype of a, forward and backward.
+
+    Left to itself, jax multiplies the gradient, which is float32, in float32: on a GPU that is at
+    half the speed of bfloat16. The gradient of b has b's own dtype.
+    """
+    return jnp.einsum(letters, a, b.astype(a.dtype), preferred_element_type=jnp.float32)
+
+
+def _forward(letters, a, b):
+    return wide_product(letters, a, b), (a, b)
+
+
+def _backward(letters, saved, d_out):
+    a, b = saved
+    left, right, out = letters.replace("->", ",").split(",")
+    d_out = d_out.astype(a.dtype)
+    d_a = wide_product(f"{out},{right}->{left}", d_out, b)
+    d_b = wide_product(f"{out},{left}->{right}", d_out, a)
+    return d_a.astype(a.dtype), d_b.astype(b.dtype)
+
+
+wide_product.defvjp(_forward, _backward)
+
+
+def plain(x: jax.Array, w: jax.Array, inputs: int) -> jax.Array:
+    """x [... inputs] · w [inputs outputs] -> [... outputs], in their dtype."""
+    lead = x.shape[: x.ndim - inputs]
+    if platform() == "cpu" and not (len(lead) > 1 and is_divided("T", x.shape[1])):
+        # Two plain dimensions on either side: the same product on [B T D] takes 1.8 times as
+        # long. But B and T that are both divided can not be made one without moving tokens.
+        rows = math.prod(w.shape[:inputs])
+        return (x.reshape(-1, rows) @ w.reshape(rows, -1)).reshape(*lead, *w.shape[inputs:])
+    # A TPU would copy q, k, v and the output to lay heads out side by side.
+    return jnp.tensordot(x, w, axes=inputs)
+
+
+PRODUCTS = {"plain": plain, "fp8": fp8.product}
+
+
+def identity(x: jax.Array) -> jax.Array:
+    return x
+
+
 class Linear(nn.Module):
-    """A linear map spelled by its letters: Linear(cfg, "D>HK") maps [B T D] to [B T H K]."""
+    """A linear map spelled by its letters: Linear(cfg, "D>HK") maps [B T D] to [B T H K].
+
+    With `of` it maps of(*given). For the backward pass it keeps w and what is given, as they came:
+    neither what `of` makes of it (see `again`), nor copies that are cast or laid out anew.
+    """
 
     cfg: ModelConfig
     letters: str
     initial: nn.initializers.Initializer = normal
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, *given: jax.Array, of: Callable = identity) -> jax.Array:
         inputs, outputs = self.letters.split(">")
-        w = weight(self, "w", self.letters, self.cfg.sizes, self.initial).astype(x.dtype)
-        lead = x.shape[: x.ndim - len(inputs)]
-        chex.assert_shape(x, (*lead, *w.shape[: len(inputs)]))
-        # Two plain dimensions on either side: on CPU the same product on [B T D] costs 1.8 times
-        # as much as on [B*T D], and other backends do not mind. But B and T that are both divided
-        # among devices can not be made one dimension without moving tokens about.
-        rows = math.prod(x.shape[len(lead) :])
-        is_one = len(lead) < 2 or not is_divided("T", x.shape[1])
-        y = x.reshape(*((-1,) if is_one else lead), rows) @ w.reshape(rows, -1)
-        y = y.reshape(*lead, *w.shape[len(inputs) :])
+        w = weight(self, "w", self.letters, self.cfg.sizes, self.initial)
+        product = PRODUCTS[self.cfg.products]
+
+        @again
+        def mapped(w, *given):
+            x, w = of(*given), w.astype(given[0].dtype)
+            chex.assert_shape(x, (*x.shape[: x.ndim - len(inputs)], *w.shape[: len(inputs)]))
+            return product(x, w, len(inputs))
+
+        y = mapped(w, *given)
         if self.cfg.bias:
-            y = y + weight(self, "b", outputs, self.cfg.sizes, zeros).astype(x.dtype)
+            y = y + weight(self, "b", outputs, self.cfg.sizes, zeros).astype(y.dtype)
         return y

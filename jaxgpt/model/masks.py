@@ -81,6 +81,18 @@ class SameDocument(Mask):
 
 
 @dataclass(frozen=True)
+class OneDocument(Mask):
+    """A row is one document, to which all of its tokens belong, and nobody sees an empty slot.
+
+    Slots are empty at the end of a row only, but in a cache. So positions are places in the row,
+    and where nobody looks ahead there is nothing to hide.
+    """
+
+    def __call__(self, q, k):
+        return (k.document > 0)[:, None, :]
+
+
+@dataclass(frozen=True)
 class Causal(Mask):
     """Tokens see themselves and what came before."""
 
@@ -216,7 +228,10 @@ PATTERNS = {
 }
 
 
+DOCUMENTS: dict[str, Mask] = {"apart": SameDocument(), "joined": OneDocument()}
+
+
 def layer_mask(cfg: ModelConfig, pattern: str, direction: str) -> Mask:
     """What a layer sees: its pattern, inside its own document."""
     allowed = PATTERNS[pattern](cfg, Causal() if direction == "causal" else None)
-    return SameDocument() & allowed if allowed else SameDocument()
+    return _both(allowed, DOCUMENTS[cfg.documents])

@@ -7,7 +7,24 @@ import jax.numpy as jnp
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.dims import weight
-from jaxgpt.model.layers import ones, zeros
+from jaxgpt.model.layers import again, ones, zeros
+
+
+@again
+def rms(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x [... D], scale float32 [D] -> [... D]."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * scale).astype(x.dtype)
+
+
+@again
+def layer(x: jax.Array, scale: jax.Array, bias: jax.Array | float, eps: float) -> jax.Array:
+    """x [... D], scale and bias float32 [D] -> [... D]."""
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * scale + bias).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -23,9 +40,7 @@ class RMSNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:  # [... D] -> [... D]
         chex.assert_axis_dimension(x, -1, self.cfg.sizes[self.letter])
         scale = weight(self, "scale", self.letter, self.cfg.sizes, ones)
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.cfg.norm_eps)
-        return (y * scale).astype(x.dtype)
+        return rms(x, scale, self.cfg.norm_eps)
 
 
 class LayerNorm(nn.Module):
@@ -41,13 +56,8 @@ class LayerNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:  # [... D] -> [... D]
         chex.assert_axis_dimension(x, -1, self.cfg.sizes[self.letter])
         scale = weight(self, "scale", self.letter, self.cfg.sizes, ones)
-        y = x.astype(jnp.float32)
-        y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.cfg.norm_eps)
-        y = y * scale
-        if self.cfg.bias:
-            y = y + weight(self, "bias", self.letter, self.cfg.sizes, zeros)
-        return y.astype(x.dtype)
+        bias = weight(self, "bias", self.letter, self.cfg.sizes, zeros) if self.cfg.bias else 0.0
+        return layer(x, scale, bias, self.cfg.norm_eps)
 
 
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}

@@ -45,7 +45,7 @@ class Source(NamedTuple):
 class Cache:
     """What was seen so far. Slots not yet written have document 0: nobody looks there."""
 
-    states: tuple[dict[str, Any], ...]  # of each block of the unit, its sites; leaves [L ...]
+    states: tuple[dict[str, Any], ...]  # of each layer, its sites: written in place, one by one
     at: Coords  # [B S] each
     cursor: jax.Array  # int32 [], the next free slot
     memory_at: Coords | None = None  # of the source, [B S] each
@@ -92,6 +92,8 @@ class Stack(nn.Module):
         """All layers: one compiled unit whatever the depth, its parameters stacked along L."""
         c = self.cfg
         repeats = (self.layers or c.layers) // len(c.unit)
+        if states is not None and x.shape[1] == 1:
+            return self.one_by_one(x, states, sight)
         unit = REMATS[c.remat](Unit)
         if states is None and not self.is_initializing() and stages(repeats) > 1:
             key = self.make_rng("dropout") if self.has_rng("dropout") else None
@@ -112,7 +114,50 @@ class Stack(nn.Module):
             unroll=c.unroll,
             metadata_params={"letter": "L"},
         )
-        return scanned(c, self.direction, name="layers")(x, states, sight)
+        stacked = states and _stacked(states, len(c.unit))
+        x, stacked = scanned(c, self.direction, name="layers")(x, stacked, sight)
+        return x, stacked and _apart(stacked)
+
+    def one_by_one(self, x: jax.Array, states: tuple, sight: Sight):
+        """As `blocks`, for one token: a scan would copy a layer's weights and state to use them."""
+        unit: Any = Unit(self.cfg, self.direction, parent=None)
+        size, after = len(self.cfg.unit), ()
+        layers = self.variables["params"]["layers"]
+        layers = layers if "0" in layers else _by_number(layers)
+        for n in range(len(layers)):
+            state = states[n * size : (n + 1) * size]
+            x, new = unit.apply({"params": layers[str(n)]}, x, state, sight)
+            after += new
+        return x, after
+
+
+def _layers(stacked) -> tuple:
+    """Of leaves [L ...], each of the L."""
+    leaves, tree = jax.tree.flatten(stacked)
+    return tuple(jax.tree.unflatten(tree, one) for one in zip(*leaves, strict=True))
+
+
+def _by_number(stacked) -> dict:
+    """The layers as "0", "1", ...: jax sorts the keys of a dict, "10" before "2"."""
+    return {str(n): layer for n, layer in enumerate(_layers(stacked))}
+
+
+@jax.jit
+def layer_by_layer(params):
+    """Parameters for decoding: stack/layers/0, 1, ... in place of leaves [L ...], from which every
+    token would copy each layer's."""
+    stack = params["stack"]
+    return params | {"stack": stack | {"layers": _by_number(stack["layers"])}}
+
+
+def _stacked(states: tuple, size: int) -> tuple:
+    """States of all layers -> of the blocks of a unit of so many, their leaves [L ...]."""
+    return tuple(jax.tree.map(lambda *one: jnp.stack(one), *states[i::size]) for i in range(size))
+
+
+def _apart(stacked: tuple) -> tuple:
+    """Undoes `_stacked`."""
+    return tuple(block for unit in _layers(stacked) for block in unit)
 
 
 class Table(nn.Module):
@@ -297,12 +342,8 @@ def init_cache(cfg: ModelConfig, batch: int, slots: int, source: int = 0) -> Cac
     """An empty cache for `batch` rows of up to `slots` tokens, and `source` tokens of a source."""
     chex.assert_scalar_positive(batch)
     chex.assert_scalar_positive(slots)
-    repeats = cfg.layers // len(cfg.unit)
 
-    def stacked(state):
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (repeats, *x.shape)), state)
-
-    def states(mixer: str):
+    def state(mixer: str):
         cross = {"cross": Attention.state(cfg, batch, source)} if source else {}
         return {"mixer": MIXERS[mixer].state(cfg, batch, slots)} | cross
 
@@ -310,7 +351,7 @@ def init_cache(cfg: ModelConfig, batch: int, slots: int, source: int = 0) -> Cac
     prefix = nowhere if "prefix" in cfg.pattern else None
     beyond = jnp.zeros((batch, source), jnp.int32)
     return Cache(
-        states=stacked(tuple(states(mixer) for mixer, _ in cfg.unit)),
+        states=tuple(state(mixer) for mixer, _ in cfg.unit * (cfg.layers // len(cfg.unit))),
         at=Coords(nowhere, nowhere, prefix),
         cursor=jnp.int32(0),
         memory_at=Coords(beyond, beyond) if source else None,

@@ -25,6 +25,7 @@ from jaxgpt.model.kernels import (
     splash,
 )
 from jaxgpt.model.kernels.blockwise import blockwise
+from jaxgpt.model.kernels.strips import spans, strips
 from jaxgpt.model.masks import PATTERNS, Causal, Coords, Mask, SameDocument, layer_mask
 from jaxgpt.settings import ConfigError
 from jaxgpt.sharding import make_mesh
@@ -34,6 +35,7 @@ B, T, S, H, K = 2, 6, 9, 4, 8
 # are several, and lengths are no multiple of them.
 RUNS = {name: partial(attend, name) for name in KERNELS if name not in ACCELERATED}
 RUNS["blocks of 4 x 4"] = partial(blockwise, blocks=(4, 4))
+RUNS["strips of 4"] = partial(strips, size=4)
 every_kernel = pytest.mark.parametrize("name", RUNS)
 every_group = pytest.mark.parametrize("G", [4, 2, 1])  # MHA, GQA, MQA
 
@@ -259,10 +261,10 @@ def assert_equals_dense(kernel, score, G=2, at=None):
     chex.assert_trees_all_close(at_tokens(kernel, score, at)(*given), exact, atol=2e-5, rtol=2e-5)
 
 
-def pattern_masks():
+def pattern_masks(documents="apart"):
     cfg = tiny(context=64)
     sizes = dict(window=7, stride=5, block=4)
-    cfg = tiny(context=64, sparse=type(cfg.sparse)(**sizes))
+    cfg = tiny(context=64, sparse=type(cfg.sparse)(**sizes), documents=documents)
     return {
         f"{pattern}, {direction}": layer_mask(cfg, pattern, direction)
         for pattern in PATTERNS
@@ -274,24 +276,32 @@ def pattern_masks():
 PATTERN_MASKS = pattern_masks()
 
 
+PIECES = {"blockwise": partial(blockwise, blocks=(16, 8)), "strips": partial(strips, size=16)}
+in_pieces = pytest.mark.parametrize("name", PIECES)
+
+
+@in_pieces
 @pytest.mark.parametrize("mask", PATTERN_MASKS)
-def test_blockwise_equals_dense_in_values_and_gradients_for_every_pattern(mask):
+def test_pieces_equal_dense_in_values_and_gradients_for_every_pattern(name, mask):
     learned = Partial(slope, STRENGTH)
     score = Score(PATTERN_MASKS[mask], learned, scale=0.5, softcap=3.0, is_self=True)
-    assert_equals_dense(partial(blockwise, blocks=(16, 8)), score)
+    assert_equals_dense(PIECES[name], score)
 
 
 @every_group
-def test_blockwise_equals_dense_however_heads_share_keys_and_blocks_divide_the_row(G):
+def test_pieces_equal_dense_however_heads_share_keys_and_pieces_divide_the_row(G):
     score = Score(PATTERN_MASKS["full, causal"], is_self=True)
     for blocks in [(7, 45), (15, 9), (64, 10)]:
         assert_equals_dense(partial(blockwise, blocks=blocks), score, G)
+    for size in (7, 15, 64):
+        assert_equals_dense(partial(strips, size=size), score, G)
 
 
-def test_gradients_of_blockwise_in_bfloat16_are_near_those_in_float32():
+@in_pieces
+def test_gradients_of_pieces_in_bfloat16_are_near_those_in_float32(name):
     at, given = long_coords(), (*long_arrays(2), STRENGTH)
     score = Score(PATTERN_MASKS["full, causal"], Partial(slope, STRENGTH), is_self=True)
-    kernel = partial(blockwise, blocks=(16, 8))
+    kernel = PIECES[name]
     low = [jnp.asarray(x, jnp.bfloat16) for x in given[:3]]
     out, gradients = at_tokens(kernel, score, at)(*low, STRENGTH)
     assert [x.dtype for x in (out, *gradients)] == [jnp.bfloat16] * 4 + [jnp.float32]
@@ -301,18 +311,58 @@ def test_gradients_of_blockwise_in_bfloat16_are_near_those_in_float32():
         assert jnp.linalg.norm(a.astype(jnp.float32) - b) < 0.02 * jnp.linalg.norm(b)
 
 
-# --- blockwise: what it does not do ---
+# --- strips and blocks: what they do not do ---
 
 
-def gradient_of(kernel, T):
+@pytest.mark.parametrize(
+    ("mask", "is_self", "wanted"),
+    [
+        ("full, causal", True, [(0, 20), (0, 40), (0, 45)]),
+        ("window, causal", True, [(0, 20), (14, 40), (34, 45)]),
+        ("window, both", True, [(0, 26), (14, 45), (34, 45)]),
+        ("full, both", True, [(0, 45)] * 3),
+        ("strided, causal", True, [(0, 20), (0, 40), (0, 45)]),
+        ("prefix, causal", True, [(0, 45)] * 3),
+        ("full, causal", False, [(0, 45)] * 3),  # a cache, whose places are not the queries'
+    ],
+)
+def test_a_strip_meets_the_keys_that_its_mask_allows_and_no_others(mask, is_self, wanted):
+    found = list(spans(Score(PATTERN_MASKS[mask], is_self=is_self), LONG, LONG, 20))
+    assert [(q.start, q.stop) for q, _ in found] == [(0, 20), (20, 40), (40, 45)]
+    assert [(k.start, k.stop) for _, k in found] == wanted
+
+
+def test_a_causal_mask_that_lets_documents_meet_is_not_taken_for_an_order_of_places():
+    found = spans(Score(Causal(), is_self=True), LONG, LONG, 20)
+    assert [(k.start, k.stop) for _, k in found] == [(0, 45)] * 3
+
+
+@pytest.mark.parametrize("G", [4, 2])
+def test_strips_multiply_half_of_a_causal_row_and_never_hold_all_of_it(G):
+    def products(kernel):
+        gradient, shapes = gradient_of(kernel, 1024, 4, G)
+        return gradient.lower(*shapes).cost_analysis()["flops"]
+
+    def shapes(kernel):
+        gradient, given = gradient_of(kernel, 1024, 4, G)
+        return gradient.lower(*given).as_text()
+
+    # 5 products backward and 2 forward; dense has 6, as it keeps its weights.
+    share = products(partial(strips, size=64)) / products(partial(strips, size=1024))
+    assert 0.5 < share < 0.56  # (1 + 1 / 16) / 2
+    assert "1024x1024x" in shapes(partial(attend, "dense"))
+    assert "1024x1024x" not in shapes(partial(strips, size=64))
+
+
+def gradient_of(kernel, T, H=2, G=2):
     """A jitted gradient and its arguments' shapes, for one row of T tokens."""
     at = Coords(*(jax.ShapeDtypeStruct((1, T), jnp.int32),) * 2)
-    x = jax.ShapeDtypeStruct((1, T, 2, 8), jnp.float32)
+    q, k = (jax.ShapeDtypeStruct((1, T, heads, 8), jnp.float32) for heads in (H, G))
 
     def loss(q, k, v, at):
         return jnp.sum(kernel(q, k, v, at, at, Score(MASKS["packed"], is_self=True)))
 
-    return jax.jit(jax.grad(loss, argnums=(0, 1, 2))), (x, x, x, at)
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2))), (q, k, k, at)
 
 
 def test_memory_of_blockwise_gradients_grows_with_the_row_and_of_dense_with_its_square():
@@ -411,13 +461,15 @@ def test_a_model_learns_the_same_with_blockwise_and_dense(monkeypatch):
 
 
 DIVIDED = {
-    "blockwise": partial(blockwise, blocks=(16, 8)),
+    **PIECES,
     "splash": partial(splash.splash, interpret=True),
 }
 
 
 # Keys' heads can be divided among two devices, or not.
-@pytest.mark.parametrize(("name", "G"), [("blockwise", 2), ("splash", 2), ("splash", 1)])
+@pytest.mark.parametrize(
+    ("name", "G"), [("blockwise", 2), ("strips", 2), ("splash", 2), ("splash", 1)]
+)
 def test_rows_and_heads_on_several_devices_give_the_same(name, G):
     at, given = long_coords(), (*long_arrays(G), STRENGTH)
     score = Score(PATTERN_MASKS["full, causal"], is_self=True)
@@ -480,16 +532,9 @@ def test_splash_and_its_gradient_are_lowered_for_a_tpu(head):
     ("mask", "is_biased"), [("window, causal", False), *((mask, True) for mask in PATTERN_MASKS)]
 )
 def test_cudnn_is_told_what_is_the_same_as_dense(mask, is_biased, monkeypatch):
-    plain = jax.nn.dot_product_attention
-
-    def by_xla(*given, implementation, **rest):
-        assert implementation == "cudnn"
-        return plain(*given, implementation="xla", **rest)
-
-    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
     bias = Partial(slope, STRENGTH) if is_biased else None
     score = Score(PATTERN_MASKS[mask], bias, scale=0.5, is_self=True)
-    assert_equals_dense(cudnn.cudnn, score)
+    assert_equals_dense(cudnn_by_xla(monkeypatch), score)
 
 
 def test_cudnn_skips_what_is_after_and_what_is_far_behind_by_place():
@@ -498,8 +543,55 @@ def test_cudnn_skips_what_is_after_and_what_is_far_behind_by_place():
     assert rest == SameDocument()
 
 
+JOINED_MASKS = pattern_masks("joined")
+
+
+def joined_coords():
+    """Rows of LONG tokens of one document, of which one has nothing at its end."""
+    position, document = np.tile(np.arange(LONG), (B, 1)), np.ones((B, LONG), np.int32)
+    position[1, -8:] = document[1, -8:] = 0
+    return Coords(position, document, np.full_like(document, 4))
+
+
+def cudnn_by_xla(monkeypatch):
+    plain = jax.nn.dot_product_attention
+
+    def by_xla(*given, implementation, **rest):
+        assert implementation == "cudnn"
+        return plain(*given, implementation="xla", **rest)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    return cudnn.cudnn
+
+
+@pytest.mark.parametrize("mask", ["full, causal", "window, causal", "full, both", "window, both"])
+@pytest.mark.parametrize("name", [*PIECES, "splash", "cudnn"])
+def test_documents_that_are_joined_are_seen_alike_by_every_kernel(name, mask, monkeypatch):
+    kernels = dict(PIECES, splash=partial(splash.splash, interpret=True))
+    kernel = kernels.get(name) or cudnn_by_xla(monkeypatch)
+    assert_equals_dense(kernel, Score(JOINED_MASKS[mask], is_self=True), at=joined_coords())
+
+
+@pytest.mark.parametrize("mask", ["full, causal", "window, causal"])
+def test_where_documents_are_joined_cudnn_and_splash_are_given_no_array_of_a_mask(mask):
+    at = Coords(*(jax.ShapeDtypeStruct((2, 256), jnp.int32),) * 2)
+    q = jax.ShapeDtypeStruct((2, 256, 4, 128), jnp.bfloat16)
+
+    def takes_segments(score):  # [B T], next to each other for every lane
+        run = jax.jit(lambda q, at: splash.splash(q, q, q, at, at, score))
+        text = run.trace(q, at).lower(lowering_platforms=("tpu",)).as_text()
+        return "2x256x128xi32" in text
+
+    apart, joined = (Score(masks[mask], is_self=True) for masks in (PATTERN_MASKS, JOINED_MASKS))
+    assert cudnn._by_place(apart)[1] == SameDocument()
+    assert cudnn._by_place(joined)[1] is None
+    assert takes_segments(apart)
+    assert not takes_segments(joined)
+
+
 def test_nothing_is_by_place_in_a_cache_or_across_documents():
-    for score in (Score(PATTERN_MASKS["full, causal"]), Score(Causal(), is_self=True)):
+    masks = [PATTERN_MASKS["full, causal"], JOINED_MASKS["full, causal"]]
+    for score in (*map(Score, masks), Score(Causal(), is_self=True)):
         assert cudnn._by_place(score) == ({}, score.mask)
         assert splash.misfit(*long_arrays(2)[:2], score)
 
@@ -509,17 +601,25 @@ def test_cudnn_and_its_gradient_are_lowered_for_a_gpu(monkeypatch):
     monkeypatch.setattr(stablehlo, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(stablehlo, "check_compute_capability", lambda capability: True)
     monkeypatch.setattr(stablehlo, "is_cuda_compute_capability_equal", lambda capability: False)
-    at = Coords(*(jax.ShapeDtypeStruct((2, 64), jnp.int32),) * 2)
-    q, k = (jax.ShapeDtypeStruct((2, 64, heads, 64), jnp.bfloat16) for heads in (4, 2))
+    at = Coords(*(jax.ShapeDtypeStruct((2, 96), jnp.int32),) * 2)
+    q, k = (jax.ShapeDtypeStruct((2, 96, heads, 64), jnp.bfloat16) for heads in (4, 2))
 
-    def loss(q, k, v, strength, at):
-        score = Score(PATTERN_MASKS["window, causal"], Partial(slope, strength), is_self=True)
-        return jnp.sum(cudnn.cudnn(q, k, v, at, at, score))
+    def lowered(mask, is_biased):
+        def loss(q, k, v, strength, at):
+            bias = Partial(slope, strength) if is_biased else None
+            return jnp.sum(cudnn.cudnn(q, k, v, at, at, Score(mask, bias, is_self=True)))
 
-    traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).trace(q, k, k, STRENGTH, at)
-    program = traced.lower(lowering_platforms=("cuda",)).as_text()
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).trace(q, k, k, STRENGTH, at)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    program = lowered(PATTERN_MASKS["window, causal"], is_biased=True)
     assert program.count("@__cudnn$fmhaScaleBiasSoftmax(") == 1
     assert program.count("@__cudnn$fmhaScaleBiasSoftmaxBackward(") == 1
+    assert "96x96" in program
+    program = lowered(JOINED_MASKS["full, causal"], is_biased=False)
+    assert program.count("@__cudnn$fmhaSoftmax(") == 1
+    assert program.count("@__cudnn$fmhaSoftmaxBackward(") == 1
+    assert "96x96" not in program
 
 
 def shapes(T=64, S=64, K=64, dtype=jnp.bfloat16):
@@ -587,7 +687,7 @@ def chosen(monkeypatch, T, S, here=None):
     for name in ACCELERATED:
         can = (lambda *_: None) if name == here else (lambda *_: "not here")
         monkeypatch.setitem(ACCELERATED, name, (stub(name), can))
-    for name in ("dense", "blockwise"):
+    for name in ("dense", "strips", "blockwise"):
         monkeypatch.setitem(KERNELS, name, stub(name))
     at = [Coords(*(jax.ShapeDtypeStruct((2, n), jnp.int32),) * 2) for n in (T, S)]
     q, k = shapes(T, S)
@@ -597,8 +697,9 @@ def chosen(monkeypatch, T, S, here=None):
 
 def test_auto_takes_what_is_there_and_says_nothing(monkeypatch, caplog):
     kernels.say.cache_clear()
-    assert chosen(monkeypatch, 1024, 1024) == ["blockwise"]
-    assert chosen(monkeypatch, 128, 128) == ["dense"]
+    assert chosen(monkeypatch, 2048, 2048) == ["blockwise"]
+    assert chosen(monkeypatch, 128, 128) == ["strips"]
+    assert chosen(monkeypatch, 1, 8192) == ["dense"]
     assert chosen(monkeypatch, 1, 8192, here="cudnn") == ["dense"]
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert chosen(monkeypatch, 1024, 1024) == ["dense"]

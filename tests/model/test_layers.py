@@ -1,5 +1,8 @@
 """A linear map spelled in letters is the einsum of its letters."""
 
+from functools import partial
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,7 @@ import pytest
 from helpers import tiny
 
 from jaxgpt.dims import split
-from jaxgpt.model.layers import DTYPES, Linear, into_residual
+from jaxgpt.model.layers import DTYPES, Linear, into_residual, wide_product
 
 B, T = 2, 5
 
@@ -39,6 +42,44 @@ def test_a_linear_map_is_the_einsum_of_its_letters(letters, bias):
 def test_the_outcome_has_the_dtype_of_the_input_and_the_weight_stays_float32():
     _, w, b, y = mapped("D>HK", bias=True, dtype=jnp.bfloat16)
     assert (w.dtype, b.dtype, y.dtype) == (jnp.float32, jnp.float32, jnp.bfloat16)
+
+
+def test_a_map_of_a_function_is_that_of_what_it_gives_in_values_and_gradients():
+    module = Linear(tiny(), "F>D")
+    rng = np.random.default_rng(0)
+    gate, up, out = (jnp.asarray(rng.normal(size=(B, T, n)), jnp.float32) for n in (24, 24, 16))
+    params = split(module.init(jax.random.key(0), gate)["params"])[0]
+
+    def inside(params, gate, up):
+        return jnp.vdot(out, module.apply({"params": params}, gate, up, of=lambda a, b: a**2 * b))
+
+    def outside(params, gate, up):
+        return jnp.vdot(out, gate**2 * up @ params["w"])
+
+    found, wanted = (jax.value_and_grad(f, (0, 1, 2))(params, gate, up) for f in (inside, outside))
+    # float32 sums of products of order 1, in another order.
+    chex.assert_trees_all_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("letters", ["BTD,VD->BTV", "BGMTK,BGSK->BGMTS"])
+def test_a_wide_product_rounds_what_comes_back_and_nothing_else(letters):
+    left, right, out = letters.replace("->", ",").split(",")
+    sizes = dict(zip("BTDVGMSK", (2, 5, 16, 7, 2, 3, 5, 8), strict=True))
+    rng = np.random.default_rng(0)
+    a, b, d_out = (rng.normal(size=[sizes[c] for c in part]) for part in (left, right, out))
+    a, b, d_out = jnp.bfloat16(a), jnp.float32(b), jnp.float32(d_out)
+    found, pull = jax.vjp(partial(wide_product, letters), a, b)
+    d_a, d_b = pull(d_out)
+    assert [x.dtype for x in (found, d_a, d_b)] == [jnp.float32, jnp.bfloat16, jnp.float32]
+
+    def exact(letters, *factors):
+        return np.einsum(letters, *(np.float64(jnp.bfloat16(x)) for x in factors))
+
+    # Products of bfloat16 are exact in float32; sums are of up to 70 of them, of order 1.
+    np.testing.assert_allclose(found, exact(letters, a, b), atol=2e-5)
+    np.testing.assert_allclose(d_b, exact(f"{out},{left}->{right}", d_out, a), atol=2e-5)
+    wanted = exact(f"{out},{right}->{left}", d_out, b)
+    np.testing.assert_allclose(np.float64(d_a), wanted, rtol=2**-8, atol=2e-5)  # rounded once
 
 
 def test_the_dtypes_are_called_by_their_own_names():

@@ -14,6 +14,7 @@ from jaxgpt.model.masks import (
     Causal,
     Coords,
     InPrefix,
+    OneDocument,
     SameDocument,
     Strided,
     Window,
@@ -50,6 +51,11 @@ def test_causal_tokens_see_themselves_and_what_came_before(ends):
 def test_tokens_see_only_their_own_document_and_nobody_sees_an_empty_slot(ends):
     wanted = by_pairs(lambda q, k: k[1] == q[1] and k[1] != 0, *ends)
     np.testing.assert_array_equal(SameDocument()(*ends), wanted)
+
+
+def test_tokens_of_a_row_that_is_one_document_see_all_but_empty_slots(ends):
+    wanted = by_pairs(lambda q, k: k[1] != 0, *ends)
+    np.testing.assert_array_equal(np.broadcast_to(OneDocument()(*ends), (B, T, S)), wanted)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

@@ -227,8 +227,9 @@ def test_cached_decoding_equals_uncached(position, kv_heads):
     np.testing.assert_array_equal(cache.at.document[0], [1] * 11 + [0] * 3)
 
 
-def test_rows_of_different_length_share_a_cache_by_padding_on_the_left():
-    cfg = tiny()
+@pytest.mark.parametrize("documents", ["apart", "joined"])
+def test_rows_of_different_length_share_a_cache_by_padding_on_the_left(documents):
+    cfg = tiny(documents=documents)
     params = random_params(cfg)
     short, more = random_tokens(cfg, 0, 1, 4), jnp.array([[3]])
     at = Coords(jnp.array([[0, 0, 0, 1, 2, 3]]), jnp.array([[0, 0, 1, 1, 1, 1]]))
@@ -246,10 +247,20 @@ def test_rows_of_different_length_share_a_cache_by_padding_on_the_left():
 def test_the_cache_has_the_compute_dtype_and_only_the_kv_heads():
     cache = init_cache(tiny(dtype="bfloat16", kv_heads=1), batch=3, slots=5)
     for x in cache.states[0]["mixer"]:
-        assert (x.shape, x.dtype) == ((2, 3, 5, 1, 4), jnp.bfloat16)
+        assert (x.shape, x.dtype) == ((3, 1, 5, 4), jnp.bfloat16)
 
 
 # --- what changes nothing ---
+
+
+@pytest.mark.parametrize("pattern", ["full", "window"])
+def test_rows_of_one_document_learn_the_same_whether_documents_are_apart_or_joined(pattern):
+    cfg = tiny(kernel="strips", pattern=(pattern,))
+    params, tokens = random_params(cfg), random_tokens(cfg, 0, 2, 20)
+    joined = dataclasses.replace(cfg, documents="joined")
+    chex.assert_trees_all_equal(
+        loss_and_gradients(joined, params, tokens), loss_and_gradients(cfg, params, tokens)
+    )
 
 
 @partial(jax.jit, static_argnames="cfg")

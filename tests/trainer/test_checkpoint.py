@@ -34,11 +34,13 @@ PROGRESS = Progress(step=3, tokens=48, seconds=1.5, best_loss=2.25, best_step=2,
 
 
 def fill(state, seed=0):
-    """The same state with a random number in every place of every float."""
+    """The same state with a random number in every place of every float and code."""
     leaves, tree = jax.tree.flatten(state)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
 
     def random(x, key):
+        if x.dtype.itemsize == 1:
+            return jax.device_put(jax.random.randint(key, x.shape, 0, 127, x.dtype), x.sharding)
         if not jnp.issubdtype(x.dtype, jnp.floating):
             return x
         return jax.device_put(jax.random.normal(key, x.shape), x.sharding)
@@ -46,10 +48,13 @@ def fill(state, seed=0):
     return jax.tree.unflatten(tree, [random(x, k) for x, k in zip(leaves, keys, strict=True)])
 
 
-@pytest.fixture(scope="module", params=["adamw", "muon"])
+@pytest.fixture(
+    scope="module",
+    params=["optimizer.name=adamw", "optimizer.name=muon", "optimizer.moments=int8"],
+)
 def divided(request):
     """(what a run is made of, a state on eight devices)."""
-    made = training(config(f"optimizer.name={request.param}", mesh=DIVIDED), devices=8)
+    made = training(config(request.param, mesh=DIVIDED), devices=8)
     return made, fill(made.make()).replace(step=jnp.int32(PROGRESS.step))
 
 
@@ -84,13 +89,13 @@ def test_progress_without_a_best_comes_back(divided, files):
     assert files.restore(made.abstract)[1] == Progress(step=3)
 
 
-def test_a_state_comes_back_on_another_mesh_bit_for_bit(divided, files):
+def test_a_state_comes_back_on_another_mesh_bit_for_bit(divided, files, request):
     _, state = divided
     files.save(state, PROGRESS)
     files.wait()
-    name = "muon" if "Muon" in str(jax.tree.structure(state)) else "adamw"
+    setting = request.node.callspec.params["divided"]
     for mesh, devices in ((MeshConfig(data=1), 1), (MeshConfig(data=1, fsdp=8), 8)):
-        other = training(config(f"optimizer.name={name}", mesh=mesh), devices)
+        other = training(config(setting, mesh=mesh), devices)
         back, _ = files.restore(other.abstract)
         assert_same_bits(back, state)
         placed = jax.tree.map(
@@ -235,6 +240,7 @@ def test_a_checkpoint_that_tells_of_a_best_one_finds_it_on_disk(divided, files):
         ("model.width=64", r"embed.table: \[260, 32\] is saved, \[260, 64\] is wanted"),
         ("model.qk_norm=true", r"norm.*: nothing is saved, \[.*\] is wanted"),
         ("optimizer.name=muon", r"opt_state.*: .* is saved, nothing is wanted"),
+        ("optimizer.moments=int8", r"opt_state.*: .* is saved, nothing is wanted"),
     ],
 )
 def test_a_state_of_another_kind_is_refused_by_name(setting, line, files):

@@ -23,24 +23,29 @@ from dataclasses import replace
 import chex
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from jaxgpt.model.kernels import cudnn, splash
 from jaxgpt.model.kernels.blockwise import blockwise
 from jaxgpt.model.kernels.dense import dense
 from jaxgpt.model.kernels.score import NEVER, Kernel, Score
+from jaxgpt.model.kernels.strips import strips
+from jaxgpt.model.layers import RECEIVED
 from jaxgpt.model.masks import Coords
-from jaxgpt.sharding import constrain, mesh_in_force, on_parts, spec
+from jaxgpt.sharding import constrain, is_divided, mesh_in_force, on_parts, platform, spec
 
 __all__ = ["KERNELS", "LIMITS", "NEVER", "Score", "attend"]
 
-# T·S from which on blocks beat the whole. Causal gradients in float32 on a CPU with two cores, by
-# dense and by blockwise: 8 rows of 4 heads of width 32 take 7 and 14 ms for T = 128, 39 and 19 ms
-# for 256; 2 rows of 1024 and 6 heads of width 64 take 775 and 116 ms, in 160 and 19 MB.
-WHOLE = 256 * 256
+# Forward and backward on a CPU with two cores, in ms, by (dense, strips, blockwise): 64 rows of 16
+# and 4 heads of width 32 take (1.5, 1.7, 2.2), 12 rows of 64 (3.9, 2.5, 3.5); 6 heads of width 64
+# take (203, 123, 171) for 16 rows of 256, (-, 304, 254) for one of 2048.
+FEW = 32  # queries; decoding has one
+WHOLE = 1024 * 1024  # T·S that strips are good for
 # Elsewhere a turn of a loop is a few launches, so that the whole is left only for want of memory.
 # Not measured yet.
 WHOLE_ELSEWHERE = 2048 * 2048
+WORTHWHILE = 256 * 256  # T·S from which on an accelerated kernel is taken
 
 HEADS = ("tensor", "context")  # mesh axes that heads are divided over
 
@@ -87,19 +92,29 @@ def over_devices(
     ours, theirs = PartitionSpec(rows, tokens, heads), PartitionSpec(rows, None, heads)
     by_head = jax.tree.map(lambda x: PartitionSpec(*[None] * (x.ndim - 1), heads), score)
     at = PartitionSpec(rows, tokens), PartitionSpec(rows)
-    run = on_parts(kernel, (ours, theirs, theirs, *at, by_head), ours, has_kernel=True)
-    return constrain(run(q, k, v, q_at, k_at, score), "BTHK")
+
+    # What was received is kept by name: it need not be sent again for the backward pass.
+    def here(q, k, v, *rest):
+        return kernel(*(checkpoint_name(x, RECEIVED) for x in (q, k, v)), *rest)
+
+    run = on_parts(here, (ours, theirs, theirs, *at, by_head), ours, has_kernel=True)
+    out = constrain(run(q, k, v, q_at, k_at, score), "BTHK")
+    return checkpoint_name(out, RECEIVED) if is_divided("T", T) else out
 
 
 def anywhere(q, k) -> str:
-    """The faster of the kernels that run on every device."""
-    whole = WHOLE if jax.default_backend() == "cpu" else WHOLE_ELSEWHERE
-    return "dense" if q.shape[1] * k.shape[1] < whole else "blockwise"
+    """The fastest of the kernels that run on every device."""
+    T, S = q.shape[1], k.shape[1]
+    if platform() != "cpu":
+        return "dense" if T * S < WHOLE_ELSEWHERE else "blockwise"
+    if T < FEW:
+        return "dense"
+    return "strips" if T * S <= WHOLE else "blockwise"
 
 
 def auto(q, k, v, q_at: Coords, k_at: Coords, score: Score) -> jax.Array:
     """The fastest that this device has for the shapes at hand."""
-    accelerated = ACCELERATED.values() if q.shape[1] * k.shape[1] >= WHOLE else ()
+    accelerated = ACCELERATED.values() if q.shape[1] * k.shape[1] >= WORTHWHILE else ()
     fit = (kernel for kernel, obstacle in accelerated if not obstacle(q, k, score))
     kernel = next(fit, None) or KERNELS[anywhere(q, k)]
     return kernel(q, k, v, q_at, k_at, score)
@@ -129,6 +144,7 @@ def say(line: str) -> None:
 KERNELS: dict[str, Kernel] = {
     "auto": auto,
     "dense": dense,
+    "strips": strips,
     "blockwise": blockwise,
     "cudnn": asked_for("cudnn"),
     "splash": asked_for("splash"),

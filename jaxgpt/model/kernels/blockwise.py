@@ -18,8 +18,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxgpt.model.kernels.score import NEVER, Score
+from jaxgpt.model.layers import ATTENDED
 from jaxgpt.model.masks import Coords, Mask
 
 # Queries, keys. Causal gradients of two rows of 1024, 6 heads of width 64, on a CPU with two cores:
@@ -111,7 +113,8 @@ def _forward(score: Score, q, k, v, q_at: Coords, k_at: Coords):
         return out.astype(v.dtype), jnp.where(is_seen, top + jnp.log(total), -NEVER)
 
     visits = _visits(score.mask, q_at, k_at)
-    out, log_sum = jax.lax.map(of_queries, (q, q_at, *_itinerary(visits)))
+    made = jax.lax.map(of_queries, (q, q_at, *_itinerary(visits)))
+    out, log_sum = checkpoint_name(made, ATTENDED)
     return out, (score, q, k, v, q_at, k_at, visits, out, log_sum)
 
 

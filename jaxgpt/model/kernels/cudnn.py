@@ -1,7 +1,8 @@
 """cuDNN's fused attention on NVIDIA GPUs, through `jax.nn.dot_product_attention`.
 
 It knows causality and windows by place in the row and then computes half, or a band, of the
-blocks. All other masks are given to it as an array of 0 and -2^41, which it adds to the logits.
+blocks. All other masks are given to it as an array of 0 and -2^41, which it adds to the logits:
+documents too, unless a row is one (`model.documents=joined`).
 """
 
 from functools import reduce
@@ -11,18 +12,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxgpt.model.kernels.score import Score, parts
-from jaxgpt.model.masks import Causal, Coords, Mask, SameDocument, Window
+from jaxgpt.model.kernels.score import Score
+from jaxgpt.model.masks import Causal, Coords, Mask, OneDocument, Window
+from jaxgpt.sharding import platform
 
+MODERN = 9.0  # compute capability of Hopper
 LIMIT = "cuDNN's kernel has no soft cap"
 
 
 def obstacle(q, k, score: Score) -> str | None:
     """Why `cudnn` can not do it here, or None."""
     device = jax.devices()[0]
-    if "cuda" not in device.client.platform_version:
+    is_other = device.platform == "gpu" and "cuda" not in device.client.platform_version
+    if platform() != "gpu" or is_other:
         return "there is no NVIDIA GPU here"
-    return misfit(q, k, score, float(device.compute_capability))
+    # A program may be traced for a GPU that is not here, of which nothing is known.
+    return misfit(q, k, score, float(getattr(device, "compute_capability", MODERN)))
 
 
 def misfit(q, k, score: Score, capability: float) -> str | None:
@@ -54,13 +59,13 @@ def cudnn(q, k, v, q_at: Coords, k_at: Coords, score: Score) -> jax.Array:
 
 def _by_place(score: Score) -> tuple[dict, Mask | None]:
     """What can be said by places in the row, and the mask that is left."""
-    all_parts = parts(score.mask)
-    # Places are as far apart as positions only among the tokens of one document of one row.
-    if not (score.is_self and {SameDocument(), Causal()} <= all_parts):
+    masks = score.by_place
+    if Causal() not in masks:
         return {}, score.mask
-    windows = {part for part in all_parts if isinstance(part, Window)}
+    windows = {mask for mask in masks if isinstance(mask, Window)}
     known: dict[str, Any] = dict(is_causal=True)
     if windows:
         # (before, after); cuDNN has no window that looks ahead.
         known["local_window_size"] = (min(window.size for window in windows) - 1, 0)
-    return known, reduce(and_, all_parts - windows - {Causal()})
+    rest = masks - windows - {Causal(), OneDocument()}
+    return known, reduce(and_, rest) if rest else None

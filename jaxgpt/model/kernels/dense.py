@@ -2,8 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxgpt.model.kernels.score import Score
+from jaxgpt.model.layers import ATTENDED, LOGITS, wide_product
 from jaxgpt.model.masks import Coords
 
 
@@ -19,7 +21,7 @@ def dense(q, k, v, q_at: Coords, k_at: Coords, score: Score) -> jax.Array:
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B G S K]
     # Heads before tokens, so that each product is one plain matrix per head: with the einsum on
     # [B T H K] the forward pass takes twice as long on CPU.
-    logits = jnp.einsum("BGMTK,BGSK->BGMTS", q, k, preferred_element_type=jnp.float32)
+    logits = checkpoint_name(wide_product("BGMTK,BGSK->BGMTS", q, k), LOGITS)
     weights = jax.nn.softmax(score(logits, q_at, k_at), axis=-1).astype(v.dtype)
-    out = jnp.einsum("BGMTS,BGSK->BGMTK", weights, v)
+    out = checkpoint_name(jnp.einsum("BGMTS,BGSK->BGMTK", weights, v), ATTENDED)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)

@@ -2,8 +2,7 @@
 
 It keeps weights in the chip's own memory as `blockwise` does in blocks, and does not visit blocks
 that a mask known beforehand hides: causality and windows are told to it as masks over the places in
-the row, documents as segments. Within a document positions count up by one, so that places are as
-far apart as positions; across documents nobody sees anybody.
+the row, documents as segments.
 """
 
 import jax
@@ -11,14 +10,16 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 
 from jaxgpt.model.kernels.score import Score, parts
-from jaxgpt.model.masks import Causal, Coords, Mask, SameDocument, Window
+from jaxgpt.model.layers import ATTENDED
+from jaxgpt.model.masks import DOCUMENTS, Causal, Coords, Mask, OneDocument, Window
+from jaxgpt.sharding import platform
 
 LANES = 128  # a block of tokens is a multiple of a TPU's vector registers
 
 
 def obstacle(q, k, score: Score) -> str | None:
     """Why `splash` can not do it here, or None."""
-    if jax.default_backend() != "tpu":
+    if platform() != "tpu":
         return "there is no TPU here"
     return misfit(q, k, score)
 
@@ -29,7 +30,8 @@ def misfit(q, k, score: Score) -> str | None:
         return LIMIT
     if not score.is_self:
         return "queries and keys are not the same tokens, as when decoding"
-    if not SameDocument() in parts(score.mask) <= {SameDocument(), Causal(), *_windows(score.mask)}:
+    known = {*DOCUMENTS.values(), Causal(), *_windows(score.mask)}
+    if not score.by_place or not parts(score.mask) <= known:
         return "it knows the patterns full and window only"
     return None
 
@@ -50,12 +52,12 @@ def splash(q, k, v, q_at: Coords, k_at: Coords, score: Score, interpret: bool = 
     T = q.shape[1]
     fill = [(0, 0), (0, -T % LANES)]  # whole blocks; what is appended is in document 0
     q, k, v = (jnp.pad(x, [*fill, (0, 0), (0, 0)]) for x in (score.queries(q), k, v))
-    document = jnp.pad(q_at.document, fill)
+    document = None if score.by_place >= {OneDocument(), Causal()} else jnp.pad(q_at.document, fill)
     return _rows(q, k, v, document, score, interpret)[:, :T]
 
 
 def _rows(q, k, v, document, score: Score, interpret: bool) -> jax.Array:
-    """q [B T H K], k and v [B T G K], document [B T] -> [B T H K]."""
+    """q [B T H K], k and v [B T G K], document [B T] or None -> [B T H K]."""
     T, H = q.shape[1:3]
     masks = pallas.MultiHeadMask([_mask(score.mask, T)] * H)
     # Larger blocks are fewer, but there must be a whole number of them.
@@ -71,11 +73,13 @@ def _rows(q, k, v, document, score: Score, interpret: bool) -> jax.Array:
             block_kv_dq=block,
         ),
         attn_logits_soft_cap=score.softcap,
+        residual_checkpoint_name=ATTENDED,
         interpret=interpret,
     )
 
     def row(q, k, v, document):  # [H T K], [G T K], [G T K], [T]
-        return kernel(q, k, v, segment_ids=pallas.SegmentIds(document, document))
+        segments = None if document is None else pallas.SegmentIds(document, document)
+        return kernel(q, k, v, segment_ids=segments)
 
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     return jax.vmap(row)(q, k, v, document).swapaxes(1, 2)

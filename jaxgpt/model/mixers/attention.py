@@ -8,7 +8,7 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.model.kernels import Score, attend
 from jaxgpt.model.layers import DTYPES, Linear, into_residual
 from jaxgpt.model.masks import SameDocument, layer_mask
-from jaxgpt.model.mixers.mixer import KV, Mixer, Sight, write
+from jaxgpt.model.mixers.mixer import KV, Mixer, Sight, recall
 from jaxgpt.model.norms import NORMS
 from jaxgpt.sharding import constrain
 
@@ -21,7 +21,7 @@ class Attention(Mixer):
 
     @staticmethod
     def state(cfg: ModelConfig, batch: int, slots: int) -> KV:
-        shape = (batch, slots, cfg.sizes["G"], cfg.sizes["K"])
+        shape = (batch, cfg.sizes["G"], slots, cfg.sizes["K"])
         return KV(*(jnp.zeros(shape, DTYPES[cfg.dtype]) for _ in KV._fields))
 
     @nn.compact
@@ -36,12 +36,15 @@ class Attention(Mixer):
         if sight.rotate is not None:
             q, k = (sight.rotate(y, sight.q_at.position) for y in (q, k))
         if state is not None:
-            k, v = state = write(state, KV(k, v), sight.cursor)
+            (k, v), state = recall(state, KV(k, v), sight.cursor)
         mask = layer_mask(c, self.pattern, self.direction)
         score = Score(mask, sight.bias, c.attention_scale, c.softcap, is_self=state is None)
         q, k, v = constrain(q, "BTHK"), constrain(k, "BTGK"), constrain(v, "BTGK")
-        out = attend(c.kernel, q, k, v, sight.q_at, sight.k_at, score)
-        return Linear(c, "HK>D", into_residual(c), name="o")(out), state
+
+        def attended(q, k, v):
+            return attend(c.kernel, q, k, v, sight.q_at, sight.k_at, score)
+
+        return Linear(c, "HK>D", into_residual(c), name="o")(q, k, v, of=attended), state
 
 
 class CrossAttention(nn.Module):
@@ -59,12 +62,16 @@ class CrossAttention(nn.Module):
         if sight.memory is not None:
             k = Linear(c, "D>GK", name="k")(sight.memory)
             v = Linear(c, "D>GK", name="v")(sight.memory)
-            state = None if state is None else KV(k.astype(state.k.dtype), v.astype(state.v.dtype))
+            kept = KV(k, v).turned()
+            state = state and KV(*(x.astype(old.dtype) for x, old in zip(kept, state, strict=True)))
         else:
             assert state is not None, "without a memory there is a state that has read it"
-            k, v = state
+            k, v = state.turned()
         assert sight.memory_at is not None
         score = Score(SameDocument(), scale=c.attention_scale)
         q, k, v = constrain(q, "BTHK"), constrain(k, "BTGK"), constrain(v, "BTGK")
-        out = attend(c.kernel, q, k, v, sight.q_at, sight.memory_at, score)
-        return Linear(c, "HK>D", into_residual(c), name="o")(out), state
+
+        def attended(q, k, v):
+            return attend(c.kernel, q, k, v, sight.q_at, sight.memory_at, score)
+
+        return Linear(c, "HK>D", into_residual(c), name="o")(q, k, v, of=attended), state

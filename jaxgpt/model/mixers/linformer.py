@@ -27,7 +27,7 @@ from jaxgpt.model.mixers.chunks import (
     seen,
     segments,
 )
-from jaxgpt.model.mixers.mixer import KV, Mixer, Sight, write
+from jaxgpt.model.mixers.mixer import KV, Mixer, Sight, recall
 
 
 def _project(module: Mixer, x: jax.Array, sight: Sight) -> tuple[jax.Array, KV]:
@@ -134,7 +134,7 @@ class CausalLinformer(Mixer):
         c, (_, T, _), size = self.cfg, x.shape, self.cfg.mixer.chunk
         q, kv = _project(self, x, sight)
         if state is not None:
-            kv = state = write(state, kv, sight.cursor)
+            kv, state = recall(state, kv, sight.cursor)
         q_at, k_at = sight.q_at, sight.k_at
         far, far_at = self._summarise(kv, k_at)
         if state is None:

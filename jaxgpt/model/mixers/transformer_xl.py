@@ -18,7 +18,7 @@ from jaxgpt.model.layers import Linear, into_residual, normal
 from jaxgpt.model.masks import apart, layer_mask
 from jaxgpt.model.mixers.attention import Attention
 from jaxgpt.model.mixers.chunks import Spans, around, cut, join, seen
-from jaxgpt.model.mixers.mixer import KV, Mixer, Sight, write
+from jaxgpt.model.mixers.mixer import KV, Mixer, Sight, recall
 from jaxgpt.model.positions import sinusoidal
 
 
@@ -52,10 +52,9 @@ class TransformerXL(Mixer):
             q, q_at = cut((q, q_at), min(size, T))
             now, past, k_at = around(cut((now, past, k_at), min(size, T)), before=2)
         else:
-            now = past = state = write(state, now, sight.cursor)
-            q, q_at, now, past, k_at = jax.tree.map(
-                lambda x: x[:, None], (q, q_at, now, past, k_at)
-            )
+            now, state = recall(state, now, sight.cursor)
+            q, q_at, now, k_at = jax.tree.map(lambda x: x[:, None], (q, q_at, now, k_at))
+            past = now
         y = join(self._attend(q, now, past, q_at, k_at), T)
         return Linear(c, "HK>D", into_residual(c), name="o")(y), state
 

@@ -1,0 +1,48 @@
+"""The training step of a config, lowered for devices that need not exist."""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxgpt.config import Config
+from jaxgpt.data import Batch
+from jaxgpt.model import abstract_params, build
+from jaxgpt.optimizer import build as build_optimizer
+from jaxgpt.sharding import batch_sharding, check_fits, make_mesh
+from jaxgpt.trainer.state import abstract_state
+from jaxgpt.trainer.step import make_train_step
+
+
+class Step(NamedTuple):
+    """A training step, not compiled."""
+
+    cfg: Config
+    mesh: Any
+    state: Any  # abstract, with shardings
+    lowered: Any
+
+
+def lower_step(cfg: Config, devices) -> Step:
+    """Nothing is allocated, and nothing runs.
+
+    Raises:
+        ConfigError: the config does not fit so many devices.
+    """
+    mesh = make_mesh(cfg.mesh, devices)
+    check_fits(cfg, mesh)
+    _, letters = abstract_params(cfg.model)
+    optimizer, schedule = build_optimizer(cfg.optimizer, cfg.train.steps, letters)
+    state = abstract_state(cfg.model, optimizer, cfg.seed, mesh)
+    shape = (cfg.train.batch, cfg.model.context)
+    place = batch_sharding(mesh, shape)
+    integers: Any = jax.ShapeDtypeStruct(shape, np.int32, sharding=place)
+    weights: Any = jax.ShapeDtypeStruct(shape, np.float32, sharding=place)
+    step = jax.jit(
+        make_train_step(cfg, build(cfg.model), optimizer, schedule),
+        donate_argnums=0,
+        out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
+    )
+    with jax.set_mesh(mesh):
+        batch = Batch(integers, integers, integers, integers, weights)
+        return Step(cfg, mesh, state, step.lower(state, batch))

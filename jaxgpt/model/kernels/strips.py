@@ -1,0 +1,118 @@
+"""Exact attention in strips: some queries at a time meet all the keys that they may see.
+
+The weights of a strip [t S] are used while they are near the processor, and since all keys of a
+query are there, its softmax is the plain one. A strip ends where a causal mask does, and begins
+where a window does, so that half of a long causal row is never computed. The backward pass computes
+each strip again. Strips stand in the program one after the other, so rows should not be too long.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxgpt.model.kernels.score import Score
+from jaxgpt.model.layers import ATTENDED
+from jaxgpt.model.masks import Causal, Coords, Window
+
+SIZE = 128  # queries
+
+
+def strips(q, k, v, q_at: Coords, k_at: Coords, score: Score, size: int = SIZE) -> jax.Array:
+    """As `dense`, in strips of so many queries. Returns [B T H K].
+
+    A query that sees nothing gets the average of the values of its strip.
+
+    Source: Rabe & Staats 2021, arXiv:2112.05682, with all keys in one chunk.
+    """
+    (B, T, H, K), G = q.shape, k.shape[2]
+    shared = () if G == H else (H // G,)
+    # Heads before tokens, as in `dense`. Where no heads share a key there is no dimension for it:
+    # of four dimensions XLA makes one fused loop on CPU, from the logits to the average of values.
+    q = jnp.moveaxis(score.queries(q).reshape(B, T, G, *shared, K), 1, -2)  # [B G M T K]
+    k, v = (x.swapaxes(1, 2) for x in (k, v))  # [B G S K]
+    out = _attention(size, score, q, k, v, q_at, k_at)
+    return jnp.moveaxis(out, -2, 1).reshape(B, T, H, K)
+
+
+def spans(score: Score, T: int, S: int, size: int) -> Iterator[tuple[slice, slice]]:
+    """The queries of each strip, and the keys that they may see."""
+    known = score.by_place
+    behind = min((mask.size - 1 for mask in known if isinstance(mask, Window)), default=S)
+    ahead = 0 if Causal() in known else behind
+    for start in range(0, T, size):
+        end = min(start + size, T)
+        yield slice(start, end), slice(max(0, start - behind), min(S, end + ahead))
+
+
+def _at(at: Coords, span: slice) -> Coords:
+    return jax.tree.map(lambda x: x[:, span], at)
+
+
+def _scored(at: tuple[Coords, Coords], score: Score, logits: jax.Array) -> jax.Array:
+    return score(logits, *at)
+
+
+def _columns(x: jax.Array) -> jax.Array:
+    """[B G S K] -> [B G K S] in memory: products with it take half the time that xᵀ's take on CPU.
+
+    The barrier keeps the compiler from moving the transposition into the product.
+    """
+    return jax.lax.optimization_barrier(x.swapaxes(2, 3))
+
+
+def _dot(letters: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    if max(a.ndim, b.ndim) == 4:
+        letters = letters.replace("M", "")
+    return jnp.einsum(letters, a, b, preferred_element_type=jnp.float32)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(size: int, score: Score, q, k, v, q_at: Coords, k_at: Coords) -> jax.Array:
+    """q [B G M T K], k and v [B G S K] -> [B G M T K]."""
+    k_columns, out = _columns(k), []
+    for queries, keys in spans(score, q.shape[-2], k.shape[-2], size):
+        logits = _dot("BGMTK,BGKS->BGMTS", q[..., queries, :], k_columns[..., keys])
+        logits = score(logits, _at(q_at, queries), _at(k_at, keys))
+        weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+        total = weights.sum(-1, keepdims=True)
+        values = _dot("BGMTS,BGSK->BGMTK", weights.astype(v.dtype), v[:, :, keys])
+        out.append((values / total).astype(v.dtype))
+    return jnp.concatenate(out, -2)
+
+
+def _forward(size, *given):
+    out = checkpoint_name(_attention(size, *given), ATTENDED)
+    return out, (*given, out)
+
+
+def _backward(size, saved, d_out):
+    """Gradients of the score's own arrays, and of q, k and v."""
+    score, q, k, v, q_at, k_at, out = saved
+    # Σ_s weight · d_weight of a query is d_out · out.
+    inner = jnp.sum(d_out.astype(jnp.float32) * out, -1, keepdims=True)  # [B G M T 1]
+    k_columns, v_columns = _columns(k), _columns(v)
+    d_score = jax.tree.map(jnp.zeros_like, score)
+    d_q, (d_k, d_v) = [], (jnp.zeros(x.shape, jnp.float32) for x in (k, v))
+    for queries, keys in spans(score, q.shape[-2], k.shape[-2], size):
+        q_i, d_out_i, inner_i = (x[..., queries, :] for x in (q, d_out, inner))
+        logits = _dot("BGMTK,BGKS->BGMTS", q_i, k_columns[..., keys])
+        at = _at(q_at, queries), _at(k_at, keys)
+        logits, back = jax.vjp(partial(_scored, at), score, logits)
+        weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+        total = weights.sum(-1, keepdims=True)
+        # The weights lack 1 / total: a few numbers a query take it in their stead.
+        d_out_i = (d_out_i / total).astype(v.dtype)
+        d_weights = _dot("BGMTK,BGKS->BGMTS", d_out_i, v_columns[..., keys])
+        d_score_i, d_logits = back(weights * (d_weights - inner_i / total))
+        d_logits = d_logits.astype(q.dtype)
+        d_score = jax.tree.map(jnp.add, d_score, d_score_i)
+        d_q.append(_dot("BGMTS,BGSK->BGMTK", d_logits, k[:, :, keys]).astype(q.dtype))
+        d_k = d_k.at[:, :, keys].add(_dot("BGMTS,BGMTK->BGSK", d_logits, q_i))
+        d_v = d_v.at[:, :, keys].add(_dot("BGMTS,BGMTK->BGSK", weights.astype(v.dtype), d_out_i))
+    return d_score, jnp.concatenate(d_q, -2), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
+
+
+_attention.defvjp(_forward, _backward)
