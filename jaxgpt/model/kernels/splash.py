@@ -2,8 +2,8 @@
 
 It keeps weights in the chip's own memory as `blockwise` does in blocks, and does not visit blocks
 that a mask known beforehand hides: causality and windows are told to it as masks over the places in
-the row, documents as segments. JAX's kernel is imported where it is used: Pallas takes a tenth of
-the time that all other imports take.
+the row, documents as segments. JAX's kernel is imported where it is used: Pallas takes a twentieth
+of the time of all imports.
 """
 
 from typing import Any
