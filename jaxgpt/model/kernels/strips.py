@@ -63,6 +63,14 @@ def _columns(x: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(x.swapaxes(2, 3))
 
 
+def _added(x: jax.Array, keys: slice, more: jax.Array) -> jax.Array:
+    """x [B G S K] with `more` added at some keys.
+
+    `x.at[...].add` is a scatter, on which jaxlib 0.11 dies inside `shard_map` on CPUs.
+    """
+    return jax.lax.dynamic_update_slice_in_dim(x, x[:, :, keys] + more, keys.start, axis=2)
+
+
 def _dot(letters: str, a: jax.Array, b: jax.Array) -> jax.Array:
     if max(a.ndim, b.ndim) == 4:
         letters = letters.replace("M", "")
@@ -110,8 +118,8 @@ def _backward(size, saved, d_out):
         d_logits = d_logits.astype(q.dtype)
         d_score = jax.tree.map(jnp.add, d_score, d_score_i)
         d_q.append(_dot("BGMTS,BGSK->BGMTK", d_logits, k[:, :, keys]).astype(q.dtype))
-        d_k = d_k.at[:, :, keys].add(_dot("BGMTS,BGMTK->BGSK", d_logits, q_i))
-        d_v = d_v.at[:, :, keys].add(_dot("BGMTS,BGMTK->BGSK", weights.astype(v.dtype), d_out_i))
+        d_k = _added(d_k, keys, _dot("BGMTS,BGMTK->BGSK", d_logits, q_i))
+        d_v = _added(d_v, keys, _dot("BGMTS,BGMTK->BGSK", weights.astype(v.dtype), d_out_i))
     return d_score, jnp.concatenate(d_q, -2), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
 
 
