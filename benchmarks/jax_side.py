@@ -11,20 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks.step import lower_step
 from benchmarks.worker import Case, Made, Side, serve_pipe
 from jaxgpt import config as configs
 from jaxgpt import generate, objectives
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.config import Config, SampleConfig
 from jaxgpt.data import Batch
-from jaxgpt.model import Coords, Head, abstract_params, build, init_params, layer_by_layer
+from jaxgpt.model import Coords, Head, build, init_params, layer_by_layer
 from jaxgpt.model.kernels import ACCELERATED, Score, attend
 from jaxgpt.model.layers import DTYPES
 from jaxgpt.model.masks import layer_mask
 from jaxgpt.optimizer import build as build_optimizer
-from jaxgpt.sharding import batch_sharding, make_mesh
-from jaxgpt.trainer.state import abstract_state, make_state
-from jaxgpt.trainer.step import make_eval_step, make_train_step
+from jaxgpt.sharding import batch_sharding
+from jaxgpt.trainer.state import make_state
+from jaxgpt.trainer.step import make_eval_step
 
 
 def config_of(case: Case) -> Config:
@@ -49,17 +50,6 @@ def batch_of(case: Case) -> Batch:
 # --- training ---
 
 
-def trainer(cfg: Config):
-    """(mesh, optimizer, abstract state, jitted step) as in the training loop."""
-    mesh = make_mesh(cfg.mesh, devices=jax.devices()[:1])
-    _, letters = abstract_params(cfg.model)
-    optimizer, schedule = build_optimizer(cfg.optimizer, cfg.train.steps, letters)
-    abstract = abstract_state(cfg.model, optimizer, cfg.seed, mesh)
-    where = jax.tree.map(lambda x: x.sharding, abstract)
-    step = make_train_step(cfg, build(cfg.model), optimizer, schedule)
-    return mesh, optimizer, abstract, jax.jit(step, donate_argnums=0, out_shardings=(where, None))
-
-
 def size(tree) -> int:
     return sum(x.size for x in jax.tree.leaves(tree))
 
@@ -75,11 +65,10 @@ def peak(compiled) -> int:
 
 def step(case: Case, settings: tuple[str, ...] = ()) -> Made:
     cfg = configs.override(config_of(case), settings)
-    mesh, optimizer, abstract, jitted = trainer(cfg)
-    with jax.set_mesh(mesh):
-        batch = jax.tree.map(lambda x: jax.device_put(x, batch_sharding(mesh, x.shape)),
-                             batch_of(case))  # fmt: skip
-        compiled = jitted.lower(abstract, batch).compile()
+    mesh, optimizer, abstract, lowered = lower_step(cfg, jax.devices()[:1])
+    batch = jax.tree.map(lambda x: jax.device_put(x, batch_sharding(mesh, x.shape)),
+                         batch_of(case))  # fmt: skip
+    compiled = lowered.compile()
     state = make_state(cfg.model, optimizer, cfg.seed, abstract)
 
     def run():
@@ -94,13 +83,10 @@ def compile_step(case: Case, layers: int) -> Made:
     """Traces and compiles a step of a few tokens, all anew."""
     more = [f"model.layers={layers}", "train.batch=1", "train.accumulate=1", "model.unroll=1"]
     cfg = configs.override(config_of(case), more)
-    batch = jax.tree.map(lambda x: x[:1], batch_of(case))
 
     def run():
         jax.clear_caches()
-        mesh, _, abstract, jitted = trainer(cfg)
-        with jax.set_mesh(mesh):
-            jitted.lower(abstract, batch).compile()
+        lower_step(cfg, jax.devices()[:1]).lowered.compile()
 
     return Made(run)
 

@@ -151,7 +151,7 @@ class Step(NamedTuple):
 
 def compile_step(cfg: Config, devices: int) -> Step:
     """The training step of a config for the first so many devices."""
-    _, mesh, state, lowered = lower_step(cfg, jax.devices()[:devices])
+    mesh, _, state, lowered = lower_step(cfg, jax.devices()[:devices])
     compiled = lowered.compile(compiler_options=QUICKLY)
     found = collectives(compiled.as_text() or "")
     return Step(cfg, mesh, state, compiled.memory_analysis(), found)

@@ -17,8 +17,8 @@ from jaxgpt.trainer.step import make_train_step
 class Step(NamedTuple):
     """A training step, not compiled."""
 
-    cfg: Config
     mesh: Any
+    optimizer: Any
     state: Any  # abstract, with shardings
     lowered: Any
 
@@ -45,4 +45,4 @@ def lower_step(cfg: Config, devices) -> Step:
     )
     with jax.set_mesh(mesh):
         batch = Batch(integers, integers, integers, integers, weights)
-        return Step(cfg, mesh, state, step.lower(state, batch))
+        return Step(mesh, optimizer, state, step.lower(state, batch))
