@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxgpt.model.kernels.score import Score
-from jaxgpt.model.masks import Causal, Coords, Mask, OneDocument, Window
+from jaxgpt.model.kernels.score import Score, behind, windows
+from jaxgpt.model.masks import Causal, Coords, Mask, OneDocument
 from jaxgpt.sharding import platform
 
 MODERN = 9.0  # compute capability of Hopper
@@ -62,10 +62,10 @@ def _by_place(score: Score) -> tuple[dict, Mask | None]:
     masks = score.by_place
     if Causal() not in masks:
         return {}, score.mask
-    windows = {mask for mask in masks if isinstance(mask, Window)}
     known: dict[str, Any] = dict(is_causal=True)
-    if windows:
+    back = behind(masks)
+    if back is not None:
         # (before, after); cuDNN has no window that looks ahead.
-        known["local_window_size"] = (min(window.size for window in windows) - 1, 0)
-    rest = masks - windows - {Causal(), OneDocument()}
+        known["local_window_size"] = (back, 0)
+    rest = masks - windows(masks) - {Causal(), OneDocument()}
     return known, reduce(and_, rest) if rest else None

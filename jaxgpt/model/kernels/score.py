@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.tree_util import Partial
 
-from jaxgpt.model.masks import DOCUMENTS, And, Coords, Mask
+from jaxgpt.model.masks import DOCUMENTS, And, Coords, Mask, Window
 
 # Finite, so that a row that sees nothing (padding) gives something harmless instead of NaN.
 NEVER = -1e30
@@ -59,3 +59,13 @@ Kernel = Callable[[jax.Array, jax.Array, jax.Array, Coords, Coords, Score], jax.
 def parts(mask: Mask) -> frozenset[Mask]:
     """The masks that all have to agree, so that a fast kernel can look for those it knows."""
     return parts(mask.a) | parts(mask.b) if isinstance(mask, And) else frozenset([mask])
+
+
+def windows(masks: frozenset[Mask]) -> frozenset[Window]:
+    """Those among masks that all have to agree that are windows."""
+    return frozenset(mask for mask in masks if isinstance(mask, Window))
+
+
+def behind(masks: frozenset[Mask]) -> int | None:
+    """How many tokens back their narrowest window lets a query see; None without a window."""
+    return min((window.size - 1 for window in windows(masks)), default=None)

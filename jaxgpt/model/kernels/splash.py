@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxgpt.model.kernels.score import Score, parts
+from jaxgpt.model.kernels.score import Score, behind, parts, windows
 from jaxgpt.model.layers import ATTENDED
-from jaxgpt.model.masks import DOCUMENTS, Causal, Coords, Mask, OneDocument, Window
+from jaxgpt.model.masks import DOCUMENTS, Causal, Coords, Mask, OneDocument
 from jaxgpt.sharding import platform
 
 LANES = 128  # a block of tokens is a multiple of a TPU's vector registers
@@ -32,17 +32,13 @@ def misfit(q, k, score: Score) -> str | None:
         return LIMIT
     if not score.is_self:
         return "queries and keys are not the same tokens, as when decoding"
-    known = {*DOCUMENTS.values(), Causal(), *_windows(score.mask)}
-    if not score.by_place or not parts(score.mask) <= known:
+    masks = score.by_place
+    if not masks or not masks <= {*DOCUMENTS.values(), Causal(), *windows(masks)}:
         return "it knows the patterns full and window only"
     return None
 
 
 LIMIT = "the TPU's kernel takes no bias"
-
-
-def _windows(mask: Mask) -> list[Window]:
-    return [part for part in parts(mask) if isinstance(part, Window)]
 
 
 def splash(q, k, v, q_at: Coords, k_at: Coords, score: Score, interpret: bool = False) -> jax.Array:
@@ -93,11 +89,11 @@ def _mask(mask: Mask, T: int) -> Any:
     """The same mask over places in a row, without documents."""
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 
-    behind = min((window.size - 1 for window in _windows(mask)), default=None)
+    back = behind(parts(mask))
     if Causal() in parts(mask):
-        if behind is None:
+        if back is None:
             return pallas.CausalMask((T, T))
-        return pallas.LocalMask((T, T), (behind, 0), 0)
-    if behind is None:
+        return pallas.LocalMask((T, T), (back, 0), 0)
+    if back is None:
         return pallas.FullMask((T, T))
-    return pallas.LocalMask((T, T), (behind, behind), 0)
+    return pallas.LocalMask((T, T), (back, back), 0)

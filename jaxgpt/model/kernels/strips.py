@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxgpt.model.kernels.score import Score
+from jaxgpt.model.kernels.score import Score, behind
 from jaxgpt.model.layers import ATTENDED
-from jaxgpt.model.masks import Causal, Coords, Window
+from jaxgpt.model.masks import Causal, Coords
 
 SIZE = 128  # queries
 
@@ -40,11 +40,12 @@ def strips(q, k, v, q_at: Coords, k_at: Coords, score: Score, size: int = SIZE) 
 def spans(score: Score, T: int, S: int, size: int) -> Iterator[tuple[slice, slice]]:
     """The queries of each strip, and the keys that they may see."""
     known = score.by_place
-    behind = min((mask.size - 1 for mask in known if isinstance(mask, Window)), default=S)
-    ahead = 0 if Causal() in known else behind
+    back = behind(known)
+    back = S if back is None else back
+    ahead = 0 if Causal() in known else back
     for start in range(0, T, size):
         end = min(start + size, T)
-        yield slice(start, end), slice(max(0, start - behind), min(S, end + ahead))
+        yield slice(start, end), slice(max(0, start - back), min(S, end + ahead))
 
 
 def _at(at: Coords, span: slice) -> Coords:
