@@ -79,7 +79,7 @@ def case_of(name: str, settings: Iterable[str], scratch: str) -> Case:
 
     shape = SHAPES[name]
     # Rows are one document each, as the peer takes all rows to be.
-    given = ["train.accumulate=1", "model.documents=joined", *shape.settings.split(), *settings]
+    given = ["train.accumulate=0", "model.documents=joined", *shape.settings.split(), *settings]
     cfg = configs.load(shape.config, given)
     m = cfg.model
     s = m.sizes

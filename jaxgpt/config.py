@@ -181,7 +181,9 @@ class TrainConfig(Section):
     objective: str = option("causal", "what is predicted", table="jaxgpt.objectives:OBJECTIVES")
     steps: int = option(2000, "optimizer steps", low=1)
     batch: int = option(16, "sequences per step, over all devices", low=1)
-    accumulate: int = option(1, "parts a batch is divided in, one after the other", low=1)
+    accumulate: int = option(
+        0, "parts a batch is divided in, one after the other, 0 = chosen by platform", low=0
+    )
     noise: float = option(0.15, "share of tokens to tell (masked, span)", above=0, high=0.9)
     span: float = option(3.0, "mean tokens of a span (span)", low=1)
     balance: float = option(0.01, "weight of the loss that keeps experts evenly busy", low=0)
@@ -203,7 +205,7 @@ class TrainConfig(Section):
     sample_every: int = option(250, "steps between samples, 0 = only at the end", low=0, free=True)
 
     def check(self):
-        if self.batch % self.accumulate:
+        if self.batch % (self.accumulate or 1):
             near = nearest_multiples(self.batch, self.accumulate)
             raise ConfigError(
                 f"train.batch={self.batch} is not divisible by train.accumulate={self.accumulate}: "

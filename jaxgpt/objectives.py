@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec
 from jaxgpt.config import TrainConfig
 from jaxgpt.data import Batch, tasks
 from jaxgpt.model import Coords, Head, Source, head
+from jaxgpt.model.layers import columns
 from jaxgpt.sharding import constrain, mesh_in_force, named, on_parts, platform, spec
 
 # Scores per chunk, in numbers. On CPU a chunk should stay near the cache: for [4096 384] x [8192],
@@ -123,10 +124,12 @@ def vocabulary_loss(
     chex.assert_shape([targets, weights], (B, T))
     scores = CHUNK_SCORES.get(platform(), CHUNK_SCORES_ELSEWHERE)
     chunk = chunk or max(1, scores // head.table.shape[0])
-    table, V = constrain(head.table, "V."), head.table.shape[0]
+    table, V, letters = constrain(head.table, "V."), head.table.shape[0], "VD"
+    if platform() == "cpu":
+        table, letters = columns(table), "DV"
     if platform() == "gpu":  # its units multiply at full speed only where rows are aligned
         table = jnp.pad(table, [(0, -V % ALIGNED), (0, 0)])
-    head = dataclasses.replace(head, table=table, words=V)
+    head = dataclasses.replace(head, table=table, words=V, letters=letters)
     loss = functools.partial(score_chunk, smoothing=smoothing, z_loss=z_loss)
     return _chunked(loss, chunk, hidden, head, targets, weights)
 

@@ -26,8 +26,11 @@ from jaxgpt.model import count_params
 from jaxgpt.trainer.speed import flops_per_token
 
 CONFIGS = {
-    "tiny": config("optimizer.name=adamw"),
-    "gpt_mini": load(str(pathlib.Path(__file__).parent.parent / "configs" / "gpt_mini.py")),
+    "tiny": config("optimizer.name=adamw", "train.accumulate=1"),
+    "gpt_mini": load(
+        str(pathlib.Path(__file__).parent.parent / "configs" / "gpt_mini.py"),
+        ["train.accumulate=1"],
+    ),
 }
 
 
@@ -104,7 +107,7 @@ def test_every_layer_costs_the_same():
 # Bytes read and written if nothing were fused, per step. They are not what a machine moves, but
 # they grow with every array that is made: a float32 copy, a mask for each layer, a transposition.
 # The middle of two releases of jax: 0.10 makes 0.4% less of it, 0.11 as much more.
-BYTES = {"tiny": 55_930_000, "gpt_mini": 39_240_000_000}
+BYTES = {"tiny": 56_990_000, "gpt_mini": 39_860_000_000}
 
 
 @pytest.mark.parametrize("name", BYTES)

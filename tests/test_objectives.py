@@ -189,7 +189,8 @@ def test_the_scores_of_all_tokens_never_stand_in_memory():
 def test_a_chunk_is_chosen_by_size_unless_it_is_given():
     def largest(**options):
         hlo = jax.jit(lambda *a: vocabulary_loss(*a, **options)[0]).lower(*given()).as_text()
-        return max(int(n) for n in re.findall(rf"tensor<(\d+)x{V}xf32>", hlo))
+        rows = {int(n) for n in re.findall(rf"tensor<(\d+)x{V}xf32>", hlo)}
+        return max(rows - {D})  # D rows has the table, if it is turned
 
     assert largest() == B * T
     assert largest(chunk=6) == 6

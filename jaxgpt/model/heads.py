@@ -23,17 +23,19 @@ from jaxgpt.model.norms import NORMS
 class Head:
     """Scores hidden states: cap(scale * h · table + bias)."""
 
-    table: jax.Array  # float32 [V D]
+    table: jax.Array  # float32 [V D], or as `letters` say
     bias: jax.Array | None = None  # float32 [V]
     scale: float | None = struct.field(pytree_node=False, default=None)
     softcap: float | None = struct.field(pytree_node=False, default=None)
     words: int | None = struct.field(pytree_node=False, default=None)  # None = all rows are words
+    letters: str = struct.field(pytree_node=False, default="VD")
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """hidden [... D] -> float32 [... V]."""
-        chex.assert_axis_dimension(hidden, -1, self.table.shape[1])
+        chex.assert_axis_dimension(hidden, -1, self.table.shape[self.letters.index("D")])
         lead = "BT"[: hidden.ndim - 1]
-        scores = wide_product(f"{lead}D,VD->{lead}V", hidden, self.table)[..., : self.words]
+        scores = wide_product(f"{lead}D,{self.letters}->{lead}V", hidden, self.table)
+        scores = scores[..., : self.words]
         if self.scale is not None:
             scores = scores * self.scale
         if self.bias is not None:

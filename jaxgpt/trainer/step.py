@@ -11,8 +11,11 @@ import optax
 from jaxgpt.config import Config, TrainConfig
 from jaxgpt.data.loader import Batch
 from jaxgpt.objectives import OBJECTIVES, Sums
-from jaxgpt.sharding import constrain
+from jaxgpt.sharding import constrain, mesh_in_force, platform
 from jaxgpt.trainer.state import TrainState
+
+# Tokens. A CPU works faster on parts that stay near it, and needs less memory for them.
+PART = {"cpu": 512}
 
 
 class Metrics(NamedTuple):
@@ -45,9 +48,19 @@ def gradient(model: nn.Module, cfg: TrainConfig, params, batch: Batch, rng: jax.
     return grads, sums
 
 
-def accumulated_gradient(model, cfg: TrainConfig, params, batch: Batch, rng: jax.Array | None):
-    """As `gradient`, over `cfg.accumulate` parts one after the other: memory of one part."""
-    parts = cfg.accumulate
+def parts_of(cfg: Config, B: int, T: int) -> int:
+    """How many parts a batch [B T] is divided in, where `train.accumulate` leaves it open."""
+    least = PART.get(platform())
+    # Experts are asked to be evenly busy in every part, so that parts would change what is learned.
+    if least is None or mesh_in_force() or cfg.model.feedforward.startswith("moe"):
+        return 1
+    return max(p for p in range(1, B + 1) if B % p == 0 and (p == 1 or B // p * T >= least))
+
+
+def accumulated_gradient(
+    parts: int, model, cfg: TrainConfig, params, batch: Batch, rng: jax.Array | None
+):
+    """As `gradient`, over so many parts one after the other: memory of one part."""
     if parts == 1:
         return gradient(model, cfg, params, batch, rng)
 
@@ -77,7 +90,8 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch):
         rng = jax.random.fold_in(state.rng, state.step) if cfg.model.dropout else None
-        grads, sums = accumulated_gradient(model, cfg.train, state.params, batch, rng)
+        parts = cfg.train.accumulate or parts_of(cfg, *batch.tokens.shape)
+        grads, sums = accumulated_gradient(parts, model, cfg.train, state.params, batch, rng)
         weight = jnp.maximum(sums.weight, 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

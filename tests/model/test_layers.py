@@ -10,7 +10,7 @@ import pytest
 from helpers import tiny
 
 from jaxgpt.dims import split
-from jaxgpt.model.layers import DTYPES, Linear, into_residual, wide_product
+from jaxgpt.model.layers import DTYPES, Linear, flat_product, into_residual, wide_product
 
 B, T = 2, 5
 
@@ -61,7 +61,17 @@ def test_a_map_of_a_function_is_that_of_what_it_gives_in_values_and_gradients():
     chex.assert_trees_all_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("letters", ["BTD,VD->BTV", "BGMTK,BGSK->BGMTS"])
+@pytest.mark.parametrize(("inputs", "outputs"), [(3, 8), (8, 3)])
+def test_a_flat_product_has_the_gradient_of_a_product(inputs, outputs):
+    rng = np.random.default_rng(0)
+    x, w, d_y = (rng.normal(size=s) for s in ((5, inputs), (inputs, outputs), (5, outputs)))
+    y, pull = jax.vjp(flat_product, jnp.float32(x), jnp.float32(w))
+    # float32 sums of up to 8 products of order 1.
+    chex.assert_trees_all_close((y, *pull(jnp.float32(d_y))), (x @ w, d_y @ w.T, x.T @ d_y),
+                                atol=5e-6)  # fmt: skip
+
+
+@pytest.mark.parametrize("letters", ["BTD,VD->BTV", "BD,VD->BV", "BD,DV->BV", "BGMTK,BGSK->BGMTS"])
 def test_a_wide_product_rounds_what_comes_back_and_nothing_else(letters):
     left, right, out = letters.replace("->", ",").split(",")
     sizes = dict(zip("BTDVGMSK", (2, 5, 16, 7, 2, 3, 5, 8), strict=True))

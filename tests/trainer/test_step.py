@@ -9,10 +9,11 @@ import optax
 import pytest
 from tiny_runs import assert_same_bits, config, plain, random_batch, training
 
-from jaxgpt.config import OptimizerConfig
+from jaxgpt.config import MeshConfig, OptimizerConfig
 from jaxgpt.model import Coords, abstract_params, build, logits
 from jaxgpt.model.block import REMATS
-from jaxgpt.trainer.step import make_eval_step
+from jaxgpt.sharding import make_mesh
+from jaxgpt.trainer.step import PART, make_eval_step, parts_of
 
 # An eps that is not tiny, because Adam divides a rounding error of 1e-9 by a moment of 1e-9.
 ADAMW = OptimizerConfig(lr=1e-2, warmup=2, eps=1e-4, weight_decay=0.3, clip=0.5)
@@ -191,6 +192,31 @@ def test_parts_count_by_their_tokens():
     assert float(metrics_2.tokens) == weights.sum()
     np.testing.assert_allclose(metrics_2.grad_norm, metrics.grad_norm, rtol=1e-5)
     assert_close(state_2.params, state.params, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("parts", "B", "T"),
+    [(1, 12, 64), (2, 16, 64), (5, 5, 512), (3, 9, 256)],  # 2 rows do not divide 9
+)
+def test_a_cpu_takes_parts_of_512_tokens_or_more(parts, B, T):
+    assert parts_of(config(), B, T) == parts
+
+
+def test_batches_are_left_whole_elsewhere_and_for_experts(monkeypatch):
+    assert parts_of(config("model.feedforward=moe_gated"), 16, 64) == 1
+    with jax.set_mesh(make_mesh(MeshConfig(data=2), jax.devices()[:2])):
+        assert parts_of(config(), 16, 64) == 1
+    monkeypatch.setattr("jaxgpt.trainer.step.platform", lambda: "gpu")
+    assert parts_of(config(), 16, 64) == 1
+
+
+def test_chosen_parts_move_the_parameters_as_given_ones(monkeypatch):
+    monkeypatch.setitem(PART, "cpu", 128)
+    chosen, given = (
+        training(config(f"train.accumulate={n}", optimizer=ADAMW)).step(fresh(), random_batch())
+        for n in (0, 2)
+    )
+    assert_same_bits(chosen[0].params, given[0].params)
 
 
 # --- memory and time ---

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxgpt.model.kernels.score import Score, behind
-from jaxgpt.model.layers import ATTENDED
+from jaxgpt.model.layers import ATTENDED, columns
 from jaxgpt.model.masks import Causal, Coords
 
 SIZE = 128  # queries
@@ -56,14 +56,6 @@ def _scored(at: tuple[Coords, Coords], score: Score, logits: jax.Array) -> jax.A
     return score(logits, *at)
 
 
-def _columns(x: jax.Array) -> jax.Array:
-    """[B G S K] -> [B G K S] in memory: products with it take half the time that xᵀ's take on CPU.
-
-    The barrier keeps the compiler from moving the transposition into the product.
-    """
-    return jax.lax.optimization_barrier(x.swapaxes(2, 3))
-
-
 def _added(x: jax.Array, keys: slice, more: jax.Array) -> jax.Array:
     """x [B G S K] with `more` added at some keys.
 
@@ -81,7 +73,7 @@ def _dot(letters: str, a: jax.Array, b: jax.Array) -> jax.Array:
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(size: int, score: Score, q, k, v, q_at: Coords, k_at: Coords) -> jax.Array:
     """q [B G M T K], k and v [B G S K] -> [B G M T K]."""
-    k_columns, out = _columns(k), []
+    k_columns, out = columns(k), []
     for queries, keys in spans(score, q.shape[-2], k.shape[-2], size):
         logits = _dot("BGMTK,BGKS->BGMTS", q[..., queries, :], k_columns[..., keys])
         logits = score(logits, _at(q_at, queries), _at(k_at, keys))
@@ -93,29 +85,29 @@ def _attention(size: int, score: Score, q, k, v, q_at: Coords, k_at: Coords) -> 
 
 
 def _forward(size, *given):
-    out = checkpoint_name(_attention(size, *given), ATTENDED)
-    return out, (*given, out)
+    return checkpoint_name(_attention(size, *given), ATTENDED), given
 
 
 def _backward(size, saved, d_out):
-    """Gradients of the score's own arrays, and of q, k and v."""
-    score, q, k, v, q_at, k_at, out = saved
-    # Σ_s weight · d_weight of a query is d_out · out.
-    inner = jnp.sum(d_out.astype(jnp.float32) * out, -1, keepdims=True)  # [B G M T 1]
-    k_columns, v_columns = _columns(k), _columns(v)
+    """Gradients of the score's own arrays, and of q, k and v.
+
+    Products are fused with sums over their rows, so the softmax has its total and its gradient's
+    inner product taken where they are needed, rather than once for all strips.
+    """
+    score, q, k, v, q_at, k_at = saved
+    k_columns, v_columns = columns(k), columns(v)
     d_score = jax.tree.map(jnp.zeros_like, score)
     d_q, (d_k, d_v) = [], (jnp.zeros(x.shape, jnp.float32) for x in (k, v))
     for queries, keys in spans(score, q.shape[-2], k.shape[-2], size):
-        q_i, d_out_i, inner_i = (x[..., queries, :] for x in (q, d_out, inner))
-        logits = _dot("BGMTK,BGKS->BGMTS", q_i, k_columns[..., keys])
+        q_i, d_out_i = q[..., queries, :], d_out[..., queries, :]
         at = _at(q_at, queries), _at(k_at, keys)
+        logits = _dot("BGMTK,BGKS->BGMTS", q_i, k_columns[..., keys])
         logits, back = jax.vjp(partial(_scored, at), score, logits)
         weights = jnp.exp(logits - logits.max(-1, keepdims=True))
-        total = weights.sum(-1, keepdims=True)
-        # The weights lack 1 / total: a few numbers a query take it in their stead.
-        d_out_i = (d_out_i / total).astype(v.dtype)
+        weights = weights / weights.sum(-1, keepdims=True)
         d_weights = _dot("BGMTK,BGKS->BGMTS", d_out_i, v_columns[..., keys])
-        d_score_i, d_logits = back(weights * (d_weights - inner_i / total))
+        inner = jnp.sum(weights * d_weights, -1, keepdims=True)
+        d_score_i, d_logits = back(weights * (d_weights - inner))
         d_logits = d_logits.astype(q.dtype)
         d_score = jax.tree.map(jnp.add, d_score, d_score_i)
         d_q.append(_dot("BGMTS,BGSK->BGMTK", d_logits, k[:, :, keys]).astype(q.dtype))
