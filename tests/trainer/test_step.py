@@ -196,18 +196,18 @@ def test_parts_count_by_their_tokens():
 
 @pytest.mark.parametrize(
     ("parts", "B", "T"),
-    [(1, 12, 64), (2, 16, 64), (5, 5, 512), (3, 9, 256)],  # 2 rows do not divide 9
+    [(1, 24, 64), (2, 32, 64), (5, 5, 1024), (3, 9, 512)],  # 2 rows do not divide 9
 )
-def test_a_cpu_takes_parts_of_512_tokens_or_more(parts, B, T):
+def test_a_cpu_takes_parts_of_1024_tokens_or_more(parts, B, T):
     assert parts_of(config(), B, T) == parts
 
 
 def test_batches_are_left_whole_elsewhere_and_for_experts(monkeypatch):
-    assert parts_of(config("model.feedforward=moe_gated"), 16, 64) == 1
+    assert parts_of(config("model.feedforward=moe_gated"), 32, 64) == 1
     with jax.set_mesh(make_mesh(MeshConfig(data=2), jax.devices()[:2])):
-        assert parts_of(config(), 16, 64) == 1
+        assert parts_of(config(), 32, 64) == 1
     monkeypatch.setattr("jaxgpt.trainer.step.platform", lambda: "gpu")
-    assert parts_of(config(), 16, 64) == 1
+    assert parts_of(config(), 32, 64) == 1
 
 
 def test_chosen_parts_move_the_parameters_as_given_ones(monkeypatch):
