@@ -10,10 +10,10 @@ contestants take turns (A B B A A B ...), with a pause between them in which thr
 that noise hits all alike; on an accelerator each has the memory to itself, and what matters most is
 measured first, since all of it has to end in `--seconds`.
 
-The floor is the FLOPs that can not be left out at the rate of the best matrix product of this run
-(of any side), and bytes at that of the best copy; "reached" is floor / median. MFU counts attention
-as if it were not causal, as the literature does. Peers that are not installed, what fails and what
-takes too long are left out, and the table says why.
+The floor is the FLOPs that can not be left out at the median rate of the fastest matrix product of
+this run (of any shape and side), and bytes at that of the fastest copy; "reached" is floor over
+median. MFU counts attention as if it were not causal, as the literature does. Peers that are not
+installed, what fails and what takes too long are left out, and the table says why.
 """
 
 import argparse
@@ -56,6 +56,7 @@ class Shape:
 
 
 SETTINGS = "step, other settings"
+READY = "start-up, to the step"  # told with "start-up"
 STEP_AND_PARTS = ("step", "dense of a block", "attention gradient", "loss gradient", "optimizer",
                   SETTINGS)  # fmt: skip
 GPT2 = "model.position=learned model.norm=layer model.feedforward=plain model.bias=true"
@@ -185,6 +186,7 @@ ROWS = {
     "decode 8 rows": Row(lambda c, a: decode_work(c, 8), 150),
     "tokenizer": Row(lambda c, a: Work((), TEXT, "bytes"), 120),
     "data": Row(lambda c, a: Work((), TOKENS), 120),
+    READY: Row(lambda c, a: Work()),
     "start-up": Row(lambda c, a: Work(), 150),
     "compile": Row(lambda c, a: Work(), 120),
 }
@@ -289,11 +291,15 @@ def _turns(case: Case, row: str, entries: list[Entry], limits: Limits) -> list[F
 
 
 def starts(case: Case, modules: Sequence[str], repeats: int, until: float, log: IO[str]):
-    """From nothing to the end of the first step, in fresh processes; warm has a compiled one."""
+    """From nothing to the end of the first step, in fresh processes; warm has a compiled one.
+
+    jaxgpt also tells when that step can begin: all is compiled and in its place.
+    """
     plan = [("jaxgpt cold", JAX, "jaxgpt"), ("jaxgpt warm", JAX, "jaxgpt"),
             ("torch eager", TORCH, "torch eager"), ("torch compile cold", TORCH, "torch compile"),
             ("torch compile warm", TORCH, "torch compile")]  # fmt: skip
-    seconds: dict[str, list[float]] = {name: [] for name, module, _ in plan if module in modules}
+    plan = [one for one in plan if one[1] in modules]
+    seconds: dict[tuple[str, str], list[float]] = {}  # by row and name
     why: dict[str, str] = {}
     for _ in range(repeats):
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -303,7 +309,7 @@ def starts(case: Case, modules: Sequence[str], repeats: int, until: float, log: 
                 "TORCHINDUCTOR_CACHE_DIR": os.path.join(folder, "torch"),
             }
             for name, module, contestant in plan:
-                if name not in seconds or name in why:
+                if name in why:
                     continue
                 limit = min(ROWS["start-up"].limit, until - time.perf_counter())
                 worker, start = Worker(module, log, environment), time.perf_counter()
@@ -311,16 +317,21 @@ def starts(case: Case, modules: Sequence[str], repeats: int, until: float, log: 
                     if limit < 1:
                         raise FailedError("no time was left")
                     worker.make(limit, "step", contestant, case)
+                    if module == JAX:
+                        ready = seconds.setdefault((READY, name), [])
+                        ready.append(time.perf_counter() - start)
                     worker.run(limit, "step", contestant)
-                    seconds[name].append(time.perf_counter() - start)
+                    ended = seconds.setdefault(("start-up", name), [])
+                    ended.append(time.perf_counter() - start)
                 except FailedError as error:
                     why[name] = str(error)
                 finally:
                     worker.close()
     return [
-        Figure(case.name, "start-up", name, tuple(s), error="" if s else why.get(name, ""))
-        for name, s in seconds.items()
-    ]
+        *(Figure(case.name, row, name, tuple(s)) for (row, name), s in seconds.items()),
+        *(Figure(case.name, "start-up", name, error=error) for name, error in why.items()
+          if ("start-up", name) not in seconds),
+    ]  # fmt: skip
 
 
 def same_size(new: Sequence[Figure], known: Sequence[Figure]) -> list[Figure]:
@@ -358,20 +369,18 @@ def is_ours(figure: Figure) -> bool:
     return figure.name.startswith("jax")
 
 
-def rates_of(figures: Iterable[Figure], cases: dict[str, Case], about: dict[str, str]):
-    """The best rates that any side reached, for each shape; nan where none was measured."""
-    found = {}
-    for shape, case in cases.items():
-        times = {row: [t for f in figures if (f.shape, f.row) == (shape, row) for t in f.seconds]
-                 for row in RATES}  # fmt: skip
-        flops, copied = [], math.nan
-        for row in RATES[:2]:
-            if times[row]:
-                flops.append(ROWS[row].work(case, about).phases[0][0] / min(times[row]))
-        if times["copy"]:
-            copied = float(about["copied"]) / min(times["copy"])
-        found[shape] = Rates(max(flops, default=math.nan), copied)
-    return found
+def rates_of(figures: Sequence[Figure], cases: dict[str, Case], about: dict[str, str]):
+    """The median rates of the fastest contestants, for each shape; nan where none was measured."""
+
+    def fastest(shape: str, kind: int) -> float:  # of the FLOPs (0) or bytes (1) of a row's work
+        rates = (
+            ROWS[f.row].work(cases[shape], about).phases[0][kind] / f.median
+            for f in figures
+            if f.shape == shape and f.row in RATES and f.seconds
+        )
+        return max(rates, default=0) or math.nan
+
+    return {shape: Rates(fastest(shape, 0), fastest(shape, 1)) for shape in cases}
 
 
 def told(
