@@ -156,12 +156,13 @@ class Console:
             self._bar.write(text)
 
     def step(self, step: int, values: Mapping[str, float]):
-        """values: loss, lr, tokens_per_second, mfu and eta_seconds."""
-        text = (
-            f"loss {values['loss']:.3f}  lr {values['lr']:.2e}  "
-            f"{values['tokens_per_second']:,.0f} tokens/s  MFU {values['mfu']:.0%}  "
-            f"ETA {duration(values['eta_seconds'])}"
-        )
+        """values: loss and lr; tokens_per_second, mfu and eta_seconds where they are known."""
+        text = f"loss {values['loss']:.3f}  lr {values['lr']:.2e}"
+        if "mfu" in values:
+            text += (
+                f"  {values['tokens_per_second']:,.0f} tokens/s  MFU {values['mfu']:.0%}  "
+                f"ETA {duration(values['eta_seconds'])}"
+            )
         if self._bar is None:
             self.say(f"step {step:>{len(str(self._steps))}}/{self._steps}  {text}")
         else:

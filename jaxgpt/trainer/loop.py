@@ -123,7 +123,9 @@ def loop(run: Run, stop: Stop):
             step, is_last = progress.step, progress.step == every.steps
             if step == first:
                 jax.block_until_ready(metrics)
-                run.console.say(f"compiled in {duration(run.clock.start(step))}")
+                run.console.say(
+                    f"compiled, and made one step, in {duration(run.clock.start(step))}"
+                )
             if due:
                 log(run, *due)
                 due = None
@@ -160,12 +162,13 @@ def log(run: Run, step: int, metrics: Metrics):
     values = {name: float(value) for name, value in metrics._asdict().items()}
     _check_finite(run, step, "loss", values["loss"])
     cfg, seconds = run.cfg, run.clock.seconds_per_step(step)
-    rate = run.task.tokens / seconds
-    values |= {
-        "tokens_per_second": rate,
-        "mfu": rate * flops_per_token(cfg.model) / run.peak,
-        "eta_seconds": (cfg.train.steps - step) * seconds,
-    }
+    if seconds:  # not of the first step, which compiles
+        rate = run.task.tokens / seconds
+        values |= {
+            "tokens_per_second": rate,
+            "mfu": rate * flops_per_token(cfg.model) / run.peak,
+            "eta_seconds": (cfg.train.steps - step) * seconds,
+        }
     run.metrics.write("train", step, values)
     run.console.step(step, values)
 

@@ -17,6 +17,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.model import count_params
@@ -71,7 +72,8 @@ def peak_flops(devices) -> tuple[float, str]:
 
 def matmul_rate(device, size: int = 2048, repeats: int = 4) -> float:
     """The best FLOP/s of a [size size] float32 product, over a few tries."""
-    x = jax.device_put(jax.random.normal(jax.random.key(0), (size, size), jnp.float32), device)
+    numbers = np.random.default_rng(0).standard_normal((size, size), np.float32)
+    x = jax.device_put(numbers, device)
     product = jax.jit(jnp.matmul)
     product(x, x).block_until_ready()
     best = float("inf")
@@ -101,9 +103,9 @@ class Clock:
         seconds, self._since = now - self._since, now
         return seconds
 
-    def seconds_per_step(self, step: int) -> float:
-        """The mean since this was last asked, or since the start."""
-        now = time.perf_counter()
-        mean = (now - self._mark_time) / max(1, step - self._mark_step)
+    def seconds_per_step(self, step: int) -> float | None:
+        """The mean since this was last asked, or since the start; None if no step was counted."""
+        now, steps = time.perf_counter(), step - self._mark_step
+        seconds = now - self._mark_time
         self._mark_time, self._mark_step = now, step
-        return max(mean, 1e-9)
+        return max(seconds / steps, 1e-9) if steps else None

@@ -123,6 +123,11 @@ def test_without_a_terminal_every_step_is_a_plain_line(capsys):
     assert err == ""
 
 
+def test_a_line_leaves_out_what_is_not_known_yet(capsys):
+    Console(10, 0).step(1, {"loss": 2.5, "lr": 1e-3})
+    assert capsys.readouterr().out == "step  1/10  loss 2.500  lr 1.00e-03\n"
+
+
 def test_on_a_terminal_the_figures_stand_beside_a_bar(capsys, terminal):
     screen = terminal()
     console = Console(1000, 0)

@@ -119,6 +119,12 @@ def assert_same_run(a, b):
 # --- what a run leaves ---
 
 
+def test_all_steps_but_the_first_which_compiles_tell_their_speed(straight):
+    told = [r for r in read_metrics(straight.run_folder) if r["kind"] == "train"]
+    assert [r["step"] for r in told if "mfu" not in r] == [1]
+    assert all(r["mfu"] > 0 and r["eta_seconds"] >= 0 for r in told[1:])
+
+
 def test_a_run_leaves_its_files(straight):
     folder = straight.run_folder
     assert sorted(os.listdir(folder)) == [

@@ -110,3 +110,4 @@ def test_the_clock_gives_the_mean_of_the_steps_since_it_was_asked(time):
     clock.start(8)
     time(3.0)
     assert clock.seconds_per_step(9) == 3.0
+    assert clock.seconds_per_step(9) is None
