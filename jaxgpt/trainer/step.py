@@ -14,8 +14,10 @@ from jaxgpt.objectives import OBJECTIVES, Sums
 from jaxgpt.sharding import constrain, mesh_in_force, platform
 from jaxgpt.trainer.state import TrainState
 
-# Tokens. A CPU works faster on parts that stay near it, and needs less memory for them.
-PART = {"cpu": 1024}
+# Tokens. A CPU works faster on parts that stay near it, and needs less memory for them; but the
+# gradients of every part are added up, which costs little only where they are near as well.
+PART, PART_OF_SMALL = 1024, 512
+SMALL = 2**21  # parameters
 
 
 class Metrics(NamedTuple):
@@ -48,12 +50,12 @@ def gradient(model: nn.Module, cfg: TrainConfig, params, batch: Batch, rng: jax.
     return grads, sums
 
 
-def parts_of(cfg: Config, B: int, T: int) -> int:
+def parts_of(cfg: Config, params, B: int, T: int) -> int:
     """How many parts a batch [B T] is divided in, where `train.accumulate` leaves it open."""
-    least = PART.get(platform())
     # Experts are asked to be evenly busy in every part, so that parts would change what is learned.
-    if least is None or mesh_in_force() or cfg.model.feedforward.startswith("moe"):
+    if platform() != "cpu" or mesh_in_force() or cfg.model.feedforward.startswith("moe"):
         return 1
+    least = PART if sum(x.size for x in jax.tree.leaves(params)) > SMALL else PART_OF_SMALL
     return max(p for p in range(1, B + 1) if B % p == 0 and (p == 1 or B // p * T >= least))
 
 
@@ -89,7 +91,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch):
         rng = jax.random.fold_in(state.rng, state.step) if cfg.model.dropout else None
-        parts = cfg.train.accumulate or parts_of(cfg, *batch.tokens.shape)
+        parts = cfg.train.accumulate or parts_of(cfg, state.params, *batch.tokens.shape)
         grads, sums = accumulated_gradient(parts, model, cfg.train, state.params, batch, rng)
         weight = jnp.maximum(sums.weight, 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)

@@ -13,7 +13,7 @@ from jaxgpt.config import MeshConfig, OptimizerConfig
 from jaxgpt.model import Coords, abstract_params, build, logits
 from jaxgpt.model.block import REMATS
 from jaxgpt.sharding import make_mesh
-from jaxgpt.trainer.step import PART, make_eval_step, parts_of
+from jaxgpt.trainer.step import SMALL, make_eval_step, parts_of
 
 # An eps that is not tiny, because Adam divides a rounding error of 1e-9 by a moment of 1e-9.
 ADAMW = OptimizerConfig(lr=1e-2, warmup=2, eps=1e-4, weight_decay=0.3, clip=0.5)
@@ -194,24 +194,28 @@ def test_parts_count_by_their_tokens():
     assert_close(state_2.params, state.params, atol=2e-6)
 
 
+def parts(B, T, *assignments, parameters=SMALL):
+    return parts_of(config(*assignments), jax.ShapeDtypeStruct((parameters,), np.float32), B, T)
+
+
 @pytest.mark.parametrize(
-    ("parts", "B", "T"),
-    [(1, 24, 64), (2, 32, 64), (5, 5, 1024), (3, 9, 512)],  # 2 rows do not divide 9
+    ("wanted", "B", "T"),
+    [(1, 12, 64), (2, 16, 64), (5, 5, 512), (3, 9, 256)],  # 2 rows do not divide 9
 )
-def test_a_cpu_takes_parts_of_1024_tokens_or_more(parts, B, T):
-    assert parts_of(config(), B, T) == parts
+def test_a_cpu_takes_parts_of_512_tokens_or_more_and_1024_of_larger_models(wanted, B, T):
+    assert parts(B, T) == parts(B, 2 * T, parameters=SMALL + 1) == wanted
 
 
 def test_batches_are_left_whole_elsewhere_and_for_experts(monkeypatch):
-    assert parts_of(config("model.feedforward=moe_gated"), 32, 64) == 1
+    assert parts(16, 64, "model.feedforward=moe_gated") == 1
     with jax.set_mesh(make_mesh(MeshConfig(data=2), jax.devices()[:2])):
-        assert parts_of(config(), 32, 64) == 1
+        assert parts(16, 64) == 1
     monkeypatch.setattr("jaxgpt.trainer.step.platform", lambda: "gpu")
-    assert parts_of(config(), 32, 64) == 1
+    assert parts(16, 64) == 1
 
 
 def test_chosen_parts_move_the_parameters_as_given_ones(monkeypatch):
-    monkeypatch.setitem(PART, "cpu", 128)
+    monkeypatch.setattr("jaxgpt.trainer.step.PART_OF_SMALL", 128)
     chosen, given = (
         training(config(f"train.accumulate={n}", optimizer=ADAMW)).step(fresh(), random_batch())
         for n in (0, 2)
