@@ -84,7 +84,7 @@ def _backward(letters, saved, d_out):
     left, right, out = letters.replace("->", ",").split(",")
     d_out = d_out.astype(a.dtype)
     d_a = wide_product(f"{out},{right}->{left}", d_out, b)
-    if platform() == "cpu" and a.ndim == 2:
+    if platform() == "cpu" and a.ndim == 2:  # see `columns`
         d_b = wide_product(f"{left[::-1]},{out}->{right}", columns(a), d_out)
     else:
         d_b = wide_product(f"{out},{left}->{right}", d_out, a)
