@@ -50,10 +50,6 @@ def batch_of(case: Case) -> Batch:
 # --- training ---
 
 
-def size(tree) -> int:
-    return sum(x.size for x in jax.tree.leaves(tree))
-
-
 def peak(compiled) -> int:
     """Bytes that a compiled function needs, its arguments and results included."""
     m = compiled.memory_analysis()
@@ -76,7 +72,7 @@ def step(case: Case, settings: tuple[str, ...] = ()) -> Made:
         state, metrics = compiled(state, batch)
         return metrics
 
-    return Made(run, size(state.params), peak(compiled))
+    return Made(run, optax.tree.size(state.params), peak(compiled))
 
 
 def compile_step(case: Case, layers: int) -> Made:
@@ -96,7 +92,7 @@ def forward(case: Case) -> Made:
     params, _ = init_params(cfg.model, jax.random.key(0))
     batch = jax.device_put(batch_of(case))
     run = jax.jit(make_eval_step(cfg, build(cfg.model)))
-    return Made(lambda: run(params, batch), size(params))
+    return Made(lambda: run(params, batch), optax.tree.size(params))
 
 
 def optimizer_step(case: Case) -> Made:
@@ -116,7 +112,7 @@ def optimizer_step(case: Case) -> Made:
         params, state = move(params, state, grads)
         return params
 
-    return Made(run, size(params))
+    return Made(run, optax.tree.size(params))
 
 
 # --- parts of a step ---
@@ -216,7 +212,7 @@ def decode(case: Case, rows: int) -> Made:
             out.append(new)
         return out
 
-    return Made(run, size(params))
+    return Made(run, optax.tree.size(params))
 
 
 def tokenizer(case: Case) -> Made:

@@ -318,7 +318,7 @@ class Theory:
 
     def expert(self):
         axes, moe, count = self.along("expert"), self.m.moe, self.mesh["expert"]
-        if not self.m.feedforward.startswith("moe"):
+        if not self.m.has_experts:
             return
         tokens, picks = self.stream * count, 4 * self.n * count * moe.active
         yield Row("tokens, and back", "all-gather", axes, tokens, 2 * self.L)
@@ -356,7 +356,7 @@ class Theory:
         keys = 2 * d["G"] * d["K"] * (1 if self.by_heads else self.mesh["context"])
         mixed = heads * d["H"] * d["K"] + keys + d["H"]
         wide = channels * d["F"] / tensor
-        if self.m.feedforward.startswith("moe"):
+        if self.m.has_experts:
             gathered = self.mesh["expert"] * (d["D"] + 3 * moe.active)
             wide = channels / 2 * gathered + 2 * moe.experts
         return 4 * self.n * (streams * d["D"] + mixed / tensor + wide)

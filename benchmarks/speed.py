@@ -28,6 +28,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import IO
@@ -299,7 +300,7 @@ def starts(case: Case, modules: Sequence[str], repeats: int, until: float, log: 
             ("torch eager", TORCH, "torch eager"), ("torch compile cold", TORCH, "torch compile"),
             ("torch compile warm", TORCH, "torch compile")]  # fmt: skip
     plan = [one for one in plan if one[1] in modules]
-    seconds: dict[tuple[str, str], list[float]] = {}  # by row and name
+    seconds = defaultdict[tuple[str, str], list[float]](list)  # by row and name
     why: dict[str, str] = {}
     for _ in range(repeats):
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -318,11 +319,9 @@ def starts(case: Case, modules: Sequence[str], repeats: int, until: float, log: 
                         raise FailedError("no time was left")
                     worker.make(limit, "step", contestant, case)
                     if module == JAX:
-                        ready = seconds.setdefault((READY, name), [])
-                        ready.append(time.perf_counter() - start)
+                        seconds[READY, name].append(time.perf_counter() - start)
                     worker.run(limit, "step", contestant)
-                    ended = seconds.setdefault(("start-up", name), [])
-                    ended.append(time.perf_counter() - start)
+                    seconds["start-up", name].append(time.perf_counter() - start)
                 except FailedError as error:
                     why[name] = str(error)
                 finally:

@@ -219,6 +219,11 @@ class ModelConfig(Section):
         )
 
     @property
+    def has_experts(self) -> bool:
+        """Whether the feed-forward is a mixture of experts."""
+        return self.feedforward.startswith("moe")
+
+    @property
     def attention_scale(self) -> float:
         """What multiplies q·k."""
         return self.sizes["K"] ** -0.5 if self.query_scale is None else self.query_scale

@@ -78,7 +78,7 @@ def check_fits(cfg: Config, mesh: Mesh):
         _check_divides("model.layers", model.layers, stages)
         if model.family == "encoder_decoder":
             _check_divides("model.encoder_layers", model.encoder_layers or model.layers, stages)
-        if model.feedforward.startswith("moe"):
+        if model.has_experts:
             raise ConfigError(
                 f"mesh.pipe={mesh.shape['pipe']} with model.feedforward={model.feedforward!r}: "
                 "a pipeline does not add up the experts' load over its parts. Divide experts by "

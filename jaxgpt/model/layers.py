@@ -101,7 +101,7 @@ def flat_product(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def _flat_forward(x, w):
-    return x @ w, (x, w)
+    return flat_product(x, w), (x, w)
 
 
 def _flat_backward(saved, d_y):

@@ -48,8 +48,7 @@ def flops_per_token(cfg: ModelConfig) -> float:
     count = count_params(cfg)
     stacks = 2 if cfg.family == "encoder_decoder" else 1
     vocabulary = 0 if cfg.classes else cfg.vocab * cfg.width  # scores every token, tied or not
-    is_mixture = cfg.feedforward.startswith("moe")
-    share = cfg.moe.active / cfg.moe.experts if is_mixture else 1
+    share = cfg.moe.active / cfg.moe.experts if cfg.has_experts else 1
     multiply = (count["attention"] + share * count["feedforward"] + vocabulary) / stacks
     looks = sum("pattern" in MIXERS[name].USES for name, _ in cfg.unit) / len(cfg.unit)
     heads = cfg.sizes["H"] * cfg.sizes["K"]

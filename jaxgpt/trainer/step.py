@@ -53,9 +53,9 @@ def gradient(model: nn.Module, cfg: TrainConfig, params, batch: Batch, rng: jax.
 def parts_of(cfg: Config, params, B: int, T: int) -> int:
     """How many parts a batch [B T] is divided in, where `train.accumulate` leaves it open."""
     # Experts are asked to be evenly busy in every part, so that parts would change what is learned.
-    if platform() != "cpu" or mesh_in_force() or cfg.model.feedforward.startswith("moe"):
+    if platform() != "cpu" or mesh_in_force() or cfg.model.has_experts:
         return 1
-    least = PART if sum(x.size for x in jax.tree.leaves(params)) > SMALL else PART_OF_SMALL
+    least = PART if optax.tree.size(params) > SMALL else PART_OF_SMALL
     return max(p for p in range(1, B + 1) if B % p == 0 and (p == 1 or B // p * T >= least))
 
 

@@ -195,7 +195,7 @@ def test_parts_count_by_their_tokens():
 
 
 def parts(B, T, *assignments, parameters=SMALL):
-    return parts_of(config(*assignments), jax.ShapeDtypeStruct((parameters,), np.float32), B, T)
+    return parts_of(config(*assignments), np.broadcast_to(0, parameters), B, T)
 
 
 @pytest.mark.parametrize(

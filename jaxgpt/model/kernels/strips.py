@@ -70,15 +70,19 @@ def _dot(letters: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(letters, a, b, preferred_element_type=jnp.float32)
 
 
+def _weights(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Weights [... T S] of the softmax, times their sums, and the sums [... T 1]."""
+    weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+    return weights, weights.sum(-1, keepdims=True)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(size: int, score: Score, q, k, v, q_at: Coords, k_at: Coords) -> jax.Array:
     """q [B G M T K], k and v [B G S K] -> [B G M T K]."""
     k_columns, out = columns(k), []
     for queries, keys in spans(score, q.shape[-2], k.shape[-2], size):
         logits = _dot("BGMTK,BGKS->BGMTS", q[..., queries, :], k_columns[..., keys])
-        logits = score(logits, _at(q_at, queries), _at(k_at, keys))
-        weights = jnp.exp(logits - logits.max(-1, keepdims=True))
-        total = weights.sum(-1, keepdims=True)
+        weights, total = _weights(score(logits, _at(q_at, queries), _at(k_at, keys)))
         values = _dot("BGMTS,BGSK->BGMTK", weights.astype(v.dtype), v[:, :, keys])
         out.append((values / total).astype(v.dtype))
     return jnp.concatenate(out, -2)
@@ -103,8 +107,8 @@ def _backward(size, saved, d_out):
         at = _at(q_at, queries), _at(k_at, keys)
         logits = _dot("BGMTK,BGKS->BGMTS", q_i, k_columns[..., keys])
         logits, back = jax.vjp(partial(_scored, at), score, logits)
-        weights = jnp.exp(logits - logits.max(-1, keepdims=True))
-        weights = weights / weights.sum(-1, keepdims=True)
+        weights, total = _weights(logits)
+        weights = weights / total
         d_weights = _dot("BGMTK,BGKS->BGMTS", d_out_i, v_columns[..., keys])
         inner = jnp.sum(weights * d_weights, -1, keepdims=True)
         d_score_i, d_logits = back(weights * (d_weights - inner))
