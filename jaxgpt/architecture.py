@@ -193,7 +193,12 @@ class ModelConfig(Section):
     remat: str = option(
         "none", "what the backward pass recomputes", table="jaxgpt.model.block:REMATS", free=True
     )
-    unroll: int = option(1, "repeats of the pattern per step of the scan", low=1, free=True)
+    unroll: int = option(
+        0,
+        "repeats of the pattern per step of the scan, 0 = chosen by platform and size",
+        low=0,
+        free=True,
+    )
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -277,7 +282,7 @@ class ModelConfig(Section):
                     f"model.mixers={','.join(self.mixers)} and model.pattern="
                     f"{','.join(self.pattern)} repeat: use {nearest_multiples(layers, unit)}."
                 )
-            if layers and layers // unit % self.unroll:
+            if layers and layers // unit % (self.unroll or 1):
                 raise ConfigError(
                     f"model.unroll={self.unroll} does not divide the {layers // unit} repeats of "
                     f"model.{key}={layers}: use a divisor, or 1."

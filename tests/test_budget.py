@@ -162,6 +162,16 @@ def test_a_bfloat16_model_multiplies_in_bfloat16(kernel):
 # --- length: compilations are counted in trainer/test_loop.py ---
 
 
+def test_compiled_products_suit_a_cpu():
+    # What the compiler makes of a step, layer by layer: it must not move transpositions into
+    # products (`layers.columns`), nor RoPE's sines to all who use them.
+    text = lowered("gpt_mini", "train.batch=4", "model.unroll=6").compile().as_text()
+    flat = re.findall(r"= f32\[\d+,\d+\]\S* dot\(.*lhs_contracting_dims={(\d)}", text)
+    assert len(flat) > 6 * 7 * 3  # seven maps of a layer, forward and both gradients
+    assert set(flat) == {"1"}
+    assert text.count(" sine(") == 1
+
+
 def test_a_program_is_no_longer_for_more_layers():
     shallow, deep = (len(lowered("tiny", f"model.layers={n}").as_text()) for n in (12, 48))
     assert deep == pytest.approx(shallow, rel=0.01)

@@ -117,20 +117,19 @@ class Unit(nn.Module):
         return x, None if states is None else tuple(after)
 
 
-def keep_all(block):
+def keep_all(block, prevent_cse: bool):
     return block
 
-
-# Inside a scan nothing can be merged across iterations, so the guard against it is not needed.
-recompute = partial(nn.remat, prevent_cse=False)
 
 # What `dots` keeps: products with parameters, and what attention kernels make.
 COSTLY = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable, keeping(ATTENDED)
 )
 
+# (block, prevent_cse) -> block. In a loop, what is computed again can not be merged with what was
+# computed before, and needs no guard against it.
 REMATS: dict[str, Callable] = {
     "none": keep_all,
-    "full": recompute,
-    "dots": partial(recompute, policy=COSTLY),
+    "full": nn.remat,
+    "dots": partial(nn.remat, policy=COSTLY),
 }

@@ -106,8 +106,12 @@ def _flat_forward(x, w):
 
 def _flat_backward(saved, d_y):
     x, w = saved
-    # xᵀ · d_y, where the smaller of the two is laid out anew
-    d_w = columns(x) @ d_y if x.size <= d_y.size else columns(columns(d_y) @ x)
+    # xᵀ · d_y, where the smaller of the two is laid out anew. Without the barrier the compiler
+    # would make (d_yᵀ · x)ᵀ one product, with both of its factors transposed.
+    if x.size <= d_y.size:
+        d_w = columns(x) @ d_y
+    else:
+        d_w = jax.lax.optimization_barrier(columns(d_y) @ x).T
     return d_y @ w.T, d_w
 
 

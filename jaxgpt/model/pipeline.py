@@ -25,7 +25,7 @@ from jaxgpt.sharding import RULES, constrain, mesh_in_force, named, spec
 
 PARTS = 4  # parts for each stage, where there are rows enough: a fifth is idle
 
-OF_ROWS = ("q_at", "k_at", "memory", "memory_at")  # what in a Sight has a leading B
+OF_ROWS = ("q_at", "k_at", "rotate", "memory", "memory_at")  # what in a Sight has a leading B
 
 Layer = Callable[[Any, jax.Array, Sight, Any], jax.Array]  # (params, x, sight, number) -> x
 
@@ -51,7 +51,7 @@ def pipeline(layer: Layer, params, x: jax.Array, sight: Sight, stages: int) -> j
         layer: one repeat of the unit. It is told another number for every layer and part of the
             batch, to draw at random with.
         params: of all of them, stacked: leaves [L ...].
-        sight: what they are told; the coordinates and the memory have a leading B.
+        sight: what they are told; the coordinates, the memory and what rotates have a leading B.
     """
     P = parts(x.shape[0], stages)
     params = jax.tree.map(lambda w: w.reshape(stages, -1, *w.shape[1:]), params)

@@ -24,6 +24,7 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.dims import weight
 from jaxgpt.model.layers import normal
 from jaxgpt.model.masks import Coords, apart
+from jaxgpt.sharding import platform
 
 # --- pure functions --------------------------------------------------------------------------
 
@@ -40,22 +41,40 @@ def sinusoidal(position: jax.Array, width: int) -> jax.Array:
     return jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1).reshape(*position.shape, width)
 
 
-def rope(rates: np.ndarray, loudness: float, x: jax.Array, position: jax.Array) -> jax.Array:
-    """Turns each pair of channels (i, i + R/2) of the first R by position * rates[i].
+def sines(rates: np.ndarray, loudness: float, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The sines and cosines of position * rates, times `loudness`: float32 [B T R/2] each.
 
     Args:
-        rates: [R/2] radians per token; the channels from R on stay as they are.
-        loudness: multiplies what is turned.
-        x: [B T H K] queries or keys.
+        rates: [R/2] radians per token.
         position: [B T].
+    """
+    chex.assert_rank(position, 2)
+    angle = position[..., None].astype(jnp.float32) * rates
+
+    def wave(is_sine):
+        return loudness * jnp.where(is_sine, jnp.sin(angle), jnp.cos(angle))
+
+    if platform() == "cpu":
+        # Else the compiler computes them anew wherever they are used, for each head of each layer.
+        # Out of a loop it moves nothing.
+        sin, cos = jax.lax.map(wave, jnp.array([True, False]))
+        return sin, cos
+    return wave(True), wave(False)
+
+
+def rope(sin: jax.Array, cos: jax.Array, x: jax.Array) -> jax.Array:
+    """Turns each pair of channels (i, i + R/2) of the first R by the angle with this sine, cosine.
+
+    Args:
+        sin, cos: [B T R/2], see `sines`.
+        x: [B T H K] queries or keys; the channels from R on stay as they are.
 
     Source: Su et al. 2021, arXiv:2104.09864, equation 34 (pairs laid out as in GPT-NeoX).
     """
     chex.assert_rank(x, 4)
-    chex.assert_shape(position, x.shape[:2])
-    half = len(rates)
-    angle = position[:, :, None, None].astype(jnp.float32) * rates  # [B T 1 R/2]
-    sin, cos = loudness * jnp.sin(angle), loudness * jnp.cos(angle)
+    chex.assert_shape((sin, cos), (*x.shape[:2], None))
+    half = sin.shape[-1]
+    sin, cos = sin[:, :, None], cos[:, :, None]
     a, b, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1).astype(x.dtype)
 
@@ -192,8 +211,8 @@ class Position(nn.Module):
         """x [B T D], position [B T] -> [B T D]."""
         return x
 
-    def rotation(self) -> Partial | None:
-        """(x [B T H K], position [B T]) -> [B T H K]."""
+    def rotation(self, position: jax.Array) -> Partial | None:
+        """position [B T] -> what turns x [B T H K] of these tokens."""
         return None
 
     def bias(self) -> Partial | None:
@@ -217,11 +236,11 @@ class Learned(Position):
 class Rope(Position):
     PLACE = "rotation"
 
-    def rotation(self):
+    def rotation(self, position):
         size = round(self.cfg.sizes["K"] * self.cfg.rope.share)
         rates = self.cfg.rope.theta ** (-np.arange(0, size, 2) / size)
         rates, loudness = SCALINGS[self.cfg.rope.scaling](self.cfg, rates)
-        return Partial(rope, rates.astype(np.float32), loudness)
+        return Partial(rope, *sines(rates.astype(np.float32), loudness, position))
 
 
 class Alibi(Position):

@@ -31,7 +31,9 @@ from jaxgpt.model.mixers.mixer import Sight, write
 from jaxgpt.model.norms import NORMS
 from jaxgpt.model.pipeline import pipeline, stages
 from jaxgpt.model.positions import POSITIONS
-from jaxgpt.sharding import constrain
+from jaxgpt.sharding import constrain, mesh_in_force, platform
+
+WIDE, FEW = 256, 8  # see `unrolled`
 
 
 class Source(NamedTuple):
@@ -49,6 +51,19 @@ class Cache:
     at: Coords  # [B S] each
     cursor: jax.Array  # int32 [], the next free slot
     memory_at: Coords | None = None  # of the source, [B S] each
+
+
+def unrolled(cfg: ModelConfig, repeats: int) -> int:
+    """How many repeats of the unit stand one by one in the program of a training step.
+
+    A loop keeps what the backward pass needs in stacks. To fill them with zeros, write them and cut
+    them takes a CPU 3 to 8% of a step of a model as wide as `WIDE` or twice that. Narrower ones
+    gain nothing, since they need new memory for what the stacks were; more than a `FEW` would take
+    long to compile; and without a loop the compiler for CPUs undoes `model.remat`.
+    """
+    is_alone = platform() == "cpu" and not mesh_in_force()
+    suits = is_alone and cfg.remat == "none" and cfg.width >= WIDE and repeats <= FEW
+    return cfg.unroll or (repeats if suits else 1)
 
 
 class Stack(nn.Module):
@@ -80,7 +95,8 @@ class Stack(nn.Module):
         if cache is not None:
             k_at, cursor = write(cache.at, at, cache.cursor), cache.cursor
             memory_at = cache.memory_at if memory is None else memory_at
-        sight = Sight(at, k_at, place.rotation(), place.bias(), cursor, memory, memory_at)
+        rotate, bias = place.rotation(at.position), place.bias()
+        sight = Sight(at, k_at, rotate, bias, cursor, memory, memory_at)
         x, states = self.blocks(x, None if cache is None else cache.states, sight)
         if c.wiring not in NORMED:
             x = NORMS[c.norm](c, name="norm")(x)
@@ -94,7 +110,8 @@ class Stack(nn.Module):
         repeats = (self.layers or c.layers) // len(c.unit)
         if states is not None and x.shape[1] == 1:
             return self.one_by_one(x, states, sight)
-        unit = REMATS[c.remat](Unit)
+        count = unrolled(c, repeats) if states is None else 1
+        unit = REMATS[c.remat](Unit, prevent_cse=count == repeats)
         if states is None and not self.is_initializing() and stages(repeats) > 1:
             key = self.make_rng("dropout") if self.has_rng("dropout") else None
 
@@ -111,7 +128,7 @@ class Stack(nn.Module):
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast),
             length=repeats,
-            unroll=c.unroll,
+            unroll=count,
             metadata_params={"letter": "L"},
         )
         stacked = states and _stacked(states, len(c.unit))

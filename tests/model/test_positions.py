@@ -16,7 +16,16 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from jaxgpt.architecture import RopeConfig
 from jaxgpt.dims import split
 from jaxgpt.model.masks import Coords
-from jaxgpt.model.positions import POSITIONS, SCALINGS, alibi, bucket, rope, sinusoidal, slopes
+from jaxgpt.model.positions import (
+    POSITIONS,
+    SCALINGS,
+    alibi,
+    bucket,
+    rope,
+    sines,
+    sinusoidal,
+    slopes,
+)
 
 B, T, H, K, THETA = 2, 9, 3, 8, 500.0
 
@@ -25,7 +34,10 @@ def rates(theta: float, size: int) -> np.ndarray:
     return theta ** (-2 * np.arange(size // 2) / size)
 
 
-turn = jax.jit(partial(rope, rates(THETA, K).astype(np.float32), 1.0))
+@partial(jax.jit, static_argnames=("loudness", "size"))
+def turn(x, position, loudness=1.0, size=K):
+    """x, its first `size` channels turned by THETA's rates."""
+    return rope(*sines(rates(THETA, size).astype(np.float32), loudness, position), x)
 
 
 def normal(seed, *shape):
@@ -81,8 +93,8 @@ def test_the_rope_scheme_turns_by_the_theta_of_the_config():
     _, position, params, place = hooks("rope", rope=RopeConfig(theta=THETA))
     assert params == {}
     y = normal(3, B, T, H, 4)  # heads of `tiny`
-    wanted = rope(rates(THETA, 4).astype(np.float32), 1.0, y, position)
-    np.testing.assert_array_equal(place.rotation()(y, position), wanted)
+    wanted = turn(y, position, size=4)
+    np.testing.assert_array_equal(place.rotation(position)(y), wanted)
     assert place.bias() is None
 
 
@@ -103,7 +115,7 @@ def test_the_sinusoidal_scheme_adds_to_the_embedding_only():
     assert params == {}
     added = place.embed(x, position) - x
     np.testing.assert_allclose(added, sinusoidal(position, x.shape[-1]), atol=1e-6)
-    assert place.rotation() is None
+    assert place.rotation(position) is None
     assert place.bias() is None
 
 
@@ -112,7 +124,7 @@ def test_the_learned_scheme_adds_its_row_for_the_position():
     assert params["table"].shape == (32, 16)  # context, width
     wanted = x + np.asarray(params["table"])[position]
     np.testing.assert_array_equal(place.embed(x, position), wanted)
-    assert place.rotation() is None
+    assert place.rotation(position) is None
     assert place.bias() is None
 
 
@@ -120,7 +132,7 @@ def test_the_scheme_none_is_the_identity_in_all_three_places():
     x, position, params, place = hooks("none")
     assert params == {}
     np.testing.assert_array_equal(place.embed(x, position), x)
-    assert place.rotation() is None
+    assert place.rotation(position) is None
     assert place.bias() is None
 
 
@@ -130,15 +142,15 @@ def test_the_scheme_none_is_the_identity_in_all_three_places():
 def test_rope_turns_only_its_share_of_a_head_and_leaves_the_rest():
     cfg = tiny(head_width=8, rope=RopeConfig(THETA, share=0.5))
     y, position = normal(0, B, T, H, 8), np.random.default_rng(1).integers(0, 50, (B, T))
-    found = POSITIONS["rope"](cfg).bind({}).rotation()(y, position)
-    wanted = rope(rates(THETA, 4).astype(np.float32), 1.0, y[..., :4], position)
+    found = POSITIONS["rope"](cfg).bind({}).rotation(position)(y)
+    wanted = turn(y[..., :4], position, size=4)
     np.testing.assert_array_equal(found[..., :4], wanted)
     np.testing.assert_array_equal(found[..., 4:], y[..., 4:])
 
 
 def test_loudness_multiplies_what_is_turned():
     x, position = normal(0, B, T, H, K), np.random.default_rng(1).integers(0, 50, (B, T))
-    loud = rope(rates(THETA, K).astype(np.float32), 1.7, x, position)
+    loud = turn(x, position, loudness=1.7)
     np.testing.assert_allclose(loud, 1.7 * turn(x, position), atol=1e-5)
 
 
@@ -235,7 +247,7 @@ def test_alibi_is_minus_the_slope_times_the_distance():
     for b, h, t, s in np.ndindex(B, 4, T, 5):
         wanted = -(2.0 ** (-2 * (h + 1))) * abs(int(q.position[b, t]) - int(k.position[b, s]))
         np.testing.assert_allclose(found[b, h, t, s], wanted, rtol=1e-6)
-    assert place.rotation() is None
+    assert place.rotation(q.position) is None
     np.testing.assert_array_equal(found, alibi(slopes(4), q, k))
 
 
@@ -264,7 +276,7 @@ def test_t5_looks_the_bucket_of_the_distance_up_in_its_table(direction):
         behind = q.position[b, t] - k.position[b, s]
         u = bucket(behind, 8, 20, direction == "causal")
         assert found[b, h, t, s] == table[u, h]
-    assert place.rotation() is None
+    assert place.rotation(q.position) is None
 
 
 # --- in a whole model --------------------------------------------------------------------------

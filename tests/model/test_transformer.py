@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers import forward, logits, random_params, random_tokens, tiny, whole
 
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import MeshConfig, ModelConfig
 from jaxgpt.model import (
     Coords,
     abstract_params,
@@ -23,6 +23,8 @@ from jaxgpt.model import (
 )
 from jaxgpt.model.block import REMATS, WIRINGS, Dropout
 from jaxgpt.model.positions import POSITIONS
+from jaxgpt.model.transformer import unrolled
+from jaxgpt.sharding import make_mesh
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 KEY = jax.random.key(0)
@@ -284,6 +286,37 @@ def test_unrolling_and_recomputing_change_neither_value_nor_gradients(changes):
     other = loss_and_gradients(dataclasses.replace(cfg, **changes), params, tokens)
     # The same float32 operations, fused differently.
     chex.assert_trees_all_close(other, plain, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "count"),
+    [
+        (dict(width=256, layers=6), 6),
+        (dict(width=256, layers=6, unroll=2), 2),
+        (dict(width=256, layers=12), 1),
+        (dict(width=256, layers=12, mixers=("attention", "mamba")), 6),
+        (dict(width=64, layers=6), 1),
+        (dict(width=256, layers=6, remat="full"), 1),
+    ],
+    ids=str,
+)
+def test_a_cpu_takes_few_wide_layers_out_of_the_loop(changes, count):
+    cfg = dataclasses.replace(ModelConfig(heads=4), **changes)
+    repeats = cfg.layers // len(cfg.unit)
+    assert unrolled(cfg, repeats) == count
+    mesh = make_mesh(MeshConfig(data=2), jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        assert unrolled(cfg, repeats) == (cfg.unroll or 1)
+
+
+@pytest.mark.parametrize("remat", [name for name in REMATS if name != "none"])
+@pytest.mark.parametrize("unroll", [1, 2])
+def test_what_is_computed_again_is_guarded_where_there_is_no_loop(remat, unroll):
+    # Without it XLA takes what was computed before, and no memory is saved.
+    cfg = tiny(remat=remat, unroll=unroll, layers=2)
+    params, tokens = random_params(cfg), random_tokens(cfg, 0, 2, 8)
+    program = str(jax.make_jaxpr(partial(loss_and_gradients, cfg))(params, tokens))
+    assert ("prevent_cse=True" in program) == (unroll == cfg.layers)
 
 
 def test_bfloat16_is_near_float32():

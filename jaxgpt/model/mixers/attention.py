@@ -34,7 +34,7 @@ class Attention(Mixer):
             q = NORMS[c.norm](c, "K", name="q_norm")(q)
             k = NORMS[c.norm](c, "K", name="k_norm")(k)
         if sight.rotate is not None:
-            q, k = (sight.rotate(y, sight.q_at.position) for y in (q, k))
+            q, k = (sight.rotate(y) for y in (q, k))
         if state is not None:
             (k, v), state = recall(state, KV(k, v), sight.cursor)
         mask = layer_mask(c, self.pattern, self.direction)

@@ -37,7 +37,7 @@ def _project(module: Mixer, x: jax.Array, sight: Sight) -> tuple[jax.Array, KV]:
     k = Linear(c, "D>GK", name="k")(x)
     v = Linear(c, "D>GK", name="v")(x)
     if sight.rotate is not None:
-        q, k = (sight.rotate(y, sight.q_at.position) for y in (q, k))
+        q, k = (sight.rotate(y) for y in (q, k))
     return q * c.attention_scale, KV(k, v)
 
 

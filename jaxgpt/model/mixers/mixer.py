@@ -15,7 +15,7 @@ class Sight(NamedTuple):
 
     q_at: Coords  # of the tokens at hand, [B T]
     k_at: Coords  # of the tokens in the cache, [B S]; without a cache, the same as q_at
-    rotate: Partial | None = None  # (x [B T H K], position [B T]) -> [B T H K]
+    rotate: Partial | None = None  # queries or keys of these tokens, [B T H K] -> [B T H K]
     bias: Partial | None = None  # (q at [B T], k at [B S]) -> float32 [B H T S]
     cursor: Any = None  # int32 [], the next free slot of the cache, the same for every row
     memory: jax.Array | None = None  # what the encoder made of the source, [B S D]
