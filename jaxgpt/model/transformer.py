@@ -110,9 +110,10 @@ class Stack(nn.Module):
         repeats = (self.layers or c.layers) // len(c.unit)
         if states is not None and x.shape[1] == 1:
             return self.one_by_one(x, states, sight)
-        count = unrolled(c, repeats) if states is None else 1
+        is_trained = states is None and not self.is_initializing()
+        count = unrolled(c, repeats) if is_trained else 1
         unit = REMATS[c.remat](Unit, prevent_cse=count == repeats)
-        if states is None and not self.is_initializing() and stages(repeats) > 1:
+        if is_trained and stages(repeats) > 1:
             key = self.make_rng("dropout") if self.has_rng("dropout") else None
 
             def layer(params, x, sight, number):
