@@ -110,7 +110,7 @@ class Stack(nn.Module):
         repeats = (self.layers or c.layers) // len(c.unit)
         if states is not None and x.shape[1] == 1:
             return self.one_by_one(x, states, sight)
-        is_trained = states is None and not self.is_initializing()
+        is_trained = states is None and not self.is_initializing()  # or evaluated
         count = unrolled(c, repeats) if is_trained else 1
         unit = REMATS[c.remat](Unit, prevent_cse=count == repeats)
         if is_trained and stages(repeats) > 1:
