@@ -132,6 +132,11 @@ def platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
+def is_one_cpu() -> bool:
+    """Whether a program that is traced now will run on one device, a CPU."""
+    return platform() == "cpu" and not mesh_in_force()
+
+
 def on_parts(f: Callable, in_specs: tuple, out_specs, has_kernel: bool = False) -> Callable:
     """`f` as every device runs it on its own parts. Axes that no spec names are left alone.
 

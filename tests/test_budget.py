@@ -159,9 +159,6 @@ def test_a_bfloat16_model_multiplies_in_bfloat16(kernel):
     assert len(operands) > 20
 
 
-# --- length: compilations are counted in trainer/test_loop.py ---
-
-
 def test_compiled_products_suit_a_cpu():
     # What the compiler makes of a step, layer by layer: it must not move transpositions into
     # products (`layers.columns`), nor RoPE's sines to all who use them.
@@ -170,6 +167,9 @@ def test_compiled_products_suit_a_cpu():
     assert len(flat) > 6 * 7 * 3  # seven maps of a layer, forward and both gradients
     assert set(flat) == {"1"}
     assert text.count(" sine(") == 1
+
+
+# --- length: compilations are counted in trainer/test_loop.py ---
 
 
 def test_a_program_is_no_longer_for_more_layers():

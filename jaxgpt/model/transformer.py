@@ -31,7 +31,7 @@ from jaxgpt.model.mixers.mixer import Sight, write
 from jaxgpt.model.norms import NORMS
 from jaxgpt.model.pipeline import pipeline, stages
 from jaxgpt.model.positions import POSITIONS
-from jaxgpt.sharding import constrain, mesh_in_force, platform
+from jaxgpt.sharding import constrain, is_one_cpu
 
 WIDE, FEW = 256, 8  # see `unrolled`
 
@@ -61,8 +61,7 @@ def unrolled(cfg: ModelConfig, repeats: int) -> int:
     gain nothing, since they need new memory for what the stacks were; more than a `FEW` would take
     long to compile; and without a loop the compiler for CPUs undoes `model.remat`.
     """
-    is_alone = platform() == "cpu" and not mesh_in_force()
-    suits = is_alone and cfg.remat == "none" and cfg.width >= WIDE and repeats <= FEW
+    suits = is_one_cpu() and cfg.remat == "none" and cfg.width >= WIDE and repeats <= FEW
     return cfg.unroll or (repeats if suits else 1)
 
 
@@ -110,10 +109,11 @@ class Stack(nn.Module):
         repeats = (self.layers or c.layers) // len(c.unit)
         if states is not None and x.shape[1] == 1:
             return self.one_by_one(x, states, sight)
-        is_trained = states is None and not self.is_initializing()  # or evaluated
-        count = unrolled(c, repeats) if is_trained else 1
+        # Making parameters and reading prompts have no backward pass, so a loop costs them nothing.
+        is_pass = states is None and not self.is_initializing()
+        count = unrolled(c, repeats) if is_pass else 1
         unit = REMATS[c.remat](Unit, prevent_cse=count == repeats)
-        if is_trained and stages(repeats) > 1:
+        if is_pass and stages(repeats) > 1:
             key = self.make_rng("dropout") if self.has_rng("dropout") else None
 
             def layer(params, x, sight, number):

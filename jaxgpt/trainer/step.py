@@ -11,7 +11,7 @@ import optax
 from jaxgpt.config import Config, TrainConfig
 from jaxgpt.data.loader import Batch
 from jaxgpt.objectives import OBJECTIVES, Sums
-from jaxgpt.sharding import constrain, mesh_in_force, platform
+from jaxgpt.sharding import constrain, is_one_cpu
 from jaxgpt.trainer.state import TrainState
 
 # Tokens. A CPU works faster on parts that stay near it, and needs less memory for them; but the
@@ -53,7 +53,7 @@ def gradient(model: nn.Module, cfg: TrainConfig, params, batch: Batch, rng: jax.
 def parts_of(cfg: Config, params, B: int, T: int) -> int:
     """How many parts a batch [B T] is divided in, where `train.accumulate` leaves it open."""
     # Experts are asked to be evenly busy in every part, so that parts would change what is learned.
-    if platform() != "cpu" or mesh_in_force() or cfg.model.has_experts:
+    if not is_one_cpu() or cfg.model.has_experts:
         return 1
     least = PART if optax.tree.size(params) > SMALL else PART_OF_SMALL
     return max(p for p in range(1, B + 1) if B % p == 0 and (p == 1 or B // p * T >= least))

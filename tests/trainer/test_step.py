@@ -210,7 +210,7 @@ def test_batches_are_left_whole_elsewhere_and_for_experts(monkeypatch):
     assert parts(16, 64, "model.feedforward=moe_gated") == 1
     with jax.set_mesh(make_mesh(MeshConfig(data=2), jax.devices()[:2])):
         assert parts(16, 64) == 1
-    monkeypatch.setattr("jaxgpt.trainer.step.platform", lambda: "gpu")
+    monkeypatch.setattr("jaxgpt.sharding.platform", lambda: "gpu")
     assert parts(16, 64) == 1
 
 

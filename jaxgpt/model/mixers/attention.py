@@ -33,8 +33,7 @@ class Attention(Mixer):
         if c.qk_norm:
             q = NORMS[c.norm](c, "K", name="q_norm")(q)
             k = NORMS[c.norm](c, "K", name="k_norm")(k)
-        if sight.rotate is not None:
-            q, k = (sight.rotate(y) for y in (q, k))
+        q, k = sight.rotated(q), sight.rotated(k)
         if state is not None:
             (k, v), state = recall(state, KV(k, v), sight.cursor)
         mask = layer_mask(c, self.pattern, self.direction)

@@ -36,8 +36,7 @@ def _project(module: Mixer, x: jax.Array, sight: Sight) -> tuple[jax.Array, KV]:
     q = Linear(c, "D>HK", name="q")(x)
     k = Linear(c, "D>GK", name="k")(x)
     v = Linear(c, "D>GK", name="v")(x)
-    if sight.rotate is not None:
-        q, k = (sight.rotate(y) for y in (q, k))
+    q, k = sight.rotated(q), sight.rotated(k)
     return q * c.attention_scale, KV(k, v)
 
 

@@ -21,6 +21,10 @@ class Sight(NamedTuple):
     memory: jax.Array | None = None  # what the encoder made of the source, [B S D]
     memory_at: Coords | None = None  # [B S]
 
+    def rotated(self, x: jax.Array) -> jax.Array:
+        """x [B T H K], turned where positions do that."""
+        return x if self.rotate is None else self.rotate(x)
+
 
 class Mixer(nn.Module):
     """A token mixer: (x [B T D], sight, state) -> (y [B T D], state).

@@ -88,8 +88,7 @@ class Performer(Mixer):
         q = Linear(c, "D>HK", name="q")(x)
         k = Linear(c, "D>GK", name="k")(x)
         v = Linear(c, "D>GK", name="v")(x).astype(jnp.float32)
-        if sight.rotate is not None:
-            q, k = (sight.rotate(y) for y in (q, k))
+        q, k = sight.rotated(q), sight.rotated(k)
         # Each takes half of the scale, so that q·k is the logit.
         half = c.attention_scale**0.5
         w = directions(c.mixer.features, K)

@@ -63,8 +63,7 @@ class Reformer(Mixer):
         c, T = self.cfg, x.shape[1]
         q = Linear(c, "D>HK", name="q")(x)
         v = Linear(c, "D>GK", name="v")(x)
-        if sight.rotate is not None:
-            q = sight.rotate(q)
+        q = sight.rotated(q)
         kept = KV(q, v) if state is None else write(state, KV(q, v), sight.cursor)
         k, v = (y.swapaxes(1, 2) for y in kept)  # [B H S K], [B G S K]
         v = jnp.repeat(v, c.heads // v.shape[1], axis=1)
