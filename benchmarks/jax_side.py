@@ -24,6 +24,7 @@ from jaxgpt.model.layers import DTYPES
 from jaxgpt.model.masks import layer_mask
 from jaxgpt.optimizer import build as build_optimizer
 from jaxgpt.sharding import batch_sharding
+from jaxgpt.trainer.memory import keep_freed
 from jaxgpt.trainer.state import make_state
 from jaxgpt.trainer.step import make_eval_step
 
@@ -236,6 +237,7 @@ def data(case: Case, is_peer: bool) -> Made:
 
 
 def side() -> Side:
+    keep_freed()  # as a run does
     where = jax.devices()[0]
     is_cpu = where.platform == "cpu"
     square, numbers = (2048, 2**26) if is_cpu else (8192, 2**29)

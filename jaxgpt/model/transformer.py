@@ -33,7 +33,7 @@ from jaxgpt.model.pipeline import pipeline, stages
 from jaxgpt.model.positions import POSITIONS
 from jaxgpt.sharding import constrain, is_one_cpu
 
-WIDE, FEW = 256, 8  # see `unrolled`
+FEW = 8  # repeats; see `unrolled`
 
 
 class Source(NamedTuple):
@@ -57,11 +57,10 @@ def unrolled(cfg: ModelConfig, repeats: int) -> int:
     """How many repeats of the unit stand one by one in the program of a training step.
 
     A loop keeps what the backward pass needs in stacks. To fill them with zeros, write them and cut
-    them takes a CPU 3 to 8% of a step of a model as wide as `WIDE` or twice that. Narrower ones
-    gain nothing, since they need new memory for what the stacks were; more than a `FEW` would take
-    long to compile; and without a loop the compiler for CPUs undoes `model.remat`.
+    them takes a CPU 3 to 9% of a step. More than a `FEW` would take long to compile, and without a
+    loop the compiler for CPUs undoes `model.remat`.
     """
-    suits = is_one_cpu() and cfg.remat == "none" and cfg.width >= WIDE and repeats <= FEW
+    suits = is_one_cpu() and cfg.remat == "none" and repeats <= FEW
     return cfg.unroll or (repeats if suits else 1)
 
 

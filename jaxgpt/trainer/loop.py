@@ -46,6 +46,7 @@ from jaxgpt.trainer.logging import (
     plot_curves,
     write_whole,
 )
+from jaxgpt.trainer.memory import keep_freed
 from jaxgpt.trainer.speed import Clock, flops_per_token, peak_flops
 from jaxgpt.trainer.state import TrainState, abstract_state, make_state
 from jaxgpt.trainer.step import Metrics, make_eval_step, make_train_step
@@ -90,6 +91,7 @@ def train(cfg: Config, *, is_quiet: bool = False) -> Progress:
             holds a run that learned something else.
         DivergedError: the loss became infinite or NaN.
     """
+    keep_freed()
     run = open_run(cfg, is_quiet or hosts.index() > 0)
     progress = run.progress
     with closing(run.console), closing(run.metrics), closing(run.saver):

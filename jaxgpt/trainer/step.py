@@ -15,9 +15,9 @@ from jaxgpt.sharding import constrain, is_one_cpu
 from jaxgpt.trainer.state import TrainState
 
 # Tokens. A CPU works faster on parts that stay near it, and needs less memory for them; but the
-# gradients of every part are added up, which costs little only where they are near as well.
-PART, PART_OF_SMALL = 1024, 512
-SMALL = 2**21  # parameters
+# gradients of every part are added up. Small models have more room for tokens.
+PART, PART_OF_SMALL = 1024, 2048
+SMALL = 2**22  # parameters
 
 
 class Metrics(NamedTuple):

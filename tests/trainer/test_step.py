@@ -200,18 +200,19 @@ def parts(B, T, *assignments, parameters=SMALL):
 
 @pytest.mark.parametrize(
     ("wanted", "B", "T"),
-    [(1, 12, 64), (2, 16, 64), (5, 5, 512), (3, 9, 256)],  # 2 rows do not divide 9
+    [(1, 12, 64), (2, 16, 128), (5, 5, 1024), (3, 9, 512)],  # 2 rows do not divide 9
 )
-def test_a_cpu_takes_parts_of_512_tokens_or_more_and_1024_of_larger_models(wanted, B, T):
-    assert parts(B, T) == parts(B, 2 * T, parameters=SMALL + 1) == wanted
+def test_a_cpu_takes_parts_of_1024_tokens_or_more_and_2048_of_small_models(wanted, B, T):
+    assert parts(B, T, parameters=SMALL + 1) == parts(B, 2 * T) == wanted
 
 
 def test_batches_are_left_whole_elsewhere_and_for_experts(monkeypatch):
-    assert parts(16, 64, "model.feedforward=moe_gated") == 1
+    assert parts(16, 256) == 2
+    assert parts(16, 256, "model.feedforward=moe_gated") == 1
     with jax.set_mesh(make_mesh(MeshConfig(data=2), jax.devices()[:2])):
-        assert parts(16, 64) == 1
+        assert parts(16, 256) == 1
     monkeypatch.setattr("jaxgpt.sharding.platform", lambda: "gpu")
-    assert parts(16, 64) == 1
+    assert parts(16, 256) == 1
 
 
 def test_chosen_parts_move_the_parameters_as_given_ones(monkeypatch):

@@ -1,0 +1,43 @@
+"""What a step frees, counted in pages that the system had to clear again."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from jaxgpt import config as configs
+from tests.tiny_runs import alone, run_config
+
+# Prints how many pages a computation was given that works in 64 MiB, each time anew.
+CODE = """
+import resource, sys
+import jax, jax.numpy as jnp
+from jaxgpt import config, trainer
+
+if len(sys.argv) > 1:
+    trainer.train(config.from_json(open(sys.argv[1]).read()), is_quiet=True)
+wide = jax.jit(lambda x, y: jnp.tanh(x @ y) @ x)
+x = jnp.ones((4096, 8))
+pages = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(2):
+    jax.block_until_ready(wide(x, x.T))
+before = pages()
+for _ in range(10):
+    jax.block_until_ready(wide(x, x.T))
+print((pages() - before) / 10 * resource.getpagesize() / 2**20, "MiB")
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_after_training_on_one_cpu_memory_is_cleared_once(tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(configs.to_json(run_config(tmp_path, "train.steps=2")))
+
+    def cleared(*arguments: str) -> float:
+        command = [sys.executable, "-c", CODE, *arguments]
+        done = subprocess.run(command, env=alone(), capture_output=True, text=True, check=True)
+        return float(done.stdout.split()[-2])
+
+    assert cleared() > 60
+    assert cleared(str(config)) < 1
