@@ -18,18 +18,17 @@ from jaxgpt.model.layers import ATTENDED, columns
 from jaxgpt.model.masks import Causal, Coords
 
 
-def heights(T: int) -> tuple[int, int]:
-    """How many of T queries make a strip, forward and backward.
+def height(T: int) -> int:
+    """How many of T queries make a strip.
 
-    Fewer waste less on a causal mask, more are quicker. Forward, 128 was among the fastest on a CPU
-    for all T from 64 to 1024; backward, 32 for T = 64, 64 for 128 and 256, and 128 for 1024, and a
-    root goes through these.
+    Fewer waste less on a causal mask, more are quicker. On a CPU 32 was the fastest for T = 64, 64
+    for 128 and 256, and 128 for 1024, and a root goes through these.
     """
-    return 128, 4 << (T.bit_length() // 2)
+    return 4 << (T.bit_length() // 2)
 
 
 def strips(q, k, v, q_at: Coords, k_at: Coords, score: Score, size: int | None = None) -> jax.Array:
-    """As `dense`, in strips of `size` queries, else of `heights`. Returns [B T H K].
+    """As `dense`, in strips of `size` queries, else of `height`. Returns [B T H K].
 
     A query that sees nothing gets the average of the values of its strip.
 
@@ -41,8 +40,7 @@ def strips(q, k, v, q_at: Coords, k_at: Coords, score: Score, size: int | None =
     # of four dimensions XLA makes one fused loop on CPU, from the logits to the average of values.
     q = jnp.moveaxis(score.queries(q).reshape(B, T, G, *shared, K), 1, -2)  # [B G M T K]
     k, v = (x.swapaxes(1, 2) for x in (k, v))  # [B G S K]
-    sizes = (size, size) if size else heights(T)
-    out = _attention(sizes, score, q, k, v, q_at, k_at)
+    out = _attention(size or height(T), score, q, k, v, q_at, k_at)
     return jnp.moveaxis(out, -2, 1).reshape(B, T, H, K)
 
 
@@ -91,12 +89,10 @@ def _weights(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(
-    sizes: tuple[int, int], score: Score, q, k, v, q_at: Coords, k_at: Coords
-) -> jax.Array:
+def _attention(size: int, score: Score, q, k, v, q_at: Coords, k_at: Coords) -> jax.Array:
     """q [B G M T K], k and v [B G S K] -> [B G M T K]."""
     k_columns, out = columns(k), []
-    for queries, keys in spans(score, q.shape[-2], k.shape[-2], sizes[0]):
+    for queries, keys in spans(score, q.shape[-2], k.shape[-2], size):
         logits = _dot("BGMTK,BGKS->BGMTS", q[..., queries, :], k_columns[..., keys])
         weights, total = _weights(score(logits, _at(q_at, queries), _at(k_at, keys)))
         values = _dot("BGMTS,BGSK->BGMTK", weights.astype(v.dtype), v[:, :, keys])
@@ -104,11 +100,11 @@ def _attention(
     return jnp.concatenate(out, -2)
 
 
-def _forward(sizes, *given):
-    return checkpoint_name(_attention(sizes, *given), ATTENDED), given
+def _forward(size, *given):
+    return checkpoint_name(_attention(size, *given), ATTENDED), given
 
 
-def _backward(sizes, saved, d_out):
+def _backward(size, saved, d_out):
     """Gradients of the score's own arrays, and of q, k and v.
 
     Products are fused with sums over their rows, so the softmax has its total and its gradient's
@@ -118,7 +114,7 @@ def _backward(sizes, saved, d_out):
     k_columns, v_columns = columns(k), columns(v)
     d_score = jax.tree.map(jnp.zeros_like, score)
     d_q, (d_k, d_v) = [], (jnp.zeros(x.shape, jnp.float32) for x in (k_columns, v_columns))
-    for queries, keys in spans(score, q.shape[-2], k.shape[-2], sizes[1]):
+    for queries, keys in spans(score, q.shape[-2], k.shape[-2], size):
         q_i, d_out_i = q[..., queries, :], d_out[..., queries, :]
         at = _at(q_at, queries), _at(k_at, keys)
         logits = _dot("BGMTK,BGKS->BGMTS", q_i, k_columns[..., keys])
