@@ -31,6 +31,7 @@ from jaxgpt.data.packing import best_fit
 from jaxgpt.data.shards import Joined
 
 BATCH = 1 << 16  # tokens
+AHEAD = 4  # batches
 VOCAB = 32_768
 CASES = {  # name: train.objective, data.packing, weights of the sources, model.*
     "stream": ("causal", "stream", (1,), {}),
@@ -90,7 +91,7 @@ def peer(tokens: Tokens, T: int):
             return {"tokens": window[:-1], "targets": window[1:]}
 
     rows = grain.MapDataset.source(Windows()).shuffle(seed=0).repeat()
-    options = grain.ReadOptions(num_threads=cores(), prefetch_buffer_size=4)
+    options = grain.ReadOptions(num_threads=cores(), prefetch_buffer_size=AHEAD)
     return iter(rows.batch(BATCH // T).to_iter_dataset(options))
 
 
@@ -151,7 +152,7 @@ def measure(arguments) -> list[dict]:
                 task = task_of(name, tokens, T)
                 shown = BATCH // T * task.T
                 line(name, "in turn", in_turn(task), shown)
-                with closing(read_ahead(task, size=4)) as batches:
+                with closing(read_ahead(task, size=AHEAD)) as batches:
                     line(name, "ahead", batches, shown)
     return lines
 

@@ -12,12 +12,12 @@ import numpy as np
 import optax
 
 from benchmarks.step import lower_step
-from benchmarks.worker import Case, Made, Side, serve_pipe
+from benchmarks.worker import DATA_TOKENS, Case, Made, Side, serve_pipe
 from jaxgpt import config as configs
 from jaxgpt import generate, objectives
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.config import Config, SampleConfig
-from jaxgpt.data import Batch
+from jaxgpt.data import Batch, read_ahead
 from jaxgpt.model import Coords, Head, build, init_params, layer_by_layer
 from jaxgpt.model.kernels import ACCELERATED, Score, attend
 from jaxgpt.model.layers import DTYPES
@@ -227,13 +227,24 @@ def tokenizer(case: Case) -> Made:
 
 
 def data(case: Case, is_peer: bool) -> Made:
-    """Makes batches of packed tokens, as benchmarks/data.py does."""
+    """Makes batches of packed tokens ahead of time, as benchmarks/data.py does.
+
+    So many at a time that those which were made in a pause do not count.
+    """
     from benchmarks import data
 
     tokens = data.write(case.scratch, 4_000_000)
-    make = data.peer if is_peer else lambda *of: data.in_turn(data.task_of("documents", *of))
-    batches = make(tokens, case.T)
-    return Made(lambda: next(batches))
+    if is_peer:
+        batches = data.peer(tokens, case.T)
+    else:
+        batches = read_ahead(data.task_of("documents", tokens, case.T), size=data.AHEAD)
+
+    def run():
+        for _ in range(DATA_TOKENS // data.BATCH - 1):
+            next(batches)
+        return next(batches)
+
+    return Made(run)
 
 
 def side() -> Side:

@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import IO
 
-from benchmarks.worker import Case, FailedError, Worker, cores
+from benchmarks.worker import DATA_TOKENS, Case, FailedError, Worker, cores
 
 JAX, TORCH = "benchmarks.jax_side", "benchmarks.torch_peer"
 TURN = 0.1  # seconds: what is shorter runs several times in a turn
@@ -42,7 +42,6 @@ PAUSE = 0.05  # seconds before a turn: threads of the one before spin for some m
 TURNS = {"cpu": 120}  # seconds that all turns of a row may take; what is long has fewer
 TURNS_ELSEWHERE = 10
 TEXT = 4e6  # bytes that tokenizers encode
-TOKENS = 1 << 16  # of a batch of the data pipeline
 
 # --- what is compared ---
 
@@ -186,7 +185,7 @@ ROWS = {
     "decode 1 row": Row(lambda c, a: decode_work(c, 1), 150),
     "decode 8 rows": Row(lambda c, a: decode_work(c, 8), 150),
     "tokenizer": Row(lambda c, a: Work((), TEXT, "bytes"), 120),
-    "data": Row(lambda c, a: Work((), TOKENS), 120),
+    "data": Row(lambda c, a: Work((), DATA_TOKENS), 120),
     READY: Row(lambda c, a: Work()),
     "start-up": Row(lambda c, a: Work(), 150),
     "compile": Row(lambda c, a: Work(), 120),

@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import IO, Any
 
+DATA_TOKENS = 1 << 22  # that a run of the data pipeline makes into batches
+
 Run = Callable[[], Any]  # does the work once, and returns what to wait for
 
 
