@@ -18,8 +18,8 @@ def keep_freed():
     for a step of gpt_mini, 4% of its time. glibc can keep large blocks only in the heap of the main
     thread, so that is where computations are made to run.
 
-    Call it before anything touches a device; later it has no effect. Nor has it with another
-    device, on several, or with another C library.
+    Call it before anything touches a device: later, computations stay where they run. With another
+    device, with several, or with another C library it has no effect.
     """
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     if jax.default_backend() != "cpu" or jax.device_count() > 1 or sys.platform != "linux":
