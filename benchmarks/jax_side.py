@@ -1,5 +1,6 @@
 """What jaxgpt runs in benchmarks/speed.py: each contestant is the library's own code, compiled."""
 
+import itertools
 import json
 import pathlib
 from collections.abc import Callable
@@ -238,13 +239,8 @@ def data(case: Case, is_peer: bool) -> Made:
         batches = data.peer(tokens, case.T)
     else:
         batches = read_ahead(data.task_of("documents", tokens, case.T), size=data.AHEAD)
-
-    def run():
-        for _ in range(DATA_TOKENS // data.BATCH - 1):
-            next(batches)
-        return next(batches)
-
-    return Made(run)
+    count = DATA_TOKENS // data.BATCH
+    return Made(lambda: next(itertools.islice(batches, count - 1, None)))
 
 
 def side() -> Side:

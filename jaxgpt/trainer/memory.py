@@ -1,7 +1,7 @@
 """What a CPU's memory is asked to do for the next step."""
 
 import ctypes
-import sys
+import platform
 
 import jax
 
@@ -19,12 +19,12 @@ def keep_freed():
     thread, so that is where computations are made to run.
 
     Call it before anything touches a device: later, computations stay where they run. With another
-    device, with several, or with another C library it has no effect.
+    C library it does nothing, and with another device, or several, it changes nothing for them.
     """
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
-    if jax.default_backend() != "cpu" or jax.device_count() > 1 or sys.platform != "linux":
+    if platform.libc_ver()[0] != "glibc":
         return
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "gnu_get_libc_version"):
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    if jax.default_backend() == "cpu" and jax.device_count() == 1:
+        libc = ctypes.CDLL(None)
         libc.mallopt(MMAP_MAX, NONE)
         libc.mallopt(TRIM_THRESHOLD, NEVER)
