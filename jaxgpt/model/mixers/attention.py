@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxgpt.config import ModelConfig
 from jaxgpt.model.kernels import ScoreMod, attend
 from jaxgpt.model.layers import DTYPES, Linear, make_residual_init
-from jaxgpt.model.masks import SameSegment, layer_mask
+from jaxgpt.model.masks import SameSegment, make_layer_mask
 from jaxgpt.model.mixers.mixer import KV, LayerContext, Mixer, update_kv_cache
 from jaxgpt.model.norms import NORMS
 from jaxgpt.sharding import constrain
@@ -36,7 +36,7 @@ class Attention(Mixer):
         q, k = layer_context.apply_rotation(q), layer_context.apply_rotation(k)
         if state is not None:
             (k, v), state = update_kv_cache(state, KV(k, v), layer_context.cursor)
-        mask = layer_mask(c, self.pattern, self.direction)
+        mask = make_layer_mask(c, self.pattern, self.direction)
         score = ScoreMod(
             mask, layer_context.bias, c.attention_scale, c.softcap, is_self=state is None
         )

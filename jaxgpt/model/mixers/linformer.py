@@ -15,7 +15,7 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.dims import declare_param
 from jaxgpt.model.kernels import MASKED_LOGIT
 from jaxgpt.model.layers import Linear, make_residual_init
-from jaxgpt.model.masks import Coords, SameSegment, layer_mask
+from jaxgpt.model.masks import Coords, SameSegment, make_layer_mask
 from jaxgpt.model.mixers.attention import Attention
 from jaxgpt.model.mixers.chunks import (
     BlockBand,
@@ -172,7 +172,7 @@ class CausalLinformer(Mixer):
         float32 = dict(preferred_element_type=jnp.float32)
         logits = jnp.einsum("bntgmk,bnsgk->bngmts", q, near.k, **float32)
         mask = mask_chunks(
-            layer_mask(c, self.pattern, self.direction) & BlockBand(size, 0, 0),
+            make_layer_mask(c, self.pattern, self.direction) & BlockBand(size, 0, 0),
             q_coords,
             near_coords,
         )

@@ -20,7 +20,7 @@ import numpy as np
 from jaxgpt.config import ModelConfig
 from jaxgpt.model.kernels import MASKED_LOGIT
 from jaxgpt.model.layers import Linear, make_residual_init
-from jaxgpt.model.masks import layer_mask
+from jaxgpt.model.masks import make_layer_mask
 from jaxgpt.model.mixers.chunks import (
     carry_across_chunks,
     index_documents,
@@ -121,7 +121,7 @@ class Performer(Mixer):
             self._sum_other_chunks(k, v, max_log, coords, document_index, state, reverse)
             for reverse in reverses
         ]
-        mask = layer_mask(self.cfg, self.pattern, self.direction)
+        mask = make_layer_mask(self.cfg, self.pattern, self.direction)
         mask = mask_chunks(mask, coords, coords)[..., None]
         same_document = [
             (documents[..., None] == document_index)[..., None] for _, documents, _ in outside

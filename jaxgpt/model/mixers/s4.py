@@ -185,8 +185,8 @@ def compute_kernel(s: System, T: int, size: int) -> jax.Array:
     Σ_l K_l z^l = C (1 - Ā z)⁻¹ B̄ has a closed form, and at the M-th roots of unity it is the
     Fourier transform of K, except that terms beyond M alias to the beginning. The paper removes
     these with Ā^M, a dense matrix. Here the nodes lie on a circle of radius r < 1: then the
-    transform is that of K_l r^l, and K_{l+M} aliases with a factor r^M = ALIASING_FACTOR, near float32's
-    precision; dividing by r^l magnifies rounding by at most r^-T = ALIASING_FACTOR^-1/4 = 29 at M = 4T.
+    transform is that of K_l r^l, and K_{l+M} aliases with the factor r^M = ALIASING_FACTOR, near
+    float32's precision. Dividing by r^l magnifies rounding by at most r^-T: 29 at M = 4T.
 
     Args:
         size: nodes computed at once, [size D 2Z].

@@ -14,7 +14,7 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.dims import declare_param
 from jaxgpt.model.kernels import MASKED_LOGIT
 from jaxgpt.model.layers import DTYPES, Linear, make_residual_init, normal
-from jaxgpt.model.masks import Coords, layer_mask
+from jaxgpt.model.masks import Coords, make_layer_mask
 from jaxgpt.model.mixers.mixer import LayerContext, Mixer, update_slots
 
 
@@ -41,7 +41,7 @@ class Synthesizer(Mixer):
         v = Linear(c, "D>GK", name="v")(x)
         if state is not None:
             v = state = update_slots(state, v, layer_context.cursor)
-        mask = layer_mask(c, self.pattern, self.direction)(
+        mask = make_layer_mask(c, self.pattern, self.direction)(
             layer_context.q_coords, layer_context.k_coords
         )
         mask &= (layer_context.k_coords.positions < c.context)[:, None]

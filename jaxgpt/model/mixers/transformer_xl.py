@@ -15,7 +15,7 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.dims import declare_param
 from jaxgpt.model.kernels import MASKED_LOGIT
 from jaxgpt.model.layers import Linear, make_residual_init, normal
-from jaxgpt.model.masks import layer_mask, relative_position
+from jaxgpt.model.masks import make_layer_mask, relative_position
 from jaxgpt.model.mixers.attention import Attention
 from jaxgpt.model.mixers.chunks import (
     BlockBand,
@@ -94,7 +94,7 @@ class TransformerXL(Mixer):
             is_current, compute_content_logits(current.k), compute_content_logits(memory.k)
         )
         logits += position_logits.reshape(logits.shape)
-        mask = layer_mask(c, self.pattern, self.direction) & BlockBand(size, 0, 1)
+        mask = make_layer_mask(c, self.pattern, self.direction) & BlockBand(size, 0, 1)
         logits = jnp.where(
             mask_chunks(mask, q_coords, k_coords)[:, :, None, None], logits, MASKED_LOGIT
         )
