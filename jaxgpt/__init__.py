@@ -1,3 +1,3 @@
-"""jaxgpt: a Transformer library that you can read in an afternoon and train anywhere JAX runs."""
+"""jaxgpt: a Transformer library to read in an afternoon and to train anywhere JAX runs."""
 
 __version__ = "0.1.0"
