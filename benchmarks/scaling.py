@@ -556,9 +556,8 @@ of at most {MAX_SCALAR_BYTES} bytes are not listed. {
 
 ## How to choose
 
-Begin with **data**: it sends the gradients ({
-        format_megabytes("data", "sent")
-    } MB here, whatever the batch)
+Begin with **data**: it sends the gradients
+({format_megabytes("data", "sent")} MB here, whatever the batch)
 and nothing else, but every device holds all parameters and moments. Where these do not fit,
 **fsdp** divides them and the gradients ({format_megabytes("fsdp", "peak")} MB at the peak against
 {format_megabytes("data", "peak")}) for at least {ratio:.1f} times
