@@ -335,8 +335,8 @@ def test_a_token_is_drawn_without_a_copy_of_weights_or_cache(kv_heads):
     rows, slots = 2, 128
     new_arrays = list_new_arrays(cfg, rows, slots)
     assert len(new_arrays) > 20
-    # The smallest matrix has 2048 elements, the keys of a layer 8192 or more; attention weights, one
-    # per row, head and slot, 1024.
+    # The smallest matrix has 2048 elements, the keys of a layer 8192 or more; attention weights,
+    # one per row, head and slot, 1024.
     assert [line for numbers, line in new_arrays if numbers > rows * 4 * slots] == []
 
 

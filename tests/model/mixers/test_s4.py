@@ -215,7 +215,7 @@ def test_convolution_and_recurrence_agree_and_so_do_their_gradients(params):
 
 
 @pytest.mark.parametrize(
-    ("position", "document", "wanted"),
+    ("position", "document", "expected"),
     [
         ([0, 1, 2, 3, 4], [1, 1, 1, 1, 1], False),
         ([0, 1, 2, 0, 0], [1, 1, 1, 0, 0], False),  # padding at the end
