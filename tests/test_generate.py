@@ -344,7 +344,7 @@ def test_a_token_is_drawn_without_a_copy_of_weights_or_cache(kv_heads):
 
 
 def make_reciting_model(text):
-    """Make the config and parameters of a model that generates a given text by position alone.
+    """Make the config and parameters of a model that generates a text from positions only.
 
     The embedding of position t is one-hot, and so is the head row of the token that comes next.
     """
