@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec
 from jaxgpt.config import TrainConfig
 from jaxgpt.data import Batch, tasks
 from jaxgpt.model import Coords, Head, Source, head
+from jaxgpt.model.kernels import NEVER
 from jaxgpt.model.layers import columns
 from jaxgpt.sharding import constrain, mesh_in_force, named, on_parts, platform, spec
 
@@ -63,6 +64,42 @@ def _score_of_backward(saved, d_hit):
 score_of.defvjp(_score_of_forward, _score_of_backward)
 
 
+def two_passes(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Maximum and log Σ e^score of the rows of [N V]: float32 [N] each."""
+    return jnp.max(scores, axis=-1), jax.nn.logsumexp(scores, axis=-1)
+
+
+@jax.custom_vjp
+def one_pass(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """As `two_passes`, reading the scores once. The maximum has no gradient.
+
+    Source: Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3.
+    """
+
+    def join(a, b):
+        (top_a, sum_a), (top_b, sum_b) = a, b
+        top = jnp.maximum(top_a, top_b)
+        return top, sum_a * jnp.exp(top_a - top) + sum_b * jnp.exp(top_b - top)
+
+    nothing = jnp.float32(NEVER), jnp.float32(0)
+    top, total = jax.lax.reduce((scores, jnp.ones_like(scores)), nothing, join, (1,))
+    return top, top + jnp.log(total)
+
+
+def _one_pass_forward(scores):
+    top, log_z = one_pass(scores)
+    return (top, log_z), (scores, log_z)
+
+
+def _one_pass_backward(saved, cotangents):
+    scores, log_z = saved
+    return (cotangents[1][:, None] * jnp.exp(scores - log_z[:, None]),)
+
+
+one_pass.defvjp(_one_pass_forward, _one_pass_backward)
+TOP_AND_LOG_SUM = {"gpu": one_pass}  # by platform; a CPU's compiler makes loops of scalars of it
+
+
 def score_chunk(hidden, head: Head, targets, weights, smoothing: float, z_loss: float):
     """The loss of a few tokens, written out plainly.
 
@@ -82,16 +119,18 @@ def score_chunk(hidden, head: Head, targets, weights, smoothing: float, z_loss: 
     chex.assert_rank(hidden, 2)
     chex.assert_shape([targets, weights], hidden.shape[:1])
     scores = constrain(head(hidden), "NV")
-    log_z = jax.nn.logsumexp(scores, axis=-1)
+    top, log_z = TOP_AND_LOG_SUM.get(platform(), two_passes)(scores)
     hit = score_of(scores, targets)
     nats = log_z - hit
     loss = nats
     if smoothing:
-        loss = (1 - smoothing) * nats + smoothing * (log_z - jnp.mean(scores, axis=-1))
+        words = scores.shape[-1] if head.words is None else head.words
+        total = jnp.sum(jnp.where(jnp.arange(scores.shape[-1]) < words, scores, 0), axis=-1)
+        loss = (1 - smoothing) * nats + smoothing * (log_z - total / words)
     if z_loss:
         loss = loss + z_loss * jnp.square(log_z)
     # A target that nothing beats is the guess: one comparison in place of an argmax over V.
-    correct = hit >= jnp.max(scores, axis=-1)
+    correct = hit >= top
     total = jnp.sum(weights * loss)
     return total, Sums(total, jnp.sum(weights * nats), jnp.sum(weights), jnp.sum(weights * correct))
 
@@ -129,7 +168,9 @@ def vocabulary_loss(
         table, letters = columns(table), "DV"
     if platform() == "gpu":  # its units multiply at full speed only where rows are aligned
         table = jnp.pad(table, [(0, -V % ALIGNED), (0, 0)])
-    head = dataclasses.replace(head, table=table, words=V, letters=letters)
+        bias = head.bias if head.bias is None else jnp.pad(head.bias, (0, -V % ALIGNED))
+        head = dataclasses.replace(head, bias=bias, words=V if V % ALIGNED else None)
+    head = dataclasses.replace(head, table=table, letters=letters)
     loss = functools.partial(score_chunk, smoothing=smoothing, z_loss=z_loss)
     return _chunked(loss, chunk, hidden, head, targets, weights)
 

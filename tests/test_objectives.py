@@ -292,3 +292,15 @@ def test_classes_are_scored_text_by_text():
     np.testing.assert_array_equal(sums.confusion, confusion)
     assert sums.correct == np.trace(confusion)
     assert sums.weight == 2
+
+
+def test_one_pass_over_the_scores_equals_two():
+    scores = jax.random.normal(jax.random.key(0), (7, 130)) * 20
+    weights = jnp.arange(7.0)
+
+    def loss(normalize):
+        return jax.value_and_grad(lambda x: jnp.sum(normalize(x)[1] * weights))(scores)
+
+    for one, two in zip(loss(objectives.one_pass), loss(objectives.two_passes), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-6, atol=2e-5)
+    np.testing.assert_array_equal(objectives.one_pass(scores)[0], scores.max(1))

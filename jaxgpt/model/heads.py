@@ -15,6 +15,7 @@ from flax import struct
 from jaxgpt.config import ModelConfig
 from jaxgpt.dims import weight
 from jaxgpt.model.feedforward import ACTIVATIONS
+from jaxgpt.model.kernels.score import NEVER
 from jaxgpt.model.layers import Linear, wide_product, zeros
 from jaxgpt.model.norms import NORMS
 
@@ -31,17 +32,19 @@ class Head:
     letters: str = struct.field(pytree_node=False, default="VD")
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
-        """hidden [... D] -> float32 [... V]."""
+        """hidden [... D] -> float32 [... V]; rows that are no words score NEVER."""
         chex.assert_axis_dimension(hidden, -1, self.table.shape[self.letters.index("D")])
         lead = "BT"[: hidden.ndim - 1]
         scores = wide_product(f"{lead}D,{self.letters}->{lead}V", hidden, self.table)
-        scores = scores[..., : self.words]
         if self.scale is not None:
             scores = scores * self.scale
         if self.bias is not None:
             scores = scores + self.bias
         if self.softcap is not None:
             scores = self.softcap * jnp.tanh(scores / self.softcap)
+        if self.words is not None:
+            # Not cut off: rows of another length are not aligned, and are read at half the speed.
+            scores = jnp.where(jnp.arange(scores.shape[-1]) < self.words, scores, NEVER)
         return scores
 
 

@@ -1,5 +1,7 @@
 """Linear maps. The one place that decides how a matrix product is laid out."""
 
+import contextlib
+import contextvars
 import functools
 import math
 from collections.abc import Callable
@@ -20,6 +22,11 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 ATTENDED = "attended"  # what an attention kernel gives, and what it needs for its backward pass
 LOGITS = "logits"  # of attention, where a kernel has them whole
 RECEIVED = "received"  # from other devices
+STATISTICS = "statistics"  # of a norm: a number or two for each token
+
+# A GPU's compiler computes a norm's gradient in one pass where it has these; where they are to be
+# computed again it writes the product of both factors, float32 [N D], and reads it for the sum.
+KEEPS_STATISTICS = ("gpu",)
 
 
 def keeping(*names: str) -> Callable[..., bool]:
@@ -28,20 +35,43 @@ def keeping(*names: str) -> Callable[..., bool]:
     cuDNN's kernel can not give its sums a name, but it is a primitive of its own.
     """
     is_named = jax.checkpoint_policies.save_only_these_names(*names)
+    is_statistic = jax.checkpoint_policies.save_only_these_names(STATISTICS)
 
     def is_kept(primitive, *shapes, **how) -> bool:
         is_cudnn = primitive.name.startswith("dot_product_attention_fwd")
-        return is_cudnn or is_named(primitive, *shapes, **how)
+        is_kept_here = platform() in KEEPS_STATISTICS and is_statistic(primitive, *shapes, **how)
+        return is_cudnn or is_kept_here or is_named(primitive, *shapes, **how)
 
     return is_kept
 
 
-# What `again(f)` keeps for the backward pass is what came in and what has a name; f's other steps
-# are computed again: it is for steps that cost less than memory for what they make. Inside a scan
-# nothing can be merged across iterations, so that the guard against it is not needed.
-again = functools.partial(
-    jax.checkpoint, prevent_cse=False, policy=keeping(ATTENDED, LOGITS, RECEIVED, fp8.SCALE)
-)
+KEPT = keeping(ATTENDED, LOGITS, RECEIVED, fp8.SCALE)
+_has_guard = contextvars.ContextVar("has_guard", default=False)
+
+
+def again(f: Callable) -> Callable:
+    """Keep for the backward pass of f what came in and what has a name; compute the rest again.
+
+    It is for steps that cost less than memory for what they make. Inside a scan nothing can be
+    merged across iterations, so that a guard against it is needed only where `guarding` sets it.
+    """
+
+    @functools.wraps(f)
+    def run(*given):
+        return jax.checkpoint(f, prevent_cse=_has_guard.get(), policy=KEPT)(*given)
+
+    return run
+
+
+@contextlib.contextmanager
+def guarding(has_guard: bool):
+    """Keep the compiler from merging what `again` computes again with what was computed before."""
+    before = _has_guard.set(has_guard)
+    try:
+        yield
+    finally:
+        _has_guard.reset(before)
+
 
 normal = nn.initializers.normal(0.02)
 zeros = nn.initializers.zeros

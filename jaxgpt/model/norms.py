@@ -4,27 +4,28 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.dims import weight
-from jaxgpt.model.layers import again, ones, zeros
+from jaxgpt.model.layers import STATISTICS, again, ones, zeros
 
 
 @again
 def rms(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """x [... D], scale float32 [D] -> [... D]."""
     y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return (y * scale).astype(x.dtype)
+    rate = jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * checkpoint_name(rate, STATISTICS) * scale).astype(x.dtype)
 
 
 @again
 def layer(x: jax.Array, scale: jax.Array, bias: jax.Array | float, eps: float) -> jax.Array:
     """x [... D], scale and bias float32 [D] -> [... D]."""
     y = x.astype(jnp.float32)
-    y = y - jnp.mean(y, axis=-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return (y * scale + bias).astype(x.dtype)
+    y = y - checkpoint_name(jnp.mean(y, axis=-1, keepdims=True), STATISTICS)
+    rate = jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * checkpoint_name(rate, STATISTICS) * scale + bias).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
