@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec
 from jaxgpt.config import TrainConfig
 from jaxgpt.data import Batch, tasks
 from jaxgpt.model import Coords, EncoderInput, Head, make_head
+from jaxgpt.model.kernels.score import MASKED_LOGIT
 from jaxgpt.model.layers import transpose_copy
 from jaxgpt.sharding import (
     constrain,
@@ -70,6 +71,43 @@ def _gather_target_scores_backward(saved, d_hit):
 gather_target_scores.defvjp(_gather_target_scores_forward, _gather_target_scores_backward)
 
 
+def normalize_in_two_passes(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the maximum and log Σ e^score of the rows of [N V]: float32 [N] each."""
+    return jnp.max(scores, axis=-1), jax.nn.logsumexp(scores, axis=-1)
+
+
+@jax.custom_vjp
+def normalize_in_one_pass(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """As `normalize_in_two_passes`, reading the scores once. The maximum has no gradient.
+
+    Source: Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3.
+    """
+
+    def merge(a, b):
+        (max_a, sum_a), (max_b, sum_b) = a, b
+        maximum = jnp.maximum(max_a, max_b)
+        return maximum, sum_a * jnp.exp(max_a - maximum) + sum_b * jnp.exp(max_b - maximum)
+
+    initial = jnp.float32(MASKED_LOGIT), jnp.float32(0)
+    maximum, total = jax.lax.reduce((scores, jnp.ones_like(scores)), initial, merge, (1,))
+    return maximum, maximum + jnp.log(total)
+
+
+def _normalize_forward(scores):
+    maximum, log_z = normalize_in_one_pass(scores)
+    return (maximum, log_z), (scores, log_z)
+
+
+def _normalize_backward(saved, cotangents):
+    scores, log_z = saved
+    return (cotangents[1][:, None] * jnp.exp(scores - log_z[:, None]),)
+
+
+normalize_in_one_pass.defvjp(_normalize_forward, _normalize_backward)
+# By platform, where it is not `normalize_in_two_passes`: CPU compilers make scalar loops of it.
+NORMALIZERS = {"gpu": normalize_in_one_pass}
+
+
 def chunk_loss(hidden, head: Head, targets, weights, smoothing: float, z_loss: float):
     """Compute the loss of a chunk of tokens.
 
@@ -89,16 +127,18 @@ def chunk_loss(hidden, head: Head, targets, weights, smoothing: float, z_loss: f
     chex.assert_rank(hidden, 2)
     chex.assert_shape([targets, weights], hidden.shape[:1])
     scores = constrain(head(hidden), "NV")
-    log_z = jax.nn.logsumexp(scores, axis=-1)
+    maximum, log_z = NORMALIZERS.get(get_platform(), normalize_in_two_passes)(scores)
     hit = gather_target_scores(scores, targets)
     nats = log_z - hit
     loss = nats
     if smoothing:
-        loss = (1 - smoothing) * nats + smoothing * (log_z - jnp.mean(scores, axis=-1))
+        V = scores.shape[-1] if head.vocab is None else head.vocab
+        total = jnp.sum(jnp.where(jnp.arange(scores.shape[-1]) < V, scores, 0), axis=-1)
+        loss = (1 - smoothing) * nats + smoothing * (log_z - total / V)
     if z_loss:
         loss = loss + z_loss * jnp.square(log_z)
     # A target with the maximum score is the prediction: one comparison instead of an argmax over V.
-    correct = hit >= jnp.max(scores, axis=-1)
+    correct = hit >= maximum
     total = jnp.sum(weights * loss)
     return total, Sums(total, jnp.sum(weights * nats), jnp.sum(weights), jnp.sum(weights * correct))
 
@@ -135,8 +175,11 @@ def vocabulary_loss(
     if get_platform() == "cpu":
         table, letters = transpose_copy(table), "DV"
     if get_platform() == "gpu":  # tensor cores reach full speed only with aligned rows
-        table = jnp.pad(table, [(0, -V % VOCAB_ALIGNMENT), (0, 0)])
-    head = dataclasses.replace(head, table=table, vocab=V, letters=letters)
+        padding = -V % VOCAB_ALIGNMENT
+        table = jnp.pad(table, [(0, padding), (0, 0)])
+        bias = head.bias if head.bias is None else jnp.pad(head.bias, (0, padding))
+        head = dataclasses.replace(head, bias=bias, vocab=V if padding else None)
+    head = dataclasses.replace(head, table=table, letters=letters)
     loss = functools.partial(chunk_loss, smoothing=smoothing, z_loss=z_loss)
     return _sum_over_chunks(loss, chunk, hidden, head, targets, weights)
 

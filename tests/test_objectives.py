@@ -293,3 +293,19 @@ def test_classification_has_one_prediction_per_text():
     np.testing.assert_array_equal(sums.confusion, confusion)
     assert sums.correct == np.trace(confusion)
     assert sums.weight == 2
+
+
+def test_one_pass_over_the_scores_equals_two():
+    scores = jax.random.normal(jax.random.key(0), (7, 130)) * 20
+    weights = jnp.arange(7.0)
+
+    def loss(normalize):
+        return jax.value_and_grad(lambda x: jnp.sum(normalize(x)[1] * weights))(scores)
+
+    for one, two in zip(
+        loss(objectives.normalize_in_one_pass),
+        loss(objectives.normalize_in_two_passes),
+        strict=True,
+    ):
+        np.testing.assert_allclose(one, two, rtol=1e-6, atol=2e-5)
+    np.testing.assert_array_equal(objectives.normalize_in_one_pass(scores)[0], scores.max(1))

@@ -250,9 +250,7 @@ class Clock:
 
 
 @pytest.mark.parametrize("compiling", [5, 40, 1000])
-def test_important_steps_are_measured_however_slow_compilers_are(
-    compiling, monkeypatch, tmp_path
-):
+def test_important_steps_are_measured_however_slow_compilers_are(compiling, monkeypatch, tmp_path):
     clock = Clock()
     monkeypatch.setattr(speed, "time", clock)
 

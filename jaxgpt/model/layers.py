@@ -1,5 +1,7 @@
 """Linear maps: the one place that decides how matrix products are laid out."""
 
+import contextlib
+import contextvars
 import functools
 import math
 from collections.abc import Callable
@@ -20,6 +22,11 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 ATTENTION_OUTPUT = "attended"  # of a kernel, with the residuals of its backward pass
 ATTENTION_LOGITS = "logits"  # where a kernel materializes them
 COMMUNICATED = "received"  # received from other devices
+NORM_STATISTICS = "statistics"  # one or two numbers per token
+
+# With the statistics at hand, XLA's GPU compiler computes a norm's gradient in one pass over its
+# inputs; without, it writes a float32 [N D] product and reads it again for the sum.
+SAVES_NORM_STATISTICS = ("gpu",)
 
 
 def make_save_policy(*names: str) -> Callable[..., bool]:
@@ -28,22 +35,45 @@ def make_save_policy(*names: str) -> Callable[..., bool]:
     cuDNN's softmax statistics cannot be named, but its kernel is a primitive of its own.
     """
     is_named = jax.checkpoint_policies.save_only_these_names(*names)
+    is_statistic = jax.checkpoint_policies.save_only_these_names(NORM_STATISTICS)
 
     def is_kept(primitive, *shapes, **params) -> bool:
         is_cudnn = primitive.name.startswith("dot_product_attention_fwd")
-        return is_cudnn or is_named(primitive, *shapes, **params)
+        is_saved_here = get_platform() in SAVES_NORM_STATISTICS
+        is_saved_here = is_saved_here and is_statistic(primitive, *shapes, **params)
+        return is_cudnn or is_saved_here or is_named(primitive, *shapes, **params)
 
     return is_kept
 
 
-# `recompute(f)` saves f's inputs and the named values for the backward pass and recomputes the
-# rest: it is for steps that cost less than the memory of their outputs. Inside a scan,
-# common-subexpression elimination does not cross iterations, so no guard against it is needed.
-recompute = functools.partial(
-    jax.checkpoint,
-    prevent_cse=False,
-    policy=make_save_policy(ATTENTION_OUTPUT, ATTENTION_LOGITS, COMMUNICATED, fp8.SCALE_NAME),
-)
+SAVED = make_save_policy(ATTENTION_OUTPUT, ATTENTION_LOGITS, COMMUNICATED, fp8.SCALE_NAME)
+_prevents_cse = contextvars.ContextVar("prevents_cse", default=False)
+
+
+def recompute(f: Callable) -> Callable:
+    """Save f's inputs and the named values for the backward pass and recompute the rest.
+
+    It is for steps that cost less than the memory of their outputs. Inside a scan,
+    common-subexpression elimination does not cross iterations: `prevent_cse` sets the guard against
+    it where layers are unrolled.
+    """
+
+    @functools.wraps(f)
+    def run(*inputs):
+        return jax.checkpoint(f, prevent_cse=_prevents_cse.get(), policy=SAVED)(*inputs)
+
+    return run
+
+
+@contextlib.contextmanager
+def prevent_cse(is_guarded: bool):
+    """Keep the compiler from merging what `recompute` recomputes with the forward pass."""
+    before = _prevents_cse.set(is_guarded)
+    try:
+        yield
+    finally:
+        _prevents_cse.reset(before)
+
 
 normal = nn.initializers.normal(0.02)
 zeros = nn.initializers.zeros

@@ -4,18 +4,19 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.dims import declare_param
-from jaxgpt.model.layers import ones, recompute, zeros
+from jaxgpt.model.layers import NORM_STATISTICS, ones, recompute, zeros
 
 
 @recompute
 def apply_rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """Apply RMSNorm: x [... D], scale float32 [D] -> [... D]."""
     y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return (y * scale).astype(x.dtype)
+    rate = jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * checkpoint_name(rate, NORM_STATISTICS) * scale).astype(x.dtype)
 
 
 @recompute
@@ -24,9 +25,9 @@ def apply_layer_norm(
 ) -> jax.Array:
     """Apply layer norm: x [... D], scale and bias float32 [D] -> [... D]."""
     y = x.astype(jnp.float32)
-    y = y - jnp.mean(y, axis=-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return (y * scale + bias).astype(x.dtype)
+    y = y - checkpoint_name(jnp.mean(y, axis=-1, keepdims=True), NORM_STATISTICS)
+    rate = jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * checkpoint_name(rate, NORM_STATISTICS) * scale + bias).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):

@@ -4,13 +4,14 @@ Mixtures of experts are tested in test_experts.py.
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from helpers import single_document_coords, tiny
 
 from jaxgpt.dims import split
-from jaxgpt.model.feedforward import ACTIVATIONS, FEEDFORWARDS
+from jaxgpt.model.feedforward import ACTIVATIONS, FEEDFORWARDS, gelu_tanh
 
 TORCH = {
     "relu": torch.nn.functional.relu,
@@ -75,3 +76,13 @@ def test_a_feedforward_has_no_bias_unless_the_config_has(kind):
     cfg, x = tiny(feedforward=kind), np.zeros((2, 5, 16), np.float32)
     params = FEEDFORWARDS[kind](cfg).init(jax.random.key(0), x, COORDS)["params"]
     assert {name for part in params.values() for name in part} == {"w"}
+
+
+def test_gelu_tanh_and_its_gradient_equal_the_formula_in_float64():
+    x = np.linspace(-12, 12, 2001)
+    c = np.sqrt(2 / np.pi)
+    t, slope = np.tanh(c * (x + 0.044715 * x**3)), c * (1 + 3 * 0.044715 * x**2)
+    given = jnp.asarray(x, jnp.float32)
+    np.testing.assert_allclose(gelu_tanh(given), x / 2 * (1 + t), atol=1e-6)
+    gradient = (1 + t) / 2 + x / 2 * (1 - t**2) * slope
+    np.testing.assert_allclose(jax.vmap(jax.grad(gelu_tanh))(given), gradient, atol=5e-6)
