@@ -14,6 +14,7 @@ Devices adjacent along the last axes are adjacent on the machine, where communic
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -123,6 +124,15 @@ def get_active_mesh():
     """Return the mesh of `jax.set_mesh`, or None if there is only one device."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def use_mesh_of(params) -> AbstractContextManager:
+    """Return a context with the mesh that the parameters lie on active, if none is yet."""
+    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    is_active = not jax.sharding.get_abstract_mesh().empty
+    if is_active or not isinstance(sharding, NamedSharding):
+        return nullcontext()
+    return jax.set_mesh(sharding.mesh)
 
 
 def get_platform() -> str:

@@ -17,10 +17,14 @@ LAYERS = [
     {"sharding"},
     {"hosts", "moments"},
     {"data", "model"},
-    {"objectives", "optimizer", "generate"},
+    {"objectives", "optimizer", "sampling"},
+    {"generate"},
+    {"score"},
     {"predict"},
-    {"trainer"},
+    {"language_model"},
+    {"loading"},
     {"console"},
+    {"trainer"},
 ]
 
 

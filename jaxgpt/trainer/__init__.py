@@ -1,6 +1,6 @@
 """Training: the state, the pure step, and the loop around it with all the side effects."""
 
-from jaxgpt.trainer.checkpoint import Progress, load_run, read_config
+from jaxgpt.trainer.checkpoint import Progress, read_config
 from jaxgpt.trainer.loop import DivergedError, evaluate, train
 from jaxgpt.trainer.state import TrainState
 
@@ -9,7 +9,6 @@ __all__ = [
     "Progress",
     "TrainState",
     "evaluate",
-    "load_run",
     "read_config",
     "train",
 ]

@@ -21,13 +21,15 @@ from jaxgpt import config as configs
 from jaxgpt import hosts
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.config import Config
+from jaxgpt.console import format_sample
 from jaxgpt.data import Batch, Corpus, prefetch_batches, prepare
 from jaxgpt.data.tasks import Task
 from jaxgpt.data.work import print_line
+from jaxgpt.language_model import LanguageModel
 from jaxgpt.model import abstract_params, build, count_params
 from jaxgpt.objectives import Sums
 from jaxgpt.optimizer import build as build_optimizer
-from jaxgpt.predict import check_prompts, predict
+from jaxgpt.predict import check_prompts
 from jaxgpt.settings import ConfigError
 from jaxgpt.sharding import check_fits, list_unsharded_dims, make_mesh
 from jaxgpt.trainer.checkpoint import (
@@ -268,12 +270,11 @@ def evaluate(
 
 def log_sample(run: Run):
     """Generate a sample from the current model, print it, and save it in samples/."""
-    cfg, prompt = run.cfg, run.cfg.sample.prompt
+    cfg = run.cfg
     if not _can_sample(cfg):
         return
-    is_continued = cfg.model.family == "decoder"
-    answer = predict(cfg, run.state.params, run.corpus.tokenizer, [prompt], run.task.labels)
-    text = prompt + ("" if is_continued else "\n") + "".join(piece for (piece,) in answer)
+    model = LanguageModel(cfg, run.state.params, run.corpus.tokenizer, tuple(run.task.labels))
+    text = format_sample(model, cfg.sample.prompt)
     folder = os.path.join(cfg.run_folder, "samples")
     write_text_atomically(os.path.join(folder, f"step_{run.progress.step:06d}.txt"), text)
     title = f"--- sample at step {run.progress.step} "
