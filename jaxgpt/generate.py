@@ -257,8 +257,8 @@ def stream(
             tokens, logprobs = (x.tolist() for x in fetch(drawn))
         left -= CHUNK_TOKENS
         yield [
-            _extend_row(row, *new, tokenizer.eos, cfg)
-            for row, *new in zip(rows, tokens, logprobs, strict=True)
+            _extend_row(row, new, values, tokenizer.eos, cfg)
+            for row, new, values in zip(rows, tokens, logprobs, strict=True)
         ]
         is_full = any(len(row.ids) >= cfg.context and not row.ending for row in rows)
         if left < CHUNK_TOKENS or is_full:

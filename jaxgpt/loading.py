@@ -66,7 +66,7 @@ def load(
         )
     fits = (loader for loader in LOADERS.values() if loader.is_for(path))
     loader = next(fits, LOADERS["run"])
-    read = resolve_table(loader.function)
+    read: Any = resolve_table(loader.function)
     return read(path, dtype=dtype, mesh=mesh, checkpoint=checkpoint)
 
 

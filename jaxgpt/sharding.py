@@ -128,11 +128,9 @@ def get_active_mesh():
 
 def use_mesh_of(params) -> AbstractContextManager:
     """Return a context with the mesh that the parameters lie on active, if none is yet."""
-    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    mesh = getattr(getattr(jax.tree.leaves(params)[0], "sharding", None), "mesh", None)
     is_active = not jax.sharding.get_abstract_mesh().empty
-    if is_active or not isinstance(sharding, NamedSharding):
-        return nullcontext()
-    return jax.set_mesh(sharding.mesh)
+    return jax.set_mesh(mesh) if isinstance(mesh, Mesh) and not is_active else nullcontext()
 
 
 def get_platform() -> str:

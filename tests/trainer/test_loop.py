@@ -18,9 +18,10 @@ from tiny_runs import assert_same_bits, restore_latest, run_config
 from jaxgpt import config as configs
 from jaxgpt.config import override
 from jaxgpt.data import Loader, make_eval_batches, prepare
+from jaxgpt.loading import load
 from jaxgpt.model import Coords, build, compute_logits
 from jaxgpt.settings import ConfigError
-from jaxgpt.trainer import DivergedError, load_run, loop, read_config, train
+from jaxgpt.trainer import DivergedError, loop, read_config, train
 from jaxgpt.trainer.checkpoint import latest_step
 from jaxgpt.trainer.logging import read_metrics
 from jaxgpt.trainer.loop import evaluate
@@ -411,7 +412,7 @@ def test_an_early_stopped_run_does_not_resume(early_stopped_run, capsys):
 
 def test_the_best_checkpoint_has_the_lowest_held_out_loss(early_stopped_run):
     cfg, progress = early_stopped_run
-    *_, step = load_run(cfg.run_folder)
+    step = load(cfg.run_folder).step
     assert (step, progress.best_step, progress.best_loss) == (2, 2, 2.0)
 
 
@@ -420,8 +421,9 @@ def test_the_best_checkpoint_has_the_parameters_of_its_step(early_stopped_run):
     folder = os.path.join(cfg.run_folder, "checkpoints")
     for step in (3, 4):
         shutil.rmtree(os.path.join(folder, str(step)))
-    assert_same_bits(load_run(cfg.run_folder)[2], load_run(cfg.run_folder, "latest")[2])
-    assert load_run(cfg.run_folder, "latest")[3] == 2
+    latest = load(cfg.run_folder, checkpoint="latest")
+    assert_same_bits(load(cfg.run_folder).params, latest.params)
+    assert latest.step == 2
 
 
 # --- divergence ---
@@ -461,7 +463,7 @@ def test_a_run_that_diverges_later_keeps_its_last_good_checkpoint(uninterrupted_
 def held_out_scores(uninterrupted_run):
     """The held-out text of a trained model, scored token by token: (figures, nats, weights)."""
     corpus = prepare(uninterrupted_run.data, uninterrupted_run.model.vocab)
-    _, _, params, _ = load_run(uninterrupted_run.run_folder, "latest")
+    params = load(uninterrupted_run.run_folder, checkpoint="latest").params
     model, T = build(uninterrupted_run.model), uninterrupted_run.model.context
     batches = list(make_eval_batches(corpus.held_out, 16, T, pad=corpus.tokenizer.pad))
     step = jax.jit(make_eval_step(uninterrupted_run, model))
