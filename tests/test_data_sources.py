@@ -128,7 +128,7 @@ def test_zstandard_is_asked_for_only_when_it_is_missing_and_needed(tmp_path, mon
     monkeypatch.setitem(sys.modules, "zstandard", None)
     write(tmp_path, {"a.txt": b"1", "b.txt.zst": PACK[".zst"](b"2")})
     assert read(tmp_path / "a.txt")
-    assert "pip install zstandard" in refusal(tmp_path)
+    assert "b.txt.zst needs zstandard: pip install 'jaxgpt[zstd]'" in refusal(tmp_path)
 
 
 def test_a_source_that_matches_nothing_is_refused(tmp_path):
@@ -606,7 +606,9 @@ def test_a_data_set_without_random_access_is_refused(tfds_folder):
 
 def test_tensorflow_datasets_is_asked_for_when_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    assert "pip install tensorflow-datasets" in refusal("tfds:tiny_shakespeare")
+    assert refusal("tfds:tiny_shakespeare") == (
+        "data.source=tfds:tiny_shakespeare needs tensorflow-datasets: pip install 'jaxgpt[tfds]'"
+    )
 
 
 def test_a_range_of_a_split_is_a_unit(tfds_folder, monkeypatch):
@@ -691,4 +693,4 @@ def test_a_folder_without_data_is_refused(hub, tmp_path):
 
 def test_datasets_is_asked_for_when_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "pip install datasets" in refusal("hf:name")
+    assert refusal("hf:name") == ("data.source=hf:name needs datasets: pip install 'jaxgpt[hub]'")

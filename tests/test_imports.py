@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = [
     {"settings"},
-    {"architecture", "script"},
+    {"architecture", "optional", "script"},
     {"config"},
     {"dims", "tokenizer"},
     {"sharding"},

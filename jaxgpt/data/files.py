@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 from jaxgpt.config import DataConfig
 from jaxgpt.data.units import Texts, Unit, pieces, stamp, stamped
+from jaxgpt.optional import require
 from jaxgpt.settings import ConfigError
 
 PIECE = 1 << 20  # bytes read at a time
@@ -170,11 +171,6 @@ def _unpacked(path: str, packing: str, begin: int = 0) -> Bytes:
         with open(path, "rb") as file:
             file.seek(begin)
             yield from PACKINGS[packing](file)
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"data.source: {path} is packed by zstandard, and the package that reads it is "
-            "missing: pip install zstandard."
-        ) from error
     except (OSError, EOFError, zlib.error) as error:
         raise ConfigError(
             f"data.source: {path} can not be read: {error or type(error).__name__}. "
@@ -193,7 +189,7 @@ def _gzip(file: BinaryIO) -> Bytes:
 
 
 def _zstd(file: BinaryIO) -> Bytes:
-    import zstandard
+    zstandard = require("zstandard", f"data.source: {file.name}")
 
     # Frame by frame, because zstandard's own stream reader takes a cut file for its end.
     unpacker = zstandard.ZstdDecompressor()

@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxgpt.config import DataConfig
 from jaxgpt.data.units import Split, Texts, Unit, from_splits, texts
+from jaxgpt.optional import require
 from jaxgpt.settings import ConfigError
 
 
@@ -60,13 +61,7 @@ def _range(cfg: DataConfig, split: str, data: Any, begin: int, end: int, part: s
 
 
 def _load(source: str) -> dict[str, Any]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ConfigError(
-            f"data.source={source!r} needs a package that is missing ({error}): "
-            "pip install datasets."
-        ) from error
+    datasets = require("datasets", f"data.source={source}")
     datasets.disable_progress_bars()
     path = source.removeprefix("hf:")
     folder = os.path.expanduser(path)

@@ -18,6 +18,7 @@ from typing import Any
 
 from jaxgpt.config import DataConfig
 from jaxgpt.data.units import Split, Texts, Unit, from_splits, stamp, texts
+from jaxgpt.optional import require
 from jaxgpt.settings import ConfigError
 
 
@@ -59,13 +60,7 @@ def _range(cfg: DataConfig, split: str, begin: int, end: int, part: str) -> Text
 
 def _open_builder(source: str) -> tuple[Any, dict[str, Any]]:
     """The builder, and random-access sequences of examples by the name of the split."""
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise ConfigError(
-            f"data.source={source!r} needs a package that is missing ({error}): "
-            "pip install tensorflow-datasets importlib_resources."
-        ) from error
+    tfds = require("tensorflow_datasets", f"data.source={source}")
     builder = _builder(tfds, source)
     with _file_functions(builder):
         try:

@@ -9,6 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from jaxgpt import hosts
+from jaxgpt.optional import is_installed
 
 
 class MetricsFile:
@@ -20,27 +21,32 @@ class MetricsFile:
 
     @hosts.once
     def __init__(self, run_folder: str, step: int):
-        from tensorboardX import SummaryWriter
-
         self.path = os.path.join(run_folder, "metrics.jsonl")
         kept = [line for line in _lines(self.path) if _step_of(line) <= step]
         write_whole(self.path, "".join(kept))
         self._file = open(self.path, "a", buffering=1)  # noqa: SIM115
-        board = os.path.join(run_folder, "tensorboard")
-        self._board = SummaryWriter(board, purge_step=step + 1 if step else None)
+        self._board = None
+        if is_installed("tensorboardX"):
+            from tensorboardX import SummaryWriter
+
+            board = os.path.join(run_folder, "tensorboard")
+            self._board = SummaryWriter(board, purge_step=step + 1 if step else None)
 
     @hosts.once
     def write(self, kind: str, step: int, values: Mapping[str, float]):
         """kind: "train" or "eval"; the figures carry their unit in their name."""
         record = {"kind": kind, "step": step} | {k: _short(v) for k, v in values.items()}
         self._file.write(json.dumps(record) + "\n")
+        if self._board is None:
+            return
         for name, value in values.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
 
     @hosts.once
     def close(self):
         self._file.close()
-        self._board.close()
+        if self._board:
+            self._board.close()
 
 
 def _lines(path: str) -> list[str]:
@@ -80,6 +86,8 @@ def write_whole(path: str, text: str):
 def plot_curves(run_folder: str, title: str, unit: str = "token"):
     """Draws plots/loss.png, and plots/accuracy.png of what classifies texts, from metrics.jsonl:
     training and held out over the steps."""
+    if not is_installed("matplotlib"):
+        return
     records = read_metrics(run_folder)
     _plot(records, run_folder, title, "loss", ("nats", "loss"), f"loss (nats per {unit})")
     if unit == "text":
@@ -111,6 +119,8 @@ def _plot(records, run_folder: str, title: str, name: str, keys: tuple[str, str]
 @hosts.once
 def plot_confusion(run_folder: str, labels: Sequence[str], rows: Sequence[Sequence[int]]):
     """Draws plots/confusion.png: how many texts of each class (rows) were taken for which."""
+    if not is_installed("matplotlib"):
+        return
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.2 * len(labels) + 2, 1.2 * len(labels) + 1.5), dpi=120,

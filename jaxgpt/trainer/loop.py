@@ -27,6 +27,7 @@ from jaxgpt.data.work import aloud
 from jaxgpt.model import abstract_params, build, count_params
 from jaxgpt.objectives import Sums
 from jaxgpt.optimizer import build as build_optimizer
+from jaxgpt.optional import describe_missing
 from jaxgpt.predict import ask
 from jaxgpt.predict import check as check_prompt
 from jaxgpt.settings import ConfigError
@@ -316,6 +317,14 @@ class Material(NamedTuple):
     resumes: int | None  # from the checkpoint of this step
 
 
+# What a run goes without where an optional package is missing.
+OPTIONAL_USES = {
+    "matplotlib": "plots/*.png",
+    "tensorboardX": "tensorboard/",
+    "grain": "batches made ahead of time",
+}
+
+
 def open_run(cfg: Config, is_quiet: bool = False) -> Run:
     """Builds everything that `cfg` describes, or restores it from the run's folder."""
     hosts.agree({key: configs.get(cfg, key) for key in configs.flat_fields(Config)})
@@ -353,6 +362,8 @@ def open_run(cfg: Config, is_quiet: bool = False) -> Run:
         peak=peak * hosts.count(),
     )
     run.console.say(_introduction(run, peak_source))
+    if missing := describe_missing(OPTIONAL_USES):
+        run.console.say(missing)
     return run
 
 
@@ -453,6 +464,11 @@ def _invitation(cfg: Config) -> str:
     return f" Sample from it:\n  python sample.py {cfg.run_folder}"
 
 
+def _curve(cfg: Config) -> str:
+    path = os.path.join(cfg.run_folder, "plots", "loss.png")
+    return f"; curve in {path}" if os.path.isfile(path) else ""
+
+
 def _farewell(cfg: Config, progress: Progress, signal_name: str) -> str:
     time_spent = f"{progress.step:,} steps, {duration(progress.seconds)} of training"
     if signal_name:
@@ -464,8 +480,7 @@ def _farewell(cfg: Config, progress: Progress, signal_name: str) -> str:
     return (
         f"Done: {time_spent}{why}. Best held-out loss {progress.best_loss:.4f} nats/"
         f"{cfg.objective.unit} at step "
-        f"{progress.best_step}; curve in {os.path.join(cfg.run_folder, 'plots', 'loss.png')}."
-        + _invitation(cfg)
+        f"{progress.best_step}{_curve(cfg)}." + _invitation(cfg)
     )
 
 
