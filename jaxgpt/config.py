@@ -9,17 +9,15 @@ names the key, the value and what would be right. A config is a file of Python t
 and any field is set from the shell with `path=value`: `model.width=512 optimizer.lr=3e-4`.
 """
 
-import difflib
-import glob
 import json
 import os
 import runpy
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from jaxgpt.architecture import ModelConfig
+from jaxgpt.config_files import find_config, importable_configs
 from jaxgpt.settings import (
     ConfigError,
     Section,
@@ -28,6 +26,7 @@ from jaxgpt.settings import (
     flat_hints,
     from_dict,
     get,
+    list_choices,
     nearest_multiples,
     option,
     parse,
@@ -51,6 +50,7 @@ __all__ = [
     "from_json",
     "load",
     "override",
+    "parse_assignments",
     "to_json",
 ]
 
@@ -337,32 +337,21 @@ def load(path: str, assignments: Iterable[str] = ()) -> Config:
     """Runs a config file and applies `path=value` assignments.
 
     Args:
-        path: a Python file that defines `config`, or the bare name of one in configs/.
+        path: a Python file that defines `config`, or the bare name of one in ./configs or of one
+            that comes with jaxgpt.
         assignments: such as ["model.width=512", "data.source=text/*.txt"].
 
     Raises:
         ConfigError: there is no such file, it defines no config, or a value can not work.
     """
-    file = path.removesuffix(".py") + ".py"
-    places = (path, file, os.path.join("configs", file))
-    found = next((place for place in places if os.path.isfile(place)), None)
-    if not found:
-        known = sorted(glob.glob("configs/*.py"))
-        near = difflib.get_close_matches(path, known, n=1, cutoff=0.3)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise ConfigError(
-            f"--config {path}: no such file.{hint} There are: {', '.join(known) or 'none here'}."
-        )
-    root = os.path.dirname(os.path.dirname(os.path.abspath(found)))
-    sys.path.insert(0, root)  # so that one config can start from another: `from configs.x import`
+    found = find_config(path)
     try:
-        config = runpy.run_path(found).get("config")
+        with importable_configs(found):
+            config = runpy.run_path(found).get("config")
     except ConfigError:
         raise
     except Exception as error:
         raise ConfigError(f"--config {found}: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(root)
     if not isinstance(config, Config):
         raise ConfigError(
             f"--config {found} must define `config = Config(...)`; "
@@ -378,7 +367,26 @@ def override(config: Config, assignments: Iterable[str]) -> Config:
     64
     """
     tree = to_dict(config)
-    hints = flat_hints(type(config))
+    for key, value in parse_assignments(assignments).items():
+        node = tree
+        *sections, name = key.split(".")
+        for section in sections:
+            node = node[section]
+        node[name] = value
+    return from_dict(type(config), tree)
+
+
+def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
+    """Return the values of `path=value` assignments by their keys.
+
+    It checks keys and types and builds nothing, which is quick: names of registries, and what can
+    not be combined, need the modules of the model.
+
+    Raises:
+        ConfigError: there is no such setting, or the value is of another type.
+    """
+    hints = flat_hints(Config)
+    values = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         key = key.removeprefix("--").replace("-", "_")
@@ -386,12 +394,8 @@ def override(config: Config, assignments: Iterable[str]) -> Config:
             raise ConfigError(f"expected path=value, such as model.width=512; got {assignment!r}.")
         if key not in hints:
             raise ConfigError(unknown(key, hints))
-        node = tree
-        *sections, name = key.split(".")
-        for section in sections:
-            node = node[section]
-        node[name] = parse(text, hints[key], key)
-    return from_dict(type(config), tree)
+        values[key] = parse(text, hints[key], key)
+    return values
 
 
 def to_json(config: Config) -> str:
@@ -418,13 +422,12 @@ def differences(old: Config, new: Config) -> list[str]:
 def describe(section: str = "") -> str:
     """The settings with their defaults, meanings and choices: the body of `--help`."""
     lines = []
-    defaults = Config()
     for key, f in flat_fields(Config).items():
         if not key.startswith(section):
             continue
-        value = get(defaults, key)
+        value: Any = f.default
         shown = {None: "none", "": "''", (): "''"}.get(value, value)
         lines.append(f"  {f'{key}={shown}':34} {f.metadata['doc']}")
         if f.metadata["table"]:
-            lines.append(f"{'':37}{' | '.join(resolve_table(f.metadata['table']))}")
+            lines.append(f"{'':37}{' | '.join(list_choices(f.metadata['table']))}")
     return "\n".join(lines)

@@ -11,12 +11,12 @@ from typing import NoReturn
 from jaxgpt.settings import ConfigError
 
 
-def run(main: Callable[[], int]) -> NoReturn:
+def run(main: Callable[[], int], name: str) -> NoReturn:
     """Exits with what `main` returns, 2 for a setting that can not work, 130 for Ctrl-C.
 
-    Where the output has no reader any more, as in `train.py --help | head -1`, it exits with 1.
+    Messages begin with `name`, as the user called it. Where the output has no reader any more, as
+    in `jaxgpt train --help | head -1`, it exits with 1.
     """
-    name = os.path.basename(sys.argv[0])
     try:
         status = main()
         sys.stdout.flush()

@@ -3,11 +3,13 @@
 Nothing here knows what is being configured; the schema is in config.py.
 """
 
+import ast
 import dataclasses
 import difflib
 import functools
 import importlib
 import json
+import os
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,7 +28,7 @@ def option(
 
     Args:
         default: the value if nobody sets it.
-        doc: what it means and its unit, shown by `train.py --help`.
+        doc: what it means and its unit, shown by `jaxgpt train --help`.
         table: where the names live that it chooses from, as "module:NAME". It is a pointer
             rather than an import so that adding a row to the registry is all it takes to add a
             choice.
@@ -54,6 +56,26 @@ def resolve_table(pointer: str) -> Mapping[str, Any]:
     """The registry that "module:NAME" points to."""
     module, name = pointer.split(":")
     return getattr(importlib.import_module(module), name)
+
+
+def list_choices(pointer: str) -> list[str]:
+    """Return the names in the registry that "module:NAME" points to, read from the source.
+
+    Importing the module would import jax, for which `--help` would have to wait. A registry that
+    is not written as a dict with literal keys is imported after all.
+    """
+    module, name = pointer.split(":")
+    stem = os.path.join(os.path.dirname(__file__), *module.split(".")[1:])
+    path = next(path for path in (f"{stem}.py", f"{stem}/__init__.py") if os.path.isfile(path))
+    with open(path, encoding="utf-8") as file:
+        statements = ast.parse(file.read()).body
+    for node in statements:
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
+        if name in [getattr(target, "id", None) for target in targets]:
+            keys = getattr(getattr(node, "value", None), "keys", [])
+            if keys and all(isinstance(key, ast.Constant) for key in keys):
+                return [key.value for key in keys]
+    return list(resolve_table(pointer))
 
 
 @dataclass(frozen=True)
@@ -189,9 +211,7 @@ def unknown(key: str, known: Iterable[str]) -> str:
         leaves = {k.split(".")[-1]: k for k in known}
         near = [leaves[n] for n in difflib.get_close_matches(key.split(".")[-1], leaves, n=1)]
     hint = (
-        f" Did you mean {' or '.join(near)}?"
-        if near
-        else " `python train.py --help` lists all keys."
+        f" Did you mean {' or '.join(near)}?" if near else " `jaxgpt train --help` lists all keys."
     )
     return f"there is no setting {key!r}.{hint}"
 

@@ -70,7 +70,7 @@ def test_training_ends_well_and_writes_no_warning(trained):
 
 def test_training_tells_where_it_stands_and_how_to_sample(trained, place):
     assert "step 20/20  loss " in trained.stdout
-    assert trained.stdout.endswith(f"python sample.py {place / 'runs' / 'tiny'}\n")
+    assert trained.stdout.endswith(f"jaxgpt sample {place / 'runs' / 'tiny'}\n")
 
 
 def test_the_same_command_again_has_nothing_left_to_do(run, place):
@@ -90,7 +90,7 @@ def test_a_value_of_the_wrong_type_is_one_line(place):
 
 
 def test_a_config_that_is_not_there_is_one_line():
-    assert_refused(call("train.py", "--config", "gpt_mimi"), "Did you mean configs/gpt_mini.py?")
+    assert_refused(call("train.py", "--config", "gpt_mimi"), "Did you mean gpt_mini?")
 
 
 def test_other_settings_for_an_old_run_are_refused(run, place):

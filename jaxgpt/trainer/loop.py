@@ -461,7 +461,7 @@ def _introduction(run: Run, peak_source: str) -> str:
 
 
 def _invitation(cfg: Config) -> str:
-    return f" Sample from it:\n  python sample.py {cfg.run_folder}"
+    return f" Sample from it:\n  jaxgpt sample {cfg.run_folder}"
 
 
 def _curve(cfg: Config) -> str:

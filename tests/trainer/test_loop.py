@@ -289,7 +289,7 @@ def test_a_run_that_is_complete_says_so_and_changes_nothing(straight, capsys):
     progress = train(straight)
     assert progress.step == 12
     out = capsys.readouterr().out
-    assert f"This run is complete. Sample from it:\n  python sample.py {straight.run_folder}" in out
+    assert f"This run is complete. Sample from it:\n  jaxgpt sample {straight.run_folder}" in out
     assert story(straight) == before
 
 
@@ -523,7 +523,7 @@ def test_a_run_introduces_itself_and_says_goodbye(straight, capsys):
     )
     assert "--- sample at step 4 ---" in out
     assert lines[-2].startswith("Done: 4 steps, ")
-    assert lines[-1] == f"  python sample.py {cfg.run_folder}"
+    assert lines[-1] == f"  jaxgpt sample {cfg.run_folder}"
 
 
 def test_a_run_that_is_stopped_says_how_to_go_on(straight, capsys):
