@@ -1,4 +1,4 @@
-"""Name the packages; pyproject.toml has all else. In a wheel, configs/ is jaxgpt.configs."""
+"""List the packages: in a wheel, configs/ is jaxgpt.configs. All else is in pyproject.toml."""
 
 from setuptools import find_packages, setup
 

@@ -18,14 +18,14 @@ from jaxgpt import config as configs
 from jaxgpt import generate, objectives
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.config import Config, SampleConfig
-from jaxgpt.data import Batch, read_ahead
-from jaxgpt.model import Coords, Head, build, init_params, layer_by_layer
-from jaxgpt.model.kernels import ACCELERATED, Score, attend
+from jaxgpt.data import Batch, prefetch_batches
+from jaxgpt.model import Coords, Head, build, init_params, unstack_layers
+from jaxgpt.model.kernels import ACCELERATED, ScoreMod, attend
 from jaxgpt.model.layers import DTYPES
-from jaxgpt.model.masks import layer_mask
+from jaxgpt.model.masks import make_layer_mask
 from jaxgpt.optimizer import build as build_optimizer
-from jaxgpt.sharding import batch_sharding
-from jaxgpt.trainer.memory import keep_freed
+from jaxgpt.sharding import make_batch_sharding
+from jaxgpt.trainer.memory import retain_freed_memory
 from jaxgpt.trainer.state import make_state
 from jaxgpt.trainer.step import make_eval_step
 
@@ -64,7 +64,7 @@ def peak(compiled) -> int:
 def step(case: Case, settings: tuple[str, ...] = ()) -> Made:
     cfg = configs.override(config_of(case), settings)
     mesh, optimizer, abstract, lowered = lower_step(cfg, jax.devices()[:1])
-    batch = jax.tree.map(lambda x: jax.device_put(x, batch_sharding(mesh, x.shape)),
+    batch = jax.tree.map(lambda x: jax.device_put(x, make_batch_sharding(mesh, x.shape)),
                          batch_of(case))  # fmt: skip
     compiled = lowered.compile()
     state = make_state(cfg.model, optimizer, cfg.seed, abstract)
@@ -157,7 +157,7 @@ def attention(case: Case, is_gradient: bool, kernel: str | None = None) -> Made:
     *given, d = (normal(case, *shape, number=i) for i, shape in enumerate(shapes))
     at = Coords(*(jnp.asarray(x) for x in batch_of(case)[2:4]))
     cfg = config_of(case).model
-    score = Score(layer_mask(cfg, "full", "causal"), scale=case.K**-0.5, is_self=True)
+    score = ScoreMod(make_layer_mask(cfg, "full", "causal"), scale=case.K**-0.5, is_self=True)
     kernel = kernel or cfg.kernel
     if kernel in ACCELERATED and (why := ACCELERATED[kernel][1](given[0], given[1], score)):
         raise ValueError(why)  # rather than measure what is run in its place
@@ -185,7 +185,7 @@ def loss(case: Case, is_chunked: bool) -> Made:
     def plain(hidden, table):
         flat = hidden.reshape(case.N, case.D), Head(table)
         rest = batch.targets.ravel(), batch.weights.ravel()
-        return objectives.score_chunk(*flat, *rest, 0.0, 0.0)[0]
+        return objectives.chunk_loss(*flat, *rest, 0.0, 0.0)[0]
 
     gradient = jax.value_and_grad(chunked if is_chunked else plain, argnums=(0, 1))
     run = jax.jit(gradient).lower(hidden, table).compile()
@@ -199,8 +199,8 @@ def decode(case: Case, rows: int) -> Made:
     """Reads prompts and continues them, without text."""
     cfg = config_of(case).model
     params, _ = init_params(cfg, jax.random.key(0))
-    apart = layer_by_layer(params)
-    rules = generate.Rules.of(SampleConfig(temperature=0), np.ones(case.V, bool))
+    apart = unstack_layers(params)
+    rules = generate.SamplingParams.from_config(SampleConfig(temperature=0), np.ones(case.V, bool))
     tokens = np.random.default_rng(0).integers(0, case.V, (rows, case.prompt), np.int32)
     lengths, drawn = np.full(rows, case.prompt, np.int32), np.zeros(rows, np.int32)
     keys = jax.random.split(jax.random.key(0), rows)
@@ -209,8 +209,8 @@ def decode(case: Case, rows: int) -> Made:
         slots = case.prompt + case.new
         state = generate.prefill(cfg, params, tokens, lengths, drawn, slots)
         out = []
-        for _ in range(case.new // generate.CHUNK):
-            new, state = generate.decode(cfg, apart, rules, keys, state, generate.CHUNK)
+        for _ in range(case.new // generate.CHUNK_TOKENS):
+            new, state = generate.decode(cfg, apart, rules, keys, state, generate.CHUNK_TOKENS)
             out.append(new)
         return out
 
@@ -238,13 +238,13 @@ def data(case: Case, is_peer: bool) -> Made:
     if is_peer:
         batches = data.peer(tokens, case.T)
     else:
-        batches = read_ahead(data.task_of("documents", tokens, case.T), size=data.AHEAD)
+        batches = prefetch_batches(data.task_of("documents", tokens, case.T), size=data.AHEAD)
     count = DATA_TOKENS // data.BATCH
     return Made(lambda: next(itertools.islice(batches, count - 1, None)))
 
 
 def side() -> Side:
-    keep_freed()  # as a run does
+    retain_freed_memory()  # as a run does
     where = jax.devices()[0]
     is_cpu = where.platform == "cpu"
     square, numbers = (2048, 2**26) if is_cpu else (8192, 2**29)
@@ -260,7 +260,7 @@ def side() -> Side:
     tries = [("model.remat=none",), ("model.remat=dots",), ("model.remat=full",),
              ("train.loss_chunk=2048",), ("train.loss_chunk=16384",),
              ("model.products=fp8",), ("optimizer.moments=int8",),
-             ("model.documents=apart",)]  # fmt: skip
+             ("model.documents=separate",)]  # fmt: skip
 
     return Side(
         makers={

@@ -1,10 +1,10 @@
-"""Tiny Shakespeare, byte by byte, by nanoGPT's recipe for CPUs: how low does the loss get?
+"""Train on Tiny Shakespeare, byte by byte, by nanoGPT's recipe for CPUs, and report the loss.
 
     python -m benchmarks.shakespeare --source input.txt --json shakespeare.json --plot loss.png
 
 Two models with the same parameter budget, layers, heads, width and training (4 layers, 4 heads,
-width 128, context 64, batch 12, 2000 steps, AdamW at 1e-3, no dropout) learn from the first nine
-tenths of the file and are evaluated on the whole last tenth, in windows of 64 bytes. nanoGPT
+width 128, context 64, batch 12, 2000 steps, AdamW at 1e-3, no dropout) are trained on the first
+nine tenths of the file and evaluated on the whole last tenth, in windows of 64 bytes. nanoGPT
 itself, in this setting, reaches 1.898 nats per character.
 """
 
@@ -27,7 +27,7 @@ from jaxgpt.config import (
 )
 from jaxgpt.model import count_params
 from jaxgpt.trainer import train
-from jaxgpt.trainer.logging import read_metrics, write_whole
+from jaxgpt.trainer.logging import read_metrics, write_text_atomically
 
 SHAPE = dict(vocab=260, context=64, width=128, layers=4, heads=4)
 MODELS = {
@@ -41,10 +41,10 @@ MODELS = {
     ),
     "mini": ModelConfig(**SHAPE, ffn=344),
 }
-NANOGPT = 1.898
+NANOGPT_LOSS = 1.898  # nats per character
 
 
-def experiment(name: str, source: str, folder: str, seed: int) -> Config:
+def make_config(name: str, source: str, folder: str, seed: int) -> Config:
     return Config(
         name=f"shakespeare_{name}_{seed}",
         folder=folder,
@@ -58,7 +58,7 @@ def experiment(name: str, source: str, folder: str, seed: int) -> Config:
 
 
 def measure(cfg: Config) -> dict:
-    """Trains from nothing and returns the held-out curve with what it cost."""
+    """Train from scratch and return the held-out curve with its costs."""
     shutil.rmtree(cfg.run_folder, ignore_errors=True)
     start = time.perf_counter()
     progress = train(cfg, is_quiet=True)
@@ -76,17 +76,17 @@ def measure(cfg: Config) -> dict:
     }
 
 
-def plot(results: dict, path: str):
+def plot_curves(results: dict, path: str):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     axes = figure.subplots()
-    for name, colour in (("gpt2", "#7f8c8d"), ("mini", "#c0392b")):
+    for name, color in (("gpt2", "#7f8c8d"), ("mini", "#c0392b")):
         curve = results[name]["curve"]
         label = f"{name}, {results[name]['parameters']:,} parameters: {curve[-1][1]:.3f}"
-        axes.plot(*zip(*curve, strict=True), marker="o", ms=3, color=colour, label=label)
-    axes.axhline(NANOGPT, color="#2980b9", lw=1, ls="--", label=f"nanoGPT: {NANOGPT}")
+        axes.plot(*zip(*curve, strict=True), marker="o", ms=3, color=color, label=label)
+    axes.axhline(NANOGPT_LOSS, color="#2980b9", lw=1, ls="--", label=f"nanoGPT: {NANOGPT_LOSS}")
     axes.set(xlabel="step", ylabel="held-out loss (nats per byte)", title="Tiny Shakespeare, bytes")
     axes.set_ylim(1.6, 2.7)
     axes.grid(alpha=0.3)
@@ -101,14 +101,14 @@ def main():
     parser.add_argument("--source", default="../shared/data/shakespeare/input.txt")
     parser.add_argument("--folder", default="runs")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", help="write all figures there")
-    parser.add_argument("--plot", help="draw both curves there (PNG)")
+    parser.add_argument("--json", help="where to write all figures")
+    parser.add_argument("--plot", help="where to draw both curves (PNG)")
     args = parser.parse_args()
     print(
         f"jax {jax.__version__}, {jax.devices()[0].platform}, {os.cpu_count()} cores, "
         f"python {platform.python_version()}; {args.source}, seed {args.seed}"
     )
-    results = {n: measure(experiment(n, args.source, args.folder, args.seed)) for n in MODELS}
+    results = {n: measure(make_config(n, args.source, args.folder, args.seed)) for n in MODELS}
     for name, result in results.items():
         print(
             f"{name}: {result['parameters']:,} parameters, {result['seconds']:.0f} s in all, "
@@ -118,11 +118,11 @@ def main():
     print(f"\n{'step':>6} {'gpt2':>8} {'mini':>8}   held-out loss, nats per byte")
     for (step, a), (_, b) in zip(results["gpt2"]["curve"], results["mini"]["curve"], strict=True):
         print(f"{step:>6} {a:8.4f} {b:8.4f}")
-    print(f"{'nanoGPT':>6} {NANOGPT:7.3f}\n\nmini says:\n{results['mini']['sample']}")
+    print(f"{'nanoGPT':>6} {NANOGPT_LOSS:7.3f}\n\nsample of mini:\n{results['mini']['sample']}")
     if args.json:
-        write_whole(args.json, json.dumps(results, indent=1))
+        write_text_atomically(args.json, json.dumps(results, indent=1))
     if args.plot:
-        plot(results, args.plot)
+        plot_curves(results, args.plot)
 
 
 if __name__ == "__main__":

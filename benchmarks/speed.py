@@ -64,7 +64,7 @@ SHAPES = {
     "gpt_mini": Shape("gpt_mini"),
     # nanoGPT's recipe for CPUs; transformers' GPT-2 always has biases, so ours has them too
     "nanogpt_cpu": Shape("shakespeare", f"{GPT2} model.activation=gelu_tanh model.ffn=512"),
-    "gpt2_124m": Shape("gpt2_124m", "train.batch=32 model.unroll=12"),
+    "gpt2_124m": Shape("gpt2_124m", "train.batch=32"),
     "llama3_1b": Shape("llama3_1b", "train.batch=8 model.context=2048 model.remat=none "
                        "train.loss_chunk=8192",
                        STEP_AND_PARTS),

@@ -1,4 +1,4 @@
-"""The training step of a config, lowered for devices that need not exist."""
+"""Lower the training step of a config for devices that need not exist."""
 
 from typing import Any, NamedTuple
 
@@ -9,13 +9,13 @@ from jaxgpt.config import Config
 from jaxgpt.data import Batch
 from jaxgpt.model import abstract_params, build
 from jaxgpt.optimizer import build as build_optimizer
-from jaxgpt.sharding import batch_sharding, check_fits, make_mesh
+from jaxgpt.sharding import check_fits, make_batch_sharding, make_mesh
 from jaxgpt.trainer.state import abstract_state
 from jaxgpt.trainer.step import make_train_step
 
 
 class Step(NamedTuple):
-    """A training step, not compiled."""
+    """A lowered training step, not yet compiled."""
 
     mesh: Any
     optimizer: Any
@@ -24,10 +24,10 @@ class Step(NamedTuple):
 
 
 def lower_step(cfg: Config, devices) -> Step:
-    """Nothing is allocated, and nothing runs.
+    """Lower the training step of a config; nothing is allocated, and nothing runs.
 
     Raises:
-        ConfigError: the config does not fit so many devices.
+        ConfigError: the config does not fit this number of devices.
     """
     mesh = make_mesh(cfg.mesh, devices)
     check_fits(cfg, mesh)
@@ -35,9 +35,9 @@ def lower_step(cfg: Config, devices) -> Step:
     optimizer, schedule = build_optimizer(cfg.optimizer, cfg.train.steps, letters)
     state = abstract_state(cfg.model, optimizer, cfg.seed, mesh)
     shape = (cfg.train.batch, cfg.model.context)
-    place = batch_sharding(mesh, shape)
-    integers: Any = jax.ShapeDtypeStruct(shape, np.int32, sharding=place)
-    weights: Any = jax.ShapeDtypeStruct(shape, np.float32, sharding=place)
+    sharding = make_batch_sharding(mesh, shape)
+    integers: Any = jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding)
+    weights: Any = jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding)
     step = jax.jit(
         make_train_step(cfg, build(cfg.model), optimizer, schedule),
         donate_argnums=0,

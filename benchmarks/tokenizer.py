@@ -1,9 +1,9 @@
-"""How fast a tokenizer is trained and how fast it encodes, on real text.
+"""Measure how fast a tokenizer is trained and how fast it encodes, on real text.
 
     python -m benchmarks.tokenizer --megabytes 100 --json tokenizer.json
 
-The text is Python source: the standard library, the documentation in pydoc_data, and what is in
-site-packages, each file once; only if that is not enough, blocks of its lines in a shuffled order.
+The text is Python source: the standard library, the documentation in pydoc_data, and the files of
+site-packages, each once; if that is not enough, blocks of these lines follow in shuffled order.
 """
 
 import argparse
@@ -21,11 +21,11 @@ import tokenizers
 
 from jaxgpt import tokenizer
 
-BLOCK = 200  # lines that stay together when text must be repeated
+BLOCK_LINES = 200  # lines per block of repeated text
 
 
-def source_files() -> Iterator[bytes]:
-    """The distinct Python files of this installation."""
+def read_source_files() -> Iterator[bytes]:
+    """Read the distinct Python files of this installation."""
     seen = set()
     for folder in ("stdlib", "purelib"):
         for path in sorted(pathlib.Path(sysconfig.get_path(folder)).rglob("*.py")):
@@ -41,22 +41,22 @@ def source_files() -> Iterator[bytes]:
 
 
 def corpus(megabytes: float) -> tuple[list[bytes], int]:
-    """Documents of so many megabytes (10^6 bytes), and how many of the bytes are distinct."""
-    wanted, documents, size = int(megabytes * 1e6), [], 0
-    for text in source_files():
-        documents.append(text[: wanted - size])
+    """Return documents of this many megabytes (10^6 bytes), and the count of distinct bytes."""
+    target, documents, size = int(megabytes * 1e6), [], 0
+    for text in read_source_files():
+        documents.append(text[: target - size])
         size += len(documents[-1])
-        if size >= wanted:
+        if size >= target:
             return documents, size
     distinct, shuffle = size, random.Random(0)
     lines = [line for text in documents for line in text.splitlines(keepends=True)]
-    starts = list(range(0, len(lines), BLOCK))
-    while size < wanted:
+    starts = list(range(0, len(lines), BLOCK_LINES))
+    while size < target:
         shuffle.shuffle(starts)
         for start in starts:
-            documents.append(b"".join(lines[start : start + BLOCK])[: wanted - size])
+            documents.append(b"".join(lines[start : start + BLOCK_LINES])[: target - size])
             size += len(documents[-1])
-            if size >= wanted:
+            if size >= target:
                 break
     return documents, distinct
 
@@ -75,7 +75,7 @@ def main() -> None:
     trained = tokenizer.train(iter(documents), arguments.vocab)
     seconds = time.perf_counter() - start
 
-    # Encoding is measured on a tenth: its speed does not depend on how much there is.
+    # Encoding is measured on a tenth: its speed does not depend on the amount of text.
     sample = random.Random(0).sample(documents, max(1, len(documents) // 10))
     sampled = sum(map(len, sample)) / 1e6
     rates = []

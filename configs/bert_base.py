@@ -1,7 +1,7 @@
-"""BERT, base: 109,514,298 parameters; less its head for masked words and plus the pooler of the
-published one, 109,482,240.
+"""BERT, base: 109,514,298 parameters; with the pooler of the published model instead of the head
+for masked language modeling, 109,482,240.
 
-The settings are those of the paper; its first 90% of steps were on texts of 128 tokens.
+The settings are those of the paper, whose first 90% of steps used sequences of 128 tokens.
 
 Source: Devlin et al. 2019, arXiv:1810.04805, section 3 and appendix A.2.
 """

@@ -1,6 +1,6 @@
-"""BERT, large: 335,174,458 parameters; 335,141,888 as the published one is counted.
+"""BERT, large: 335,174,458 parameters; 335,141,888 when counted like the published model.
 
-All but the shape, and how it is counted, is as in bert_base.py.
+All settings but the shape, and the way of counting, are those of bert_base.py.
 """
 
 from configs.bert_base import config as base

@@ -1,7 +1,7 @@
 """GPT-2, 124M: 124,439,808 parameters.
 
-The training settings are those of nanoGPT's reproduction: 0.5M tokens a step, in parts that fit
-one 80 GB GPU. For GPT-2's own vocabulary, set data.tokenizer to a folder that holds its
+The training settings are those of nanoGPT's reproduction: 0.5M tokens per step, accumulated in
+parts that fit one 80 GB GPU. For GPT-2's own vocabulary, set data.tokenizer to a folder with its
 encoder.json and vocab.bpe.
 
 Source: Radford et al. 2019.

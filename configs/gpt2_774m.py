@@ -1,4 +1,4 @@
-"""GPT-2, 774M: 774,030,080 parameters. All but the shape is as in gpt2_124m.py."""
+"""GPT-2, 774M: 774,030,080 parameters. All settings but the shape are those of gpt2_124m.py."""
 
 from configs.gpt2_124m import config as base
 from jaxgpt.config import override

@@ -1,7 +1,7 @@
 """GPT-3, 175B: 174,604,259,328 parameters.
 
-Layers that see all before them and layers that see a band take turns, as in the paper, which does
-not say how wide the band is.
+Layers with full and with banded (sliding-window) attention alternate, as in the paper, which does
+not state the bandwidth.
 
 Source: Brown et al. 2020, arXiv:2005.14165, table 2.1 and appendix B.
 """

@@ -1,4 +1,4 @@
-"""Llama 2, 7B: 6,738,415,616 parameters, for a pod: parameters divided over all devices.
+"""Llama 2, 7B: 6,738,415,616 parameters, for a pod: parameters sharded over all devices.
 
 Source: Touvron et al. 2023, arXiv:2307.09288, table 1 and appendix A.2.
 """

@@ -1,4 +1,4 @@
-"""Llama 3.2, 1B: 1,235,814,400 parameters. Grouped heads, a large vocabulary, a tied head.
+"""Llama 3.2, 1B: 1,235,814,400 parameters. Grouped-query attention, large vocabulary, tied head.
 
 Source: the model card of Llama 3.2 1B; Dubey et al. 2024, arXiv:2407.21783, for the family.
 """

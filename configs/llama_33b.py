@@ -1,4 +1,4 @@
-"""Llama, 33B: 32,528,943,616 parameters. All but the shape is as in llama_7b.py."""
+"""Llama, 33B: 32,528,943,616 parameters. All settings but the shape are those of llama_7b.py."""
 
 from configs.llama_7b import config as base
 from jaxgpt.config import override

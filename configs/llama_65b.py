@@ -1,4 +1,4 @@
-"""Llama, 65B: 65,285,660,672 parameters. All but the shape is as in llama_7b.py."""
+"""Llama, 65B: 65,285,660,672 parameters. All settings but the shape are those of llama_7b.py."""
 
 from configs.llama_7b import config as base
 from jaxgpt.config import override

@@ -1,4 +1,4 @@
-"""Llama, 7B: 6,738,415,616 parameters. As Llama 2 of this size, with half the context.
+"""Llama, 7B: 6,738,415,616 parameters. Like Llama 2 of this size, with half the context.
 
 Source: Touvron et al. 2023, arXiv:2302.13971, table 2 and section 2.3.
 """

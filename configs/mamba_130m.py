@@ -1,4 +1,4 @@
-"""Mamba, 130M: 129,135,360 parameters. No attention, no positions, no feed-forward.
+"""Mamba, 130M: 129,135,360 parameters. No attention, no position encoding, no feed-forward.
 
 Source: Gu and Dao 2023, arXiv:2312.00752; the shape is that of the released mamba-130m.
 """

@@ -1,6 +1,6 @@
-"""Mistral, 7B: 7,241,732,096 parameters. Grouped heads and a sliding window.
+"""Mistral, 7B: 7,241,732,096 parameters. Grouped-query attention and a sliding window.
 
-Its training is not published: those settings are of llama2_7b.py.
+Its training settings are not published: they are those of llama2_7b.py.
 
 Source: Jiang et al. 2023, arXiv:2310.06825, table 1.
 """

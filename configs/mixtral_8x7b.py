@@ -1,4 +1,4 @@
-"""Mixtral, 8x7B: 46,702,792,704 parameters, of which each token meets two experts in eight.
+"""Mixtral, 8x7B: 46,702,792,704 parameters, with two of eight experts active per token.
 
 Source: Jiang et al. 2024, arXiv:2401.04088, table 1.
 """

@@ -1,4 +1,4 @@
-"""T5, 3B: 2,851,598,336 parameters. All but the shape is as in t5_base.py."""
+"""T5, 3B: 2,851,598,336 parameters. All settings but the shape are those of t5_base.py."""
 
 from configs.t5_base import config as base
 from jaxgpt.config import override

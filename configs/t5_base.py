@@ -1,4 +1,4 @@
-"""T5, base: 222,903,552 parameters. The other sizes, and v1.1, begin here.
+"""T5, base: 222,903,552 parameters. The base of the other sizes and of v1.1.
 
 Source: Raffel et al. 2020, arXiv:1910.10683, sections 2.1 and 3.1.
 """

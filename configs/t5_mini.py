@@ -1,9 +1,9 @@
-"""A small T5 that learns to write hidden spans of Python's own text, on a laptop's CPU.
+"""A small T5, trained by span corruption on Python's own text, on a laptop's CPU.
 
     python train.py --config t5_mini
     python sample.py runs/t5_mini --prompt "import <mask>"
 
-1,185,408 parameters. The architecture is that of T5 v1.1, with one table for words and scores.
+1,185,408 parameters. The architecture is that of T5 v1.1, with tied embeddings.
 """
 
 from jaxgpt.config import Config, ModelConfig, OptimizerConfig, SampleConfig, TrainConfig

@@ -1,4 +1,4 @@
-"""T5, small: 60,506,624 parameters. All but the shape is as in t5_base.py."""
+"""T5, small: 60,506,624 parameters. All settings but the shape are those of t5_base.py."""
 
 from configs.t5_base import config as base
 from jaxgpt.config import override

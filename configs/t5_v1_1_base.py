@@ -1,4 +1,4 @@
-"""T5 v1.1, base: 247,577,856 parameters. GeGLU, a head of its own, no dropout.
+"""T5 v1.1, base: 247,577,856 parameters. GeGLU, an untied head, no dropout.
 
 Source: Shazeer 2020, arXiv:2002.05202, and "T5.1.1" in the code of T5 for the shapes.
 """

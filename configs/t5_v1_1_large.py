@@ -1,4 +1,4 @@
-"""T5 v1.1, large: 783,150,080 parameters. All but the shape is as in t5_v1_1_base.py."""
+"""T5 v1.1, large: 783,150,080 parameters. Settings but the shape: t5_v1_1_base.py."""
 
 from configs.t5_v1_1_base import config as base
 from jaxgpt.config import override

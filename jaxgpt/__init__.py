@@ -1,4 +1,4 @@
-"""jaxgpt: a Transformer library that you can read in an afternoon and train anywhere JAX runs."""
+"""jaxgpt: a Transformer library to read in an afternoon and to train anywhere JAX runs."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""Finds config files and run folders. Imports nothing heavy, so that a typo is refused at once."""
+"""Find config files and run folders, without heavy imports, so that errors appear at once."""
 
 import contextlib
 import difflib
@@ -40,7 +40,7 @@ def find_config(path: str) -> str:
     name = os.path.basename(file).removesuffix(".py")
     near = difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
-    raise ConfigError(f"--config {path}: no such file.{hint} There are: {', '.join(known)}.")
+    raise ConfigError(f"--config {path}: no such file.{hint} Available: {', '.join(known)}.")
 
 
 def list_configs() -> list[str]:
@@ -53,18 +53,18 @@ def list_configs() -> list[str]:
 
 @contextlib.contextmanager
 def importable_configs(file: str) -> Iterator[None]:
-    """Let a config file start from another one while it runs: `from configs.gpt2_124m import ...`.
+    """Make `from configs.gpt2_124m import ...` work while a config file runs.
 
     The package `configs` has the files beside `file`, those in ./configs, and those that come with
-    jaxgpt, the first of a name. It is made here because a wheel has it inside the package. A folder
-    of another name is imported as it lies, relative to its parent.
+    jaxgpt; of several with one name, the first is imported. It is created here because a wheel has
+    it inside the package. A folder with another name is imported from its parent folder.
     """
     folder = os.path.dirname(os.path.abspath(file))
     package = ModuleType("configs")
     package.__path__ = [folder, os.path.abspath("configs"), shipped_folder()]
     others = _pop_modules("configs")
     sys.modules["configs"] = package
-    # The parent of the shipped ones may be the package itself, whose modules are no top-level ones.
+    # In a wheel the parent of the shipped configs is the package: its modules are not top-level.
     parents = [] if folder == shipped_folder() else [os.path.dirname(folder)]
     sys.path[:0] = parents
     try:
@@ -91,7 +91,7 @@ def find_run_config(run_folder: str) -> str:
     path = os.path.join(run_folder, "config.json")
     if not os.path.isfile(path):
         raise ConfigError(
-            f"{run_folder} is not a run: it has no config.json. Give a folder that training made, "
-            "such as runs/stdlib."
+            f"{run_folder} is not a run: it has no config.json. Give a run folder of "
+            "`jaxgpt train`, such as runs/stdlib."
         )
     return path

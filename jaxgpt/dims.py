@@ -1,4 +1,4 @@
-"""One letter per kind of dimension, the same letter everywhere.
+"""One letter per kind of dimension, the same letter in the whole package.
 
     B batch      T query tokens   S key tokens     N tokens = B * T    C context
     D width      H query heads    G kv heads       M = H / G           K head width
@@ -8,7 +8,7 @@
 
 A parameter is declared by its letters; ">" separates inputs from outputs, so "D>HK" maps the
 width to heads, and a plain "D" is a vector (a bias, a norm's scale). Sharding, weight decay, Muon
-and the parameter table all read these letters and nothing else: none of them knows the model.
+and the parameter table depend on these letters only, not on the model.
 """
 
 from collections.abc import Mapping
@@ -21,8 +21,8 @@ from flax.core import meta
 Letters = str
 
 
-class Named(struct.PyTreeNode, meta.AxisMetadata):
-    """A parameter that remembers its letters. Lives only between `init` and `split`."""
+class LabeledParam(struct.PyTreeNode, meta.AxisMetadata):
+    """A parameter with its letters. Exists only between `init` and `split`."""
 
     value: jax.Array
     letters: Letters = struct.field(pytree_node=False)
@@ -40,23 +40,23 @@ class Named(struct.PyTreeNode, meta.AxisMetadata):
         return self.replace(letters=self.letters[1:])
 
 
-def weight(module: nn.Module, name: str, letters: Letters, sizes: Mapping[str, int], init):
-    """Declares a parameter of `module` by its letters.
+def declare_param(module: nn.Module, name: str, letters: Letters, sizes: Mapping[str, int], init):
+    """Declare a parameter of `module` by its letters.
 
     Args:
         letters: such as "D>HK"; the shape follows from `sizes`, the size of every letter.
         init: (key, shape) -> array.
     """
     shape = tuple(sizes[letter] for letter in letters if letter != ">")
-    return module.param(name, lambda key: Named(init(key, shape), letters))
+    return module.param(name, lambda key: LabeledParam(init(key, shape), letters))
 
 
 def split(tree) -> tuple:
-    """A freshly made tree -> (plain arrays, letters): two trees of the same structure."""
+    """Split an initialized tree into (plain arrays, letters): two trees of the same structure."""
 
-    def is_named(x):
-        return isinstance(x, Named)
+    def is_labeled(x):
+        return isinstance(x, LabeledParam)
 
-    values = jax.tree.map(lambda x: x.value, tree, is_leaf=is_named)
-    letters = jax.tree.map(lambda x: x.letters, tree, is_leaf=is_named)
+    values = jax.tree.map(lambda x: x.value, tree, is_leaf=is_labeled)
+    letters = jax.tree.map(lambda x: x.letters, tree, is_leaf=is_labeled)
     return values, letters

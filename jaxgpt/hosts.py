@@ -1,8 +1,8 @@
-"""Many processes, one run: how they find each other, share a batch, agree, and who writes.
+"""Runs of several processes: initialization, host-side collectives, and batches on all devices.
 
-`jax.distributed` is the engine; a run of one process passes through here and notices nothing.
-Processes agree through the coordinator's table of keys and values, never through a computation on
-devices: a process that has failed could not take part in that, and the others would wait for it.
+Built on `jax.distributed`; in a run of one process every function here is trivial. The collectives
+use the coordinator's key-value store, never a computation on devices: a process that has failed
+could not take part in one, and its peers would hang.
 """
 
 import collections
@@ -22,39 +22,39 @@ from jax._src.distributed import global_state  # the client has no public name
 from jax.experimental.multihost_utils import process_allgather
 
 from jaxgpt.settings import ConfigError
-from jaxgpt.sharding import batch_sharding
+from jaxgpt.sharding import make_batch_sharding
 
 Result = TypeVar("Result")
-TIMEOUT = 300  # seconds to wait for another process before it counts as lost
-PATIENCE = 7 * 24 * 3600 * 1000  # milliseconds: others may be busy for long; the dead are noticed
-THREADS = 16  # of XLA's CPU client, at least
+DEFAULT_TIMEOUT_SECONDS = 300  # after which an unreachable process counts as lost
+MAX_WAIT_MILLISECONDS = 7 * 24 * 3600 * 1000  # peers may be slow; the heartbeat detects a crash
+MIN_CPU_THREADS = 16  # of XLA's CPU client, at least
 
-# --- joining ---------------------------------------------------------------------------------
+# --- initialization --------------------------------------------------------------------------
 
 
-def _number(environment: Mapping[str, str], *names: str) -> int:
-    """The largest of these variables that are numbers; 1 if none is."""
+def _read_size(environment: Mapping[str, str], *names: str) -> int:
+    """Return the largest of these variables that are numbers, or 1 if none is."""
     values = (environment.get(name, "") for name in names)
     return max((int(value) for value in values if value.isdecimal()), default=1)
 
 
 def _is_tpu_pod(environment: Mapping[str, str]) -> bool:
     names = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
-    is_one_of_many = any("," in environment.get(name, "") for name in names)
-    return is_one_of_many or _number(environment, "MEGASCALE_NUM_SLICES") > 1
+    has_many_workers = any("," in environment.get(name, "") for name in names)
+    return has_many_workers or _read_size(environment, "MEGASCALE_NUM_SLICES") > 1
 
 
-# Launcher -> whether it started this process as one of several, and what JAX calls it where JAX
-# must be told. Variables of a step are read, not of a job: in a job of eight tasks, the shell that
-# submits them is by itself.
+# Launcher -> whether it started this process as one of several, and JAX's cluster detection method
+# (None: JAX detects it by default). The variables are those of a job step, not of the job: in a job
+# of eight tasks, the batch script itself is a single process.
 CLUSTERS: dict[str, tuple[Callable[[Mapping[str, str]], bool], str | None]] = {
     "TPU pod": (_is_tpu_pod, None),
-    "Slurm": (lambda e: "SLURM_PROCID" in e and _number(e, "SLURM_STEP_NUM_TASKS") > 1, "slurm"),
+    "Slurm": (lambda e: "SLURM_PROCID" in e and _read_size(e, "SLURM_STEP_NUM_TASKS") > 1, "slurm"),
     "Open MPI": (
-        lambda e: "OMPI_MCA_orte_hnp_uri" in e and _number(e, "OMPI_COMM_WORLD_SIZE") > 1,
+        lambda e: "OMPI_MCA_orte_hnp_uri" in e and _read_size(e, "OMPI_COMM_WORLD_SIZE") > 1,
         "ompi",
     ),
-    "MPI": (lambda e: _number(e, "OMPI_COMM_WORLD_SIZE", "PMI_SIZE") > 1, "mpi4py"),
+    "MPI": (lambda e: _read_size(e, "OMPI_COMM_WORLD_SIZE", "PMI_SIZE") > 1, "mpi4py"),
     "Kubernetes": (
         lambda e: "KUBERNETES_SERVICE_HOST" in e and "JOB_COMPLETION_INDEX" in e,
         None,
@@ -62,39 +62,40 @@ CLUSTERS: dict[str, tuple[Callable[[Mapping[str, str]], bool], str | None]] = {
 }
 
 
-def detect(environment: Mapping[str, str]) -> str | None:
-    """The row of CLUSTERS that started this process as one of several, or None."""
-    rows = (name for name, (is_here, _) in CLUSTERS.items() if is_here(environment))
-    return next(rows, None)
+def detect_cluster(environment: Mapping[str, str]) -> str | None:
+    """Return the key in CLUSTERS that started this process as one of several, or None."""
+    found = (name for name, (is_started_by, _) in CLUSTERS.items() if is_started_by(environment))
+    return next(found, None)
 
 
-def plan(
+def make_initialize_args(
     environment: Mapping[str, str],
     coordinator: str | None = None,
     processes: int | None = None,
     process: int | None = None,
 ) -> dict[str, Any] | None:
-    """How to join: arguments of `jax.distributed.initialize`, or None for a run of one process.
+    """Return arguments for `jax.distributed.initialize`, or None for a run of one process.
 
     Args:
         environment: such as os.environ.
-        coordinator: "host:port" of process 0; "auto" leaves all to JAX, "none" joins nothing.
-        processes: how many there are.
-        process: which of them this is, from 0.
+        coordinator: "host:port" of process 0; "auto" lets JAX detect everything, "none" forces a
+            run of one process.
+        processes: number of processes.
+        process: index of this process, from 0.
 
     Raises:
-        ConfigError: some of the three are missing, or they do not fit together.
+        ConfigError: only some of the three are given, or they are inconsistent.
     """
     given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
     missing = [flag for flag, value in given.items() if value is None]
     if len(missing) == 3:
-        name = detect(environment)
+        name = detect_cluster(environment)
         return {"cluster_detection_method": CLUSTERS[name][1]} if name else None
     if coordinator in ("auto", "none") and len(missing) == 2:
         return {} if coordinator == "auto" else None
     if missing or coordinator is None or processes is None or process is None:
-        there = " and ".join(flag for flag in given if flag not in missing)
-        raise ConfigError(f"{there} without {' and '.join(missing)}: give all three, or none.")
+        present = " and ".join(flag for flag in given if flag not in missing)
+        raise ConfigError(f"{present} without {' and '.join(missing)}: give all three, or none.")
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal():
         raise ConfigError(
@@ -115,96 +116,101 @@ def plan(
 
 
 @contextmanager
-def joined(
+def distributed(
     coordinator: str | None = None,
     processes: int | None = None,
     process: int | None = None,
-    timeout: int = TIMEOUT,
+    timeout: int = DEFAULT_TIMEOUT_SECONDS,
 ) -> Iterator[None]:
-    """Inside, all processes of the run know each other. Call it before anything touches a device.
+    """Initialize `jax.distributed` for the duration of the context, before any device is used.
 
-    A ConfigError leaves as it came: all processes have it (see `together`). Any other error is this
-    process's own, and ends it (see `guarded`); the others notice, and end as well.
+    A ConfigError propagates, because all processes raise it (see `run_on_all`). Any other error is
+    local: it aborts this process (see `abort_on_error`), and its peers detect that and end too.
 
     Args:
-        coordinator, processes, process: see `plan`.
-        timeout: seconds to wait for the others: to come, to be heard of again, and to leave.
+        coordinator, processes, process: see `make_initialize_args`.
+        timeout: seconds to wait for the peers to start, for their heartbeat, and for their
+            shutdown.
 
     Raises:
-        ConfigError: the flags do not fit together, or JAX can not tell who the others are.
+        ConfigError: the flags are inconsistent, or JAX cannot find the other processes.
     """
-    how = plan(os.environ, coordinator, processes, process)
-    if how is None:
+    init_args = make_initialize_args(os.environ, coordinator, processes, process)
+    if init_args is None:
         yield
         return
-    _connect(how, timeout)
+    _connect(init_args, timeout)
     try:
-        with guarded():
+        with abort_on_error():
             yield
     finally:
         jax.distributed.shutdown()
 
 
 @contextmanager
-def guarded(*shared: type[Exception]) -> Iterator[None]:
-    """Ends this process at once if an error inside is its own: closing files and saying farewell,
-    it would wait for the others, which can not get on without it.
+def abort_on_error(*shared_errors: type[Exception]) -> Iterator[None]:
+    """Abort this process on a local error; an orderly exit would deadlock with its peers.
+
+    Closing files and shutting down synchronize with the other processes, which in turn wait for
+    this one.
 
     Args:
-        shared: errors that all processes have at the same time, as all have a ConfigError.
+        shared_errors: errors that, like ConfigError, all processes raise at the same time.
     """
     try:
         yield
     except BaseException as error:
-        if count() == 1 or isinstance(error, (ConfigError, *shared)):
+        if process_count() == 1 or isinstance(error, (ConfigError, *shared_errors)):
             raise
-        _abandon(error)
+        _abort(error)
 
 
-def _connect(how: dict[str, Any], timeout: int):
-    # On CPU, each virtual device of a collective waits in a thread: with fewer threads than
-    # devices, none gets on.
-    os.environ.setdefault("NPROC", str(max(os.cpu_count() or 1, THREADS)))
+def _connect(init_args: dict[str, Any], timeout: int):
+    # On CPU, each virtual device of a collective blocks a thread: with fewer threads than devices,
+    # the collective deadlocks.
+    os.environ.setdefault("NPROC", str(max(os.cpu_count() or 1, MIN_CPU_THREADS)))
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # It would swallow every SIGTERM from now on, also before the loop is there to hear.
+    # It would swallow every SIGTERM from here on, even before the training loop handles signals.
     jax.config.update("jax_enable_preemption_service", False)
-    clock = threading.Timer(timeout, _nobody_came, [how, timeout])
-    clock.daemon = True
-    clock.start()
+    timer = threading.Timer(timeout, _exit_on_timeout, [init_args, timeout])
+    timer.daemon = True
+    timer.start()
     try:
         jax.distributed.initialize(
-            **how,
-            initialization_timeout=timeout + 60,  # it would end the process without a word
+            **init_args,
+            initialization_timeout=timeout + 60,  # JAX would end the process without a message
             heartbeat_timeout_seconds=timeout,
             shutdown_timeout_seconds=timeout,
         )
     except (ValueError, RuntimeError, OSError) as error:
         raise ConfigError(
-            f"can not join the other processes: {error} Give --coordinator host:port, "
+            f"cannot join the other processes: {error} Give --coordinator host:port, "
             "--processes and --process; or --coordinator none for a run of this process alone."
         ) from error
     finally:
-        clock.cancel()
+        timer.cancel()
 
 
-def _nobody_came(how: dict[str, Any], timeout: int):
-    who = f"process {how['process_id']} of {how['num_processes']}" if "process_id" in how else "it"
-    where = how.get("coordinator_address", "the address that the cluster tells")
+def _exit_on_timeout(init_args: dict[str, Any], timeout: int):
+    is_numbered = "process_id" in init_args
+    name = "process {process_id} of {num_processes}".format(**init_args) if is_numbered else "it"
+    where = init_args.get("coordinator_address", "the address given by the cluster")
     print(
-        f"{os.path.basename(sys.argv[0])}: {who} waited {timeout} s for the others at {where}: is "
+        f"{os.path.basename(sys.argv[0])}: {name} waited {timeout} s for the others at {where}: is "
         "every process started, with the same --coordinator, and can they reach it? --timeout "
         "gives them more time.",
         file=sys.stderr,
         flush=True,
     )
-    os._exit(2)  # the main thread is inside JAX, and hears nothing
+    os._exit(2)  # the main thread is blocked inside JAX
 
 
-def _abandon(error: BaseException):
+def _abort(error: BaseException):
     traceback.print_exception(error)
     print(
-        f"\n{os.path.basename(sys.argv[0])}: process {index()} of {count()} ends here. If another "
-        "one was stopped, start them all again: the run goes on from its last checkpoint.",
+        f"\n{os.path.basename(sys.argv[0])}: process {process_index()} of {process_count()} ends "
+        "here. If another one was stopped, start them all again: the run resumes from its last "
+        "checkpoint.",
         file=sys.stderr,
     )
     sys.stdout.flush()
@@ -212,72 +218,72 @@ def _abandon(error: BaseException):
     os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)
 
 
-# --- who is who ------------------------------------------------------------------------------
+# --- process indices -------------------------------------------------------------------------
 
 
-def count() -> int:
-    """How many processes the run has."""
+def process_count() -> int:
+    """Return the number of processes of the run."""
     return global_state.num_processes if global_state.client else 1
 
 
-def index() -> int:
-    """Which of them this is, from 0."""
+def process_index() -> int:
+    """Return the index of this process, from 0."""
     return global_state.process_id if global_state.client else 0
 
 
-def once(write: Callable[..., Any]) -> Callable[..., Any]:
-    """`write`, but only in the first process: for what must be on disk, or told, once."""
+def run_on_first(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a function to run in process 0 only, for what must be written or printed once."""
 
-    @functools.wraps(write)
-    def first(*args, **kwargs):
-        return write(*args, **kwargs) if index() == 0 else None
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        return function(*args, **kwargs) if process_index() == 0 else None
 
-    return first
-
-
-# --- agreeing --------------------------------------------------------------------------------
-
-_rounds: collections.Counter[str] = collections.Counter()
+    return wrapper
 
 
-def _round(name: str) -> str:
-    """A new name for every use of a name; the same in all processes."""
-    _rounds[name] += 1
-    return f"jaxgpt/{name}/{_rounds[name]}"
+# --- host-side collectives -------------------------------------------------------------------
+
+_use_counts: collections.Counter[str] = collections.Counter()
 
 
-def _client() -> Any:
+def _make_unique_key(name: str) -> str:
+    """Return a key that differs for every use of a name, and is the same in all processes."""
+    _use_counts[name] += 1
+    return f"jaxgpt/{name}/{_use_counts[name]}"
+
+
+def _get_client() -> Any:
     return global_state.client
 
 
-def exchange(name: str, text: str) -> list[str]:
-    """What each process has to say, in their order. All must come, or none gets on."""
-    if count() == 1:
+def all_gather_text(name: str, text: str) -> list[str]:
+    """All-gather a string, in the order of processes. Blocks until every process has called it."""
+    if process_count() == 1:
         return [text]
-    place, client = _round(name), _client()
-    client.key_value_set(f"{place}/{index():06}", text)
-    client.wait_at_barrier(place, PATIENCE)
-    return [said for _, said in sorted(client.key_value_dir_get(f"{place}/"))]
+    key, client = _make_unique_key(name), _get_client()
+    client.key_value_set(f"{key}/{process_index():06}", text)
+    client.wait_at_barrier(key, MAX_WAIT_MILLISECONDS)
+    return [value for _, value in sorted(client.key_value_dir_get(f"{key}/"))]
 
 
-class Call:
-    """One word that reaches all processes: the first that is said."""
+class Broadcast:
+    """One message to all processes: the first one that any of them sends."""
 
     def __init__(self, name: str):
-        self._key = _round(name)
+        self._key = _make_unique_key(name)
 
-    def say(self, word: str):
-        """Does nothing if a word has been said."""
-        with _already_said():
-            _client().key_value_set(self._key, word)
+    def send(self, message: str):
+        """Send a message, unless one has been sent before."""
+        with _ignore_if_already_sent():
+            _get_client().key_value_set(self._key, message)
 
     def wait(self) -> str:
-        """The word, once it has been said."""
-        return _client().blocking_key_value_get(self._key, PATIENCE)
+        """Block until a message has been sent, and return it."""
+        return _get_client().blocking_key_value_get(self._key, MAX_WAIT_MILLISECONDS)
 
 
 @contextmanager
-def _already_said():
+def _ignore_if_already_sent():
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -285,87 +291,88 @@ def _already_said():
             raise
 
 
-def together(work: Callable[[], Result]) -> Result:
-    """The result of `work`, once it has succeeded in every process.
+def run_on_all(work: Callable[[], Result]) -> Result:
+    """Call `work` in every process, and return its result once all of them have succeeded.
 
     Raises:
-        ConfigError: it failed in another process; the message says which, and why.
+        ConfigError: it failed in another process; the message gives which one, and why.
     """
     try:
         result = work()
     except BaseException as error:
-        known = isinstance(error, ConfigError)
-        exchange("together", str(error) if known else f"{type(error).__name__}: {error}")
+        is_config_error = isinstance(error, ConfigError)
+        message = str(error) if is_config_error else f"{type(error).__name__}: {error}"
+        all_gather_text("run_on_all", message)
         raise
-    for number, problem in enumerate(exchange("together", "")):
-        if problem:
-            raise ConfigError(f"process {number} of {count()}: {problem}")
+    for index, message in enumerate(all_gather_text("run_on_all", "")):
+        if message:
+            raise ConfigError(f"process {index} of {process_count()}: {message}")
     return result
 
 
-def agree(facts: Mapping[str, Any]):
-    """Refuses, in every process, to go on with facts that are not the same in all of them.
+def check_equal(values: Mapping[str, Any]):
+    """Check that these values are the same in all processes; raise in all of them if not.
 
     Raises:
-        ConfigError: some differ from the first process's; the message names them and the process.
+        ConfigError: some differ from those of process 0; the message names them and the process.
     """
-    if count() == 1:
+    if process_count() == 1:
         return
-    mine = json.loads(json.dumps(facts))
-    call = Call("agree")
-    once(call.say)(json.dumps(mine))
-    first = json.loads(call.wait())
+    local = json.loads(json.dumps(values))
+    broadcast = Broadcast("check_equal")
+    run_on_first(broadcast.send)(json.dumps(local))
+    first = json.loads(broadcast.wait())
 
     def compare():
-        differ = [key for key in mine | first if mine.get(key) != first.get(key)]
-        if differ:
+        different = [key for key in local | first if local.get(key) != first.get(key)]
+        if different:
             lines = "".join(
-                f"\n  {k}: {first.get(k)!r} there, {mine.get(k)!r} here" for k in differ
+                f"\n  {k}: {first.get(k)!r} there, {local.get(k)!r} here" for k in different
             )
-            raise ConfigError(f"process 0 and process {index()} do not agree:{lines}")
+            raise ConfigError(f"process 0 and process {process_index()} differ:{lines}")
 
-    together(compare)
+    run_on_all(compare)
 
 
 # --- arrays ----------------------------------------------------------------------------------
 
 
 @functools.cache
-def rows(mesh: jax.sharding.Mesh, B: int) -> np.ndarray:
-    """The rows of a batch of B that this process's devices need, int64 [R], ascending.
+def find_local_rows(mesh: jax.sharding.Mesh, B: int) -> np.ndarray:
+    """Return the rows of a batch of B that this process's devices need, int64 [R], ascending.
 
-    Where one row lies on devices of several processes, each of them makes it.
+    A row that is sharded over devices of several processes is loaded by each of them.
     """
-    wanted = batch_sharding(mesh, (B,)).addressable_devices_indices_map((B,))
-    return np.unique(np.concatenate([np.arange(B)[place] for place in wanted.values()]))
+    slices = make_batch_sharding(mesh, (B,)).addressable_devices_indices_map((B,))
+    return np.unique(np.concatenate([np.arange(B)[index] for index in slices.values()]))
 
 
-def place(batch, mesh: jax.sharding.Mesh, B: int):
-    """Puts a batch on the devices of all processes.
+def place_batch(batch, mesh: jax.sharding.Mesh, B: int):
+    """Put a batch on the devices of all processes.
 
     Args:
-        batch: tree of arrays [B ...], whole, or [R ...], this process's `rows` of them.
+        batch: tree of arrays, either whole [B ...], or [R ...], the `find_local_rows` of them.
 
     Returns:
-        The same tree, global arrays [B ...] divided as `batch_sharding` says.
+        The same tree of global arrays [B ...], sharded according to `make_batch_sharding`.
     """
 
     def put(x: np.ndarray) -> jax.Array:
-        have = np.arange(B) if len(x) == B else rows(mesh, B)
+        available = np.arange(B) if len(x) == B else find_local_rows(mesh, B)
         shape = (B, *x.shape[1:])
 
-        def part(where: Any) -> np.ndarray:
-            first, last, _ = where[0].indices(B)
-            at = np.searchsorted(have, first)
-            return x[at : at + last - first][(slice(None), *where[1:])]
+        def get_shard(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(B)
+            first = np.searchsorted(available, start)
+            return x[first : first + stop - start][(slice(None), *index[1:])]
 
-        return jax.make_array_from_callback(shape, batch_sharding(mesh, shape), part)
+        return jax.make_array_from_callback(shape, make_batch_sharding(mesh, shape), get_shard)
 
     return jax.tree.map(put, batch)
 
 
 def fetch(tree):
-    """The arrays of a tree, whole, in the memory of every process."""
+    """All-gather the arrays of a tree into the host memory of every process."""
 
     def get(x):
         if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):

@@ -1,9 +1,9 @@
-"""What a model is trained to predict, and the loss over the vocabulary.
+"""Training objectives, and the cross-entropy loss over the vocabulary.
 
-The scores of all tokens for all words, float32 [N V], are the largest array of a training step
-(GPT-2 at 64 x 1024: 13 GB), so no function here makes it whole. `vocabulary_loss` goes through the
-tokens in chunks, and takes the gradient of a chunk while its scores are at hand: one pass of three
-products, where recomputing the scores in the backward pass would need four.
+The logits of all tokens, float32 [N V], are the largest array of a training step (GPT-2 at 64 x
+1024: 13 GB), so they are never materialized. `vocabulary_loss` processes the tokens in chunks, and
+computes the gradient of a chunk together with its logits: one pass of three matrix products, where
+recomputing the logits in the backward pass would need four.
 """
 
 import dataclasses
@@ -20,58 +20,103 @@ from jax.sharding import PartitionSpec
 
 from jaxgpt.config import TrainConfig
 from jaxgpt.data import Batch, tasks
-from jaxgpt.model import Coords, Head, Source, head
-from jaxgpt.model.layers import columns
-from jaxgpt.sharding import constrain, mesh_in_force, named, on_parts, platform, spec
+from jaxgpt.model import Coords, EncoderInput, Head, make_head
+from jaxgpt.model.kernels.score import MASKED_LOGIT
+from jaxgpt.model.layers import transpose_copy
+from jaxgpt.sharding import (
+    constrain,
+    get_active_mesh,
+    get_axis_names,
+    get_platform,
+    make_spec,
+    map_shards,
+)
 
-# Scores per chunk, in numbers. On CPU a chunk should stay near the cache: for [4096 384] x [8192],
-# loss and gradient take 462 ms at 2**22 and 553 ms at 2**25. Accelerators want larger products.
-CHUNK_SCORES = {"cpu": 2**22}
-CHUNK_SCORES_ELSEWHERE = 2**28
-ALIGNED = 64  # words: GPT-2 has 50257 of them
+# Numbers of logits per chunk. On a CPU a chunk should fit the cache: for [4096 384] x [8192], loss
+# and gradient take 462 ms at 2**22 and 553 ms at 2**25. Accelerators need larger products.
+MAX_CHUNK_SCORES = {"cpu": 2**22}
+DEFAULT_MAX_CHUNK_SCORES = 2**28
+VOCAB_ALIGNMENT = 64  # the vocabulary is padded to a multiple: GPT-2 has 50257 tokens
 
 
 class Sums(NamedTuple):
-    """Sums over tokens or texts, float32 [] each, so that parts of a batch can simply be added."""
+    """Sums over tokens or texts, float32 [] each, so that parts of a batch can be added."""
 
-    loss: jax.Array  # what is minimised: nats, with smoothing and z-loss
+    loss: jax.Array  # what is minimized: nats, with smoothing and auxiliary losses
     nats: jax.Array  # plain negative log-likelihood, nats
     weight: jax.Array  # tokens that count
-    correct: jax.Array  # of these, tokens whose likeliest guess was right
-    confusion: jax.Array | None = None  # [A A], texts of a class that were taken for another
+    correct: jax.Array  # of these, tokens whose likeliest prediction is right
+    confusion: jax.Array | None = None  # [A A], texts by true and predicted class
 
 
 @jax.custom_vjp
-def score_of(scores: jax.Array, targets: jax.Array) -> jax.Array:
-    """Of scores [N V] those of the targets, int32 [N].
+def gather_target_scores(scores: jax.Array, targets: jax.Array) -> jax.Array:
+    """Gather the scores [N] of the targets, int32 [N], from scores [N V].
 
-    The gradient of `take_along_axis` would be an array [N V] of its own, mostly 0; by comparison it
-    is part of the loop that makes the gradient of all scores.
+    The gradient of `take_along_axis` would be a separate array [N V], mostly 0; by a comparison
+    instead, it is fused into the loop that computes the gradient of all scores.
     """
     return jnp.take_along_axis(scores, targets[:, None], axis=-1)[:, 0]
 
 
-def _score_of_forward(scores, targets):
-    return score_of(scores, targets), (targets, scores.shape[-1])
+def _gather_target_scores_forward(scores, targets):
+    return gather_target_scores(scores, targets), (targets, scores.shape[-1])
 
 
-def _score_of_backward(saved, d_hit):
+def _gather_target_scores_backward(saved, d_hit):
     targets, V = saved
     return jnp.where(jnp.arange(V) == targets[:, None], d_hit[:, None], 0), None
 
 
-score_of.defvjp(_score_of_forward, _score_of_backward)
+gather_target_scores.defvjp(_gather_target_scores_forward, _gather_target_scores_backward)
 
 
-def score_chunk(hidden, head: Head, targets, weights, smoothing: float, z_loss: float):
-    """The loss of a few tokens, written out plainly.
+def normalize_in_two_passes(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the maximum and log Σ e^score of the rows of [N V]: float32 [N] each."""
+    return jnp.max(scores, axis=-1), jax.nn.logsumexp(scores, axis=-1)
+
+
+@jax.custom_vjp
+def normalize_in_one_pass(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """As `normalize_in_two_passes`, reading the scores once. The maximum has no gradient.
+
+    Source: Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3.
+    """
+
+    def merge(a, b):
+        (max_a, sum_a), (max_b, sum_b) = a, b
+        maximum = jnp.maximum(max_a, max_b)
+        return maximum, sum_a * jnp.exp(max_a - maximum) + sum_b * jnp.exp(max_b - maximum)
+
+    initial = jnp.float32(MASKED_LOGIT), jnp.float32(0)
+    maximum, total = jax.lax.reduce((scores, jnp.ones_like(scores)), initial, merge, (1,))
+    return maximum, maximum + jnp.log(total)
+
+
+def _normalize_forward(scores):
+    maximum, log_z = normalize_in_one_pass(scores)
+    return (maximum, log_z), (scores, log_z)
+
+
+def _normalize_backward(saved, cotangents):
+    scores, log_z = saved
+    return (cotangents[1][:, None] * jnp.exp(scores - log_z[:, None]),)
+
+
+normalize_in_one_pass.defvjp(_normalize_forward, _normalize_backward)
+# By platform, where it is not `normalize_in_two_passes`: CPU compilers make scalar loops of it.
+NORMALIZERS = {"gpu": normalize_in_one_pass}
+
+
+def chunk_loss(hidden, head: Head, targets, weights, smoothing: float, z_loss: float):
+    """Compute the loss of a chunk of tokens.
 
     Args:
         hidden: [N D] in the compute dtype.
-        head: what scores them.
+        head: the output head.
         targets: int32 [N]. weights: float32 [N].
-        smoothing: share of the target spread evenly over the vocabulary.
-        z_loss: weight of log(Z)², which keeps the scores from drifting.
+        smoothing: fraction of the target spread evenly over the vocabulary.
+        z_loss: weight of log(Z)², which keeps the logits from drifting.
 
     Returns:
         (loss [], Sums).
@@ -82,16 +127,18 @@ def score_chunk(hidden, head: Head, targets, weights, smoothing: float, z_loss: 
     chex.assert_rank(hidden, 2)
     chex.assert_shape([targets, weights], hidden.shape[:1])
     scores = constrain(head(hidden), "NV")
-    log_z = jax.nn.logsumexp(scores, axis=-1)
-    hit = score_of(scores, targets)
+    maximum, log_z = NORMALIZERS.get(get_platform(), normalize_in_two_passes)(scores)
+    hit = gather_target_scores(scores, targets)
     nats = log_z - hit
     loss = nats
     if smoothing:
-        loss = (1 - smoothing) * nats + smoothing * (log_z - jnp.mean(scores, axis=-1))
+        V = scores.shape[-1] if head.vocab is None else head.vocab
+        total = jnp.sum(jnp.where(jnp.arange(scores.shape[-1]) < V, scores, 0), axis=-1)
+        loss = (1 - smoothing) * nats + smoothing * (log_z - total / V)
     if z_loss:
         loss = loss + z_loss * jnp.square(log_z)
-    # A target that nothing beats is the guess: one comparison in place of an argmax over V.
-    correct = hit >= jnp.max(scores, axis=-1)
+    # A target with the maximum score is the prediction: one comparison instead of an argmax over V.
+    correct = hit >= maximum
     total = jnp.sum(weights * loss)
     return total, Sums(total, jnp.sum(weights * nats), jnp.sum(weights), jnp.sum(weights * correct))
 
@@ -106,14 +153,14 @@ def vocabulary_loss(
     z_loss: float = 0.0,
     chunk: int = 0,
 ) -> tuple[jax.Array, Sums]:
-    """Cross-entropy over the vocabulary, in chunks of tokens.
+    """Compute the cross-entropy over the vocabulary, in chunks of tokens.
 
     Args:
         hidden: [B T D] in the compute dtype.
-        head: what scores hidden states, over V words.
+        head: the output head, over a vocabulary of V.
         targets: int32 [B T]. weights: float32 [B T], 0 where a token does not count.
-        smoothing, z_loss: see `score_chunk`.
-        chunk: tokens per chunk; 0 chooses by size. The outcome does not depend on it.
+        smoothing, z_loss: see `chunk_loss`.
+        chunk: tokens per chunk; 0 chooses by size. The result does not depend on it.
 
     Returns:
         (loss [], differentiable in hidden and head; Sums, not differentiable).
@@ -122,91 +169,97 @@ def vocabulary_loss(
     chex.assert_rank(head.table, 2)
     chex.assert_axis_dimension(head.table, 1, D)
     chex.assert_shape([targets, weights], (B, T))
-    scores = CHUNK_SCORES.get(platform(), CHUNK_SCORES_ELSEWHERE)
+    scores = MAX_CHUNK_SCORES.get(get_platform(), DEFAULT_MAX_CHUNK_SCORES)
     chunk = chunk or max(1, scores // head.table.shape[0])
     table, V, letters = constrain(head.table, "V."), head.table.shape[0], "VD"
-    if platform() == "cpu":
-        table, letters = columns(table), "DV"
-    if platform() == "gpu":  # its units multiply at full speed only where rows are aligned
-        table = jnp.pad(table, [(0, -V % ALIGNED), (0, 0)])
-    head = dataclasses.replace(head, table=table, words=V, letters=letters)
-    loss = functools.partial(score_chunk, smoothing=smoothing, z_loss=z_loss)
-    return _chunked(loss, chunk, hidden, head, targets, weights)
+    if get_platform() == "cpu":
+        table, letters = transpose_copy(table), "DV"
+    if get_platform() == "gpu":  # tensor cores reach full speed only with aligned rows
+        padding = -V % VOCAB_ALIGNMENT
+        table = jnp.pad(table, [(0, padding), (0, 0)])
+        bias = head.bias if head.bias is None else jnp.pad(head.bias, (0, padding))
+        head = dataclasses.replace(head, bias=bias, vocab=V if padding else None)
+    head = dataclasses.replace(head, table=table, letters=letters)
+    loss = functools.partial(chunk_loss, smoothing=smoothing, z_loss=z_loss)
+    return _sum_over_chunks(loss, chunk, hidden, head, targets, weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunked(loss: Callable, chunk: int, hidden, head, targets, weights):
-    """Sums `loss` over the tokens of hidden [B T D], targets [B T] and weights [B T]."""
+def _sum_over_chunks(loss: Callable, chunk: int, hidden, head, targets, weights):
+    """Sum `loss` over the tokens of hidden [B T D], targets [B T] and weights [B T]."""
 
     def add(sums, part):
         h, t, w = part
         _, more = loss(h, head, t, w)
         return jax.tree.map(jnp.add, sums, more), None
 
-    def of_tokens(hidden, head, targets, weights):
-        return None, jax.lax.scan(add, _zeros(), _cut(chunk, hidden, targets, weights))[0]
+    def compute_local(hidden, head, targets, weights):
+        chunks = _split_into_chunks(chunk, hidden, targets, weights)
+        return None, jax.lax.scan(add, _make_zero_sums(), chunks)[0]
 
-    _, sums = _on_all(of_tokens, hidden, head, targets, weights)
+    _, sums = _run_on_shards(compute_local, hidden, head, targets, weights)
     return sums.loss, sums
 
 
-def _chunked_forward(loss, chunk, hidden, head, targets, weights):
+def _sum_over_chunks_forward(loss, chunk, hidden, head, targets, weights):
     gradient = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
 
-    def of_tokens(hidden, head, targets, weights):
+    def compute_local(hidden, head, targets, weights):
         def add(carry, part):
             h, t, w = part
             (_, more), (d_h, d_head) = gradient(h, head, t, w)
             return jax.tree.map(jnp.add, carry, (more, d_head)), d_h
 
-        carry = (_zeros(), jax.tree.map(jnp.zeros_like, head))
-        carry, d_hidden = jax.lax.scan(add, carry, _cut(chunk, hidden, targets, weights))
+        carry = (_make_zero_sums(), jax.tree.map(jnp.zeros_like, head))
+        chunks = _split_into_chunks(chunk, hidden, targets, weights)
+        carry, d_hidden = jax.lax.scan(add, carry, chunks)
         return d_hidden.reshape(hidden.shape), carry
 
-    d_hidden, (sums, d_head) = _on_all(of_tokens, hidden, head, targets, weights)
+    d_hidden, (sums, d_head) = _run_on_shards(compute_local, hidden, head, targets, weights)
     return (sums.loss, sums), (d_hidden, d_head)
 
 
-def _chunked_backward(loss, chunk, saved, cotangents):
+def _sum_over_chunks_backward(loss, chunk, saved, cotangents):
     scale = cotangents[0]
     d_hidden, d_head = jax.tree.map(lambda g: g * scale.astype(g.dtype), saved)
     return d_hidden, d_head, None, None
 
 
-_chunked.defvjp(_chunked_forward, _chunked_backward)
+_sum_over_chunks.defvjp(_sum_over_chunks_forward, _sum_over_chunks_backward)
 
 
-def _cut(chunk: int, *arrays):
-    """[B T ...] -> [pieces N/pieces ...]: the fewest equal pieces of at most `chunk` tokens."""
+def _split_into_chunks(chunk: int, *arrays):
+    """Reshape [B T ...] to [n N/n ...]: the fewest equal chunks of at most `chunk` tokens."""
     N = math.prod(arrays[0].shape[:2])
-    pieces = next(p for p in range(1, N + 1) if N % p == 0 and N // p <= chunk)
-    return tuple(x.reshape(pieces, N // pieces, *x.shape[2:]) for x in arrays)
+    n = next(n for n in range(1, N + 1) if N % n == 0 and N // n <= chunk)
+    return tuple(x.reshape(n, N // n, *x.shape[2:]) for x in arrays)
 
 
-def _on_all(of_tokens, hidden, head, targets, weights):
-    """(what each token gets, the sum over all) where every device does its own tokens.
+def _run_on_shards(compute_local, hidden, head, targets, weights):
+    """Compute (values per token, sum over all tokens) with every device on its own tokens.
 
-    The sums, of which the gradient of the table is large, cross the network once: the partitioner
-    on its own would send them for every chunk. The vocabulary stays with the partitioner.
+    The sums, of which the gradient of the table is large, are all-reduced once: the partitioner
+    alone would all-reduce them for every chunk. The vocabulary is left to the partitioner.
     """
-    mesh = mesh_in_force()
+    mesh = get_active_mesh()
     if mesh is None:
-        return of_tokens(hidden, head, targets, weights)
-    place = spec(targets.shape, "BN", mesh)  # N takes the axes that B leaves over
+        return compute_local(hidden, head, targets, weights)
+    token_spec = make_spec(targets.shape, "BN", mesh)  # N takes the axes that B leaves unused
 
-    def part(hidden, head, targets, weights):
-        own, sums = of_tokens(hidden, head, targets, weights)
-        axes = tuple(axis for entry in place for axis in named(entry))
+    def compute_shard(hidden, head, targets, weights):
+        own, sums = compute_local(hidden, head, targets, weights)
+        axes = tuple(axis for entry in token_spec for axis in get_axis_names(entry))
         return own, jax.lax.psum(sums, axes)
 
-    everywhere = PartitionSpec()
-    tokens = PartitionSpec(*place, None)
-    return on_parts(part, (tokens, everywhere, place, place), (tokens, everywhere))(
+    replicated = PartitionSpec()
+    hidden_spec = PartitionSpec(*token_spec, None)
+    in_specs = (hidden_spec, replicated, token_spec, token_spec)
+    return map_shards(compute_shard, in_specs, (hidden_spec, replicated))(
         hidden, head, targets, weights
     )
 
 
-def _zeros() -> Sums:
+def _make_zero_sums() -> Sums:
     return Sums(*(jnp.zeros((), jnp.float32) for _ in range(4)))
 
 
@@ -217,60 +270,64 @@ def _zeros() -> Sums:
 Loss = Callable[[Any, Any, Batch, dict, TrainConfig], tuple[jax.Array, Sums]]
 
 
-def next_tokens(model, params, batch: Batch, rngs, cfg: TrainConfig) -> tuple[jax.Array, Sums]:
-    """Every token of [B T] tells the target of its place: the next one, or the one it hides."""
+def next_token_loss(model, params, batch: Batch, rngs, cfg: TrainConfig) -> tuple[jax.Array, Sums]:
+    """Predict a target at every token of [B T]: the next token, or the masked one."""
     chex.assert_equal_shape(batch[:5])
-    arrays = _arrays(batch)
-    at = Coords(arrays.positions, arrays.segments, arrays.prefix)
-    return _over_vocabulary(model, params, arrays, rngs, cfg, at)
+    arrays = _to_jax_arrays(batch)
+    coords = Coords(arrays.positions, arrays.segment_ids, arrays.prefix)
+    return _per_token_loss(model, params, arrays, rngs, cfg, coords)
 
 
-def written(model, params, batch: Batch, rngs, cfg: TrainConfig) -> tuple[jax.Array, Sums]:
-    """Every token of [B T] tells the next one, having read a source [B S]."""
+def sequence_to_sequence_loss(
+    model, params, batch: Batch, rngs, cfg: TrainConfig
+) -> tuple[jax.Array, Sums]:
+    """Predict the next token at every token of [B T], given a source [B S]."""
     chex.assert_equal_shape(batch[:5])
-    chex.assert_equal_shape(batch.source)
-    arrays = _arrays(batch)
-    tokens, *place = arrays.source
-    at = Coords(arrays.positions, arrays.segments)
-    source = Source(tokens, Coords(*place))
-    return _over_vocabulary(model, params, arrays, rngs, cfg, at, source=source)
+    chex.assert_equal_shape(batch.encoder_inputs)
+    arrays = _to_jax_arrays(batch)
+    tokens, *source_coords = arrays.encoder_inputs
+    coords = Coords(arrays.positions, arrays.segment_ids)
+    source = EncoderInput(tokens, Coords(*source_coords))
+    return _per_token_loss(model, params, arrays, rngs, cfg, coords, source=source)
 
 
-def _arrays(batch: Batch) -> Any:  # a Batch of jax.Array
+def _to_jax_arrays(batch: Batch) -> Any:  # a Batch of jax.Array
     return jax.tree.map(jnp.asarray, batch)
 
 
-def _over_vocabulary(model, params, batch, rngs, cfg, at: Coords, **more):
-    (hidden, _), told = model.apply(
-        {"params": params}, batch.tokens, at, rngs=rngs, mutable=["losses"], **more
+def _per_token_loss(model, params, batch, rngs, cfg, coords: Coords, **more):
+    (hidden, _), aux = model.apply(
+        {"params": params}, batch.tokens, coords, rngs=rngs, mutable=["losses"], **more
     )
     loss, sums = vocabulary_loss(
         hidden,
-        head(model.cfg, params),
+        make_head(model.cfg, params),
         batch.targets,
         batch.weights,
         smoothing=cfg.label_smoothing,
         z_loss=cfg.z_loss,
         chunk=cfg.loss_chunk,
     )
-    return _balanced(loss, sums, told, cfg)
+    return _add_aux_loss(loss, sums, aux, cfg)
 
 
-def classes(model, params, batch: Batch, rngs, cfg: TrainConfig) -> tuple[jax.Array, Sums]:
-    """Every text of [B T] tells its class; targets and weights are [B]."""
+def classification_loss(
+    model, params, batch: Batch, rngs, cfg: TrainConfig
+) -> tuple[jax.Array, Sums]:
+    """Predict the class of every text of [B T]; targets and weights are [B]."""
     chex.assert_shape([batch.targets, batch.weights], batch.tokens.shape[:1])
-    arrays = _arrays(batch)
-    at = Coords(arrays.positions, arrays.segments)
-    scores, told = model.apply(
-        {"params": params}, arrays.tokens, at, rngs=rngs, mutable=["losses"], method="classify"
+    arrays = _to_jax_arrays(batch)
+    coords = Coords(arrays.positions, arrays.segment_ids)
+    scores, aux = model.apply(
+        {"params": params}, arrays.tokens, coords, rngs=rngs, mutable=["losses"], method="classify"
     )
     log_p = jax.nn.log_softmax(scores)  # [B A]
-    weights, wanted = arrays.weights, jax.nn.one_hot(arrays.targets, scores.shape[-1])
-    nats = -jnp.sum(wanted * log_p, axis=-1)
+    weights, one_hot_targets = arrays.weights, jax.nn.one_hot(arrays.targets, scores.shape[-1])
+    nats = -jnp.sum(one_hot_targets * log_p, axis=-1)
     smooth = cfg.label_smoothing
     loss = (1 - smooth) * nats - smooth * jnp.mean(log_p, axis=-1)
-    guessed = jax.nn.one_hot(jnp.argmax(scores, axis=-1), scores.shape[-1])
-    confusion = jnp.einsum("B,BA,BG->AG", weights, wanted, guessed)
+    predicted = jax.nn.one_hot(jnp.argmax(scores, axis=-1), scores.shape[-1])
+    confusion = jnp.einsum("B,BA,BG->AG", weights, one_hot_targets, predicted)
     total = jnp.sum(weights * loss)
     sums = Sums(
         total,
@@ -279,32 +336,32 @@ def classes(model, params, batch: Batch, rngs, cfg: TrainConfig) -> tuple[jax.Ar
         jnp.trace(confusion),
         confusion,
     )
-    return _balanced(total, sums, told, cfg)
+    return _add_aux_loss(total, sums, aux, cfg)
 
 
-def _balanced(loss, sums: Sums, told, cfg: TrainConfig) -> tuple[jax.Array, Sums]:
-    """Adds what the layers want to be small: the uneven load of experts."""
-    uneven = sum(map(jnp.sum, jax.tree.leaves(told)), jnp.float32(0))
-    loss = loss + cfg.balance * uneven * sums.weight
+def _add_aux_loss(loss, sums: Sums, aux, cfg: TrainConfig) -> tuple[jax.Array, Sums]:
+    """Add the auxiliary losses of the layers: the load-balancing loss of experts."""
+    aux_loss = sum(map(jnp.sum, jax.tree.leaves(aux)), jnp.float32(0))
+    loss = loss + cfg.balance * aux_loss * sums.weight
     return loss, sums._replace(loss=loss)
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What is learned: the batches it takes, their loss, and the family of models that can."""
+    """A training objective: its task (batches), loss, and the model family that it trains."""
 
     task: type[tasks.Task]
     loss: Loss
     family: str
-    unit: str = "token"  # what is predicted
-    is_text: bool = False  # targets are the text itself, so that bits per byte can be told
+    loss_unit: str = "token"  # what the mean loss is taken over
+    is_text: bool = False  # targets are the text itself: bits per byte are defined
 
 
 OBJECTIVES = {
-    "causal": Objective(tasks.Causal, next_tokens, "decoder", is_text=True),
-    "prefix": Objective(tasks.Prefix, next_tokens, "decoder"),
-    "masked": Objective(tasks.Masked, next_tokens, "encoder"),
-    "span": Objective(tasks.Span, written, "encoder_decoder"),
-    "pairs": Objective(tasks.Pairs, written, "encoder_decoder"),
-    "classify": Objective(tasks.Classify, classes, "encoder", unit="text"),
+    "causal": Objective(tasks.CausalTask, next_token_loss, "decoder", is_text=True),
+    "prefix": Objective(tasks.PrefixTask, next_token_loss, "decoder"),
+    "masked": Objective(tasks.MaskedTask, next_token_loss, "encoder"),
+    "span": Objective(tasks.SpanTask, sequence_to_sequence_loss, "encoder_decoder"),
+    "pairs": Objective(tasks.PairTask, sequence_to_sequence_loss, "encoder_decoder"),
+    "classify": Objective(tasks.ClassifyTask, classification_loss, "encoder", loss_unit="text"),
 }

@@ -1,12 +1,12 @@
-"""How parameters move: learning-rate schedules and update rules, each one function by name.
+"""Optimizers: learning-rate schedules and update rules, each one function by name.
 
-A rule turns gradients into a direction; what follows is the same for all of them:
+A rule turns gradients into a direction; the update is the same for all of them:
 
     p <- p - lr(s) * (direction(g) + weight_decay * p)        decay only where p is a matrix
 
-Rules read the letters of a parameter, never its name: ">" makes it a matrix, a leading "L" puts
-it inside the stack of blocks, and what is stacked (L, E) is one independent parameter per index.
-So a rule does the same to scanned layers as it would do to each of them alone.
+Rules depend on the letters of a parameter, never on its name: ">" makes it a matrix, a leading "L"
+puts it inside the stack of blocks, and each index of a stacked axis (L, E) is an independent
+parameter. So a rule updates scanned layers exactly as it would update separate ones.
 """
 
 import math
@@ -19,7 +19,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from jaxgpt.config import OptimizerConfig, choose
-from jaxgpt.moments import keep
+from jaxgpt.moments import quantize_moments
 
 Letters = Any  # a pytree of strings, of the same structure as the parameters
 
@@ -27,10 +27,10 @@ Letters = Any  # a pytree of strings, of the same structure as the parameters
 def build(
     cfg: OptimizerConfig, steps: int, letters: Letters
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optimizer of a run: clip by global norm, then the rule at its scheduled rate.
+    """Build the optimizer of a run: clip by global norm, then apply the rule at its scheduled rate.
 
     Args:
-        cfg: names the rule and the schedule, and sets their numbers.
+        cfg: the rule, the schedule and their hyperparameters.
         steps: optimizer steps in the whole run; the schedule ends there.
         letters: the letters of every parameter, such as {"table": "V>D", "scale": "D"}.
 
@@ -50,8 +50,8 @@ def build(
     return optax.chain(clip, rule), schedule
 
 
-def state_letters(optimizer: optax.GradientTransformation, state, letters: Letters):
-    """The letters of every array of the optimizer's state, so that it shards like its parameter.
+def get_state_letters(optimizer: optax.GradientTransformation, state, letters: Letters):
+    """Return the letters of every array of the optimizer state, to shard it like its parameter.
 
     Args:
         optimizer: what `build` returned.
@@ -63,15 +63,15 @@ def state_letters(optimizer: optax.GradientTransformation, state, letters: Lette
         the state that no parameter has (or that Adafactor averaged away) is a ".".
     """
 
-    def follow(leaf, letters):
-        if _is_masked(leaf):  # the rule keeps nothing here for this parameter
+    def map_letters(leaf, letters):
+        if _is_masked(leaf):  # the rule has no state here for this parameter
             return leaf
         dims = zip(leaf.shape, letters.replace(">", ""), strict=True)
         return "".join("." if size == 1 else letter for size, letter in dims)
 
     return optax.tree.map_params(
         optimizer,
-        follow,
+        map_letters,
         state,
         letters,
         transform_non_params=lambda leaf: "." * leaf.ndim,
@@ -81,12 +81,12 @@ def state_letters(optimizer: optax.GradientTransformation, state, letters: Lette
 
 # --- schedules ---
 #
-# Papers count steps from 1 and optax from 0. With t = s + 1 the first step already moves (at
-# lr = peak / warmup), step s = warmup - 1 has the peak, and the last step, t = steps, the floor.
+# Papers count steps from 1 and optax from 0. With t = s + 1 the first step has lr = peak / warmup
+# rather than 0, step s = warmup - 1 the peak, and the last step, t = steps, the floor.
 
 
 def warmup_cosine(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
-    """After the warmup, half a cosine from the peak to the floor.
+    """Decay along half a cosine from the peak to the floor after the warmup.
 
     lr = peak (floor + (1 - floor) (1 + cos(pi p)) / 2),  p = (t - warmup) / (steps - warmup)
 
@@ -94,72 +94,78 @@ def warmup_cosine(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
     2022 (Chinchilla), section 3.1.
     """
 
-    def fall(t):
-        return _above_floor(cfg, (1 + jnp.cos(jnp.pi * _share(t, cfg.warmup, steps))) / 2)
+    def decay(t):
+        return _interpolate_to_floor(
+            cfg, (1 + jnp.cos(jnp.pi * _get_fraction_done(t, cfg.warmup, steps))) / 2
+        )
 
-    return _warmup(cfg, fall)
+    return _add_warmup(cfg, decay)
 
 
 def warmup_linear(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
-    """After the warmup, a straight line from the peak to the floor.
+    """Decay linearly from the peak to the floor after the warmup.
 
     lr = peak (floor + (1 - floor) (1 - p)),  p = (t - warmup) / (steps - warmup)
 
     Source: Devlin et al. 2019 (BERT), appendix A.2.
     """
-    return _warmup(cfg, lambda t: _above_floor(cfg, 1 - _share(t, cfg.warmup, steps)))
+    return _add_warmup(
+        cfg, lambda t: _interpolate_to_floor(cfg, 1 - _get_fraction_done(t, cfg.warmup, steps))
+    )
 
 
 def warmup_constant(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
-    """After the warmup, the peak to the end; the floor has nothing to do.
+    """Hold the peak after the warmup; the floor is not used.
 
     lr = peak
 
     Source: Goyal et al. 2017 (ImageNet in 1 hour), section 2.2, for the gradual warmup.
     """
-    return _warmup(cfg, jnp.ones_like)
+    return _add_warmup(cfg, jnp.ones_like)
 
 
 def warmup_stable_decay(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
-    """WSD: the peak until the last `decay_share` of the run, then a straight line to the floor.
+    """WSD: hold the peak until the last `decay_share` of the run, then decay linearly to the floor.
 
     lr = peak (floor + (1 - floor) (1 - q)),  q = max(0, (t - start) / (steps - start)),
-    start = max(warmup, steps - round(decay_share steps)), but at least one step decays
+    start = max(warmup, steps - max(1, round(decay_share steps)))
 
     Source: Hu et al. 2024 (MiniCPM), section 4.2; the linear decay of Hägele et al. 2024,
     section 3.
     """
     start = max(cfg.warmup, steps - max(1, round(cfg.decay_share * steps)))
-    return _warmup(cfg, lambda t: _above_floor(cfg, 1 - _share(t, start, steps)))
+    return _add_warmup(
+        cfg, lambda t: _interpolate_to_floor(cfg, 1 - _get_fraction_done(t, start, steps))
+    )
 
 
 def inverse_sqrt(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Noam: after the warmup, falling as 1 / sqrt(t), but not below the floor.
+    """Noam: decay as 1 / sqrt(t) after the warmup, but not below the floor.
 
     lr = peak max(floor, sqrt(warmup / t))
 
     Source: Vaswani et al. 2017, section 5.3, eq. 3, with peak = (width * warmup)^-1/2.
     """
-    return _warmup(cfg, lambda t: jnp.maximum(cfg.floor, jnp.sqrt(max(cfg.warmup, 1) / t)))
+    return _add_warmup(cfg, lambda t: jnp.maximum(cfg.floor, jnp.sqrt(max(cfg.warmup, 1) / t)))
 
 
-def _warmup(cfg: OptimizerConfig, after: Callable[[jax.Array], jax.Array]) -> optax.Schedule:
-    """Step s -> peak * (t / warmup while t < warmup, then after(t)), with t = s + 1."""
+def _add_warmup(cfg: OptimizerConfig, decay: Callable[[jax.Array], jax.Array]) -> optax.Schedule:
+    """Return the schedule s -> peak * (t / warmup while t < warmup, then decay(t)), t = s + 1."""
 
     def schedule(step):
         t = jnp.asarray(step, jnp.float32) + 1
-        return cfg.lr * jnp.where(t < cfg.warmup, t / max(cfg.warmup, 1), after(t))
+        return cfg.lr * jnp.where(t < cfg.warmup, t / max(cfg.warmup, 1), decay(t))
 
     return schedule
 
 
-def _share(t, start: int, end: int) -> jax.Array:
-    """How much of the way from `start` to `end` lies behind step t, in [0, 1]."""
+def _get_fraction_done(t, start: int, end: int) -> jax.Array:
+    """Return the fraction of the steps from `start` to `end` that is done at t, in [0, 1]."""
     return jnp.clip((t - start) / max(end - start, 1), 0, 1)
 
 
-def _above_floor(cfg: OptimizerConfig, height) -> jax.Array:
-    """From 1 to the floor as `height` goes from 1 to 0."""
+def _interpolate_to_floor(cfg: OptimizerConfig, height) -> jax.Array:
+    """Map `height` in [0, 1] linearly to [floor, 1]."""
     return cfg.floor + (1 - cfg.floor) * height
 
 
@@ -171,7 +177,7 @@ def _is_matrix(letters: str) -> bool:
 
 
 def _is_block_matrix(letters: str) -> bool:
-    """Embeddings, position tables and heads are matrices too, but outside the stack of blocks."""
+    """Return whether it is a matrix inside the stack of blocks, unlike embeddings and heads."""
     return _is_matrix(letters) and letters.startswith("L")
 
 
@@ -179,13 +185,13 @@ def _is_masked(leaf) -> bool:
     return isinstance(leaf, optax.MaskedNode)
 
 
-INPUTS, OUTPUTS = 0, 1  # of what _axes returns
+INPUTS, OUTPUTS = 0, 1  # indices into the result of _split_axes
 
 
-def _axes(letters: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The axes of a parameter's inputs and of its outputs; what is stacked is in neither.
+def _split_axes(letters: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the axes of a parameter's inputs and of its outputs, without stacked axes.
 
-    >>> _axes("LD>HK"), _axes("LED>F"), _axes("LD")
+    >>> _split_axes("LD>HK"), _split_axes("LED>F"), _split_axes("LD")
     (((1,), (2, 3)), ((2,), (3,)), ((1,), ()))
     """
     inputs, _, outputs = letters.partition(">")
@@ -198,125 +204,125 @@ def _axes(letters: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def adamw(cfg: OptimizerConfig, lr: optax.Schedule, letters: Letters):
-    """Adam with decoupled decay. Reads b1, b2, eps, weight_decay.
+    """Adam with decoupled decay. Uses b1, b2, eps, weight_decay.
 
     m <- b1 m + (1 - b1) g,  v <- b2 v + (1 - b2) g^2,
     direction = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
     Source: Loshchilov & Hutter 2019, algorithm 2.
     """
-    return _descend(optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps), cfg, lr, letters)
+    return _add_decay_and_rate(optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps), cfg, lr, letters)
 
 
 def adam(cfg: OptimizerConfig, lr: optax.Schedule, letters: Letters):
-    """AdamW without decay: the one rule that leaves weight_decay alone. Reads b1, b2, eps.
+    """AdamW without decay: the one rule that ignores weight_decay. Uses b1, b2, eps.
 
     Source: Kingma & Ba 2015, algorithm 1.
     """
-    direction = keep(optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps), cfg.moments, letters)
+    direction = quantize_moments(optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps), cfg.moments, letters)
     return optax.chain(direction, optax.scale_by_learning_rate(lr))
 
 
 def sgd(cfg: OptimizerConfig, lr: optax.Schedule, letters: Letters):
-    """Gradient descent: direction = g. Reads weight_decay.
+    """Gradient descent: direction = g. Uses weight_decay.
 
     Source: Robbins & Monro 1951.
     """
-    return _descend(optax.identity(), cfg, lr, letters)
+    return _add_decay_and_rate(optax.identity(), cfg, lr, letters)
 
 
 def momentum(cfg: OptimizerConfig, lr: optax.Schedule, letters: Letters):
-    """The heavy ball: m <- b1 m + g, direction = m. Reads b1, weight_decay.
+    """Heavy-ball momentum: m <- b1 m + g, direction = m. Uses b1, weight_decay.
 
-    The sum is not an average: a steady gradient moves 1 / (1 - b1) times as far as with sgd.
+    The sum is not an average: a constant gradient gives steps 1 / (1 - b1) times those of sgd.
 
-    Source: Polyak 1964; lr stands outside the sum, as in PyTorch.
+    Source: Polyak 1964; lr is outside the sum, as in PyTorch.
     """
-    return _descend(optax.trace(cfg.b1), cfg, lr, letters)
+    return _add_decay_and_rate(optax.trace(cfg.b1), cfg, lr, letters)
 
 
 def rmsprop(cfg: OptimizerConfig, lr: optax.Schedule, letters: Letters):
-    """v <- b2 v + (1 - b2) g^2, direction = g / (sqrt(v) + eps). Reads b2, eps, weight_decay.
+    """v <- b2 v + (1 - b2) g^2, direction = g / (sqrt(v) + eps). Uses b2, eps, weight_decay.
 
-    Source: Tieleman & Hinton 2012, lecture 6.5; eps stands outside the root, as in PyTorch.
+    Source: Tieleman & Hinton 2012, lecture 6.5; eps is outside the root, as in PyTorch.
     """
     rms = optax.scale_by_rms(cfg.b2, cfg.eps, eps_in_sqrt=False)
-    return _descend(rms, cfg, lr, letters)
+    return _add_decay_and_rate(rms, cfg, lr, letters)
 
 
 def lion(cfg: OptimizerConfig, lr: optax.Schedule, letters: Letters):
-    """direction = sign(b1 m + (1 - b1) g), then m <- b2 m + (1 - b2) g. Reads b1, b2, weight_decay.
+    """direction = sign(b1 m + (1 - b1) g), then m <- b2 m + (1 - b2) g. Uses b1, b2, weight_decay.
 
-    Every weight moves by lr: take lr 3 to 10 times smaller than AdamW's, weight_decay as much
-    larger.
+    Every weight changes by lr: use an lr 3 to 10 times smaller than AdamW's, and a weight_decay
+    larger by the same factor.
 
     Source: Chen et al. 2023, algorithm 2; section 5 for the advice.
     """
-    return _descend(optax.scale_by_lion(cfg.b1, cfg.b2), cfg, lr, letters)
+    return _add_decay_and_rate(optax.scale_by_lion(cfg.b1, cfg.b2), cfg, lr, letters)
 
 
 def adafactor(cfg: OptimizerConfig, lr: optax.Schedule, letters: Letters):
-    """RMSProp with the memory of a row and a column per matrix. Reads weight_decay.
+    """RMSProp with second moments factored into rows and columns. Uses weight_decay.
 
-    Its b2 grows by itself as 1 - t^-0.8; lr is absolute, as in every other rule here, not
-    relative to the size of the parameter.
+    Its b2 follows 1 - t^-0.8; lr is absolute, as in every other rule here, not relative to the
+    scale of the parameter.
 
     Source: Shazeer & Stern 2018, algorithms 4 and 5 without the relative step size.
     """
-    return _descend(_scale_by_adafactor(letters), cfg, lr, letters)
+    return _add_decay_and_rate(_scale_by_adafactor(letters), cfg, lr, letters)
 
 
 def muon(cfg: OptimizerConfig, lr: optax.Schedule, letters: Letters):
-    """The nearest orthogonal matrix to the momentum, for matrices in blocks; AdamW for the rest.
+    """Orthogonalize the momentum of matrices in blocks; use AdamW for all other parameters.
 
-    M <- b1 M + (1 - b1) G; by five Newton-Schulz steps U S V^T = M gives about U V^T, for the
-    map from all inputs to all outputs ([D, H, K] counts as [D, H * K]);
+    M <- b1 M + (1 - b1) G; five Newton-Schulz steps take M = U S V^T to about U V^T, where M maps
+    all inputs to all outputs ([D, H, K] is [D, H * K]);
     direction = 0.2 sqrt(max(inputs, outputs)) U V^T, at the rate matrix_lr (none: lr). The
-    factor gives the update the size that AdamW's has, so lr and weight_decay mean the same to
-    both. Reads b1, b2, eps, weight_decay, matrix_lr.
+    factor matches the RMS of AdamW's updates, so lr and weight_decay mean the same for both.
+    Uses b1, b2, eps, weight_decay, matrix_lr.
 
     Source: Jordan et al. 2024 (Muon); the factor: Liu et al. 2025 (Moonlight), section 2.2, eq. 4.
     """
     in_blocks = jax.tree.map(_is_block_matrix, letters)
-    elsewhere = jax.tree.map(lambda d: not _is_block_matrix(d), letters)
-    # optax has MaskedNode in place of the parameters that are not a rule's
-    muons, adams = (
-        jax.tree.map(lambda d, is_in: d if is_in else optax.MaskedNode(), letters, mask)
-        for mask in (in_blocks, elsewhere)
+    outside_blocks = jax.tree.map(lambda d: not _is_block_matrix(d), letters)
+    # optax puts a MaskedNode in place of the parameters that a rule does not update.
+    muon_letters, adam_letters = (
+        jax.tree.map(lambda d, is_selected: d if is_selected else optax.MaskedNode(), letters, mask)
+        for mask in (in_blocks, outside_blocks)
     )
-    numbers = jax.tree.map(lambda d: MuonDimensionNumbers(*_axes(d)), muons)
-    matrices = scale_by_muon(beta=cfg.b1, weight_dimension_numbers=numbers)
-    others = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps)
+    numbers = jax.tree.map(lambda d: MuonDimensionNumbers(*_split_axes(d)), muon_letters)
+    muon_rule = scale_by_muon(beta=cfg.b1, weight_dimension_numbers=numbers)
+    adam_rule = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps)
     ratio = (cfg.matrix_lr or cfg.lr) / cfg.lr
 
-    def size(update, letters: str):
-        """An orthogonal matrix has RMS 1 / sqrt(its longer side); AdamW's update about 0.2."""
-        sides = [math.prod(update.shape[a] for a in axes) for axes in _axes(letters)]
+    def scale_update(update, letters: str):
+        """Scale to RMS 0.2, about AdamW's; an orthogonal matrix has 1 / sqrt(its longer side)."""
+        sides = [math.prod(update.shape[a] for a in axes) for axes in _split_axes(letters)]
         return update * 0.2 * math.sqrt(max(sides)) if _is_block_matrix(letters) else update
 
     return optax.chain(
-        optax.masked(keep(matrices, cfg.moments, muons), in_blocks),
-        optax.stateless(lambda updates, _: jax.tree.map(size, updates, letters)),
-        optax.masked(keep(others, cfg.moments, adams), elsewhere),
-        _decay(cfg, letters),
+        optax.masked(quantize_moments(muon_rule, cfg.moments, muon_letters), in_blocks),
+        optax.stateless(lambda updates, _: jax.tree.map(scale_update, updates, letters)),
+        optax.masked(quantize_moments(adam_rule, cfg.moments, adam_letters), outside_blocks),
+        _decay_matrices(cfg, letters),
         optax.masked(optax.scale(ratio), in_blocks),
         optax.scale_by_learning_rate(lr),
     )
 
 
-def _descend(direction, cfg: OptimizerConfig, lr: optax.Schedule, letters: Letters):
-    """p <- p - lr (direction + weight_decay p), decaying matrices only."""
-    direction = keep(direction, cfg.moments, letters)
-    return optax.chain(direction, _decay(cfg, letters), optax.scale_by_learning_rate(lr))
+def _add_decay_and_rate(direction, cfg: OptimizerConfig, lr: optax.Schedule, letters: Letters):
+    """Chain a rule with p <- p - lr (direction + weight_decay p), decaying matrices only."""
+    direction = quantize_moments(direction, cfg.moments, letters)
+    return optax.chain(direction, _decay_matrices(cfg, letters), optax.scale_by_learning_rate(lr))
 
 
-def _decay(cfg: OptimizerConfig, letters: Letters):
-    # A decayed norm scale or bias shrinks what the layer can say, without making it simpler.
+def _decay_matrices(cfg: OptimizerConfig, letters: Letters):
+    # Decaying a norm scale or a bias limits the layer's outputs without regularizing it.
     return optax.add_decayed_weights(cfg.weight_decay, mask=jax.tree.map(_is_matrix, letters))
 
 
 class AdafactorState(NamedTuple):
-    """Trees like the parameters, with size 1 where an axis was averaged away."""
+    """Factored second moments: trees like the parameters, of size 1 along the averaged axes."""
 
     step: jax.Array  # []
     rows: optax.Params  # mean of g^2 over the outputs
@@ -324,19 +330,19 @@ class AdafactorState(NamedTuple):
 
 
 def _scale_by_adafactor(letters: Letters) -> optax.GradientTransformation:
-    """v = rows columns / mean(rows); direction = g / sqrt(v), its RMS clipped to 1.
+    """Scale by v = rows columns / mean(rows): direction = g / sqrt(v), its RMS clipped to 1.
 
-    optax's own factors the two largest axes, if both have 128 entries: not [L, D, H, K] with
-    K = 64, and across layers where L is large. Here the letters say what a matrix is. A vector
-    has inputs only, so nothing is averaged in `rows`, and columns / mean(rows) is 1.
+    optax's own factors the two largest axes if both have 128 entries: not those of [L, D, H, K]
+    with K = 64, and those across layers if L is large. Here the letters define the matrix. A vector
+    has inputs only, so `rows` averages over nothing, and columns / mean(rows) is 1.
     """
 
     def average(x, letters: str, over: int):
-        return jnp.mean(x, _axes(letters)[over], keepdims=True)
+        return jnp.mean(x, _split_axes(letters)[over], keepdims=True)
 
     def init(params):
         # Not jax.tree.map: optax.tree.map_params calls this with a placeholder without leaves, to
-        # learn which parts of the state are like the parameters.
+        # find which parts of the state have the structure of the parameters.
         leaves, structure = jax.tree.flatten(params)
         pairs = list(zip(leaves, jax.tree.leaves(letters), strict=bool(leaves)))
         rows, columns = (
@@ -346,8 +352,8 @@ def _scale_by_adafactor(letters: Letters) -> optax.GradientTransformation:
         return AdafactorState(jnp.zeros((), jnp.int32), rows, columns)
 
     def direction(g, letters: str, rows, columns):
-        inputs, outputs = _axes(letters)
-        # two roots, because the product of two tiny means would underflow
+        inputs, outputs = _split_axes(letters)
+        # Two roots, because the product of two tiny means would underflow.
         ratio = rows / jnp.mean(rows, inputs, keepdims=True)
         step = g * jax.lax.rsqrt(ratio) * jax.lax.rsqrt(columns)
         return step / jnp.maximum(1, jnp.sqrt(jnp.mean(step**2, inputs + outputs, keepdims=True)))
@@ -356,7 +362,7 @@ def _scale_by_adafactor(letters: Letters) -> optax.GradientTransformation:
         t = state.step + 1
         b2 = 1 - t.astype(jnp.float32) ** -0.8
 
-        def track(over: int, old):
+        def update_average(over: int, old):
             return jax.tree.map(
                 lambda g, d, old: b2 * old + (1 - b2) * average(g**2 + 1e-30, d, over),
                 grads,
@@ -364,7 +370,8 @@ def _scale_by_adafactor(letters: Letters) -> optax.GradientTransformation:
                 old,
             )
 
-        rows, columns = track(OUTPUTS, state.rows), track(INPUTS, state.columns)
+        rows = update_average(OUTPUTS, state.rows)
+        columns = update_average(INPUTS, state.columns)
         updates = jax.tree.map(direction, grads, letters, rows, columns)
         return updates, AdafactorState(t, rows, columns)
 
@@ -395,4 +402,7 @@ OPTIMIZERS: dict[
     "muon": muon,
 }
 
-WITHOUT_MOMENTS = ("sgd", "adafactor")  # the second has means of rows and columns, which are small
+OPTIMIZERS_WITHOUT_MOMENTS = (
+    "sgd",
+    "adafactor",
+)  # adafactor has only means of rows and columns, which are small

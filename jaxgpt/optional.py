@@ -1,4 +1,4 @@
-"""Optional packages: imported where they are used, and named with their extra where missing."""
+"""Optional packages: imported where they are used; error messages name the extra to install."""
 
 import importlib
 import importlib.util
@@ -9,7 +9,7 @@ from jaxgpt.settings import ConfigError
 
 
 class Extra(NamedTuple):
-    """What to install for a module: the package, and the extra in pyproject.toml that has it."""
+    """What to install for a module: the package, and the extra in pyproject.toml with it."""
 
     package: str
     name: str
@@ -30,10 +30,10 @@ def require(module: str, user: str) -> Any:
 
     Args:
         module: a row of EXTRAS.
-        user: what needs it, for the message: "data.source=tfds:lm1b".
+        user: the setting or file that needs it, for the message: "data.source=tfds:lm1b".
 
     Raises:
-        ConfigError: the package, or one that it imports, is missing; names the extra to install.
+        ConfigError: the package, or one that it imports, is missing; the message names the extra.
     """
     try:
         return importlib.import_module(module)
@@ -54,10 +54,10 @@ def is_installed(module: str) -> bool:
 
 
 def describe_missing(uses: Mapping[str, str]) -> str:
-    """Return one line that names the missing packages and their extras; "" if none is missing.
+    """Return one line that lists the missing packages and their extras; "" if none is missing.
 
     Args:
-        uses: what goes without each module where it is missing: {"matplotlib": "plots/*.png"}.
+        uses: what is disabled if a module is missing, by module: {"matplotlib": "plots/*.png"}.
     """
     missing = {module: use for module, use in uses.items() if not is_installed(module)}
     if not missing:

@@ -1,7 +1,7 @@
-"""What an encoder says of a text: the words behind its masks, or its class.
+"""Predictions of an encoder: the tokens at the masks of a text, or its class.
 
-`ask` is the one way to use a model of any objective: it gives the question to the function that
-belongs to it, here or in `generate`, and streams the answer.
+`predict` is the one entry point for a model of any objective: it dispatches the prompts to the
+function for the objective, here or in `generate`, and streams the output.
 """
 
 import functools
@@ -12,109 +12,121 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt.config import Config, ModelConfig
-from jaxgpt.generate import MASK, bucket, drawable, framed, generate, questions, with_masks
+from jaxgpt.generate import (
+    MASK,
+    add_bos_eos,
+    encode_prompts,
+    encode_with_masks,
+    generate,
+    round_up_to_bucket,
+    sampleable_tokens,
+)
 from jaxgpt.hosts import fetch
-from jaxgpt.model import Coords, build, logits
+from jaxgpt.model import Coords, build, compute_logits
 from jaxgpt.settings import ConfigError
 from jaxgpt.tokenizer import Tokenizer
 
-FEW = 5  # answers shown for a mask, unless sample.top_k says how many
+DEFAULT_ANSWERS = 5  # answers shown for a mask or a text, unless sample.top_k is set
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "method"))
-def _read(cfg: ModelConfig, params, tokens, lengths, method: str):
-    """tokens int32 [B T] from the left, lengths [B] -> what the method gives."""
+def _apply_encoder(cfg: ModelConfig, params, tokens, lengths, method: str):
+    """Apply a method of the model to right-padded tokens, int32 [B T], of lengths [B]."""
     position = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    at = Coords(position, (position < lengths[:, None]).astype(jnp.int32))
-    return build(cfg).apply({"params": params}, tokens, at, method=method)
+    coords = Coords(position, (position < lengths[:, None]).astype(jnp.int32))
+    return build(cfg).apply({"params": params}, tokens, coords, method=method)
 
 
-def _rows(cfg: ModelConfig, tokenizer: Tokenizer, texts: Sequence[np.ndarray]):
-    """Texts of tokens -> (int32 [B T], lengths [B]); see `framed`."""
-    read = [framed(cfg, tokenizer, text) for text in texts]
-    lengths = np.array([len(ids) for ids in read], np.int32)
-    rows = np.full((len(read), min(bucket(lengths.max()), cfg.context)), tokenizer.pad, np.int32)
-    for row, ids in zip(rows, read, strict=True):
+def _encode_rows(cfg: ModelConfig, tokenizer: Tokenizer, texts: Sequence[np.ndarray]):
+    """Return right-padded rows, int32 [B T], and their lengths [B]; see `add_bos_eos`."""
+    encoded = [add_bos_eos(cfg, tokenizer, text) for text in texts]
+    lengths = np.array([len(ids) for ids in encoded], np.int32)
+    rows = np.full(
+        (len(encoded), min(round_up_to_bucket(lengths.max()), cfg.context)), tokenizer.pad, np.int32
+    )
+    for row, ids in zip(rows, encoded, strict=True):
         row[: len(ids)] = ids
     return rows, lengths
 
 
-def fill(config: Config, params, tokenizer: Tokenizer, prompts, labels) -> list[str]:
-    """Of each prompt, the likeliest words for every `<mask>` in it, and their probabilities."""
+def fill_masks(config: Config, params, tokenizer: Tokenizer, prompts, labels) -> list[str]:
+    """Return, for each prompt, the likeliest tokens of every `<mask>` and their probabilities."""
     cfg, mask = config.model, config.model.vocab - 1
-    tokens, lengths = _masked(config, tokenizer, prompts)
-    hidden, _ = _read(cfg, params, tokens, lengths, "__call__")
-    few = config.sample.top_k or FEW
-    allowed = drawable(tokenizer, cfg.vocab) & (np.arange(cfg.vocab) != tokenizer.eos)
+    tokens, lengths = _encode_masked(config, tokenizer, prompts)
+    hidden, _ = _apply_encoder(cfg, params, tokens, lengths, "__call__")
+    n_answers = config.sample.top_k or DEFAULT_ANSWERS
+    allowed = sampleable_tokens(tokenizer, cfg.vocab) & (np.arange(cfg.vocab) != tokenizer.eos)
     answers = []
     for row, states in zip(tokens, fetch(hidden), strict=True):
-        scores = fetch(logits(cfg, params, states[np.flatnonzero(row == mask)]))
-        odds = np.asarray(jax.nn.softmax(np.where(allowed, scores, -np.inf)))
-        answers.append("\n".join(_best(tokenizer, row_odds, few) for row_odds in odds))
+        scores = fetch(compute_logits(cfg, params, states[np.flatnonzero(row == mask)]))
+        probs = np.asarray(jax.nn.softmax(np.where(allowed, scores, -np.inf)))
+        answers.append(
+            "\n".join(_format_best(tokenizer, row_probs, n_answers) for row_probs in probs)
+        )
     return answers
 
 
-def _masked(config: Config, tokenizer: Tokenizer, prompts):
+def _encode_masked(config: Config, tokenizer: Tokenizer, prompts):
     mask = config.model.vocab - 1
     for prompt in prompts:
         if MASK not in prompt:
             raise ConfigError(f"the prompt {prompt!r} has no {MASK} to fill.")
-    texts = [with_masks(tokenizer, prompt, lambda i: mask) for prompt in prompts]
-    return _rows(config.model, tokenizer, texts)
+    texts = [encode_with_masks(tokenizer, prompt, lambda i: mask) for prompt in prompts]
+    return _encode_rows(config.model, tokenizer, texts)
 
 
-def _best(tokenizer: Tokenizer, odds: np.ndarray, few: int) -> str:
-    best = np.argsort(-odds)[:few].tolist()
-    return f"{MASK}  " + "  ".join(f"{tokenizer.decode([i])!r} {odds[i]:.1%}" for i in best)
+def _format_best(tokenizer: Tokenizer, probs: np.ndarray, n_answers: int) -> str:
+    best = np.argsort(-probs)[:n_answers].tolist()
+    return f"{MASK}  " + "  ".join(f"{tokenizer.decode([i])!r} {probs[i]:.1%}" for i in best)
 
 
 def classify(config: Config, params, tokenizer: Tokenizer, prompts, labels) -> list[str]:
-    """Of each prompt, its likeliest classes and their probabilities."""
-    tokens, lengths = _whole(config, tokenizer, prompts)
-    odds = fetch(jax.nn.softmax(_read(config.model, params, tokens, lengths, "classify")))
-    few = config.sample.top_k or FEW
+    """Return, for each prompt, its likeliest classes and their probabilities."""
+    tokens, lengths = _encode_texts(config, tokenizer, prompts)
+    probs = fetch(jax.nn.softmax(_apply_encoder(config.model, params, tokens, lengths, "classify")))
+    n_answers = config.sample.top_k or DEFAULT_ANSWERS
     return [
-        "  ".join(f"{labels[i]} {row[i]:.1%}" for i in np.argsort(-row)[:few].tolist())
-        for row in odds
+        "  ".join(f"{labels[i]} {row[i]:.1%}" for i in np.argsort(-row)[:n_answers].tolist())
+        for row in probs
     ]
 
 
-def _whole(config: Config, tokenizer: Tokenizer, prompts):
-    return _rows(config.model, tokenizer, [tokenizer.encode(prompt) for prompt in prompts])
+def _encode_texts(config: Config, tokenizer: Tokenizer, prompts):
+    return _encode_rows(config.model, tokenizer, [tokenizer.encode(prompt) for prompt in prompts])
 
 
-ANSWERS: dict[str, Callable] = {"masked": fill, "classify": classify}  # others are written
-QUESTIONS: dict[str, Callable] = {"masked": _masked, "classify": _whole}
+PREDICTORS: dict[str, Callable] = {"masked": fill_masks, "classify": classify}  # others generate
+PROMPT_ENCODERS: dict[str, Callable] = {"masked": _encode_masked, "classify": _encode_texts}
 
 
-def check(config: Config, tokenizer: Tokenizer, prompts: Sequence[str]):
-    """Refuses what `ask` would refuse, without a model.
+def check_prompts(config: Config, tokenizer: Tokenizer, prompts: Sequence[str]):
+    """Check prompts as `predict` does, without a model.
 
     Raises:
-        ConfigError: a prompt does not suit the objective, or is too long.
+        ConfigError: a prompt does not fit the objective, or is too long.
     """
-    masks = config.objective.task.reserved(config)
-    written = functools.partial(questions, masks=masks)
-    QUESTIONS.get(config.train.objective, written)(config, tokenizer, prompts)
+    masks = config.objective.task.count_mask_tokens(config)
+    encode_generic = functools.partial(encode_prompts, masks=masks)
+    PROMPT_ENCODERS.get(config.train.objective, encode_generic)(config, tokenizer, prompts)
 
 
-def ask(
+def predict(
     config: Config, params, tokenizer: Tokenizer, prompts: Sequence[str], labels: Sequence[str] = ()
 ) -> Iterator[list[str]]:
-    """Puts prompts to a model, as its objective wants them.
+    """Predict from prompts, in the way of the model's objective.
 
     Args:
-        config: of the run; `config.sample` says how to draw.
-        labels: names of the classes, of a model that classifies.
+        config: of the run; `config.sample` has the sampling settings.
+        labels: names of the classes, for a classifier.
 
     Yields:
-        The new piece of each answer.
+        The new piece of each output.
 
     Raises:
-        ConfigError: a prompt does not suit the objective.
+        ConfigError: a prompt does not fit the objective.
     """
-    if config.train.objective in ANSWERS:
-        yield ANSWERS[config.train.objective](config, params, tokenizer, prompts, labels)
+    if config.train.objective in PREDICTORS:
+        yield PREDICTORS[config.train.objective](config, params, tokenizer, prompts, labels)
     else:
-        masks = config.objective.task.reserved(config)
+        masks = config.objective.task.count_mask_tokens(config)
         yield from generate(config.model, params, tokenizer, prompts, config.sample, masks)

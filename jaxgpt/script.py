@@ -1,6 +1,6 @@
-"""What both scripts do when something stops them: one line for people in place of a traceback.
+"""Exit codes and one-line error messages of commands, in place of tracebacks.
 
-Imports nothing heavy, so that it is already there while JAX is imported.
+This module imports nothing heavy, so that its handlers are in place while JAX is imported.
 """
 
 import os
@@ -11,12 +11,14 @@ from typing import NoReturn
 from jaxgpt.settings import ConfigError
 
 
-def run(main: Callable[[], int], name: str) -> NoReturn:
-    """Exits with what `main` returns, 2 for a setting that can not work, 130 for Ctrl-C.
+def run(main: Callable[[], int], name: str = "") -> NoReturn:
+    """Run `main` and exit with its return value, 2 for an invalid setting, 130 for Ctrl-C.
 
-    Messages begin with `name`, as the user called it. Where the output has no reader any more, as
-    in `jaxgpt train --help | head -1`, it exits with 1.
+    Messages begin with `name`, the command as the user called it; by default the script's file
+    name. If standard output is closed by its reader, as in `jaxgpt train --help | head -1`, exit
+    with 1.
     """
+    name = name or os.path.basename(sys.argv[0])
     try:
         status = main()
         sys.stdout.flush()
@@ -28,6 +30,6 @@ def run(main: Callable[[], int], name: str) -> NoReturn:
         print(f"\n{name}: stopped by Ctrl-C.", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
-        # Python flushes once more as it ends; that must not fail again.
+        # Python flushes standard output at exit, which must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

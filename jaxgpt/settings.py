@@ -1,6 +1,6 @@
-"""The machinery of settings: typed fields that check themselves, read from text, named in errors.
+"""Typed, validated settings: parsing from text, bounds, and errors that name the key.
 
-Nothing here knows what is being configured; the schema is in config.py.
+This module is independent of what is configured; the schema is in config.py.
 """
 
 import ast
@@ -18,29 +18,29 @@ from typing import Any, ClassVar
 
 
 class ConfigError(ValueError):
-    """A setting that can not work: the message names the key, the value and what would be right."""
+    """An invalid setting: the message names the key, the value and what would be right."""
 
 
 def option(
-    default, doc: str, *, table: str = "", low=None, high=None, above=None, free=False
+    default, doc: str, *, table: str = "", low=None, high=None, above=None, is_runtime=False
 ) -> Any:
-    """One field of a section.
+    """Declare one field of a section.
 
     Args:
-        default: the value if nobody sets it.
-        doc: what it means and its unit, shown by `jaxgpt train --help`.
-        table: where the names live that it chooses from, as "module:NAME". It is a pointer
-            rather than an import so that adding a row to the registry is all it takes to add a
-            choice.
+        default: the value if it is not set.
+        doc: its meaning and unit, shown by `jaxgpt train --help`.
+        table: the registry of its possible names, as "module:NAME". It is a string rather than
+            an import so that adding a row to the registry is all it takes to add a choice.
         low, high, above: inclusive bounds, and an exclusive lower bound.
-        free: may change between a run and its continuation without changing what is learned.
+        is_runtime: whether it concerns how a run is executed rather than what is learned, so that
+            it may change when the run is resumed.
     """
-    metadata = dict(doc=doc, table=table, low=low, high=high, above=above, free=free)
+    metadata = dict(doc=doc, table=table, low=low, high=high, above=above, is_runtime=is_runtime)
     return field(default=default, metadata=metadata)
 
 
 def choose(table: Mapping[str, Any], name: str, key: str) -> Any:
-    """Looks `name` up in a registry: the only look-up by name in the library.
+    """Look `name` up in a registry: the only lookup by name in the library.
 
     Raises:
         ConfigError: the name is unknown; the message gives the nearest one and all of them.
@@ -53,7 +53,7 @@ def choose(table: Mapping[str, Any], name: str, key: str) -> Any:
 
 
 def resolve_table(pointer: str) -> Mapping[str, Any]:
-    """The registry that "module:NAME" points to."""
+    """Return the registry that "module:NAME" points to."""
     module, name = pointer.split(":")
     return getattr(importlib.import_module(module), name)
 
@@ -61,8 +61,8 @@ def resolve_table(pointer: str) -> Mapping[str, Any]:
 def list_choices(pointer: str) -> list[str]:
     """Return the names in the registry that "module:NAME" points to, read from the source.
 
-    Importing the module would import jax, for which `--help` would have to wait. A registry that
-    is not written as a dict with literal keys is imported after all.
+    Importing the module would import jax, which takes a second. A registry that is not written as a
+    dict with literal keys is imported nevertheless.
     """
     module, name = pointer.split(":")
     stem = os.path.join(os.path.dirname(__file__), *module.split(".")[1:])
@@ -80,32 +80,30 @@ def list_choices(pointer: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Section:
-    """A group of settings that checks itself when it is built."""
+    """A group of settings that is validated when it is constructed."""
 
     section: ClassVar[str] = ""
 
     def __post_init__(self):
-        hints = type_hints(type(self))
+        hints = _read_type_hints(type(self))
         for f in dataclasses.fields(self):
             key = f"{self.section}.{f.name}" if self.section else f.name
-            value = _coerce(getattr(self, f.name), hints[f.name], key)
+            value = check_field(getattr(self, f.name), f, hints[f.name], key)
             object.__setattr__(self, f.name, value)
-            if not dataclasses.is_dataclass(value):
-                _check_bounds(value, key, **{k: f.metadata[k] for k in ("low", "high", "above")})
             if f.metadata.get("table"):
                 for name in value if isinstance(value, tuple) else (value,):
                     choose(resolve_table(f.metadata["table"]), name, key)
         self.check()
 
     def check(self):
-        """Refuses impossible combinations of fields. Sections override this."""
+        """Raise ConfigError for impossible combinations of fields. Sections override this."""
 
 
 # --- reading and writing values ---
 
 
 def parse(text: str, kind, key: str) -> Any:
-    """Reads a value of type `kind` from the shell."""
+    """Parse a value of type `kind` from a command-line string."""
     args = typing.get_args(kind)
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return None if text.lower() == "none" else parse(text, args[0], key)
@@ -125,20 +123,20 @@ def parse(text: str, kind, key: str) -> Any:
             raise ConfigError(f"{key}={text!r} is not a bool: use true or false.")
         return words[text.lower()]
     try:
-        return _number(text, kind)
+        return _parse_number(text, kind)
     except ValueError:
-        raise ConfigError(f"{key}={text!r} is not {_article(kind)}.") from None
+        raise ConfigError(f"{key}={text!r} is not {_describe_type(kind)}.") from None
 
 
-def _number(text: str, kind: type) -> float:
+def _parse_number(text: str, kind: type) -> float:
     try:
         return kind(text)
     except ValueError:
-        return float(text)  # "2e3" is a fine way to write 2000; _coerce refuses 2.5
+        return float(text)  # "2e3" is accepted for 2000; _coerce rejects 2.5
 
 
 def to_dict(config) -> dict:
-    """Plain dicts of plain values; `from_dict` is its inverse."""
+    """Convert to nested dicts of plain values; `from_dict` is the inverse."""
     return {
         f.name: to_dict(v) if dataclasses.is_dataclass(v := getattr(config, f.name)) else v
         for f in dataclasses.fields(config)
@@ -146,21 +144,21 @@ def to_dict(config) -> dict:
 
 
 def from_dict(kind: type, values: Mapping, prefix: str = ""):
-    """Builds `kind` from nested dicts, refusing keys that it does not have."""
+    """Build `kind` from nested dicts. Raise ConfigError for keys that it does not have."""
     if not isinstance(values, Mapping):
         where = f"{prefix.removesuffix('.')}=" if prefix else ""
         raise ConfigError(f"{where}{values!r} is not a group of settings.")
-    hints = type_hints(kind)
+    hints = _read_type_hints(kind)
     for name in values:
         if name not in hints:
-            raise ConfigError(unknown(prefix + name, flat_hints(kind, prefix)))
+            raise ConfigError(describe_unknown_key(prefix + name, list_types(kind, prefix)))
     nested = {n: hints[n] for n in values if _is_section(hints[n])}
     inner = {n: from_dict(nested[n], values[n], f"{prefix}{n}.") for n in nested}
     return kind(**{**values, **inner})
 
 
 def get(config, key: str) -> Any:
-    """The value at a dotted key."""
+    """Return the value at a dotted key."""
     return functools.reduce(getattr, key.split("."), config)
 
 
@@ -168,42 +166,43 @@ def get(config, key: str) -> Any:
 
 
 @functools.cache
-def type_hints(kind: type) -> dict[str, Any]:
+def _read_type_hints(kind: type) -> dict[str, Any]:
     names = {f.name for f in dataclasses.fields(kind)}
     return {k: v for k, v in typing.get_type_hints(kind).items() if k in names}
 
 
-def _leaves(kind: type, prefix: str) -> Iterator[tuple[str, dataclasses.Field, Any]]:
-    """Every leaf field: its dotted key, the field and its type."""
+def _walk_fields(kind: type, prefix: str) -> Iterator[tuple[str, dataclasses.Field, Any]]:
+    """Yield every leaf field: its dotted key, the field and its type."""
     for f in dataclasses.fields(kind):
-        inner = type_hints(kind)[f.name]
+        inner = _read_type_hints(kind)[f.name]
         if _is_section(inner):
-            yield from _leaves(inner, f"{prefix}{f.name}.")
+            yield from _walk_fields(inner, f"{prefix}{f.name}.")
         else:
             yield prefix + f.name, f, inner
 
 
-def flat_fields(kind: type, prefix: str = "") -> dict[str, dataclasses.Field]:
-    """Every leaf field by its dotted key."""
-    return {key: f for key, f, _ in _leaves(kind, prefix)}
+def list_fields(kind: type, prefix: str = "") -> dict[str, dataclasses.Field]:
+    """Return every leaf field by its dotted key."""
+    return {key: f for key, f, _ in _walk_fields(kind, prefix)}
 
 
-def flat_hints(kind: type, prefix: str = "") -> dict[str, Any]:
-    """The type of every leaf field by its dotted key."""
-    return {key: inner for key, _, inner in _leaves(kind, prefix)}
+def list_types(kind: type, prefix: str = "") -> dict[str, Any]:
+    """Return the type of every leaf field by its dotted key."""
+    return {key: inner for key, _, inner in _walk_fields(kind, prefix)}
 
 
 def _is_section(kind) -> bool:
     return dataclasses.is_dataclass(kind)
 
 
-def nearest_multiples(value: int, unit: int) -> str:
-    """The multiples of `unit` on either side of `value`, for messages: "12 or 16"."""
-    below, above = value // unit * unit, -(-value // unit) * unit
+def format_nearest_multiples(value: int, divisor: int) -> str:
+    """Format the multiples of `divisor` on either side of `value`, for messages: "12 or 16"."""
+    below, above = value // divisor * divisor, -(-value // divisor) * divisor
     return " or ".join(str(n) for n in dict.fromkeys((below, above)) if n)
 
 
-def unknown(key: str, known: Iterable[str]) -> str:
+def describe_unknown_key(key: str, known: Iterable[str]) -> str:
+    """Return the error message for an unknown key, with the nearest known keys."""
     known = list(known)
     same_leaf = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
     near = same_leaf or difflib.get_close_matches(key, known, n=1)
@@ -216,8 +215,16 @@ def unknown(key: str, known: Iterable[str]) -> str:
     return f"there is no setting {key!r}.{hint}"
 
 
+def check_field(value, f: dataclasses.Field, kind, key: str):
+    """Check a value against the type and the bounds of its field, and return it with that type."""
+    value = _coerce(value, kind, key)
+    if not _is_section(kind):
+        _check_bounds(value, key, **{k: f.metadata[k] for k in ("low", "high", "above")})
+    return value
+
+
 def _coerce(value, kind, key: str):
-    """Checks a value against its annotated type; an int serves where a float is asked for."""
+    """Check a value against its annotated type; an int is accepted where a float is expected."""
     args = typing.get_args(kind)
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return None if value is None else _coerce(value, args[0], key)
@@ -230,11 +237,11 @@ def _coerce(value, kind, key: str):
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ConfigError(f"{key}={value!r} is not {_article(kind)}.")
+        raise ConfigError(f"{key}={value!r} is not {_describe_type(kind)}.")
     return value
 
 
-def _article(kind: type) -> str:
+def _describe_type(kind: type) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
     return names.get(kind, f"a {kind.__name__}")
 
@@ -242,13 +249,13 @@ def _article(kind: type) -> str:
 def _check_bounds(value, key: str, low, high, above):
     if value is None or isinstance(value, (str, tuple, bool)):
         return
-    wants = [
+    limits = [
         f"at least {low}" if low is not None else "",
         f"more than {above}" if above is not None else "",
         f"at most {high}" if high is not None else "",
     ]
-    out = (low is not None and value < low) or (high is not None and value > high)
+    is_outside = (low is not None and value < low) or (high is not None and value > high)
     is_finite = abs(value) < float("inf")  # nan is not
-    if out or (above is not None and value <= above) or not is_finite:
-        wants = [w for w in wants if w] if is_finite else ["a finite number"]
-        raise ConfigError(f"{key}={value!r} must be {' and '.join(wants)}.")
+    if is_outside or (above is not None and value <= above) or not is_finite:
+        limits = [limit for limit in limits if limit] if is_finite else ["a finite number"]
+        raise ConfigError(f"{key}={value!r} must be {' and '.join(limits)}.")

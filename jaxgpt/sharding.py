@@ -1,15 +1,15 @@
-"""From letters of dimensions to devices: one table for parameters and activations alike.
+"""Sharding: one table from dimension letters to mesh axes, for parameters and activations alike.
 
 The mesh has six named axes, most of which have size 1 most of the time:
 
-    data     copies of the model, each with its part of the batch
-    pipe     the layers divided: some devices have the first ones, others the next
-    fsdp     parameters divided, gathered where used; also divides the batch
-    expert   experts divided; also divides the batch
-    context  the tokens of a row divided; keys and values gathered where used
-    tensor   heads, feed-forward and vocabulary divided
+    data     data parallelism: replicas of the model, each with its part of the batch
+    pipe     pipeline parallelism: each stage holds some of the layers
+    fsdp     parameters sharded, all-gathered where used; also shards the batch
+    expert   experts sharded; also shards the batch
+    context  the tokens of a row sharded; keys and values all-gathered where used
+    tensor   tensor parallelism: heads, feed-forward and vocabulary sharded
 
-Neighbours along the last axes are neighbours on the machine, where talk is cheap.
+Devices adjacent along the last axes are adjacent on the machine, where communication is cheap.
 """
 
 import math
@@ -20,10 +20,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxgpt.config import Config, MeshConfig
 from jaxgpt.dims import Letters
-from jaxgpt.settings import ConfigError, nearest_multiples
+from jaxgpt.settings import ConfigError, format_nearest_multiples
 
-# Dimension (see dims.py) -> the mesh axes it is divided over. Other letters stay whole.
-RULES = {
+# Dimension letter (see dims.py) -> the mesh axes it is sharded over. Others are not sharded.
+SHARDING_RULES = {
     "B": ("data", "fsdp", "expert"),
     "N": ("data", "fsdp", "expert", "context", "pipe"),
     "T": ("context",),
@@ -36,44 +36,44 @@ RULES = {
     "I": ("tensor",),
     "V": ("tensor",),
 }
-AXES = ("data", "pipe", "fsdp", "expert", "context", "tensor")
+MESH_AXES = ("data", "pipe", "fsdp", "expert", "context", "tensor")
 
 
 def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
-    """Arranges the devices as the config says.
+    """Make the device mesh of a config.
 
     Raises:
         ConfigError: the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    asked = [getattr(cfg, axis) for axis in AXES]
-    fixed = math.prod(size for size in asked if size != -1)
-    sizes = [len(devices) // fixed if size == -1 else size for size in asked]
+    requested = [getattr(cfg, axis) for axis in MESH_AXES]
+    fixed = math.prod(size for size in requested if size != -1)
+    sizes = [len(devices) // fixed if size == -1 else size for size in requested]
     if math.prod(sizes) != len(devices):
-        named = zip(AXES, asked, strict=True)
-        grid = " x ".join(f"mesh.{name}={size}" for name, size in named if size != 1)
-        many = "a multiple of " if -1 in asked else ""
+        axis_sizes = zip(MESH_AXES, requested, strict=True)
+        layout = " x ".join(f"mesh.{name}={size}" for name, size in axis_sizes if size != 1)
+        multiple = "a multiple of " if -1 in requested else ""
         raise ConfigError(
-            f"{grid or 'mesh.data=1'} needs {many}{fixed} devices, found {len(devices)}: use "
-            "sizes whose product is the device count, or one -1 for what is left."
+            f"{layout or 'mesh.data=1'} needs {multiple}{fixed} devices, found {len(devices)}: use "
+            "sizes whose product is the device count, or one -1 for the rest of the devices."
         )
     # Auto: the compiler propagates shardings. (jax.make_mesh now defaults to Explicit.)
-    auto = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(sizes, AXES, axis_types=auto, devices=devices)
+    auto = (AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=auto, devices=devices)
 
 
 def check_fits(cfg: Config, mesh: Mesh):
-    """Refuses, before anything is compiled, what the mesh can not divide.
+    """Check, before anything is compiled, that the mesh divides the batch, context and layers.
 
     Raises:
-        ConfigError: with the nearest values that work.
+        ConfigError: it does not; the message gives the nearest values that work.
     """
-    among = {f"mesh.{axis}": mesh.shape[axis] for axis in RULES["B"]}
-    among["train.accumulate"] = cfg.train.accumulate
-    _check_divides("train.batch", cfg.train.batch, among)
+    divisors = {f"mesh.{axis}": mesh.shape[axis] for axis in SHARDING_RULES["B"]}
+    divisors["train.accumulate"] = cfg.train.accumulate
+    _check_divides("train.batch", cfg.train.batch, divisors)
     model = cfg.model
     _check_divides("model.context", model.context, {"mesh.context": mesh.shape["context"]})
-    stages = {"mesh.pipe": mesh.shape["pipe"], "layers that repeat": len(model.unit)}
+    stages = {"mesh.pipe": mesh.shape["pipe"], "layers that repeat": len(model.layer_cycle)}
     if mesh.shape["pipe"] > 1:
         _check_divides("model.layers", model.layers, stages)
         if model.family == "encoder_decoder":
@@ -81,34 +81,36 @@ def check_fits(cfg: Config, mesh: Mesh):
         if model.has_experts:
             raise ConfigError(
                 f"mesh.pipe={mesh.shape['pipe']} with model.feedforward={model.feedforward!r}: "
-                "a pipeline does not add up the experts' load over its parts. Divide experts by "
-                "mesh.expert, and use mesh.pipe=1."
+                "a pipeline does not add up the experts' load over its microbatches. Shard experts "
+                "with mesh.expert, and use mesh.pipe=1."
             )
 
 
-def _check_divides(key: str, size: int, among: dict[str, int]):
-    among = {name: parts for name, parts in among.items() if parts > 1}
-    parts = math.prod(among.values())
+def _check_divides(key: str, size: int, divisors: dict[str, int]):
+    divisors = {name: parts for name, parts in divisors.items() if parts > 1}
+    parts = math.prod(divisors.values())
     if size % parts:
-        grid = " x ".join(f"{name}={parts}" for name, parts in among.items())
-        grid += f" = {parts} parts" if len(among) > 1 else ""
+        layout = " x ".join(f"{name}={parts}" for name, parts in divisors.items())
+        layout += f" = {parts} parts" if len(divisors) > 1 else ""
         raise ConfigError(
-            f"{key}={size} can not be divided in {grid}: use {key}="
-            f"{nearest_multiples(size, parts)}."
+            f"{key}={size} cannot be divided in {layout}: use {key}="
+            f"{format_nearest_multiples(size, parts)}."
         )
 
 
-def spec(shape, letters: Letters, mesh) -> PartitionSpec:
-    """Where an array's dimensions go.
+def make_spec(shape, letters: Letters, mesh) -> PartitionSpec:
+    """Return the PartitionSpec of an array from the letters of its dimensions.
 
-    Read from left to right: a mesh axis serves one dimension of an array, first come first
-    served, and a dimension that the axes do not divide evenly stays whole. Inside `shard_map`,
-    what it divides is divided already.
+    Dimensions are assigned from left to right: each mesh axis shards at most one dimension of an
+    array, the first that has a rule for it, and a dimension that its axes do not divide evenly is
+    not sharded. Inside `shard_map`, its manual axes are already used.
     """
     used: set[str] = set(mesh.manual_axes)
     out: list[tuple[str, ...] | None] = []
     for size, letter in zip(shape, letters.replace(">", ""), strict=True):
-        axes = tuple(a for a in RULES.get(letter, ()) if a not in used and mesh.shape[a] > 1)
+        axes = tuple(
+            a for a in SHARDING_RULES.get(letter, ()) if a not in used and mesh.shape[a] > 1
+        )
         if not axes or size % math.prod(mesh.shape[axis] for axis in axes):
             out.append(None)
         else:
@@ -117,86 +119,89 @@ def spec(shape, letters: Letters, mesh) -> PartitionSpec:
     return PartitionSpec(*out)
 
 
-def mesh_in_force():
-    """The mesh of `jax.set_mesh`, or None where there is one device only."""
+def get_active_mesh():
+    """Return the mesh of `jax.set_mesh`, or None if there is only one device."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 else mesh
 
 
-def platform() -> str:
-    """What a program that is traced now will run on: "cpu", "gpu" or "tpu".
+def get_platform() -> str:
+    """Return the platform for which a program is being traced: "cpu", "gpu" or "tpu".
 
-    The mesh in force knows, and may be of devices that this machine does not have.
+    It is that of the active mesh, whose devices need not exist on this machine.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()
 
 
 def is_one_cpu() -> bool:
-    """Whether a program that is traced now will run on one device, a CPU."""
-    return platform() == "cpu" and not mesh_in_force()
+    """Return whether a program is being traced for a single CPU device."""
+    return get_platform() == "cpu" and not get_active_mesh()
 
 
-def on_parts(f: Callable, in_specs: tuple, out_specs, has_kernel: bool = False) -> Callable:
-    """`f` as every device runs it on its own parts. Axes that no spec names are left alone.
+def map_shards(f: Callable, in_specs: tuple, out_specs, has_kernel: bool = False) -> Callable:
+    """Wrap `f` in `jax.shard_map`, manual only over the mesh axes that the specs name.
 
-    `f` may talk to other devices by the names of the axes. A sum over devices has the right
-    gradient only if it is outside of what is differentiated.
+    `f` may use collectives over those axes. A sum over devices has the right gradient only if it
+    lies outside the differentiated function.
     """
     specs = jax.tree.leaves((in_specs, out_specs), is_leaf=lambda x: isinstance(x, PartitionSpec))
-    axes = {axis for place in specs for part in place if part for axis in named(part)}
-    mesh = mesh_in_force()
+    axes = {axis for spec in specs for entry in spec if entry for axis in get_axis_names(entry)}
+    mesh = get_active_mesh()
     if mesh is None or not axes:
         return f
-    if mesh.shape["pipe"] > 1:  # stages are stacked along an axis of `vmap`, which adds its name
+    if mesh.shape["pipe"] > 1:  # the `vmap` over stages has spmd_axis_name="pipe"
         axes.add("pipe")
-    if has_kernel:  # a TPU's is refused where any axis is left to the compiler, even of one device
+    if has_kernel:  # a TPU kernel is rejected if any axis is automatic, even one of size 1
         axes |= {axis for axis in mesh.axis_names if mesh.shape[axis] == 1} - {*mesh.manual_axes}
     return jax.shard_map(
         f, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False
     )
 
 
-def named(part) -> tuple[str, ...]:
-    """The axes of one entry of a PartitionSpec, which may be a name, some, or None."""
-    return (part,) if isinstance(part, str) else tuple(part or ())
+def get_axis_names(entry) -> tuple[str, ...]:
+    """Return the axes of one entry of a PartitionSpec, which may be a name, a tuple, or None."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
-def is_divided(letter: str, size: int) -> bool:
-    """Whether the mesh in force divides a dimension of this letter and size."""
-    mesh = mesh_in_force()
-    return mesh is not None and spec((size,), letter, mesh) != PartitionSpec(None)
+def is_sharded(letter: str, size: int) -> bool:
+    """Return whether the active mesh shards a dimension of this letter and size."""
+    mesh = get_active_mesh()
+    return mesh is not None and make_spec((size,), letter, mesh) != PartitionSpec(None)
 
 
-def shardings(abstract, letters, mesh: Mesh):
-    """The sharding of every parameter: trees of shapes and of letters -> tree of shardings."""
-    return jax.tree.map(lambda x, d: NamedSharding(mesh, spec(x.shape, d, mesh)), abstract, letters)
+def make_shardings(abstract, letters, mesh: Mesh):
+    """Map trees of shapes and of letters to the tree of parameter shardings."""
+    return jax.tree.map(
+        lambda x, d: NamedSharding(mesh, make_spec(x.shape, d, mesh)), abstract, letters
+    )
 
 
-def undivided(abstract, letters, mesh: Mesh) -> list[str]:
-    """Dimensions of parameters that stay whole because an axis does not divide them."""
+def list_unsharded_dims(abstract, letters, mesh: Mesh) -> list[str]:
+    """List the parameter dimensions left unsharded because their axes do not divide them."""
     found = {}
     for x, d in zip(jax.tree.leaves(abstract), jax.tree.leaves(letters), strict=True):
         for size, letter in zip(x.shape, d.replace(">", ""), strict=True):
-            axes = [axis for axis in RULES.get(letter, ()) if mesh.shape[axis] > 1]
+            axes = [axis for axis in SHARDING_RULES.get(letter, ()) if mesh.shape[axis] > 1]
             if axes and size % math.prod(mesh.shape[axis] for axis in axes):
-                grid = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
-                found[f"{letter}={size} over {grid}"] = True
+                layout = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
+                found[f"{letter}={size} over {layout}"] = True
     return list(found)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def make_replicated_sharding(mesh: Mesh) -> NamedSharding:
+    """Return the sharding that puts a copy of an array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh, shape) -> NamedSharding:
-    """Where an array of a batch, of this shape [B] or [B T], lies: each device has its tokens."""
-    return NamedSharding(mesh, spec(shape, "BT"[: len(shape)], mesh))
+def make_batch_sharding(mesh: Mesh, shape) -> NamedSharding:
+    """Return the sharding of a batch array of this shape, [B] or [B T], by rows and tokens."""
+    return NamedSharding(mesh, make_spec(shape, "BT"[: len(shape)], mesh))
 
 
 def constrain(x: jax.Array, letters: Letters) -> jax.Array:
-    """Pins an activation to the mesh in force (`jax.set_mesh`); does nothing without one."""
-    mesh = mesh_in_force()
+    """Constrain an activation's sharding on the active mesh; return it unchanged without one."""
+    mesh = get_active_mesh()
     if mesh is None:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(x.shape, letters, mesh))
+    return jax.lax.with_sharding_constraint(x, make_spec(x.shape, letters, mesh))

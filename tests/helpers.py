@@ -1,4 +1,4 @@
-"""Tiny models for tests, with nothing at a value where a mistake would not show."""
+"""Tiny models for tests, with no value that would hide a mistake (such as equal sizes)."""
 
 import dataclasses
 from functools import partial
@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.model import Coords, abstract_params, build
-from jaxgpt.model import logits as score
+from jaxgpt.model import compute_logits as score
 
 TINY = ModelConfig(vocab=61, context=32, width=16, layers=2, heads=4, kv_heads=2, ffn=24)
 
@@ -19,16 +19,16 @@ def tiny(**changes) -> ModelConfig:
 
 
 def random_params(cfg: ModelConfig, seed: int = 0, std: float = 0.2):
-    """Large random weights, and biases and norms away from the 0 and 1 where they begin.
+    """Return large random weights, with biases and norms away from their initial 0 and 1.
 
-    NumPy draws them: jax.random would be compiled anew for every config, in seconds each.
+    They are sampled by NumPy: jax.random would be recompiled for every config, in seconds each.
     """
     rng = np.random.default_rng(seed)
     shapes, _ = abstract_params(cfg)
 
     def draw(path, x):
-        centre = 1.0 if path[-1].key == "scale" else 0.0
-        return jnp.asarray(centre + std * rng.normal(size=x.shape), x.dtype)
+        center = 1.0 if path[-1].key == "scale" else 0.0
+        return jnp.asarray(center + std * rng.normal(size=x.shape), x.dtype)
 
     return jax.tree.map_with_path(draw, shapes)
 
@@ -37,8 +37,8 @@ def random_tokens(cfg: ModelConfig, seed: int, *shape: int):
     return jnp.asarray(np.random.default_rng(seed).integers(0, cfg.vocab, shape), jnp.int32)
 
 
-def whole(tokens) -> Coords:
-    """The coordinates of rows [B T] that are one document each."""
+def single_document_coords(tokens) -> Coords:
+    """Return the coordinates of rows [B T] of one document each."""
     return Coords(
         jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), jnp.ones_like(tokens)
     )
@@ -46,11 +46,11 @@ def whole(tokens) -> Coords:
 
 @partial(jax.jit, static_argnames="cfg")
 def forward(cfg: ModelConfig, params, tokens, at: Coords, cache=None):
-    """(hidden [B T D], cache)."""
+    """Return (hidden [B T D], cache)."""
     return build(cfg).apply({"params": params}, tokens, at, cache)
 
 
 @partial(jax.jit, static_argnames="cfg")
-def logits(cfg: ModelConfig, params, tokens, at: Coords):
-    """[B T V]."""
+def compute_logits(cfg: ModelConfig, params, tokens, at: Coords):
+    """Return the logits [B T V]."""
     return score(cfg, params, build(cfg).apply({"params": params}, tokens, at)[0])

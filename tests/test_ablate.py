@@ -1,4 +1,4 @@
-"""The comparison of all choices: nothing is left out unsaid, and nothing is measured twice."""
+"""The comparison of all choices: every omission is reported, and nothing is measured twice."""
 
 import json
 import pathlib
@@ -11,7 +11,17 @@ from tiny_runs import write_text
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))  # benchmarks are not installed
 
 from benchmarks import ablate
-from benchmarks.ablate import AXES, BASE, TIMES, Choice, Entry, Refused, Text, plan, settle
+from benchmarks.ablate import (
+    AXES,
+    BASE,
+    CONTEXT_FACTORS,
+    Batches,
+    Choice,
+    Entry,
+    Rejection,
+    plan,
+    resolve_choice,
+)
 from jaxgpt.config import ConfigError, override
 from jaxgpt.model import count_params
 from jaxgpt.model.block import WIRINGS
@@ -19,10 +29,10 @@ from jaxgpt.model.feedforward import ACTIVATIONS, FEEDFORWARDS
 from jaxgpt.model.masks import PATTERNS
 from jaxgpt.model.mixers import MIXERS
 from jaxgpt.model.norms import NORMS
-from jaxgpt.model.positions import POSITIONS
+from jaxgpt.model.positions import POSITION_ENCODINGS
 
 REGISTRIES = {
-    "position": (POSITIONS, lambda m: m.position),
+    "position": (POSITION_ENCODINGS, lambda m: m.position),
     "norm": (NORMS, lambda m: m.norm),
     "activation": (ACTIVATIONS, lambda m: m.activation),
     "mixer": (MIXERS, lambda m: m.mixers[0]),
@@ -32,41 +42,41 @@ REGISTRIES = {
 }
 
 
-# --- what is compared ---
+# --- choices ---
 
 
 @pytest.mark.parametrize("axis", AXES)
-def test_every_row_of_a_registry_is_trained_or_refused_by_name(axis):
-    registry, of = REGISTRIES[axis]
+def test_every_row_of_a_registry_is_trained_or_rejected_by_name(axis):
+    registry, get_setting = REGISTRIES[axis]
     planned = plan(BASE, [axis], is_product=False)
-    trained = {of(x.cfg.model) for x in planned if isinstance(x, Entry)}
-    refused = {x.name for x in planned if isinstance(x, Refused)}
-    assert trained | refused == set(registry)
-    assert not trained & refused
+    trained = {get_setting(x.cfg.model) for x in planned if isinstance(x, Entry)}
+    rejected = {x.name for x in planned if isinstance(x, Rejection)}
+    assert trained | rejected == set(registry)
+    assert not trained & rejected
 
 
-def test_only_what_is_for_other_objectives_is_refused():
+def test_only_choices_for_other_objectives_are_rejected():
     planned = plan(BASE, list(AXES), is_product=False)
-    refused = {x.name: x for x in planned if isinstance(x, Refused)}
-    assert set(refused) == {"linformer", "prefix"}
-    assert refused["linformer"].elsewhere == ("masked",)
-    assert refused["prefix"].elsewhere == ("prefix",)
-    assert "looks into the future" in refused["linformer"].reason
-    assert all(x.reason.endswith(".") and "\n" not in x.reason for x in refused.values())
+    rejected = {x.name: x for x in planned if isinstance(x, Rejection)}
+    assert set(rejected) == {"linformer", "prefix"}
+    assert rejected["linformer"].objectives == ("masked",)
+    assert rejected["prefix"].objectives == ("prefix",)
+    assert "is not causal" in rejected["linformer"].reason
+    assert all(x.reason.endswith(".") and "\n" not in x.reason for x in rejected.values())
 
 
-def test_a_new_row_takes_part_by_itself(monkeypatch):
+def test_a_new_registry_row_is_included_automatically(monkeypatch):
     monkeypatch.setitem(NORMS, "other", NORMS["rms"])
     assert [x.name for x in plan(BASE, ["norm"], is_product=False)] == ["rms", "layer", "other"]
 
 
-def test_every_axis_has_the_base_once():
+def test_every_axis_contains_the_base_once():
     for axis in AXES:
         planned = plan(BASE, [axis], is_product=False)
         assert sum(isinstance(x, Entry) and x.cfg == BASE for x in planned) == 1, axis
 
 
-def test_a_mixer_that_can_not_turn_has_no_positions_and_says_so():
+def test_a_mixer_that_cannot_rotate_runs_without_position_encoding_and_is_named_so():
     entries = {x.name: x for x in plan(BASE, ["mixer"], is_product=False) if isinstance(x, Entry)}
     assert entries["performer"].cfg.model.position == "rope"
     assert entries["mamba (position none)"].cfg.model.position == "none"
@@ -75,65 +85,66 @@ def test_a_mixer_that_can_not_turn_has_no_positions_and_says_so():
 def test_a_mixer_tries_rope_before_none():
     base = override(BASE, ["model.position=alibi"])
     choice = Choice("performer", ("model.mixers=performer",))
-    assert settle(base, "mixer", choice).cfg.model.position == "rope"
+    assert resolve_choice(base, "mixer", choice).cfg.model.position == "rope"
 
 
-def test_a_product_has_every_combination_and_refuses_by_name():
+def test_a_product_has_every_combination_and_rejects_by_name():
     planned = plan(BASE, ["position", "mixer"], is_product=True)
-    assert len(planned) == len(POSITIONS) * len(MIXERS)
-    refused = {x.name: x for x in planned if isinstance(x, Refused)}
-    assert "nothing to act on" in refused["alibi / mamba"].reason
-    assert "none / mamba" not in refused  # asked for, so not replaced either
+    assert len(planned) == len(POSITION_ENCODINGS) * len(MIXERS)
+    rejected = {x.name: x for x in planned if isinstance(x, Rejection)}
+    assert "has no effect" in rejected["alibi / mamba"].reason
+    assert "none / mamba" not in rejected  # chosen explicitly, so not replaced either
 
 
-def test_axes_that_set_the_same_thing_have_no_product():
+def test_axes_that_change_the_same_setting_have_no_product():
     with pytest.raises(ConfigError, match=r"two of these set model\.feedforward"):
         plan(BASE, ["activation", "feedforward"], is_product=True)
 
 
-def test_plain_and_gated_layers_have_as_many_parameters():
+def test_plain_and_gated_layers_have_equally_many_parameters():
     entries = plan(BASE, ["activation"], is_product=False)
     assert len({count_params(x.cfg.model)["total"] for x in entries}) == 1
 
 
-# --- how it is measured ---
+# --- measurement ---
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ablate")
     write_text(folder / "text", documents=24)
     return folder
 
 
-def settings(place):
+def make_settings(folder):
     return [
         *("model.context=16", "model.width=16", "model.heads=2", "model.ffn=16", "train.batch=4"),
-        *("train.eval_batches=0", f"data.cache={place / 'tokens'}"),
+        *("train.eval_batches=0", f"data.cache={folder / 'tokens'}"),
     ]
 
 
 @pytest.fixture(scope="module")
-def text(place):
-    return Text(override(BASE, [f"data.source={place / 'text'}", *settings(place)]))
+def batches(folder):
+    return Batches(override(BASE, [f"data.source={folder / 'text'}", *make_settings(folder)]))
 
 
-def test_windows_of_all_lengths_ask_for_the_same_tokens(text):
-    asked = {}
-    for times in TIMES:
-        batches = [*text.held(times)]
-        assert batches[0].tokens.shape == (4 // times, 16 * times)
-        parts = [np.concatenate([getattr(b, name).reshape(-1) for b in batches])
+def test_windows_of_all_lengths_have_the_same_targets(batches):
+    targets = {}
+    for factor in CONTEXT_FACTORS:
+        held_out = [*batches.iterate_held_out(factor)]
+        assert held_out[0].tokens.shape == (4 // factor, 16 * factor)
+        parts = [np.concatenate([getattr(b, name).reshape(-1) for b in held_out])
                  for name in ("targets", "weights")]  # fmt: skip
-        asked[times] = parts[0][parts[1] > 0]
-    assert asked[1].size > 0.9 * (text.corpus.held.ids.size - 1) - text.corpus.held.documents
-    np.testing.assert_array_equal(asked[1], asked[2])
-    np.testing.assert_array_equal(asked[1], asked[4])
+        targets[factor] = parts[0][parts[1] > 0]
+    corpus = batches.corpus
+    assert targets[1].size > 0.9 * (corpus.held_out.ids.size - 1) - corpus.held_out.documents
+    np.testing.assert_array_equal(targets[1], targets[2])
+    np.testing.assert_array_equal(targets[1], targets[4])
 
 
-def test_seeds_have_batches_of_their_own(text):
-    first, again, second = (text.train(seed)[0].tokens for seed in (0, 0, 1))
-    np.testing.assert_array_equal(first, again)
+def test_seeds_have_batches_of_their_own(batches):
+    first, repeated, second = (batches.get_train_batches(s)[0].tokens for s in (0, 0, 1))
+    np.testing.assert_array_equal(first, repeated)
     assert (first != second).any()
 
 
@@ -145,9 +156,9 @@ def test_seeds_have_batches_of_their_own(text):
         ("model.mixers=synthesizer_random", "`stack/layers/block_0/mixer/scores`"),
     ],
 )
-def test_what_has_a_row_for_every_position_is_not_stretched(change, table):
-    place = [] if "position" in change else ["model.position=none"]
-    longer, fixed = ablate.stretched(override(BASE, [change, *place]), 4)
+def test_parameters_with_a_row_per_position_are_reported_as_not_extensible(change, table):
+    position = [] if "position" in change else ["model.position=none"]
+    longer, fixed = ablate.extend_context(override(BASE, [change, *position]), 4)
     assert fixed == table
     assert longer.model.context == 4 * BASE.model.context
 
@@ -156,27 +167,27 @@ def test_what_has_a_row_for_every_position_is_not_stretched(change, table):
 
 
 @pytest.fixture(scope="module")
-def command(place):
-    """What two choices are trained by, after it ran once; it ran in another folder than docs."""
-    source = f"--source={place / 'text'}"
+def command(folder):
+    """The arguments that train two choices."""
+    source = f"--source={folder / 'text'}"
     axes = "--axes=position"
-    out = f"--out={place / 'out'}"
-    return ["--steps=3", "--seeds=0,1", source, axes, out, *settings(place)]
+    out = f"--out={folder / 'out'}"
+    return ["--steps=3", "--seeds=0,1", source, axes, out, *make_settings(folder)]
 
 
 @pytest.fixture(scope="module")
-def finished(place, command):
-    few = {name: POSITIONS[name] for name in ("rope", "learned")}
+def finished_run(folder, command):
+    registry = {name: POSITION_ENCODINGS[name] for name in ("rope", "learned")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(AXES, "position", ablate._choices("model.position", few))
+        patch.setitem(AXES, "position", ablate.list_choices("model.position", registry))
         assert ablate.main(command) == 0
-    return place / "out"
+    return folder / "out"
 
 
-def test_a_row_has_all_its_figures(finished):
-    lines = (finished / "rows.jsonl").read_text().splitlines()
+def test_a_row_has_all_its_figures(finished_run):
+    lines = (finished_run / "rows.jsonl").read_text().splitlines()
     rope, learned = map(json.loads, lines)
-    assert {times: len(losses) for times, losses in rope["losses"].items()} == {
+    assert {factor: len(losses) for factor, losses in rope["losses"].items()} == {
         "1": 2, "2": 2, "4": 2,
     }  # fmt: skip
     assert set(learned["losses"]) == {"1"}
@@ -191,92 +202,92 @@ def test_a_row_has_all_its_figures(finished):
         assert row["tokens_per_second"] == pytest.approx(4 * 16 / seconds)
 
 
-def test_the_page_has_tables_reasons_and_pictures(finished):
-    page = (finished / "ablation.md").read_text()
+def test_the_page_has_tables_reasons_and_plots(finished_run):
+    page = (finished_run / "ablation.md").read_text()
     assert "python -m benchmarks.ablate --steps=3" in page
     assert "| **rope** |" in page
     assert "| learned |" in page
     assert "\n\\- learned: `stack/position/table` has no rows for longer windows." in page
     for name in ("loss", "length"):
         assert f"images/ablation_{name}.png" in page
-        picture = (finished / "images" / f"ablation_{name}.png").read_bytes()
-        assert picture.startswith(b"\x89PNG")
+        image = (finished_run / "images" / f"ablation_{name}.png").read_bytes()
+        assert image.startswith(b"\x89PNG")
     assert "ablation_speed" not in page  # no mixers were compared
 
 
-def test_a_second_run_measures_nothing_and_writes_the_same(finished, command, monkeypatch):
-    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
-    few = {name: POSITIONS[name] for name in ("rope", "learned")}
-    monkeypatch.setitem(AXES, "position", ablate._choices("model.position", few))
+def test_a_second_run_measures_nothing_and_writes_the_same(finished_run, command, monkeypatch):
+    before = {path: path.read_bytes() for path in finished_run.rglob("*") if path.is_file()}
+    registry = {name: POSITION_ENCODINGS[name] for name in ("rope", "learned")}
+    monkeypatch.setitem(AXES, "position", ablate.list_choices("model.position", registry))
 
-    def never(*_):
+    def fail(*_):
         raise AssertionError("it was measured already")
 
-    monkeypatch.setattr(ablate, "measure", never)
+    monkeypatch.setattr(ablate, "measure", fail)
     assert ablate.main(command) == 0
-    assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    assert before == {path: path.read_bytes() for path in finished_run.rglob("*") if path.is_file()}
 
 
-def test_another_budget_is_measured_anew(finished, command, monkeypatch):
-    few = {"rope": POSITIONS["rope"]}
-    monkeypatch.setitem(AXES, "position", ablate._choices("model.position", few))
-    asked = []
+def test_another_budget_is_measured_again(finished_run, command, monkeypatch):
+    registry = {"rope": POSITION_ENCODINGS["rope"]}
+    monkeypatch.setitem(AXES, "position", ablate.list_choices("model.position", registry))
+    measured_steps = []
 
     def stop(cfg, *_):
-        asked.append(cfg.train.steps)
+        measured_steps.append(cfg.train.steps)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ablate, "measure", stop)
     with pytest.raises(KeyboardInterrupt):
         ablate.main(["--steps=4", *command[1:]])
-    assert asked == [4]
+    assert measured_steps == [4]
 
 
-def test_what_is_refused_is_on_the_page(finished, command, monkeypatch, tmp_path):
-    rows = ablate.read_rows(finished / "rows.jsonl")
+def test_rejected_choices_are_on_the_page(finished_run, command, monkeypatch, tmp_path):
+    rows = ablate.read_rows(finished_run / "rows.jsonl")
     monkeypatch.setattr(ablate, "measure_all", lambda entries, *_: [*rows.values()][:1])
-    few = {name: MIXERS[name] for name in ("attention", "linformer")}
-    monkeypatch.setitem(AXES, "mixer", ablate._choices("model.mixers", few))
+    registry = {name: MIXERS[name] for name in ("attention", "linformer")}
+    monkeypatch.setitem(AXES, "mixer", ablate.list_choices("model.mixers", registry))
     assert ablate.main([*command, "--axes=mixer", f"--docs={tmp_path}"]) == 0
     page = (tmp_path / "ablation.md").read_text()
-    assert "Left out: **linformer**. model.mixers='linformer' looks into the future" in page
+    assert "Left out: **linformer**. model.mixers='linformer' is not causal" in page
     assert "Accepted with train.objective=masked." in page
 
 
-def test_a_cut_line_does_not_count(finished, tmp_path):
-    whole, _ = (finished / "rows.jsonl").read_text().splitlines()
-    (tmp_path / "rows.jsonl").write_text(f"{whole}\n{whole[:40]}")
+def test_a_truncated_line_is_ignored(finished_run, tmp_path):
+    line, _ = (finished_run / "rows.jsonl").read_text().splitlines()
+    (tmp_path / "rows.jsonl").write_text(f"{line}\n{line[:40]}")
     assert len(ablate.read_rows(tmp_path / "rows.jsonl")) == 1
 
 
-# --- what is told ---
+# --- tables and text ---
 
 
-def row(losses, speed=1.0):
+def make_row(losses, speed=1.0):
     return {"losses": {1: losses}, "tokens_per_second": speed, "seconds_per_step": [1.0, 1.1]}
 
 
-def test_findings_follow_the_figures():
+def test_the_summary_follows_from_the_figures():
     entries = [Entry("norm", n, c) for n, c in (("a", BASE), ("b", None), ("c", None))]
-    rows = [row([2.0, 2.2]), row([2.15, 2.25], 3.0), row([3.0, 3.1])]
-    said = ablate.findings(entries, rows, BASE)
-    assert said == (
-        "Lowest loss: a, 2.100; highest: c, 3.050. Ranges over seeds overlap with the base's: b. "
+    rows = [make_row([2.0, 2.2]), make_row([2.15, 2.25], 3.0), make_row([3.0, 3.1])]
+    summary = ablate.summarize(entries, rows, BASE)
+    assert summary == (
+        "Lowest loss: a, 2.100; highest: c, 3.050. Seed ranges that overlap with the base's: b. "
         "Fastest: b, 3.0 times the tokens/s of a."
     )
 
 
-def test_noise_is_how_far_apart_the_seeds_are():
-    assert ablate.noise([row([1.0])] * 3) == pytest.approx(0.1)
-    assert ablate.noise([row([1.0]) | {"seconds_per_step": [1.0]}]) is None
+def test_noise_is_the_spread_of_the_seeds_step_times():
+    assert ablate.estimate_noise([make_row([1.0])] * 3) == pytest.approx(0.1)
+    assert ablate.estimate_noise([make_row([1.0]) | {"seconds_per_step": [1.0]}]) is None
 
 
 def test_an_unknown_axis_is_named(capsys):
     with pytest.raises(SystemExit):
-        ablate.main(["--axes=colour"])
-    assert "no axis 'colour'; there are: position" in capsys.readouterr().err
+        ablate.main(["--axes=color"])
+    assert "no axis 'color'; there are: position" in capsys.readouterr().err
 
 
-def test_a_batch_that_can_not_be_cut_is_refused():
+def test_a_batch_that_does_not_divide_into_longer_windows_is_rejected():
     with pytest.raises(ConfigError, match="multiple of 4"):
         ablate.main(["train.batch=6"])

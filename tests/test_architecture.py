@@ -1,4 +1,4 @@
-"""Models that can not be are refused as they are configured, by key; all others can be made."""
+"""Impossible models are rejected at configuration, by key; all others can be initialized."""
 
 import itertools
 
@@ -11,10 +11,10 @@ from jaxgpt.model.kernels import KERNELS, LIMITS
 from jaxgpt.model.masks import PATTERNS
 from jaxgpt.model.mixers import MIXERS
 from jaxgpt.model.norms import NORMS
-from jaxgpt.model.positions import POSITIONS, SCALINGS
+from jaxgpt.model.positions import POSITION_ENCODINGS, SCALINGS
 
 
-def refusal(*assignments):
+def get_error(*assignments):
     with pytest.raises(ConfigError) as error:
         override(Config(), assignments)
     return str(error.value)
@@ -33,9 +33,10 @@ BOTH = ("model.family=encoder_decoder", "train.objective=span")
         (["model.kernel=splash", "model.position=alibi"], ["'splash'", "'alibi'", "blockwise"]),
         (["model.kernel=cudnn", "model.softcap=50"], ["model.kernel='cudnn'", "model.softcap=50"]),
         # mixers
-        (["model.mixers=linformer"], ["model.mixers='linformer'", "future", "linformer_causal"]),
+        (["model.mixers=linformer"],
+         ["model.mixers='linformer'", "not causal", "linformer_causal"]),
         (["model.mixers=mamba", "model.position=none", *ENCODER],
-         ["'mamba'", "only looks back", "attention"]),
+         ["'mamba'", "causal only", "attention"]),
         (["model.mixers=attention,lstm", *BOTH], ["'lstm'", "'encoder_decoder'"]),
         (["model.mixers=lstm"], ["model.position='rope'", "model.mixers=lstm", "use none"]),
         (["model.mixers=performer", "model.position=alibi"], ["'alibi'", "performer", "attention"]),
@@ -85,12 +86,12 @@ BOTH = ("model.family=encoder_decoder", "train.objective=span")
         (["model.vocab=260", *ENCODER], ["model.vocab=260", "1 masks", "at least 261"]),
     ],
 )  # fmt: skip
-def test_what_can_not_be_is_refused_with_its_keys_and_a_remedy(assignments, parts):
-    message = refusal(*assignments)
+def test_impossible_combinations_are_rejected_with_their_keys_and_a_remedy(assignments, parts):
+    message = get_error(*assignments)
     assert [part for part in parts if part not in message] == [], message
 
 
-def test_widths_need_not_be_divisible_where_there_are_no_heads():
+def test_width_need_not_be_divisible_without_heads():
     assert ModelConfig(mixers=("lstm",), position="none", width=100).width == 100
 
 
@@ -98,8 +99,8 @@ FAMILIES = ("decoder", "encoder", "encoder_decoder")
 SMALL = dict(vocab=64, context=16, width=16, layers=2, heads=2, ffn=16)
 
 
-def made(**changes):
-    """Whether a model can be; if it is not refused, its parameters have shapes."""
+def is_valid(**changes):
+    """Return whether a model is accepted; if it is, its parameters have shapes."""
     try:
         cfg = ModelConfig(**SMALL | changes)
     except ConfigError:
@@ -108,40 +109,41 @@ def made(**changes):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_mixer_with_every_position_is_made_or_refused(family):
+def test_every_mixer_with_every_position_encoding_is_initialized_or_rejected(family):
     table = {
-        (mixer, position): made(family=family, mixers=(mixer,), position=position)
-        for mixer, position in itertools.product(MIXERS, POSITIONS)
+        (mixer, position): is_valid(family=family, mixers=(mixer,), position=position)
+        for mixer, position in itertools.product(MIXERS, POSITION_ENCODINGS)
     }
     directions = {"decoder": ["causal"], "encoder": ["both"], "encoder_decoder": ["both", "causal"]}
-    for (mixer, position), is_made in table.items():
-        looks = set(directions[family]) <= set(MIXERS[mixer].DIRECTIONS)
-        place = POSITIONS[position].PLACE
-        assert is_made == (looks and (not place or place in MIXERS[mixer].USES)), (mixer, position)
+    for (mixer, position), is_accepted in table.items():
+        has_directions = set(directions[family]) <= set(MIXERS[mixer].DIRECTIONS)
+        hook = POSITION_ENCODINGS[position].ATTENTION_HOOK
+        is_expected = has_directions and (not hook or hook in MIXERS[mixer].USES)
+        assert is_accepted == is_expected, (mixer, position)
 
 
 @pytest.mark.parametrize(
     ("key", "table"),
     [("norm", NORMS), ("activation", ACTIVATIONS), ("feedforward", FEEDFORWARDS)],
 )
-def test_every_norm_activation_and_feedforward_is_made_in_every_family(key, table):
-    assert all(made(family=f, **{key: name}) for f in FAMILIES for name in table)
+def test_every_norm_activation_and_feedforward_is_initialized_in_every_family(key, table):
+    assert all(is_valid(family=f, **{key: name}) for f in FAMILIES for name in table)
 
 
-def test_every_pattern_is_made_where_it_can_be():
+def test_every_pattern_is_initialized_where_it_is_possible():
     for family, pattern in itertools.product(FAMILIES, PATTERNS):
-        is_known = pattern != "prefix" or family == "decoder"
-        assert made(family=family, pattern=(pattern,)) == is_known, (family, pattern)
+        is_possible = pattern != "prefix" or family == "decoder"
+        assert is_valid(family=family, pattern=(pattern,)) == is_possible, (family, pattern)
 
 
-def test_every_kernel_refuses_its_limits_and_nothing_else():
-    wanted = {"bias": dict(position="alibi"), "softcap": dict(softcap=5.0)}
-    for kernel, (what, changes) in itertools.product(KERNELS, wanted.items()):
-        assert made(kernel=kernel, **changes) == (what not in LIMITS.get(kernel, {}))
+def test_every_kernel_rejects_its_limitations_and_nothing_else():
+    features = {"bias": dict(position="alibi"), "softcap": dict(softcap=5.0)}
+    for kernel, (what, changes) in itertools.product(KERNELS, features.items()):
+        assert is_valid(kernel=kernel, **changes) == (what not in LIMITS.get(kernel, {}))
 
 
-def test_every_stretching_of_rope_is_made():
+def test_every_scaling_of_rope_is_initialized():
     rope = type(ModelConfig().rope)
     for name in SCALINGS:
         factor = 1.0 if name == "none" else 4.0
-        assert made(rope=rope(scaling=name, factor=factor))
+        assert is_valid(rope=rope(scaling=name, factor=factor))

@@ -1,8 +1,8 @@
-"""What a training step may cost, by XLA's own count: no time is measured, so nothing here is noisy.
+"""The cost of a training step by XLA's cost analysis: no time is measured, so there is no noise.
 
-FLOPs and bytes are those of the traced program, before any machine's compiler rewrites it, and so
-the flags with which tests compile do not change them. XLA counts a loop's body once; for a count of
-everything, layers are unrolled and the loss is one chunk.
+FLOPs and bytes are those of the traced program, before the compiler rewrites it, so the flags with
+which tests compile do not change them. XLA counts the body of a loop once; to count everything,
+layers are unrolled and the loss is one chunk.
 """
 
 import functools
@@ -35,149 +35,153 @@ CONFIGS = {
 
 
 @functools.cache
-def lowered(name: str, *assignments: str):
+def lower(name: str, *assignments: str):
     return lower_step(override(CONFIGS[name], assignments), jax.devices()[:1]).lowered
 
 
-def whole(cfg: Config) -> tuple[str, ...]:
-    """Settings with which no loop is left, and every operation stands there as often as it runs."""
+def make_loop_free_settings(cfg: Config) -> tuple[str, ...]:
+    """Return settings without loops, so that each operation occurs as often as it runs."""
     tokens = cfg.train.batch * cfg.model.context
     return (f"model.unroll={cfg.model.layers}", f"train.loss_chunk={tokens}", "model.kernel=dense")
 
 
-def counted(name: str, *assignments: str) -> dict[str, float]:
+def count_costs(name: str, *assignments: str) -> dict[str, float]:
     cfg = override(CONFIGS[name], assignments)
-    return lowered(name, *assignments, *whole(cfg)).cost_analysis()
+    return lower(name, *assignments, *make_loop_free_settings(cfg)).cost_analysis()
 
 
-def besides_products(cfg: Config) -> dict[str, int]:
-    """Elements that are worked on one by one, by part, times the operations that each may cost."""
+def estimate_elementwise(cfg: Config) -> dict[str, int]:
+    """Return bounds on elementwise operations by part: elements times operations per element."""
     m, d = cfg.model, cfg.model.sizes
     N = cfg.train.batch * m.context
     return {
         # Mask and softmax (maximum, difference, exponential, sum, quotient), once more for the
         # backward pass, and the gradient.
-        "weights of attention": 20 * m.layers * d["H"] * N * m.context,
-        # Turned by RoPE, scaled (twice), and back.
+        "attention weights": 20 * m.layers * d["H"] * N * m.context,
+        # Rotation by RoPE, scaling (twice), and their gradients.
         "queries and keys": 12 * m.layers * N * (d["H"] + d["G"]) * d["K"],
         # silu(gate) * up, once more for the backward pass, and the gradients of both.
         "feed-forward": 20 * m.layers * N * d["F"],
-        # Two norms and two residuals a layer, a norm at the end; a norm, once more, and its
-        # gradient take 19.
-        "stream": 41 * (m.layers + 1) * N * d["D"],
-        # Log-softmax, the guess and its check, and the gradient.
-        "scores": 7 * N * d["V"],
+        # Two norms and two residuals a layer, a final norm; a norm, recomputed, and its gradient
+        # take 19.
+        "residual stream": 41 * (m.layers + 1) * N * d["D"],
+        # Log-softmax, the prediction and its comparison, and the gradient.
+        "logits": 7 * N * d["V"],
         # Clipping, two moments, decay, the step.
         "optimizer": 23 * count_params(m)["total"],
     }
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_step_multiplies_what_the_formula_says_and_little_else(name):
+def test_the_flops_of_a_step_equal_the_formula_plus_few_elementwise_operations(name):
     cfg = CONFIGS[name]
     products = flops_per_token(cfg.model) * cfg.train.batch * cfg.model.context
-    rest = sum(besides_products(cfg).values())
-    flops = counted(name)["flops"]
+    rest = sum(estimate_elementwise(cfg).values())
+    flops = count_costs(name)["flops"]
     assert products + 0.85 * rest < flops < products + rest
 
 
-def test_all_else_is_under_one_percent_of_a_step_of_gpt_mini():
+def test_other_operations_are_under_one_percent_of_a_step_of_gpt_mini():
     cfg = CONFIGS["gpt_mini"]
     products = flops_per_token(cfg.model) * cfg.train.batch * cfg.model.context
-    assert counted("gpt_mini")["flops"] < 1.01 * products
+    assert count_costs("gpt_mini")["flops"] < 1.01 * products
 
 
-def test_the_budget_sees_what_is_computed_twice():
+def test_the_flop_count_includes_recomputation():
     cfg = CONFIGS["gpt_mini"]
     products = flops_per_token(cfg.model) * cfg.train.batch * cfg.model.context
-    again = counted("gpt_mini", "model.remat=full")["flops"] - counted("gpt_mini")["flops"]
+    recomputed = (
+        count_costs("gpt_mini", "model.remat=full")["flops"] - count_costs("gpt_mini")["flops"]
+    )
     vocabulary = 6 * cfg.model.vocab * cfg.model.width * cfg.train.batch * cfg.model.context
-    # The forward pass of the layers, one third of their products, less the last of each: what it
-    # makes is not needed again.
-    assert 0.25 < again / (products - vocabulary) < 1 / 3
+    # The forward pass of the layers, one third of their products, without the last product of each,
+    # whose result the backward pass does not need.
+    assert 0.25 < recomputed / (products - vocabulary) < 1 / 3
 
 
 def test_every_layer_costs_the_same():
-    few, more, many = (counted("tiny", f"model.layers={n}")["flops"] for n in (2, 4, 12))
-    assert (many - few) / 10 == pytest.approx((more - few) / 2, rel=1e-6)
+    shallow, deeper, deepest = (
+        count_costs("tiny", f"model.layers={n}")["flops"] for n in (2, 4, 12)
+    )
+    assert (deepest - shallow) / 10 == pytest.approx((deeper - shallow) / 2, rel=1e-6)
 
 
 # --- bytes ---
 
-# Bytes read and written if nothing were fused, per step. They are not what a machine moves, but
-# they grow with every array that is made: a float32 copy, a mask for each layer, a transposition.
-# The middle of two releases of jax: 0.10 makes 0.4% less of it, 0.11 as much more.
+# Bytes read and written per step without any fusion. A machine moves fewer, but the count grows
+# with every new array: a float32 copy, a mask per layer, a transposition. The values lie between
+# two releases of jax: 0.10 counts 0.4% less, 0.11 0.4% more.
 BYTES = {"tiny": 56_990_000, "gpt_mini": 39_860_000_000}
 
 
 @pytest.mark.parametrize("name", BYTES)
-def test_no_arrays_are_made_that_were_not_made_before(name):
-    assert counted(name)["bytes accessed"] == pytest.approx(BYTES[name], rel=0.01)
+def test_the_byte_count_of_a_step_does_not_change(name):
+    assert count_costs(name)["bytes accessed"] == pytest.approx(BYTES[name], rel=0.01)
 
 
-def arrays(text: str) -> set[tuple[str, tuple[int, ...]]]:
-    """(dtype, shape) of everything in a program."""
-    return set(map(array, re.findall(r"tensor<(?:\d+x)+\w+>", text)))
+def find_arrays(text: str) -> set[tuple[str, tuple[int, ...]]]:
+    """Return (dtype, shape) of all arrays in a program."""
+    return set(map(parse_array, re.findall(r"tensor<(?:\d+x)+\w+>", text)))
 
 
-def array(kind: str) -> tuple[str, tuple[int, ...]]:
-    """("f32", (2, 3)) of "tensor<2x3xf32>"."""
+def parse_array(kind: str) -> tuple[str, tuple[int, ...]]:
+    """Parse "tensor<2x3xf32>" to ("f32", (2, 3))."""
     *shape, dtype = kind.removeprefix("tensor<").removesuffix(">").split("x")
     return dtype, tuple(map(int, shape))
 
 
-def scores(name: str, *assignments: str) -> int:
-    """The most scores of tokens for the vocabulary that are held at once, in numbers."""
+def find_max_logits(name: str, *assignments: str) -> int:
+    """Return the size of the largest array of logits in a program, in elements."""
     cfg = override(CONFIGS[name], assignments)
     V, D = cfg.model.vocab, cfg.model.width
     tables = {(V, D), (D, V), (V,)}
-    found = {shape for _, shape in arrays(lowered(name, *assignments).as_text())}
-    return max(math.prod(shape) for shape in found - tables if V in shape)
+    shapes = {shape for _, shape in find_arrays(lower(name, *assignments).as_text())}
+    return max(math.prod(shape) for shape in shapes - tables if V in shape)
 
 
-def test_the_scores_of_all_tokens_are_never_held_at_once():
+def test_the_logits_of_all_tokens_are_never_materialized_at_once():
     cfg = CONFIGS["gpt_mini"]
     N, V = cfg.train.batch * cfg.model.context, cfg.model.vocab
-    assert scores("gpt_mini") == N * V // 8  # chunks of 512 tokens
-    assert scores("gpt_mini", f"train.loss_chunk={N}") == N * V  # so that this test can see them
+    assert find_max_logits("gpt_mini") == N * V // 8  # chunks of 512 tokens
+    assert find_max_logits("gpt_mini", f"train.loss_chunk={N}") == N * V  # the test detects them
 
 
-def test_chunks_of_the_loss_take_the_memory_of_a_chunk():
-    def temporary(chunk):
+def test_a_chunked_loss_takes_the_memory_of_one_chunk():
+    def measure_temporary_bytes(chunk):
         settings = "model.vocab=4096", f"train.loss_chunk={chunk}"
-        return lowered("tiny", *settings).compile().memory_analysis().temp_size_in_bytes
+        return lower("tiny", *settings).compile().memory_analysis().temp_size_in_bytes
 
-    # At least the scores themselves, in float32, for the tokens that are not in the chunk.
-    assert temporary(128) - temporary(32) > 4 * (128 - 32) * 4096
+    # At least the float32 logits of the tokens that are not in the chunk.
+    assert measure_temporary_bytes(128) - measure_temporary_bytes(32) > 4 * (128 - 32) * 4096
 
 
 @pytest.mark.parametrize("kernel", ["auto", "dense", "blockwise"])
 def test_a_bfloat16_model_multiplies_in_bfloat16(kernel):
-    text = lowered("gpt_mini", "model.dtype=bfloat16", f"model.kernel={kernel}").as_text()
+    text = lower("gpt_mini", "model.dtype=bfloat16", f"model.kernel={kernel}").as_text()
     operands = re.findall(r"dot_general.* : \((\S+), (\S+)\) -> ", text)
-    assert {dtype for pair in operands for dtype, _ in map(array, pair)} == {"bf16"}
+    assert {dtype for pair in operands for dtype, _ in map(parse_array, pair)} == {"bf16"}
     assert len(operands) > 20
 
 
-def test_compiled_products_suit_a_cpu():
-    # What the compiler makes of a step, layer by layer: it must not move transpositions into
-    # products (`layers.columns`), nor RoPE's sines to all who use them.
-    text = lowered("gpt_mini", "train.batch=4", "model.unroll=6").compile().as_text()
+def test_compiled_matrix_products_have_a_layout_fast_on_cpus():
+    # In the compiled step, layer by layer: the compiler must not move transpositions into
+    # products (`layers.transpose_copy`), nor duplicate RoPE's sines for all uses.
+    text = lower("gpt_mini", "train.batch=4", "model.unroll=6").compile().as_text()
     flat = re.findall(r"= f32\[\d+,\d+\]\S* dot\(.*lhs_contracting_dims={(\d)}", text)
     assert len(flat) > 6 * 7 * 3  # seven maps of a layer, forward and both gradients
     assert set(flat) == {"1"}
     assert text.count(" sine(") == 1
 
 
-# --- length: compilations are counted in trainer/test_loop.py ---
+# --- program length: compilations are counted in trainer/test_loop.py ---
 
 
-def test_a_program_is_no_longer_for_more_layers():
-    shallow, deep = (len(lowered("tiny", f"model.layers={n}").as_text()) for n in (12, 48))
+def test_the_length_of_a_program_does_not_depend_on_the_number_of_layers():
+    shallow, deep = (len(lower("tiny", f"model.layers={n}").as_text()) for n in (12, 48))
     assert deep == pytest.approx(shallow, rel=0.01)
 
 
-# --- the reader of programs for TPUs, which CI can not make ---
+# --- parsing programs for TPUs, which CI cannot compile ---
 
 PROGRAM = """HloModule step, num_partitions=4
 
@@ -206,37 +210,41 @@ ENTRY %main (a: f32[2,8]) -> f32[2,8] {
 """  # noqa: E501
 
 
-def test_a_program_for_a_tpu_is_read_with_its_loops():
-    text = tpu.with_turns(PROGRAM)
-    this = tpu.read(text, override(CONFIGS["tiny"], ["model.layers=12", "model.context=1024"]))
-    assert this.cycles["fusion"] == 12 * 5  # and nothing for what is inside of it
-    assert this.cycles["copy"] == 12 * 7
-    assert this.slowest[0].name == "copy.3"
-    assert this.copies == {"f32[1024,1024]": 12 * 4 * 2**20}
-    assert this.kernels == {"splash": 12}
-    assert this.scores == ["f32[2,3,1024,1024]"]
-    assert this.kept == {"bf16[12,64,32768]": 1}  # the other is as large as a parameter
+def test_a_program_for_a_tpu_is_parsed_with_its_loops():
+    text = tpu.add_trip_counts(PROGRAM)
+    stats = tpu.analyze_program(
+        text, override(CONFIGS["tiny"], ["model.layers=12", "model.context=1024"])
+    )
+    assert stats.cycles["fusion"] == 12 * 5  # and nothing for instructions inside it
+    assert stats.cycles["copy"] == 12 * 7
+    assert stats.slowest[0].name == "copy.3"
+    assert stats.copies == {"f32[1024,1024]": 12 * 4 * 2**20}
+    assert stats.kernels == {"splash": 12}
+    assert stats.scores == ["f32[2,3,1024,1024]"]
+    assert stats.saved == {"bf16[12,64,32768]": 1}  # the other has the size of a parameter
     assert [(c.kind, c.times) for c in collectives(text)] == [("all-reduce", 12)]
-    # A turn of the stack, the copy, which the kernel reads, what it gives, the sum, the condition.
+    # One slice of the stack, the copy, the kernel's input and output, the sum, the condition.
     square = 4 * 2**20
-    assert this.traffic == 12 * (square + square + 2 * square + 64 + 5)
+    assert stats.traffic == 12 * (square + square + 2 * square + 64 + 5)
 
 
-def test_a_kernel_that_runs_again_costs_again():
+def test_a_kernel_that_runs_twice_costs_twice():
     cfg = override(CONFIGS["tiny"], ["model.layers=3", "model.width=512", "model.heads=4"])
     once = {"splash_mha_fwd_residuals": 3, "splash_mha_dq": 3, "splash_mha_dkv": 3}
     # 3 layers of 9 products [T K] x [K T] of 4 heads of 128, half of each, for 100 tokens.
     flops = 3 * 9 * (2 * 100 * cfg.model.context * 512) / 2
-    assert tpu.attention_seconds(cfg, 100, 1e6, Counter(once)) == pytest.approx(flops / 1e6)
-    again = once | {"splash_mha_fwd_residuals": 6}
-    more = tpu.attention_seconds(cfg, 100, 1e6, Counter(again))
-    assert more == pytest.approx(11 / 9 * flops / 1e6)
+    assert tpu.estimate_attention_seconds(cfg, 100, 1e6, Counter(once)) == pytest.approx(
+        flops / 1e6
+    )
+    recomputed = once | {"splash_mha_fwd_residuals": 6}
+    twice = tpu.estimate_attention_seconds(cfg, 100, 1e6, Counter(recomputed))
+    assert twice == pytest.approx(11 / 9 * flops / 1e6)
 
 
-def test_without_the_compiler_it_is_said_what_to_install(monkeypatch):
-    def missing(name):
+def test_without_the_compiler_the_error_names_the_package_to_install(monkeypatch):
+    def raise_not_found(name):
         raise tpu.PackageNotFoundError(name)
 
-    monkeypatch.setattr(tpu, "version", missing)
+    monkeypatch.setattr(tpu, "version", raise_not_found)
     with pytest.raises(ConfigError, match="libtpu"):
         tpu.main(["--models", "gpt2_124m", "--chips", "v5e"])

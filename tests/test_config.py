@@ -1,4 +1,4 @@
-"""The schema of experiments: what is accepted, what is refused, and in which words."""
+"""The schema of experiments: what is accepted, what is rejected, and the error messages."""
 
 import dataclasses
 import json
@@ -11,25 +11,26 @@ from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
 from jaxgpt.config import (
+    RENAMED_SETTINGS,
     Config,
     ConfigError,
     MeshConfig,
     ModelConfig,
     SampleConfig,
     describe,
-    differences,
     from_json,
+    list_differences,
     load,
     override,
     to_json,
 )
-from jaxgpt.settings import flat_fields, flat_hints, get, resolve_table
+from jaxgpt.settings import get, list_fields, list_types, resolve_table
 
 ROOT = pathlib.Path(__file__).parent.parent
-FIELDS, HINTS = flat_fields(Config), flat_hints(Config)
+FIELDS, HINTS = list_fields(Config), list_types(Config)
 
 
-def refusal(*assignments: str) -> str:
+def get_error(*assignments: str) -> str:
     with pytest.raises(ConfigError) as error:
         override(Config(), assignments)
     return str(error.value)
@@ -55,19 +56,19 @@ def refusal(*assignments: str) -> str:
         ("--optimizer.weight-decay=0", 0.0),
     ],
 )
-def test_a_setting_of_every_type_is_set_from_the_shell(assignment, value):
+def test_a_setting_of_every_type_is_set_on_the_command_line(assignment, value):
     key = assignment.partition("=")[0].removeprefix("--").replace("-", "_")
     found = get(override(Config(), [assignment]), key)
     assert found == value
     assert type(found) is type(value)
 
 
-def test_an_override_leaves_everything_else_alone():
+def test_an_override_changes_nothing_else():
     changed = override(Config(), ["model.width=768"])
     assert dataclasses.replace(changed, model=ModelConfig()) == Config()
 
 
-def test_overrides_apply_all_at_once_so_that_only_the_outcome_must_be_valid():
+def test_overrides_apply_all_at_once_so_that_only_the_result_must_be_valid():
     # 390 is not divisible by the 6 heads that the default has, nor is 384 by 5.
     sizes = override(Config(), ["model.width=390", "model.heads=5"]).model.sizes
     assert (sizes["D"], sizes["H"], sizes["K"]) == (390, 5, 78)
@@ -78,7 +79,7 @@ def test_the_last_of_two_overrides_of_a_key_wins():
 
 
 def test_without_an_equals_sign_the_form_is_shown():
-    assert refusal("model.width") == (
+    assert get_error("model.width") == (
         "expected path=value, such as model.width=512; got 'model.width'."
     )
 
@@ -95,19 +96,19 @@ def test_without_an_equals_sign_the_form_is_shown():
         ("sede", "seed"),
     ],
 )
-def test_a_misspelt_or_shortened_key_is_answered_with_the_right_one(key, suggestion):
-    message = refusal(f"{key}=1")
+def test_a_misspelled_or_shortened_key_suggests_the_right_one(key, suggestion):
+    message = get_error(f"{key}=1")
     assert message.startswith(f"there is no setting {key!r}.")
     assert suggestion in message.partition("Did you mean ")[2].rstrip("?").split(" or ")
 
 
-def test_a_leaf_of_two_sections_is_answered_with_both():
-    assert refusal("tokens=3").endswith("Did you mean sample.tokens?")
-    assert refusal("nothing.seed=3").endswith("Did you mean seed or sample.seed?")
+def test_a_leaf_of_two_sections_suggests_both():
+    assert get_error("tokens=3").endswith("Did you mean sample.tokens?")
+    assert get_error("nothing.seed=3").endswith("Did you mean seed or sample.seed?")
 
 
-def test_a_key_like_no_other_is_answered_with_where_all_are_listed():
-    assert refusal("qqqqq=1").endswith("`jaxgpt train --help` lists all keys.")
+def test_a_key_unlike_any_other_refers_to_the_list_of_all():
+    assert get_error("qqqqq=1").endswith("`jaxgpt train --help` lists all keys.")
 
 
 @pytest.mark.parametrize(
@@ -147,29 +148,29 @@ def test_a_key_like_no_other_is_answered_with_where_all_are_listed():
         (['sample.stop=["a",""]'], ["sample.stop", "empty"]),
     ],
 )
-def test_what_can_not_work_is_refused_with_key_value_and_remedy(assignments, parts):
-    message = refusal(*assignments)
+def test_invalid_settings_are_rejected_with_key_value_and_remedy(assignments, parts):
+    message = get_error(*assignments)
     assert [part for part in parts if part not in message] == []
 
 
-def test_an_odd_head_width_is_fine_without_rope():
+def test_an_odd_head_width_is_valid_without_rope():
     model = ModelConfig(width=15, heads=5, position="learned")
     assert model.sizes["K"] == 3
 
 
-def test_a_head_width_of_its_own_frees_the_width():
+def test_an_explicit_head_width_leaves_the_width_free():
     assert ModelConfig(width=100, heads=6, head_width=32).sizes["K"] == 32
 
 
-def test_a_tokenizer_from_a_file_may_be_smaller_than_the_bytes():
+def test_a_tokenizer_file_may_have_fewer_tokens_than_bytes():
     assert override(Config(), ["data.tokenizer=x.json", "model.vocab=100"]).model.vocab == 100
 
 
-def test_one_axis_of_the_mesh_may_take_what_is_left():
+def test_one_mesh_axis_may_take_the_remaining_devices():
     assert MeshConfig(data=2, fsdp=-1).fsdp == -1
 
 
-def test_kv_heads_none_means_one_for_every_head():
+def test_kv_heads_none_means_one_per_query_head():
     assert ModelConfig().sizes["G"] == ModelConfig().heads
 
 
@@ -177,13 +178,13 @@ def test_kv_heads_none_means_one_for_every_head():
 
 
 @pytest.mark.parametrize("key", [key for key, f in FIELDS.items() if f.metadata["table"]])
-def test_a_table_resolves_and_holds_the_default(key):
+def test_a_table_resolves_and_has_the_default(key):
     default, table = FIELDS[key].default, resolve_table(FIELDS[key].metadata["table"])
     for name in default if isinstance(default, tuple) else (default,):
         assert name in table
 
 
-def test_every_section_names_itself_as_its_parent_does():
+def test_every_section_name_is_its_field_name_in_config():
     for f in dataclasses.fields(Config):
         if dataclasses.is_dataclass(value := getattr(Config(), f.name)):
             assert value.section == f.name
@@ -196,7 +197,7 @@ def test_configs_are_frozen():
         Config().model.width = 3
 
 
-def test_configs_are_hashable_so_that_jit_may_take_them_as_static():
+def test_configs_are_hashable_so_that_they_can_be_static_arguments_of_jit():
     assert hash(Config()) == hash(override(Config(), ["model.width=384"]))
 
 
@@ -226,17 +227,17 @@ def test_every_config_file_loads(monkeypatch):
 
 def test_a_config_file_is_found_by_path_and_by_bare_name(monkeypatch):
     monkeypatch.chdir(ROOT)
-    asked = ["configs/gpt_mini.py", "configs/gpt_mini", "gpt_mini.py", "gpt_mini"]
-    assert {load(path).name for path in asked} == {"gpt_mini"}
+    names = ["configs/gpt_mini.py", "configs/gpt_mini", "gpt_mini.py", "gpt_mini"]
+    assert {load(path).name for path in names} == {"gpt_mini"}
 
 
-def test_a_path_that_does_not_exist_is_not_taken_for_another_file_of_that_name(monkeypatch):
+def test_a_path_that_does_not_exist_is_not_resolved_to_another_file_of_that_name(monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(ConfigError, match=r"--config elsewhere/gpt_mini\.py: no such file"):
         load("elsewhere/gpt_mini.py")
 
 
-def test_a_misspelt_config_file_is_answered_with_the_nearest(monkeypatch):
+def test_a_misspelled_config_file_suggests_the_nearest(monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(ConfigError, match=r"Did you mean gpt_mini\?.*stdlib"):
         load("configs/gpt_mni.py")
@@ -250,7 +251,7 @@ def test_load_applies_assignments(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "expected"),
     [
         ("1/0", "ZeroDivisionError: division by zero"),
         ("config = (", "SyntaxError"),
@@ -263,19 +264,19 @@ def test_load_applies_assignments(tmp_path):
         ),
     ],
 )
-def test_a_config_file_that_fails_is_refused_with_the_reason(tmp_path, content, says):
+def test_a_config_file_that_fails_is_rejected_with_the_reason(tmp_path, content, expected):
     path = tmp_path / "mine.py"
     path.write_text(content)
     with pytest.raises(ConfigError) as error:
         load(str(path))
-    assert says in str(error.value)
+    assert expected in str(error.value)
 
 
 # --- saving ---
 
 
 def texts(key: str):
-    """Strategies for valid texts of a key, as the shell gives them."""
+    """Return a strategy for valid values of a key, as command-line strings."""
     f, kind = FIELDS[key], HINTS[key]
     args = [a for a in typing.get_args(kind) if a not in (type(None), Ellipsis)]
     low, high, above = (f.metadata[k] for k in ("low", "high", "above"))
@@ -307,7 +308,7 @@ assignments = st.lists(
 def test_json_gives_back_the_config_that_was_saved(given):
     try:
         config = override(Config(), given)
-    except ConfigError:  # two values that do not go together
+    except ConfigError:  # two incompatible values
         reject()
     assert from_json(to_json(config)) == config
 
@@ -322,12 +323,12 @@ def test_an_unknown_key_in_a_saved_config_names_file_and_key():
 
 
 @pytest.mark.parametrize("text", ["", "{", "3", "[]", "null", '"x"', '{"model": 3}'])
-def test_a_file_that_is_no_config_is_refused_by_name(text):
+def test_a_file_that_is_not_a_config_is_rejected_by_name(text):
     with pytest.raises(ConfigError, match=r"^runs/a/config\.json"):
         from_json(text, "runs/a/config.json")
 
 
-def test_a_saved_config_without_a_newer_key_takes_its_default():
+def test_a_saved_config_without_a_newer_key_uses_its_default():
     tree = json.loads(to_json(override(Config(), ["model.width=768"])))
     del tree["model"]["norm_eps"]
     config = from_json(json.dumps(tree))
@@ -335,23 +336,55 @@ def test_a_saved_config_without_a_newer_key_takes_its_default():
     assert config.model.width == 768
 
 
+# --- renamed settings ---
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("train.noise=0.3", "train.mask_rate=0.3"),
+        ("--train.noise=0.3", "train.mask_rate=0.3"),
+        ("model.documents=apart", "model.documents=separate"),
+        ("model.documents=joined", "model.documents=joined"),
+    ],
+)
+def test_an_old_setting_on_the_command_line_means_its_new_one(old, new):
+    assert override(Config(), [old]) == override(Config(), [new])
+
+
+def test_an_old_setting_in_a_saved_config_means_its_new_one():
+    new = override(Config(), ["train.mask_rate=0.3"])
+    tree = json.loads(to_json(new))
+    tree["train"]["noise"] = tree["train"].pop("mask_rate")
+    tree["model"]["documents"] = "apart"
+    assert from_json(json.dumps(tree)) == new
+
+
+def test_every_renamed_setting_leads_to_a_present_one():
+    for old, new in RENAMED_SETTINGS.items():
+        key, _, value = new.partition("=")
+        assert key in FIELDS
+        assert not value or value in resolve_table(FIELDS[key].metadata["table"])
+        assert old.partition("=")[0] not in FIELDS or value
+
+
 # --- differences ---
 
 
-def test_a_config_does_not_differ_from_itself():
-    assert differences(Config(), Config()) == []
+def test_a_config_has_no_differences_from_itself():
+    assert list_differences(Config(), Config()) == []
 
 
 def test_differences_name_the_key_and_both_values():
     new = override(Config(), ["model.width=768", "optimizer.lr=0.5"])
-    assert differences(Config(), new) == [
+    assert list_differences(Config(), new) == [
         "model.width: 384 -> 768",
         "optimizer.lr: 0.001 -> 0.5",
     ]
 
 
-def test_differences_ignore_what_changes_nothing_that_is_learned():
-    free = [
+def test_differences_ignore_settings_that_do_not_change_what_is_learned():
+    runtime_settings = [
         "folder=elsewhere",
         "resume=force",
         "model.remat=full",
@@ -360,4 +393,4 @@ def test_differences_ignore_what_changes_nothing_that_is_learned():
         "sample.temperature=0",
         "train.loss_chunk=8",
     ]
-    assert differences(Config(), override(Config(), free)) == []
+    assert list_differences(Config(), override(Config(), runtime_settings)) == []

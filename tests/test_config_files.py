@@ -10,7 +10,7 @@ MINE = "from jaxgpt.config import Config\nconfig = Config(name={name!r})\n"
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An empty folder, as the working directory."""
+    """Make an empty folder the working directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -37,14 +37,14 @@ def test_a_path_comes_before_a_config_in_configs(folder):
     assert load("mine").name == "path"
 
 
-def test_a_refusal_lists_own_and_shipped_configs_once(folder):
+def test_the_error_lists_own_and_shipped_configs_once(folder):
     write(folder / "configs" / "mine.py", MINE.format(name="mine"))
     write(folder / "configs" / "stdlib.py", MINE.format(name="mine"))
     with pytest.raises(
         ConfigError, match=r"--config min: no such file. Did you mean mine\?"
-    ) as why:
+    ) as error:
         find_config("min")
-    assert str(why.value).count("stdlib") == 1
+    assert str(error.value).count("stdlib") == 1
     assert {"mine", "gpt_mini"} < set(list_configs())
 
 
@@ -52,7 +52,7 @@ def test_a_shipped_config_starts_from_another_one(folder):
     assert load("gpt2_355m").model.layers == 24  # from configs.gpt2_124m
 
 
-def test_a_config_of_ones_own_starts_from_a_shipped_one(folder):
+def test_an_own_config_starts_from_a_shipped_one(folder):
     path = write(
         folder / "mine.py",
         "import dataclasses\nfrom configs.gpt2_124m import config as base\n"
@@ -73,7 +73,7 @@ def test_configs_in_a_folder_of_another_name_import_each_other(folder):
     assert load(path).name == "base"
 
 
-def test_loading_leaves_the_imports_of_python_as_they_were(folder, monkeypatch):
+def test_loading_does_not_change_the_imported_modules_and_the_path(folder, monkeypatch):
     other = type(sys)("configs")
     monkeypatch.setitem(sys.modules, "configs", other)
     path = list(sys.path)

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.config import DataConfig
 from jaxgpt.data import Tokens, prepare, shards, sources, units, work
-from jaxgpt.data.shards import Joined
+from jaxgpt.data.shards import ConcatenatedArray
 from jaxgpt.settings import ConfigError
 
 VOCAB = 280
 
 
-def texts(count=100):
+def make_texts(count=100):
     return [f"Text number {n}: the cat sat on mat {n * 7919}.\n" for n in range(count)]
 
 
@@ -28,18 +28,18 @@ def texts(count=100):
 def cfg(tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()
-    lines = [json.dumps({"text": text}) for text in texts()]
+    lines = [json.dumps({"text": text}) for text in make_texts()]
     (folder / "a.jsonl").write_text("\n".join(lines))
     os.utime(folder / "a.jsonl", (1, 1))  # long ago, so that the survey is kept
     return DataConfig(source=str(folder), cache=str(tmp_path / "cache"))
 
 
-def changed(cfg, **settings):
+def override(cfg, **settings):
     return DataConfig(**{**vars(cfg), **settings})
 
 
-def decoded(corpus, part):
-    """The documents of a part, checked to stand between bos and eos."""
+def decode_documents(corpus, part):
+    """Return the documents of a stream, after checking that each is between bos and eos."""
     tokens, tokenizer = getattr(corpus, part), corpus.tokenizer
     pairs = zip(tokens.starts[:-1], tokens.starts[1:], strict=True)
     documents = [np.asarray(tokens.ids[begin:end]) for begin, end in pairs]
@@ -47,8 +47,8 @@ def decoded(corpus, part):
     return [tokenizer.decode(ids[1:-1]) for ids in documents]
 
 
-def folder_of(cfg):
-    """The folder of the one corpus in the cache."""
+def find_corpus_folder(cfg):
+    """Return the folder of the only corpus in the cache."""
     (folder,) = (p for p in pathlib.Path(cfg.cache).iterdir() if p.name != "units")
     return folder
 
@@ -56,68 +56,70 @@ def folder_of(cfg):
 @pytest.fixture
 def small_units(monkeypatch):
     """Ranges of 1000 bytes: the text of `cfg` has six."""
-    monkeypatch.setattr(units, "SIZE", 1000)
+    monkeypatch.setattr(units, "TARGET_UNIT_BYTES", 1000)
 
 
 @pytest.fixture
-def made(monkeypatch):
-    """The names of the files that are written, as they are."""
+def written_names(monkeypatch):
+    """The names of the files written so far."""
     names = []
-    real = work.replacing
+    real = work.atomic_write
 
-    def replacing(path):
+    def record_and_write(path):
         names.append(os.path.basename(path))
         return real(path)
 
-    monkeypatch.setattr(work, "replacing", replacing)
+    monkeypatch.setattr(work, "atomic_write", record_and_write)
     return names
 
 
-def never(*args, **kwargs):
+def raise_if_called(*args, **kwargs):
     raise AssertionError("this should not have been called")
 
 
 # --- tokens ---
 
 
-def test_the_two_streams_hold_every_document_once_in_order(cfg):
+def test_the_two_streams_contain_every_document_once_in_order(cfg):
     corpus = prepare(cfg, VOCAB)
-    train, held = decoded(corpus, "train"), decoded(corpus, "held")
-    assert [text for text in texts() if text in set(train)] == train
-    assert [text for text in texts() if text in set(held)] == held
-    assert sorted(train + held) == sorted(texts())
+    train, held = decode_documents(corpus, "train"), decode_documents(corpus, "held_out")
+    assert [text for text in make_texts() if text in set(train)] == train
+    assert [text for text in make_texts() if text in set(held)] == held
+    assert sorted(train + held) == sorted(make_texts())
     assert train
     assert held
 
 
-def test_documents_split_by_tail_join_to_the_documents(cfg):
-    corpus = prepare(changed(cfg, split="tail", tokenizer="bytes"), VOCAB)
-    joined = zip(decoded(corpus, "train"), decoded(corpus, "held"), strict=True)
-    assert [train + held for train, held in joined] == texts()
+def test_documents_split_by_tail_concatenate_to_the_originals(cfg):
+    corpus = prepare(override(cfg, split="tail", tokenizer="bytes"), VOCAB)
+    joined = zip(
+        decode_documents(corpus, "train"), decode_documents(corpus, "held_out"), strict=True
+    )
+    assert [train + held for train, held in joined] == make_texts()
     assert corpus.rule == "tail"
 
 
 def test_small_batches_of_documents_give_the_same_tokens(cfg, tmp_path, monkeypatch):
     one = prepare(cfg, VOCAB)
-    monkeypatch.setattr(shards, "BATCH", 100)
-    other = prepare(changed(cfg, cache=str(tmp_path / "other")), VOCAB)
+    monkeypatch.setattr(shards, "ENCODE_BATCH_BYTES", 100)
+    other = prepare(override(cfg, cache=str(tmp_path / "other")), VOCAB)
     np.testing.assert_array_equal(one.train.ids, other.train.ids)
-    np.testing.assert_array_equal(one.held.starts, other.held.starts)
+    np.testing.assert_array_equal(one.held_out.starts, other.held_out.starts)
 
 
 def test_tokens_have_two_bytes_if_the_vocabulary_allows(cfg, monkeypatch):
     corpus = prepare(cfg, VOCAB)
     assert (corpus.train.ids.dtype, corpus.train.starts.dtype) == (np.uint16, np.int64)
-    large = tokenizers.from_bytes()
+    large = tokenizers.make_byte_tokenizer()
     large.vocab_size = 65_537
-    monkeypatch.setattr(tokenizers, "from_bytes", lambda: large)
-    assert prepare(changed(cfg, tokenizer="bytes"), 70_000).train.ids.dtype == np.uint32
+    monkeypatch.setattr(tokenizers, "make_byte_tokenizer", lambda: large)
+    assert prepare(override(cfg, tokenizer="bytes"), 70_000).train.ids.dtype == np.uint32
 
 
-def test_the_corpus_tells_its_sizes(cfg):
-    corpus = prepare(changed(cfg, tokenizer="bytes"), VOCAB)
-    assert corpus.train_bytes + corpus.held_bytes == sum(map(len, texts()))
-    assert corpus.train.documents + corpus.held.documents == 100
+def test_the_corpus_reports_its_sizes(cfg):
+    corpus = prepare(override(cfg, tokenizer="bytes"), VOCAB)
+    assert corpus.train_bytes + corpus.held_out_bytes == sum(map(len, make_texts()))
+    assert corpus.train.documents + corpus.held_out.documents == 100
     assert corpus.bytes_per_token == 1
     assert (corpus.source, corpus.rule) == (cfg.source, "document")
 
@@ -129,7 +131,7 @@ def test_stream_is_mapped_and_not_read(cfg):
 # --- tokenizer ---
 
 
-def test_the_tokenizer_never_sees_text_that_is_held_out(cfg, monkeypatch):
+def test_the_tokenizer_is_not_trained_on_held_out_text(cfg, monkeypatch):
     seen = []
     real = tokenizers.train
 
@@ -140,36 +142,36 @@ def test_the_tokenizer_never_sees_text_that_is_held_out(cfg, monkeypatch):
     monkeypatch.setattr(tokenizers, "train", spy)
     for split in ("document", "tail"):
         seen.clear()
-        corpus = prepare(changed(cfg, split=split), VOCAB)
-        assert [text.decode() for text in seen] == decoded(corpus, "train")
+        corpus = prepare(override(cfg, split=split), VOCAB)
+        assert [text.decode() for text in seen] == decode_documents(corpus, "train")
 
 
 def test_a_tokenizer_is_loaded_from_a_path(cfg, tmp_path):
     trained = tokenizers.train(["some other text " * 10], 270)
     trained.save(tmp_path / "other.json")
-    corpus = prepare(changed(cfg, tokenizer=str(tmp_path / "other.json")), VOCAB)
+    corpus = prepare(override(cfg, tokenizer=str(tmp_path / "other.json")), VOCAB)
     assert corpus.tokenizer.fingerprint == trained.fingerprint
 
 
-def test_a_tokenizer_with_too_many_tokens_is_refused(cfg):
+def test_a_tokenizer_with_too_many_tokens_is_rejected(cfg):
     with pytest.raises(ConfigError, match=r"'bytes' has 260 tokens.*model\.vocab=200"):
-        prepare(changed(cfg, tokenizer="bytes"), 200)
+        prepare(override(cfg, tokenizer="bytes"), 200)
 
 
-def test_a_run_that_goes_on_with_its_tokenizer_uses_the_same_files(cfg, tmp_path, monkeypatch):
+def test_a_resumed_run_with_its_tokenizer_uses_the_same_files(cfg, tmp_path, monkeypatch):
     first = prepare(cfg, VOCAB)
     first.tokenizer.save(tmp_path / "tokenizer.json")
-    monkeypatch.setattr(work, "replacing", never)
+    monkeypatch.setattr(work, "atomic_write", raise_if_called)
     again = prepare(cfg, VOCAB, tokenizers.load(tmp_path / "tokenizer.json"))
     assert again.fingerprint == first.fingerprint
 
 
-def test_a_given_tokenizer_wins_over_the_config(cfg):
+def test_a_given_tokenizer_overrides_the_config(cfg):
     first = prepare(cfg, VOCAB)
     other = tokenizers.train(["some other text " * 10], 270)
     corpus = prepare(cfg, VOCAB, other)
     assert corpus.tokenizer is other
-    assert decoded(corpus, "held") == decoded(first, "held")
+    assert decode_documents(corpus, "held_out") == decode_documents(first, "held_out")
     assert corpus.fingerprint != first.fingerprint
 
 
@@ -178,13 +180,13 @@ def test_a_given_tokenizer_wins_over_the_config(cfg):
 
 def test_a_source_in_many_units_gives_the_same_corpus(cfg, tmp_path, monkeypatch):
     one = prepare(cfg, VOCAB)
-    monkeypatch.setattr(units, "SIZE", 1000)
-    many = prepare(changed(cfg, cache=str(tmp_path / "other")), VOCAB)
-    assert isinstance(many.train.ids, Joined)
-    assert len(many.train.ids.parts) == 6
+    monkeypatch.setattr(units, "TARGET_UNIT_BYTES", 1000)
+    many = prepare(override(cfg, cache=str(tmp_path / "other")), VOCAB)
+    assert isinstance(many.train.ids, ConcatenatedArray)
+    assert len(many.train.ids.arrays) == 6
     assert many.fingerprint == one.fingerprint
-    for part in ("train", "held"):
-        assert decoded(many, part) == decoded(one, part)
+    for part in ("train", "held_out"):
+        assert decode_documents(many, part) == decode_documents(one, part)
         np.testing.assert_array_equal(getattr(many, part).starts, getattr(one, part).starts)
     assert (many.train_bytes, many.bytes_per_token) == (one.train_bytes, one.bytes_per_token)
 
@@ -194,11 +196,12 @@ def test_a_source_in_many_units_gives_the_same_corpus(cfg, tmp_path, monkeypatch
     firsts=st.lists(st.integers(0, 200), max_size=5),
     size=st.integers(0, 80),
 )
-def test_windows_of_joined_arrays_are_those_of_one(sizes, firsts, size):
+def test_windows_of_concatenated_arrays_are_those_of_one_array(sizes, firsts, size):
     whole = np.arange(sum(sizes), dtype=np.uint16)
     starts, firsts = np.array([0, whole.size]), np.array(firsts, int)
-    joined = Tokens(Joined(np.split(whole, np.cumsum(sizes)[:-1])), starts)
-    found, expected = joined.cut(firsts, size), Tokens(whole, starts).cut(firsts, size)
+    joined = Tokens(ConcatenatedArray(np.split(whole, np.cumsum(sizes)[:-1])), starts)
+    found = joined.gather_windows(firsts, size)
+    expected = Tokens(whole, starts).gather_windows(firsts, size)
     np.testing.assert_array_equal(found, expected)
     assert found.dtype == expected.dtype == np.int32
     assert (joined.ids.size, len(joined.ids), joined.ids.dtype) == (whole.size,) * 2 + (np.uint16,)
@@ -215,64 +218,68 @@ def test_a_tokenizer_is_trained_on_a_share_of_every_unit(cfg, small_units, monke
     prepare(cfg, VOCAB)
     everything, whole = [*seen], sum(map(len, seen))
     seen.clear()
-    monkeypatch.setattr(shards, "SAMPLE", whole // 3)
-    cached = changed(cfg, cache=cfg.cache + "2")
+    monkeypatch.setattr(shards, "MAX_SAMPLE_BYTES", whole // 3)
+    cached = override(cfg, cache=cfg.cache + "2")
     prepare(cached, VOCAB)
     assert 0.9 * whole / 3 < sum(map(len, seen)) <= whole / 3
     places = [next(n for n, text in enumerate(everything) if text.startswith(s)) for s in seen]
     assert places == sorted(places)
     gaps = np.diff([*places, len(everything)])
-    assert max(gaps) < len(everything) / 6  # from all over
+    assert max(gaps) < len(everything) / 6  # evenly sampled
 
 
-def test_there_may_be_more_shards_than_files_that_a_process_opens(cfg, monkeypatch):
+def test_there_may_be_more_shards_than_the_open_file_limit(cfg, monkeypatch):
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    monkeypatch.setattr(units, "SIZE", 50)
+    monkeypatch.setattr(units, "TARGET_UNIT_BYTES", 50)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (80, limits[1]))
-        corpus = prepare(changed(cfg, tokenizer="bytes"), VOCAB)
-        assert len(corpus.train.ids.parts) + len(corpus.held.ids.parts) > 80
-        assert sorted(decoded(corpus, "train") + decoded(corpus, "held")) == sorted(texts())
+        corpus = prepare(override(cfg, tokenizer="bytes"), VOCAB)
+        assert len(corpus.train.ids.arrays) + len(corpus.held_out.ids.arrays) > 80
+        assert sorted(
+            decode_documents(corpus, "train") + decode_documents(corpus, "held_out")
+        ) == sorted(make_texts())
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-def test_workers_make_what_one_process_makes(cfg, tmp_path, monkeypatch, small_units):
-    one = prepare(changed(cfg, workers=1), VOCAB)
-    monkeypatch.setattr(work, "SMALL", 0)
-    monkeypatch.setattr(work, "EVERY", 0.0)
-    monkeypatch.setattr(work, "_make", lambda job, wait: work.finished(job) or never())
+def test_workers_make_the_same_files_as_one_process(cfg, tmp_path, monkeypatch, small_units):
+    one = prepare(override(cfg, workers=1), VOCAB)
+    monkeypatch.setattr(work, "MIN_PARALLEL_BYTES", 0)
+    monkeypatch.setattr(work, "MIN_LOG_SECONDS", 0.0)
+    monkeypatch.setattr(
+        work, "_run_job", lambda job, wait: work.read_record(job) or raise_if_called()
+    )
     lines = []
-    others = changed(cfg, workers=2, cache=str(tmp_path / "other"))
-    many = prepare(others, VOCAB, say=lines.append)
+    others = override(cfg, workers=2, cache=str(tmp_path / "other"))
+    many = prepare(others, VOCAB, log=lines.append)
     assert many.fingerprint == one.fingerprint
-    assert decoded(many, "train") == decoded(one, "train")
+    assert decode_documents(many, "train") == decode_documents(one, "train")
     assert any(line.startswith("reading: ") for line in lines)
     assert any(line.startswith("tokenizing: ") and "of 6 pieces, " in line for line in lines)
 
 
-def test_progress_is_said_at_most_every_couple_of_seconds(monkeypatch):
+def test_progress_is_logged_at_most_every_two_seconds(monkeypatch):
     clock = iter([0.0, 1.0, 5.0, 6.0, 7.0, 8.0, 10.0])
     monkeypatch.setattr(work.time, "monotonic", lambda: next(clock))
     lines = []
     progress = work._Progress("tokenizing", [10**7] * 7, [1, 2, 3, 4, 5, 6], lines.append)
-    for number in (1, 2, 2, 3, 4, 5, 6):  # 2 is told twice
-        progress.done(number)
+    for number in (1, 2, 2, 3, 4, 5, 6):  # 2 is reported twice
+        progress.mark_done(number)
     assert lines == [
         "tokenizing: 3 of 7 pieces, 30 of 70 MB, 4.0 MB/s, 0:10 left",
         "tokenizing: 5 of 7 pieces, 50 of 70 MB, 5.7 MB/s, 0:03 left",
     ]
 
 
-def test_what_a_worker_refuses_is_refused(cfg, tmp_path, monkeypatch, small_units):
+def test_an_error_in_a_worker_is_raised(cfg, tmp_path, monkeypatch, small_units):
     with open(os.path.join(cfg.source, "a.jsonl"), "a") as file:
         file.write("\n{oops")
     os.utime(os.path.join(cfg.source, "a.jsonl"), (1, 1))
-    monkeypatch.setattr(work, "SMALL", 0)
-    monkeypatch.setattr(work, "_work", never)
+    monkeypatch.setattr(work, "MIN_PARALLEL_BYTES", 0)
+    monkeypatch.setattr(work, "_run_jobs_here", raise_if_called)
     with pytest.raises(ConfigError, match=r"a\.jsonl at byte \d+ is not JSON"):
-        prepare(changed(cfg, workers=2), VOCAB)
+        prepare(override(cfg, workers=2), VOCAB)
 
 
 def test_workers_import_neither_jax_nor_the_program_that_called():
@@ -293,22 +300,24 @@ def write_source(folder, name, count):
 
 def test_a_mixture_has_a_stream_for_each_weight(cfg, tmp_path):
     a, b = (write_source(tmp_path, name, 40) for name in "ab")
-    corpus = prepare(changed(cfg, source=f"3 * {a} + 1 * {b}", tokenizer="bytes"), VOCAB)
+    corpus = prepare(override(cfg, source=f"3 * {a} + 1 * {b}", tokenizer="bytes"), VOCAB)
     assert corpus.names == (str(a), str(b))
     assert [share for share, _ in corpus.mixture] == [0.75, 0.25]
-    streams = [decoded(dataclasses.replace(corpus, train=t), "train") for _, t in corpus.mixture]
+    streams = [
+        decode_documents(dataclasses.replace(corpus, train=t), "train") for _, t in corpus.mixture
+    ]
     assert [{text[0] for text in texts} for texts in streams] == [{"a"}, {"b"}]
-    assert streams[0] + streams[1] == decoded(corpus, "train")
-    assert {text[0] for text in decoded(corpus, "held")} == {"a", "b"}
-    bare = prepare(changed(cfg, source=f"{a} + {b}", tokenizer="bytes"), VOCAB)
-    assert decoded(bare, "train") == decoded(corpus, "train")
+    assert streams[0] + streams[1] == decode_documents(corpus, "train")
+    assert {text[0] for text in decode_documents(corpus, "held_out")} == {"a", "b"}
+    bare = prepare(override(cfg, source=f"{a} + {b}", tokenizer="bytes"), VOCAB)
+    assert decode_documents(bare, "train") == decode_documents(corpus, "train")
     assert [(share, stream is bare.train) for share, stream in bare.mixture] == [(1.0, True)]
 
 
-def test_the_fingerprint_of_a_mixture_knows_shares_and_parts(cfg, tmp_path):
+def test_the_fingerprint_of_a_mixture_depends_on_shares_and_sources(cfg, tmp_path):
     a, b = (write_source(tmp_path, name, 40) for name in "ab")
     found = {
-        prepare(changed(cfg, source=source, tokenizer="bytes"), VOCAB).fingerprint
+        prepare(override(cfg, source=source, tokenizer="bytes"), VOCAB).fingerprint
         for source in (
             f"{a} + {b}",
             f"3 * {a} + 1 * {b}",
@@ -318,15 +327,15 @@ def test_the_fingerprint_of_a_mixture_knows_shares_and_parts(cfg, tmp_path):
     }
     assert len(found) == 4
     same = (f"0.3 * {a} + 0.1 * {b}", f"0.75 * {a} + 0.25 * {b}")
-    assert len({prepare(changed(cfg, source=s), VOCAB).fingerprint for s in same}) == 1
+    assert len({prepare(override(cfg, source=s), VOCAB).fingerprint for s in same}) == 1
 
 
-def test_a_weight_of_nothing_is_refused(cfg, tmp_path):
+def test_a_weight_of_an_empty_source_is_rejected(cfg, tmp_path):
     a = write_source(tmp_path, "a", 40)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "0.txt").write_text("")
     with pytest.raises(ConfigError, match=r"gives a weight to '.*/b', of which nothing"):
-        prepare(changed(cfg, source=f"1 * {a} + 1 * {tmp_path / 'b'}"), VOCAB)
+        prepare(override(cfg, source=f"1 * {a} + 1 * {tmp_path / 'b'}"), VOCAB)
 
 
 # --- cache ---
@@ -334,18 +343,18 @@ def test_a_weight_of_nothing_is_refused(cfg, tmp_path):
 
 def test_the_second_time_nothing_is_read_or_written(cfg, small_units, monkeypatch):
     first = prepare(cfg, VOCAB)
-    monkeypatch.setattr(sources, "read", never)
-    monkeypatch.setattr(work, "replacing", never)
+    monkeypatch.setattr(sources, "read_unit", raise_if_called)
+    monkeypatch.setattr(work, "atomic_write", raise_if_called)
     lines = []
-    second = prepare(cfg, VOCAB, say=lines.append)
+    second = prepare(cfg, VOCAB, log=lines.append)
     assert second.fingerprint == first.fingerprint
-    assert decoded(second, "train") == decoded(first, "train")
+    assert decode_documents(second, "train") == decode_documents(first, "train")
     assert lines == []
 
 
-def test_a_file_changed_a_moment_ago_is_read_again(cfg, monkeypatch):
+def test_a_recently_changed_file_is_read_again(cfg, monkeypatch):
     path = pathlib.Path(cfg.source) / "a.jsonl"
-    path.write_text(path.read_text())  # the next change might not change its time
+    path.write_text(path.read_text())  # the next change might leave its mtime as it is
     first = prepare(cfg, VOCAB)
     before = path.stat()
     path.write_text(path.read_text().replace("cat", "dog"))
@@ -353,66 +362,72 @@ def test_a_file_changed_a_moment_ago_is_read_again(cfg, monkeypatch):
     assert prepare(cfg, VOCAB).fingerprint != first.fingerprint
 
 
-def test_a_file_more_leaves_the_surveys_of_the_others(cfg, small_units, made):
-    prepare(changed(cfg, tokenizer="bytes"), VOCAB)
-    assert sum(name.endswith(".train.bin") for name in made) == 6
-    made.clear()
+def test_an_added_file_keeps_the_surveys_of_the_others(cfg, small_units, written_names):
+    prepare(override(cfg, tokenizer="bytes"), VOCAB)
+    assert sum(name.endswith(".train.bin") for name in written_names) == 6
+    written_names.clear()
     (pathlib.Path(cfg.source) / "b.txt").write_text("one more")
-    prepare(changed(cfg, tokenizer="bytes"), VOCAB)
-    assert not [name for name in made if len(name) == 37]  # surveys, <32 hexadecimal digits>.json
+    prepare(override(cfg, tokenizer="bytes"), VOCAB)
+    # Surveys are written to <32 hexadecimal digits>.json.
+    assert not [name for name in written_names if len(name) == 37]
 
 
 @pytest.mark.parametrize("name", ["000002.train.bin", "000003.held.npy"])
 @pytest.mark.parametrize("harm", ["cut", "flipped", "checked by size only"])
 def test_a_damaged_shard_is_named_and_made_again_once_it_is_deleted(
-    cfg, small_units, made, name, harm
+    cfg, small_units, written_names, name, harm
 ):
-    expected = decoded(prepare(cfg, VOCAB), "train")
-    path = folder_of(cfg) / name
+    expected = decode_documents(prepare(cfg, VOCAB), "train")
+    path = find_corpus_folder(cfg) / name
     content = path.read_bytes()
     path.write_bytes(content[:-2] if harm == "cut" else content[:-1] + bytes([content[-1] ^ 1]))
     if harm == "checked by size only":
-        prepare(changed(cfg, verify=False), VOCAB)
+        prepare(override(cfg, verify=False), VOCAB)
     with pytest.raises(ConfigError) as caught:
-        prepare(changed(cfg, verify=harm != "cut"), VOCAB)
+        prepare(override(cfg, verify=harm != "cut"), VOCAB)
     assert str(path) in str(caught.value)
     wrong = f"bytes should be {len(content)}, and is {len(content) - 2}"
     assert (wrong if harm == "cut" else "blake2b should be ") in str(caught.value)
     assert "Delete it" in str(caught.value)
     path.unlink()
-    made.clear()
-    assert decoded(prepare(cfg, VOCAB), "train") == expected
-    assert {file.partition(".")[0] for file in made} == {name.partition(".")[0], "manifest"}
+    written_names.clear()
+    assert decode_documents(prepare(cfg, VOCAB), "train") == expected
+    assert {file.partition(".")[0] for file in written_names} == {
+        name.partition(".")[0],
+        "manifest",
+    }
     assert path.read_bytes() == content
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "manifest.json", "000000.json"])
 @pytest.mark.parametrize("harm", ["missing", "cut"])
-def test_what_else_is_damaged_is_made_again(cfg, name, harm):
+def test_other_damaged_files_are_made_again(cfg, name, harm):
     first = prepare(cfg, VOCAB)
-    path = folder_of(cfg) / name
+    path = find_corpus_folder(cfg) / name
     expected = path.read_bytes()
     if harm == "missing":
         path.unlink()
     else:
         os.truncate(path, len(expected) // 2)
-    (folder_of(cfg) / "manifest.json").unlink(missing_ok=True)  # which has all that records have
-    assert decoded(prepare(cfg, VOCAB), "held") == decoded(first, "held")
+    (find_corpus_folder(cfg) / "manifest.json").unlink(missing_ok=True)  # it contains all records
+    assert decode_documents(prepare(cfg, VOCAB), "held_out") == decode_documents(first, "held_out")
     assert path.read_bytes() == expected
 
 
 def test_shards_of_another_tokenizer_are_made_again(cfg):
     prepare(cfg, VOCAB)
     other = tokenizers.train(["some other text " * 10], 270)
-    other.save(folder_of(cfg) / "tokenizer.json")
+    other.save(find_corpus_folder(cfg) / "tokenizer.json")
     corpus = prepare(cfg, VOCAB)
     assert corpus.tokenizer.fingerprint == other.fingerprint
-    assert sorted(decoded(corpus, "train") + decoded(corpus, "held")) == sorted(texts())
+    assert sorted(
+        decode_documents(corpus, "train") + decode_documents(corpus, "held_out")
+    ) == sorted(make_texts())
 
 
-def test_the_manifest_says_what_there_is(cfg, small_units):
+def test_the_manifest_describes_the_corpus(cfg, small_units):
     corpus = prepare(cfg, VOCAB)
-    manifest = json.loads((folder_of(cfg) / "manifest.json").read_text())
+    manifest = json.loads((find_corpus_folder(cfg) / "manifest.json").read_text())
     assert manifest["source"] == cfg.source
     assert manifest["tokenizer"] == corpus.tokenizer.fingerprint
     assert manifest["dtype"] == "uint16"
@@ -421,13 +436,13 @@ def test_the_manifest_says_what_there_is(cfg, small_units):
     assert sum(shard["documents"] for shard in found) == corpus.train.documents
     assert sum(shard["bytes"] for shard in found) == corpus.train_bytes
     for name, facts in (item for unit in manifest["units"] for item in unit["files"].items()):
-        content = (folder_of(cfg) / name).read_bytes()
+        content = (find_corpus_folder(cfg) / name).read_bytes()
         assert facts["bytes"] == len(content)
         assert facts["blake2b"] == hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def test_an_error_while_writing_leaves_only_what_is_whole(cfg, small_units, monkeypatch):
-    real, calls = shards._Writer.close, []
+def test_an_error_while_writing_leaves_only_complete_files(cfg, small_units, monkeypatch):
+    real, calls = shards._ShardWriter.close, []
 
     def fail(self):
         calls.append(self.stem)
@@ -435,12 +450,12 @@ def test_an_error_while_writing_leaves_only_what_is_whole(cfg, small_units, monk
             raise KeyboardInterrupt
         real(self)
 
-    monkeypatch.setattr(shards._Writer, "close", fail)
+    monkeypatch.setattr(shards._ShardWriter, "close", fail)
     with pytest.raises(KeyboardInterrupt):
         prepare(cfg, VOCAB)
     endings = (".json", ".train.bin", ".train.npy", ".held.bin", ".held.npy")
     whole = {f"00000{n}{ending}" for n in (0, 1) for ending in endings}
-    assert set(os.listdir(folder_of(cfg))) == whole | {"tokenizer.json"}
+    assert set(os.listdir(find_corpus_folder(cfg))) == whole | {"tokenizer.json"}
 
 
 # --- processes ---
@@ -450,42 +465,46 @@ SCRIPT = """
 import os, signal, sys
 from jaxgpt.config import DataConfig
 from jaxgpt.data import prepare, shards, units
-units.SIZE = 1000
-made, real = [], shards._Writer.close
+units.TARGET_UNIT_BYTES = 1000
+written_names, real = [], shards._ShardWriter.close
 def close(self):
-    if "kill" in sys.argv and len(made) == 7:  # inside the fourth unit
+    if "kill" in sys.argv and len(written_names) == 7:  # inside the fourth unit
         os.kill(os.getpid(), signal.SIGKILL)
     real(self)
-    made.append(self.stem)
-shards._Writer.close = close
+    written_names.append(self.stem)
+shards._ShardWriter.close = close
 print("ready", flush=True)
 sys.stdin.readline()
 corpus = prepare(DataConfig(source=sys.argv[1], cache=sys.argv[2], workers=1), 280)
-print(corpus.fingerprint, corpus.train.ids.size, len(made) // 2)
+print(corpus.fingerprint, corpus.train.ids.size, len(written_names) // 2)
 """
 
 
-def start(cfg, *args):
+def start_process(cfg, *args):
     command = [sys.executable, "-c", SCRIPT, cfg.source, cfg.cache, *args]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
 
 
-def test_a_process_killed_while_writing_loses_what_was_in_its_hands(cfg, small_units, made):
-    killed = start(cfg, "kill")
+def test_a_process_killed_while_writing_loses_only_its_current_unit(
+    cfg, small_units, written_names
+):
+    killed = start_process(cfg, "kill")
     killed.communicate("\n")
     assert killed.returncode == -9
-    left = os.listdir(folder_of(cfg))
+    left = os.listdir(find_corpus_folder(cfg))
     assert "manifest.json" not in left
     assert any(name.endswith(".tmp") for name in left)
     corpus = prepare(cfg, VOCAB)
-    assert sorted(decoded(corpus, "train") + decoded(corpus, "held")) == sorted(texts())
-    assert sum(name.endswith(".train.bin") for name in made) == 3
-    assert not any(name.endswith((".tmp", ".lock")) for name in os.listdir(folder_of(cfg)))
+    assert sorted(
+        decode_documents(corpus, "train") + decode_documents(corpus, "held_out")
+    ) == sorted(make_texts())
+    assert sum(name.endswith(".train.bin") for name in written_names) == 3
+    assert not any(name.endswith((".tmp", ".lock")) for name in os.listdir(find_corpus_folder(cfg)))
 
 
 def test_two_processes_that_prepare_at_once_share_the_work(cfg, small_units):
-    both = [start(cfg), start(cfg)]
+    both = [start_process(cfg), start_process(cfg)]
     for process in both:
         assert process.stdout.readline() == "ready\n"
     for process in both:
@@ -497,35 +516,37 @@ def test_two_processes_that_prepare_at_once_share_the_work(cfg, small_units):
     for fingerprint, size, _ in outputs:
         assert (fingerprint, int(size)) == (corpus.fingerprint, corpus.train.ids.size)
     assert sum(int(count) for _, _, count in outputs) == 6  # each unit once
-    folder_of(cfg)  # there is one
+    find_corpus_folder(cfg)  # there is one
 
 
-def test_where_locks_lie_the_work_is_done_twice_and_right(cfg, small_units, monkeypatch, made):
-    """Another process makes the same, and finishes, while one is in the middle of a unit."""
+def test_without_working_locks_the_work_is_done_twice_and_correctly(
+    cfg, small_units, monkeypatch, written_names
+):
+    """Another process makes the same files and finishes while one is in the middle of a unit."""
     monkeypatch.setattr(work.fcntl, "flock", lambda *args: None)
-    real, others = shards._Writer.close, []
+    real, others = shards._ShardWriter.close, []
 
     def close(self):
         if self.stem.endswith("000003.held") and not others:
             others.append(None)
-            others.append(prepare(cfg, VOCAB))  # which sweeps the unfinished files away
+            others.append(prepare(cfg, VOCAB))  # which removes the unfinished files
         real(self)
 
-    monkeypatch.setattr(shards._Writer, "close", close)
+    monkeypatch.setattr(shards._ShardWriter, "close", close)
     corpus = prepare(cfg, VOCAB)
     assert corpus.fingerprint == others[1].fingerprint
-    assert decoded(corpus, "train") == decoded(others[1], "train")
-    assert made.count("000003.train.bin") == 2
+    assert decode_documents(corpus, "train") == decode_documents(others[1], "train")
+    assert written_names.count("000003.train.bin") == 2
 
 
-def test_a_cache_that_can_not_be_written_is_refused(cfg, tmp_path):
+def test_a_cache_that_cannot_be_written_is_rejected(cfg, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"data\.cache="):
-        prepare(changed(cfg, cache=str(tmp_path / "file")), VOCAB)
+        prepare(override(cfg, cache=str(tmp_path / "file")), VOCAB)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "b.txt", "a.jsonl, with its size and time"])
-def test_a_source_that_changes_while_it_is_tokenized_is_refused(cfg, monkeypatch, name):
+def test_a_source_that_changes_while_it_is_tokenized_is_rejected(cfg, monkeypatch, name):
     real = tokenizers.train
 
     def train(*args):  # after the first reading, before the tokens are written
@@ -538,39 +559,40 @@ def test_a_source_that_changes_while_it_is_tokenized_is_refused(cfg, monkeypatch
     monkeypatch.setattr(tokenizers, "train", train)
     with pytest.raises(ConfigError, match="changed while it was tokenized"):
         prepare(cfg, VOCAB)
-    assert not (folder_of(cfg) / "manifest.json").exists()
+    assert not (find_corpus_folder(cfg) / "manifest.json").exists()
 
 
 # --- fingerprint ---
 
 
-def test_other_data_or_settings_give_another_fingerprint(cfg):
+def test_other_data_or_settings_change_the_fingerprint(cfg):
     corpora = [
         prepare(cfg, VOCAB),
         prepare(cfg, VOCAB - 5),
-        prepare(changed(cfg, split="tail"), VOCAB),
-        prepare(changed(cfg, holdout=0.3), VOCAB),
-        prepare(changed(cfg, tokenizer="bytes"), VOCAB),
+        prepare(override(cfg, split="tail"), VOCAB),
+        prepare(override(cfg, holdout=0.3), VOCAB),
+        prepare(override(cfg, tokenizer="bytes"), VOCAB),
     ]
     (pathlib.Path(cfg.source) / "b.txt").write_text("one more")
     corpora.append(prepare(cfg, VOCAB))
     assert len({corpus.fingerprint for corpus in corpora}) == len(corpora)
 
 
-def test_data_that_moved_keep_their_fingerprint_and_files(cfg, tmp_path, monkeypatch):
+def test_moved_data_keeps_its_fingerprint_and_files(cfg, tmp_path, monkeypatch):
     first = prepare(cfg, VOCAB)
     os.rename(cfg.source, tmp_path / "moved")
-    monkeypatch.setattr(shards, "_write", never)  # read it must be, to know it
-    moved = changed(cfg, source=str(tmp_path / "moved"))
+    # It must be read to compute its digest, but nothing is written.
+    monkeypatch.setattr(shards, "_write_shards", raise_if_called)
+    moved = override(cfg, source=str(tmp_path / "moved"))
     assert prepare(moved, VOCAB).fingerprint == first.fingerprint
 
 
 def test_a_source_with_its_own_split_is_held_out_by_it(cfg, monkeypatch):
     documents = [("a", b"to learn from", "train"), ("b", b"to test on", "held")]
-    unit = units.Unit("own", [], 23, lambda: documents)
+    unit = units.SourceUnit("own", [], 23, lambda: documents)
     monkeypatch.setitem(sources.SOURCES, "own:", lambda cfg: [unit])
-    corpus = prepare(changed(cfg, source="own:x", tokenizer="bytes"), VOCAB)
-    assert (decoded(corpus, "train"), decoded(corpus, "held")) == (
+    corpus = prepare(override(cfg, source="own:x", tokenizer="bytes"), VOCAB)
+    assert (decode_documents(corpus, "train"), decode_documents(corpus, "held_out")) == (
         ["to learn from"],
         ["to test on"],
     )

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 
 from jaxgpt.config import DataConfig
 from jaxgpt.data import files, sources, units
-from jaxgpt.data.sources import Document, by_document, by_tail, divide, documents
-from jaxgpt.data.units import Unit
+from jaxgpt.data.sources import Document, divide, hold_out_document, hold_out_tail, read_documents
+from jaxgpt.data.units import SourceUnit
 from jaxgpt.settings import ConfigError
 
-PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
 
 
-def write(folder, contents):
+def write_files(folder, contents):
     for name, content in contents.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -28,32 +28,35 @@ def write(folder, contents):
     return folder
 
 
-def read(source, **settings):
-    return list(documents(DataConfig(source=str(source), **settings)))
+def read_source(source, **settings):
+    return list(read_documents(DataConfig(source=str(source), **settings)))
 
 
-def survey(cfg):
-    """The survey of a source: the sum of those of its units."""
-    return sum((sources.survey(unit, cfg.holdout) for unit in sources.units(cfg)), sources.NOTHING)
+def survey_source(cfg):
+    """Return the survey of a source: the sum of those of its units."""
+    return sum(
+        (sources.survey_unit(unit, cfg.holdout) for unit in sources.list_units(cfg)),
+        sources.EMPTY_SURVEY,
+    )
 
 
-def names(folder, found):
+def relative_names(folder, found):
     return [os.path.relpath(document.name, folder) for document in found]
 
 
-def refusal(source, **settings):
+def get_error(source, **settings):
     with pytest.raises(ConfigError) as caught:
-        read(source, **settings)
+        read_source(source, **settings)
     return str(caught.value)
 
 
 # --- files ---
 
 
-def test_a_folder_gives_all_texts_below_it_in_the_order_of_their_paths(tmp_path):
-    write(tmp_path, {"b.txt": b"2", "a.md": b"1", "inner/deep/c.py": b"3", "no.csv": b"x"})
-    found = read(tmp_path)
-    assert names(tmp_path, found) == ["a.md", "b.txt", "inner/deep/c.py"]
+def test_a_folder_is_read_recursively_in_the_order_of_paths(tmp_path):
+    write_files(tmp_path, {"b.txt": b"2", "a.md": b"1", "inner/deep/c.py": b"3", "no.csv": b"x"})
+    found = read_source(tmp_path)
+    assert relative_names(tmp_path, found) == ["a.md", "b.txt", "inner/deep/c.py"]
     assert [document.content for document in found] == [b"1", b"2", b"3"]
 
 
@@ -67,81 +70,86 @@ def test_a_folder_gives_all_texts_below_it_in_the_order_of_their_paths(tmp_path)
     ],
 )
 def test_a_source_is_a_file_or_a_folder_or_a_glob(tmp_path, pattern, expected):
-    write(tmp_path, {"a.txt": b"1", "b.txt": b"2", "in/c.txt": b"3"})
-    assert names(tmp_path, read(tmp_path / pattern)) == expected
+    write_files(tmp_path, {"a.txt": b"1", "b.txt": b"2", "in/c.txt": b"3"})
+    assert relative_names(tmp_path, read_source(tmp_path / pattern)) == expected
 
 
 def test_a_folder_whose_name_looks_like_a_glob_is_read(tmp_path):
-    write(tmp_path, {"runs[1]/a.txt": b"1"})
-    assert names(tmp_path, read(tmp_path / "runs[1]")) == ["runs[1]/a.txt"]
+    write_files(tmp_path, {"runs[1]/a.txt": b"1"})
+    assert relative_names(tmp_path, read_source(tmp_path / "runs[1]")) == ["runs[1]/a.txt"]
 
 
 def test_empty_documents_are_left_out(tmp_path):
-    write(tmp_path, {"a.txt": b"", "b.txt": b"2", "c.jsonl": b'{"text": ""}\n\n{"text": "3"}'})
-    assert [document.content for document in read(tmp_path)] == [b"2", b"3"]
+    write_files(
+        tmp_path, {"a.txt": b"", "b.txt": b"2", "c.jsonl": b'{"text": ""}\n\n{"text": "3"}'}
+    )
+    assert [document.content for document in read_source(tmp_path)] == [b"2", b"3"]
 
 
-def test_text_that_is_not_utf8_passes_unchanged(tmp_path):
+def test_text_that_is_not_utf8_is_unchanged(tmp_path):
     content = bytes(range(1, 256)) + b"\r\n"
-    write(tmp_path, {"a.txt": content})
-    assert read(tmp_path)[0].content == content
+    write_files(tmp_path, {"a.txt": content})
+    assert read_source(tmp_path)[0].content == content
 
 
-@pytest.mark.parametrize("packing", PACK)
+@pytest.mark.parametrize("compression", COMPRESS)
 @given(texts=st.lists(st.text(min_size=1), min_size=1, max_size=5), piece=st.integers(1, 40))
-def test_jsonl_gives_back_each_record_at_its_line(tmp_path_factory, packing, texts, piece):
+def test_jsonl_yields_each_record_with_its_line(tmp_path_factory, compression, texts, piece):
     folder = tmp_path_factory.mktemp("records")
     lines = "\n".join(json.dumps({"id": 1, "text": text}) for text in texts)
-    write(folder, {f"a.jsonl{packing}": PACK[packing](lines.encode())})
+    write_files(folder, {f"a.jsonl{compression}": COMPRESS[compression](lines.encode())})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "PIECE", piece)  # borders of pieces fall anywhere
-        found = read(folder)
+        patch.setattr(files, "CHUNK_BYTES", piece)  # borders of pieces fall anywhere
+        found = read_source(folder)
     assert [document.content.decode() for document in found] == texts
-    expected = [f"a.jsonl{packing}:{line}" for line in range(1, len(texts) + 1)]
-    assert names(folder, found) == expected
+    expected = [f"a.jsonl{compression}:{line}" for line in range(1, len(texts) + 1)]
+    assert relative_names(folder, found) == expected
 
 
-@pytest.mark.parametrize("packing", PACK)
-def test_a_packed_text_is_the_text(tmp_path, packing):
+@pytest.mark.parametrize("compression", COMPRESS)
+def test_a_compressed_text_is_decompressed(tmp_path, compression):
     content = b"To be, or not to be\n" * 200_000  # more than one piece
-    write(tmp_path, {f"a.txt{packing}": PACK[packing](content)})
-    assert [document.content for document in read(tmp_path)] == [content]
+    write_files(tmp_path, {f"a.txt{compression}": COMPRESS[compression](content)})
+    assert [document.content for document in read_source(tmp_path)] == [content]
 
 
-@pytest.mark.parametrize("packing", [".gz", ".zst"])
-def test_parts_packed_one_after_the_other_are_one_text(tmp_path, packing):
-    write(tmp_path, {f"a.txt{packing}": PACK[packing](b"one ") + PACK[packing](b"two")})
-    assert read(tmp_path)[0].content == b"one two"
+@pytest.mark.parametrize("compression", [".gz", ".zst"])
+def test_concatenated_compressed_parts_are_one_text(tmp_path, compression):
+    write_files(
+        tmp_path,
+        {f"a.txt{compression}": COMPRESS[compression](b"one ") + COMPRESS[compression](b"two")},
+    )
+    assert read_source(tmp_path)[0].content == b"one two"
 
 
-@pytest.mark.parametrize("packing", [".gz", ".zst"])
+@pytest.mark.parametrize("compression", [".gz", ".zst"])
 @pytest.mark.parametrize("harm", [lambda b: b[:-3], lambda b: b"nonsense" + b])
-def test_a_cut_or_corrupt_file_is_refused_by_name(tmp_path, packing, harm):
-    packed = PACK[packing](os.urandom(5000).hex().encode())
-    write(tmp_path, {f"a.txt{packing}": harm(packed)})
-    message = refusal(tmp_path)
-    assert f"a.txt{packing} can not be read" in message
+def test_a_truncated_or_corrupt_file_is_rejected_by_name(tmp_path, compression, harm):
+    packed = COMPRESS[compression](os.urandom(5000).hex().encode())
+    write_files(tmp_path, {f"a.txt{compression}": harm(packed)})
+    message = get_error(tmp_path)
+    assert f"a.txt{compression} cannot be read" in message
     assert "get it again" in message
 
 
-def test_zstandard_is_asked_for_only_when_it_is_missing_and_needed(tmp_path, monkeypatch):
+def test_zstandard_is_required_only_for_files_that_need_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "zstandard", None)
-    write(tmp_path, {"a.txt": b"1", "b.txt.zst": PACK[".zst"](b"2")})
-    assert read(tmp_path / "a.txt")
-    assert "b.txt.zst needs zstandard: pip install 'jaxgpt[zstd]'" in refusal(tmp_path)
+    write_files(tmp_path, {"a.txt": b"1", "b.txt.zst": COMPRESS[".zst"](b"2")})
+    assert read_source(tmp_path / "a.txt")
+    assert "b.txt.zst needs zstandard: pip install 'jaxgpt[zstd]'" in get_error(tmp_path)
 
 
-def test_a_source_that_matches_nothing_is_refused(tmp_path):
-    message = refusal(tmp_path / "none*.txt")
+def test_a_source_that_matches_nothing_is_rejected(tmp_path):
+    message = get_error(tmp_path / "none*.txt")
     assert "data.source=" in message
     assert "none*.txt" in message
     assert ".jsonl" in message
     assert "tfds:name" in message
 
 
-def test_a_source_without_a_readable_ending_is_refused(tmp_path):
-    write(tmp_path, {"a.parquet": b"x", "b.csv": b"x"})
-    message = refusal(tmp_path)
+def test_a_source_without_a_readable_ending_is_rejected(tmp_path):
+    write_files(tmp_path, {"a.parquet": b"x", "b.csv": b"x"})
+    message = get_error(tmp_path)
     assert "matches 2 files" in message
     assert ".csv, .parquet" in message
     assert ".txt .md .py .jsonl (each also with .gz or .zst)" in message
@@ -159,23 +167,23 @@ def test_a_source_without_a_readable_ending_is_refused(tmp_path):
         (b'{"text": 7}', "'text' is 7, not a string"),
     ],
 )
-def test_a_bad_record_is_refused_with_its_line(tmp_path, line, complaint):
-    write(tmp_path, {"a.jsonl": b'{"text": "fine"}\n' + line})
-    message = refusal(tmp_path)
+def test_a_bad_record_is_rejected_with_its_line(tmp_path, line, complaint):
+    write_files(tmp_path, {"a.jsonl": b'{"text": "fine"}\n' + line})
+    message = get_error(tmp_path)
     assert "a.jsonl:2" in message
     assert complaint in message
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.md", "a.py.gz"])
-def test_a_binary_file_with_the_ending_of_text_is_refused_by_name(tmp_path, name):
+def test_a_binary_file_with_the_ending_of_text_is_rejected_by_name(tmp_path, name):
     content = "UTF-16 has NULs".encode("utf-16")
-    write(tmp_path, {name: PACK[".gz" if name.endswith("gz") else ""](content)})
-    message = refusal(tmp_path)
+    write_files(tmp_path, {name: COMPRESS[".gz" if name.endswith("gz") else ""](content)})
+    message = get_error(tmp_path)
     assert f"{name} is not text: it has a NUL byte at 3" in message
     assert "leave it out with a glob" in message
 
 
-@pytest.mark.parametrize("packing", PACK)
+@pytest.mark.parametrize("compression", COMPRESS)
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
@@ -187,50 +195,50 @@ def test_a_binary_file_with_the_ending_of_text_is_refused_by_name(tmp_path, name
         ),
     ],
 )
-def test_a_gigantic_text_is_refused_with_its_size_and_never_held(
-    tmp_path, monkeypatch, packing, name, content, expected
+def test_a_gigantic_text_is_rejected_with_its_size_and_never_loaded(
+    tmp_path, monkeypatch, compression, name, content, expected
 ):
-    write(tmp_path, {name + packing: PACK[packing](content)})
-    monkeypatch.setattr(files, "PIECE", 64)
-    monkeypatch.setattr(files, "LONGEST", 3000)
-    held = []
-    real = files._Bounded.add
+    write_files(tmp_path, {name + compression: COMPRESS[compression](content)})
+    monkeypatch.setattr(files, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(files, "MAX_TEXT_BYTES", 3000)
+    buffered = []
+    real = files._BoundedBuffer.add
 
     def add(self, piece):
         real(self, piece)
-        held.append(sum(map(len, self.parts)))
+        buffered.append(sum(map(len, self.chunks)))
 
-    monkeypatch.setattr(files._Bounded, "add", add)
-    message = refusal(tmp_path)
-    assert expected.format(packing) in message
+    monkeypatch.setattr(files._BoundedBuffer, "add", add)
+    message = get_error(tmp_path)
+    assert expected.format(compression) in message
     assert "the longest that can be read has 3000" in message
-    assert max(held) <= 3000
+    assert max(buffered) <= 3000
 
 
 def test_a_text_of_the_longest_size_is_read(tmp_path, monkeypatch):
-    write(tmp_path, {"a.txt": b"x" * 5000})
-    monkeypatch.setattr(files, "LONGEST", 5000)
-    assert len(read(tmp_path)[0].content) == 5000
+    write_files(tmp_path, {"a.txt": b"x" * 5000})
+    monkeypatch.setattr(files, "MAX_TEXT_BYTES", 5000)
+    assert len(read_source(tmp_path)[0].content) == 5000
 
 
 def test_a_file_that_vanishes_after_it_was_listed_is_named(tmp_path, monkeypatch):
-    write(tmp_path, {"a.txt": b"1", "b.txt": b"2"})
-    (unit,) = sources.units(DataConfig(source=str(tmp_path)))
+    write_files(tmp_path, {"a.txt": b"1", "b.txt": b"2"})
+    (unit,) = sources.list_units(DataConfig(source=str(tmp_path)))
     (tmp_path / "b.txt").unlink()
-    with pytest.raises(ConfigError, match=r"b\.txt can not be read.*No such file"):
-        list(sources.read(unit))
-    monkeypatch.setattr(files, "_found", lambda source: [str(tmp_path / "b.txt")])
-    assert "b.txt can not be read" in refusal(tmp_path)
+    with pytest.raises(ConfigError, match=r"b\.txt cannot be read.*No such file"):
+        list(sources.read_unit(unit))
+    monkeypatch.setattr(files, "_find_files", lambda source: [str(tmp_path / "b.txt")])
+    assert "b.txt cannot be read" in get_error(tmp_path)
 
 
-def test_a_folder_that_can_not_be_read_is_named(tmp_path, monkeypatch):
-    write(tmp_path, {"a.txt": b"1", "closed/b.txt": b"2"})
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    write_files(tmp_path, {"a.txt": b"1", "closed/b.txt": b"2"})
     real = os.access
-    closed = str(tmp_path / "closed")  # by permission, which root would not notice
+    closed = str(tmp_path / "closed")  # simulated, as permissions do not restrict root
     monkeypatch.setattr(
         os, "access", lambda path, mode: os.fspath(path) != closed and real(path, mode)
     )
-    assert f"the folder {closed} can not be read" in refusal(tmp_path)
+    assert f"the folder {closed} cannot be read" in get_error(tmp_path)
 
 
 # --- units ---
@@ -241,63 +249,71 @@ def test_a_folder_that_can_not_be_read_is_named(tmp_path, monkeypatch):
     size=st.integers(1, 200),
     piece=st.integers(1, 40),
 )
-def test_ranges_of_a_jsonl_give_each_line_once_and_in_order(tmp_path_factory, texts, size, piece):
+def test_ranges_of_a_jsonl_yield_each_line_once_and_in_order(tmp_path_factory, texts, size, piece):
     folder = tmp_path_factory.mktemp("ranges")
     lines = ["" if text is None else json.dumps({"text": text}) for text in texts]
-    write(folder, {"a.jsonl": "\n".join(lines).encode()})
+    write_files(folder, {"a.jsonl": "\n".join(lines).encode()})
     cfg = DataConfig(source=str(folder))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(units, "SIZE", size)
-        patch.setattr(files, "PIECE", piece)
-        found = [list(sources.read(unit)) for unit in sources.units(cfg)]
+        patch.setattr(units, "TARGET_UNIT_BYTES", size)
+        patch.setattr(files, "CHUNK_BYTES", piece)
+        found = [list(sources.read_unit(unit)) for unit in sources.list_units(cfg)]
     assert len(found) == max(-(-len("\n".join(lines).encode()) // size), 1)
     assert [d.content.decode() for unit in found for d in unit] == [t for t in texts if t]
 
 
 def test_a_bad_line_inside_a_range_is_named_by_its_first_byte(tmp_path, monkeypatch):
-    monkeypatch.setattr(units, "SIZE", 1000)
+    monkeypatch.setattr(units, "TARGET_UNIT_BYTES", 1000)
     good = b'{"text": "fine"}\n'
-    write(tmp_path, {"a.jsonl": good * 100 + b"{oops\n" + good * 100})
-    assert f"a.jsonl at byte {len(good) * 100} is not JSON" in refusal(tmp_path)
-    write(tmp_path, {"a.jsonl": good * 2 + b"{oops\n" + good * 100})
-    assert "a.jsonl:3 is not JSON" in refusal(tmp_path)
+    write_files(tmp_path, {"a.jsonl": good * 100 + b"{oops\n" + good * 100})
+    assert f"a.jsonl at byte {len(good) * 100} is not JSON" in get_error(tmp_path)
+    write_files(tmp_path, {"a.jsonl": good * 2 + b"{oops\n" + good * 100})
+    assert "a.jsonl:3 is not JSON" in get_error(tmp_path)
 
 
-def test_small_files_make_a_unit_together_and_large_ones_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(units, "SIZE", 100)
+def test_small_files_share_a_unit_and_large_ones_have_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(units, "TARGET_UNIT_BYTES", 100)
     sizes = dict(a=40, b=60, c=1, d=500, e=99, f=1, g=1)
-    write(tmp_path, {f"{name}.txt": b"x" * size for name, size in sizes.items()})
-    found = sources.units(DataConfig(source=str(tmp_path)))
-    inside = ["".join(names(tmp_path, sources.read(u))).replace(".txt", "") for u in found]
+    write_files(tmp_path, {f"{name}.txt": b"x" * size for name, size in sizes.items()})
+    found = sources.list_units(DataConfig(source=str(tmp_path)))
+    inside = [
+        "".join(relative_names(tmp_path, sources.read_unit(u))).replace(".txt", "") for u in found
+    ]
     assert inside == ["ab", "c", "d", "ef", "g"]
     assert [unit.size for unit in found] == [100, 1, 500, 100, 1]
 
 
 def test_the_digest_does_not_depend_on_how_documents_are_divided(tmp_path, monkeypatch):
     texts = [f"text {n}" for n in range(50)]
-    write(tmp_path, {"in/a.jsonl": "\n".join(json.dumps({"text": t}) for t in texts).encode()})
-    write(tmp_path, {f"out/{n:02}.txt": text.encode() for n, text in enumerate(texts)})
-    found = [survey(DataConfig(source=str(tmp_path / "in")))]
-    monkeypatch.setattr(units, "SIZE", 70)
-    found += [survey(DataConfig(source=str(tmp_path / name))) for name in ("in", "out")]
+    write_files(
+        tmp_path, {"in/a.jsonl": "\n".join(json.dumps({"text": t}) for t in texts).encode()}
+    )
+    write_files(tmp_path, {f"out/{n:02}.txt": text.encode() for n, text in enumerate(texts)})
+    found = [survey_source(DataConfig(source=str(tmp_path / "in")))]
+    monkeypatch.setattr(units, "TARGET_UNIT_BYTES", 70)
+    found += [survey_source(DataConfig(source=str(tmp_path / name))) for name in ("in", "out")]
     assert found[0] == found[1] == found[2]
     texts[7], texts[8] = texts[8], texts[7]
-    write(tmp_path, {"in/a.jsonl": "\n".join(json.dumps({"text": t}) for t in texts).encode()})
-    assert survey(DataConfig(source=str(tmp_path / "in"))).digest != found[0].digest
+    write_files(
+        tmp_path, {"in/a.jsonl": "\n".join(json.dumps({"text": t}) for t in texts).encode()}
+    )
+    assert survey_source(DataConfig(source=str(tmp_path / "in"))).digest != found[0].digest
 
 
 @pytest.mark.parametrize("change", ["size", "time", "name", "key"])
 def test_the_facts_of_a_unit_change_with_its_files_and_settings(tmp_path, change):
-    write(tmp_path, {"a.jsonl": b'{"text": "x"}'})
+    write_files(tmp_path, {"a.jsonl": b'{"text": "x"}'})
     os.utime(tmp_path / "a.jsonl", ns=(1, 1))
 
     def facts(**settings):
-        return [unit.facts for unit in sources.units(DataConfig(source=str(tmp_path), **settings))]
+        return [
+            unit.facts for unit in sources.list_units(DataConfig(source=str(tmp_path), **settings))
+        ]
 
     before = facts()
     assert facts() == before
     changes = dict(
-        size=lambda: (write(tmp_path, {"a.jsonl": b'{"text": "xy"}'}),
+        size=lambda: (write_files(tmp_path, {"a.jsonl": b'{"text": "xy"}'}),
                       os.utime(tmp_path / "a.jsonl", ns=(1, 1))),
         time=lambda: os.utime(tmp_path / "a.jsonl", ns=(2, 2)),
         name=lambda: os.rename(tmp_path / "a.jsonl", tmp_path / "b.jsonl"),
@@ -310,17 +326,19 @@ def test_the_facts_of_a_unit_change_with_its_files_and_settings(tmp_path, change
 # --- several sources ---
 
 
-def test_sources_are_read_one_after_the_other(tmp_path):
-    write(tmp_path, {"b/1.txt": b"1", "b/2.txt": b"2", "a/3.txt": b"3"})
-    found = read(f"{tmp_path / 'b'} + {tmp_path / 'a'}")
+def test_sources_are_read_one_after_another(tmp_path):
+    write_files(tmp_path, {"b/1.txt": b"1", "b/2.txt": b"2", "a/3.txt": b"3"})
+    found = read_source(f"{tmp_path / 'b'} + {tmp_path / 'a'}")
     assert [document.content for document in found] == [b"1", b"2", b"3"]
 
 
-def test_weights_stand_before_their_sources():
-    found = sources.parts(DataConfig(source="0.7 * wiki/*.jsonl + 3e-1 * tfds:lm1b/x + 2 * a*b"))
+def test_weights_precede_their_sources():
+    found = sources.parse_sources(
+        DataConfig(source="0.7 * wiki/*.jsonl + 3e-1 * tfds:lm1b/x + 2 * a*b")
+    )
     assert [(weight, cfg.source) for weight, cfg in found] == [
         (0.7, "wiki/*.jsonl"), (0.3, "tfds:lm1b/x"), (2.0, "a*b")]  # fmt: skip
-    ((weight, cfg),) = sources.parts(DataConfig(source="1*/*.txt"))
+    ((weight, cfg),) = sources.parse_sources(DataConfig(source="1*/*.txt"))
     assert (weight, cfg.source) == (None, "1*/*.txt")
 
 
@@ -334,19 +352,19 @@ def test_weights_stand_before_their_sources():
     ],
 )
 def test_weights_are_for_all_sources_or_none_and_above_0(source, complaint):
-    assert complaint in refusal(source)
+    assert complaint in get_error(source)
 
 
 def test_text_key_names_the_field(tmp_path):
-    write(tmp_path, {"a.jsonl": b'{"body": "x"}'})
-    assert read(tmp_path, text_key="body")[0].content == b"x"
+    write_files(tmp_path, {"a.jsonl": b'{"body": "x"}'})
+    assert read_source(tmp_path, text_key="body")[0].content == b"x"
 
 
 # --- stdlib ---
 
 
 def test_stdlib_has_the_documentation_and_the_source_and_no_tests():
-    found = {document.name: document.content for document in read("stdlib")}
+    found = {document.name: document.content for document in read_source("stdlib")}
     assert b"assert" in found["topics/assert"]
     assert b"class JSONDecoder" in found[os.path.join("json", "decoder.py")]
     parts = {part for name in found for part in name.split(os.sep)}
@@ -357,33 +375,33 @@ def test_stdlib_has_the_documentation_and_the_source_and_no_tests():
 # --- what is held out ---
 
 
-def part(documents, split, holdout=0.1):
+def divide_all(documents, split, holdout=0.1):
     divided = [divide(document, split, holdout) for document in documents]
     return [train for train, _ in divided if train], [held for _, held in divided if held]
 
 
 @given(st.lists(st.binary(min_size=1, max_size=4), max_size=60), st.floats(0.05, 0.5))
-def test_no_document_stands_on_both_sides(contents, holdout):
-    train, held = part([Document("", content) for content in contents], "document", holdout)
+def test_no_document_is_on_both_sides(contents, holdout):
+    train, held = divide_all([Document("", content) for content in contents], "document", holdout)
     assert not set(train) & set(held)
     assert sorted(train + held) == sorted(contents)
 
 
 def test_the_share_of_documents_held_out_is_about_the_holdout():
     contents = [str(number).encode() for number in range(10_000)]
-    held = [content for content in contents if by_document(content, 0.1)[1]]
+    held = [content for content in contents if hold_out_document(content, 0.1)[1]]
     assert 880 < len(held) < 1120  # four standard deviations of the binomial
 
 
 def test_the_tail_of_shakespeare_is_that_of_nanogpt():
-    train, held = by_tail(b"x" * 1_115_394, 0.1)
+    train, held = hold_out_tail(b"x" * 1_115_394, 0.1)
     assert len(train) == 1_003_854 == int(1_115_394 * 0.9)
     assert len(held) == 111_540
 
 
 @given(st.integers(1, 5000), st.sampled_from([0.1, 0.2, 0.25, 0.05, 0.01, 0.5]))
 def test_the_tail_of_ascii_is_cut_at_the_share_exactly(size, holdout):
-    train, held = by_tail(b"x" * size, holdout)
+    train, held = hold_out_tail(b"x" * size, holdout)
     assert len(train) == int(size * (1 - holdout))
     assert len(train) + len(held) == size
 
@@ -391,41 +409,41 @@ def test_the_tail_of_ascii_is_cut_at_the_share_exactly(size, holdout):
 @given(st.text(), st.floats(0.01, 0.5))
 def test_the_tail_is_not_cut_inside_a_character(text, holdout):
     content = text.encode()
-    train, held = by_tail(content, holdout)
+    train, held = hold_out_tail(content, holdout)
     assert train.decode() + held.decode() == text
     assert 0 <= len(train) - int(len(content) * (1 - holdout)) <= 3
 
 
 @given(st.binary(), st.floats(0.01, 0.5))
 def test_the_tail_of_any_bytes_loses_none(content, holdout):
-    assert b"".join(by_tail(content, holdout)) == content
+    assert b"".join(hold_out_tail(content, holdout)) == content
 
 
 @pytest.mark.parametrize(("count", "rule"), [(1, "tail"), (19, "tail"), (100, "document")])
 def test_auto_holds_out_documents_if_there_are_enough(tmp_path, count, rule):
-    write(tmp_path, {f"{n}.txt": b"document %d" % n for n in range(count)})
+    write_files(tmp_path, {f"{n}.txt": b"document %d" % n for n in range(count)})
     cfg = DataConfig(source=str(tmp_path))
-    assert sources.rule_for(cfg, survey(cfg)) == rule
+    assert sources.choose_rule(cfg, survey_source(cfg)) == rule
 
 
 def test_auto_falls_back_to_tails_if_no_document_would_be_held_out(tmp_path):
-    write(tmp_path, {f"{n}.txt": b"all are equal" for n in range(40)})
+    write_files(tmp_path, {f"{n}.txt": b"all are equal" for n in range(40)})
     cfg = DataConfig(source=str(tmp_path))
-    assert sources.rule_for(cfg, survey(cfg)) == "tail"
+    assert sources.choose_rule(cfg, survey_source(cfg)) == "tail"
 
 
-def test_a_split_that_leaves_nothing_is_refused(tmp_path):
-    write(tmp_path, {f"{n}.txt": b"all are equal" for n in range(40)})
+def test_a_split_that_leaves_nothing_is_rejected(tmp_path):
+    write_files(tmp_path, {f"{n}.txt": b"all are equal" for n in range(40)})
     cfg = DataConfig(source=str(tmp_path), split="document")
     with pytest.raises(ConfigError, match=r"data\.split='document' with data\.holdout=0\.1"):
-        sources.rule_for(cfg, survey(cfg))
+        sources.choose_rule(cfg, survey_source(cfg))
 
 
-def test_a_source_of_empty_documents_is_refused(tmp_path):
-    write(tmp_path, {"a.txt": b""})
+def test_a_source_of_empty_documents_is_rejected(tmp_path):
+    write_files(tmp_path, {"a.txt": b""})
     cfg = DataConfig(source=str(tmp_path))
     with pytest.raises(ConfigError, match="every document is empty"):
-        sources.rule_for(cfg, survey(cfg))
+        sources.choose_rule(cfg, survey_source(cfg))
 
 
 def test_a_split_is_looked_up_by_name():
@@ -433,30 +451,30 @@ def test_a_split_is_looked_up_by_name():
         DataConfig(split="documnet")
 
 
-def test_the_survey_knows_content_and_not_names(tmp_path):
-    one = write(tmp_path / "one", {"a.txt": b"1", "b.txt": b"2"})
-    two = write(tmp_path / "two", {"c.txt": b"1", "d.txt": b"2"})
-    other = write(tmp_path / "other", {"a.txt": b"1", "b.txt": b"3"})
-    digests = [survey(DataConfig(source=str(folder))).digest for folder in (one, two, other)]
+def test_the_survey_depends_on_content_and_not_on_names(tmp_path):
+    one = write_files(tmp_path / "one", {"a.txt": b"1", "b.txt": b"2"})
+    two = write_files(tmp_path / "two", {"c.txt": b"1", "d.txt": b"2"})
+    other = write_files(tmp_path / "other", {"a.txt": b"1", "b.txt": b"3"})
+    digests = [survey_source(DataConfig(source=str(folder))).digest for folder in (one, two, other)]
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_the_survey_knows_what_the_source_itself_holds_out(monkeypatch):
+def test_the_survey_depends_on_what_the_source_itself_holds_out(monkeypatch):
     digests = set()
     for part in ("train", "held", ""):
-        unit = Unit("own", [], 4, lambda part=part: [("a", b"text", part)])
+        unit = SourceUnit("own", [], 4, lambda part=part: [("a", b"text", part)])
         monkeypatch.setitem(sources.SOURCES, "own:", lambda cfg, unit=unit: [unit])
-        found = survey(DataConfig(source="own:x"))
+        found = survey_source(DataConfig(source="own:x"))
         digests.add(found.digest)
-        assert found.is_own == bool(part)
+        assert found.has_own_split == bool(part)
     assert len(digests) == 3
 
 
 # --- tfds ---
 
 
-def builder_class(name, splits, key="text", prepare=None):
-    """A builder of tensorflow_datasets: {split: texts}. Its name must be new in this process."""
+def make_builder_class(name, splits, key="text", prepare=None):
+    """Make a builder of tensorflow_datasets: {split: texts}. Its name must be new."""
     import tensorflow_datasets as tfds
 
     def split_generators(self, manager):
@@ -489,7 +507,7 @@ def tfds_folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def no_tensorflow(monkeypatch):
+def without_tensorflow(monkeypatch):
     monkeypatch.setattr("jaxgpt.data.tfds.find_spec", lambda name: None)
     before = "tensorflow" in sys.modules
     yield
@@ -497,24 +515,24 @@ def no_tensorflow(monkeypatch):
 
 
 def test_tfds_prepares_and_reads_array_records_without_tensorflow(tfds_folder):
-    builder_class("fresh_texts", {"train": ["eins", "zwei ü", "drei"]})
-    found = read("tfds:fresh_texts")
+    make_builder_class("fresh_texts", {"train": ["eins", "zwei ü", "drei"]})
+    found = read_source("tfds:fresh_texts")
     assert sorted(document.content.decode() for document in found) == ["drei", "eins", "zwei ü"]
     assert [d.name for d in found] == [f"tfds:fresh_texts/train/{n}" for n in range(3)]
     assert {document.part for document in found} == {""}
     assert list(tfds_folder.rglob("*.array_record*"))
-    assert read("tfds:fresh_texts") == found  # from disk, in the same order
+    assert read_source("tfds:fresh_texts") == found  # from disk, in the same order
 
 
-def test_tfds_reads_files_whose_builder_is_not_known(tfds_folder, monkeypatch):
+def test_tfds_reads_files_without_a_registered_builder(tfds_folder, monkeypatch):
     import tensorflow_datasets as tfds
 
-    kind = builder_class("files_only", {"train": ["a text"]}, key="body")
+    kind = make_builder_class("files_only", {"train": ["a text"]}, key="body")
     monkeypatch.delitem(tfds.core.registered._DATASET_REGISTRY, "files_only")
     kind(data_dir=tfds_folder, file_format="array_record").download_and_prepare()
-    found = read("tfds:files_only", text_key="body")
+    found = read_source("tfds:files_only", text_key="body")
     assert [document.content for document in found] == [b"a text"]
-    message = refusal("tfds:files_only")
+    message = get_error("tfds:files_only")
     assert "data.text_key='text'" in message
     assert "it has body" in message
 
@@ -532,8 +550,8 @@ def test_tfds_reads_files_whose_builder_is_not_known(tfds_folder, monkeypatch):
     ],
 )
 def test_a_data_set_with_its_own_split_is_held_out_by_it(tfds_folder, name, splits, expected):
-    builder_class(name, {split: [f"text of {split}"] for split in splits})
-    found = read(f"tfds:{name}")
+    make_builder_class(name, {split: [f"text of {split}"] for split in splits})
+    found = read_source(f"tfds:{name}")
     assert {d.content.decode().removeprefix("text of "): d.part for d in found} == expected
     for document in found:
         train, held = divide(document, "tail", 0.5)
@@ -548,10 +566,10 @@ def test_tiny_shakespeare_is_prepared_without_tensorflow(tfds_folder, tmp_path, 
     file = tmp_path / "input.txt"
     file.write_text(text)
     monkeypatch.setattr(tfds.download.DownloadManager, "download", lambda self, url: str(file))
-    train, validation = read("tfds:tiny_shakespeare")
+    train, validation = read_source("tfds:tiny_shakespeare")
     assert train.content.decode() == text[: int(len(text) * 0.9)]
     assert (train.part, validation.part) == ("train", "held")
-    assert survey(DataConfig(source="tfds:tiny_shakespeare")).is_own
+    assert survey_source(DataConfig(source="tfds:tiny_shakespeare")).has_own_split
 
 
 def offline(builder, manager):
@@ -569,59 +587,59 @@ def needs_tensorflow(builder, manager):
         ("is_bound", needs_tensorflow, ["the preparation needs tensorflow"]),
     ],
 )
-def test_a_data_set_that_can_not_be_prepared_says_why_and_how(
+def test_the_error_for_a_failed_preparation_has_the_reason_and_a_remedy(
     tfds_folder, name, prepare, complaints
 ):
-    builder_class(name, {"train": ["x"]}, prepare=prepare)
-    message = refusal(f"tfds:{name}")
+    make_builder_class(name, {"train": ["x"]}, prepare=prepare)
+    message = get_error(f"tfds:{name}")
     assert f"data.source='tfds:{name}'" in message
     assert f"tfds.builder('{name}', file_format='array_record').download_and_prepare()" in message
     assert str(tfds_folder) in message
     assert all(complaint in message for complaint in complaints)
 
 
-def test_an_unknown_data_set_is_refused_with_the_nearest_name(tfds_folder):
-    message = refusal("tfds:tiny_shakespear")
-    assert "knows no such data set" in message
+def test_an_unknown_data_set_is_rejected_with_the_nearest_name(tfds_folder):
+    message = get_error("tfds:tiny_shakespear")
+    assert "has no such data set" in message
     assert "Did you mean tfds:tiny_shakespeare?" in message
 
 
-def test_a_malformed_data_set_name_is_refused(tfds_folder):
-    assert "must be tfds:name" in refusal("tfds:")
+def test_a_malformed_data_set_name_is_rejected(tfds_folder):
+    assert "must be tfds:name" in get_error("tfds:")
 
 
-def test_a_data_set_without_random_access_is_refused(tfds_folder):
-    builder_class("broken_files", {"train": ["x"]})
-    read("tfds:broken_files")
+def test_a_data_set_without_random_access_is_rejected(tfds_folder):
+    make_builder_class("broken_files", {"train": ["x"]})
+    read_source("tfds:broken_files")
     info = next(tfds_folder.rglob("dataset_info.json"))
     content = info.read_text()
     assert "array_record" in content
     info.write_text(content.replace("array_record", "tfrecord"))
     for file in tfds_folder.rglob("*array_record*"):
         shutil.move(file, str(file).replace("array_record", "tfrecord"))
-    message = refusal("tfds:broken_files")
+    message = get_error("tfds:broken_files")
     assert "data.source='tfds:broken_files'" in message
     assert "array_record" in message
 
 
-def test_tensorflow_datasets_is_asked_for_when_it_is_missing(monkeypatch):
+def test_the_error_for_missing_tensorflow_datasets_names_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    assert refusal("tfds:tiny_shakespeare") == (
+    assert get_error("tfds:tiny_shakespeare") == (
         "data.source=tfds:tiny_shakespeare needs tensorflow-datasets: pip install 'jaxgpt[tfds]'"
     )
 
 
 def test_a_range_of_a_split_is_a_unit(tfds_folder, monkeypatch):
-    builder_class("many_texts", {"train": [f"text {n}" for n in range(20)], "test": ["held"]})
-    whole = read("tfds:many_texts")
-    assert len(sources.units(DataConfig(source="tfds:many_texts"))) == 2
-    monkeypatch.setattr(units, "SIZE", 100)
-    found = sources.units(DataConfig(source="tfds:many_texts"))
+    make_builder_class("many_texts", {"train": [f"text {n}" for n in range(20)], "test": ["held"]})
+    whole = read_source("tfds:many_texts")
+    assert len(sources.list_units(DataConfig(source="tfds:many_texts"))) == 2
+    monkeypatch.setattr(units, "TARGET_UNIT_BYTES", 100)
+    found = sources.list_units(DataConfig(source="tfds:many_texts"))
     assert len(found) > 3
-    assert [d for unit in found for d in sources.read(unit)] == whole
+    assert [d for unit in found for d in sources.read_unit(unit)] == whole
     info = next(tfds_folder.rglob("dataset_info.json"))
     os.utime(info)
-    again = sources.units(DataConfig(source="tfds:many_texts"))
+    again = sources.list_units(DataConfig(source="tfds:many_texts"))
     assert all(one.facts != other.facts for one, other in zip(found, again, strict=True))
 
 
@@ -642,7 +660,7 @@ def test_a_folder_of_parquet_is_read_with_its_own_splits(hub, tmp_path):
     for split in ("train", "validation", "test"):
         rows = hub.Dataset.from_dict({"text": [f"{split} {n}" for n in range(3)], "id": [1, 2, 3]})
         rows.to_parquet(folder / f"{split}.parquet")
-    found = read(f"hf:{folder}")
+    found = read_source(f"hf:{folder}")
     assert [(d.content.decode(), d.part) for d in found] == [
         *((f"train {n}", "train") for n in range(3)),
         *((f"validation {n}", "held") for n in range(3)),
@@ -656,41 +674,41 @@ def test_a_data_set_saved_to_disk_is_read_in_ranges(hub, tmp_path, monkeypatch, 
     data = hub.Dataset.from_dict({"body": [None, *texts], "label": [0, *range(30)]})
     (hub.DatasetDict(train=data) if is_divided else data).save_to_disk(tmp_path / "saved")
     cfg = DataConfig(source=f"hf:{tmp_path / 'saved'}", text_key="body", target_key="label")
-    whole = list(documents(cfg))
+    whole = list(read_documents(cfg))
     assert [(d.content.decode(), d.target) for d in whole] == [
         (text, b"%d" % n) for n, text in enumerate(texts) if text]  # fmt: skip
-    monkeypatch.setattr(units, "SIZE", 100)
-    found = sources.units(cfg)
+    monkeypatch.setattr(units, "TARGET_UNIT_BYTES", 100)
+    found = sources.list_units(cfg)
     assert len(found) > 3
     assert found[0].facts != found[1].facts
-    assert [unit.facts for unit in sources.units(cfg)] == [unit.facts for unit in found]
-    read_back = [d for unit in pickle.loads(pickle.dumps(found)) for d in sources.read(unit)]
+    assert [unit.facts for unit in sources.list_units(cfg)] == [unit.facts for unit in found]
+    read_back = [d for unit in pickle.loads(pickle.dumps(found)) for d in sources.read_unit(unit)]
     assert read_back == whole
 
 
-def test_a_column_that_is_missing_or_no_text_is_refused(hub, tmp_path):
+def test_a_column_that_is_missing_or_not_text_is_rejected(hub, tmp_path):
     hub.Dataset.from_dict({"body": ["x"], "id": [1]}).save_to_disk(tmp_path / "saved")
     source = f"hf:{tmp_path / 'saved'}"
-    message = refusal(source)
+    message = get_error(source)
     assert "data.text_key='text' is not a column" in message
     assert "it has body, id" in message
-    assert "data.text_key='id' is a int" in refusal(source, text_key="id")
-    assert "data.target_key='z'" in refusal(source, text_key="body", target_key="z")
+    assert "data.text_key='id' is a int" in get_error(source, text_key="id")
+    assert "data.target_key='z'" in get_error(source, text_key="body", target_key="z")
 
 
 @pytest.mark.parametrize("name", ["nobody/such-data", "nobody/such-data:config"])
-def test_a_data_set_that_can_not_be_had_says_how_to_bring_it(hub, name):
-    message = refusal(f"hf:{name}")
-    assert f"data.source='hf:{name}' can not be loaded" in message
+def test_the_error_for_an_unavailable_data_set_explains_how_to_copy_it(hub, name):
+    message = get_error(f"hf:{name}")
+    assert f"data.source='hf:{name}' cannot be loaded" in message
     arguments = ", ".join(map(repr, name.split(":")))
     assert f"datasets.load_dataset({arguments}).save_to_disk('folder')" in message
     assert "data.source=hf:folder" in message
 
 
-def test_a_folder_without_data_is_refused(hub, tmp_path):
-    assert "can not be loaded" in refusal(f"hf:{tmp_path}")
+def test_a_folder_without_data_is_rejected(hub, tmp_path):
+    assert "cannot be loaded" in get_error(f"hf:{tmp_path}")
 
 
-def test_datasets_is_asked_for_when_it_is_missing(monkeypatch):
+def test_the_error_for_missing_datasets_names_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert refusal("hf:name") == ("data.source=hf:name needs datasets: pip install 'jaxgpt[hub]'")
+    assert get_error("hf:name") == "data.source=hf:name needs datasets: pip install 'jaxgpt[hub]'"

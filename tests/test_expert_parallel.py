@@ -1,4 +1,4 @@
-"""Experts divided over devices: the same numbers, their shards, and what is sent for them."""
+"""Expert parallelism: results, shards and communication."""
 
 import functools
 import math
@@ -11,119 +11,124 @@ import numpy as np
 import pytest
 from helpers import tiny
 from jax.sharding import NamedSharding
-from tiny_runs import config, random_batch, training
+from tiny_runs import config, make_training, random_batch
 
 from jaxgpt.architecture import ExpertsConfig
 from jaxgpt.config import MeshConfig
 from jaxgpt.dims import split
 from jaxgpt.model import Coords
 from jaxgpt.model.feedforward import FEEDFORWARDS
-from jaxgpt.sharding import make_mesh, shardings, spec
+from jaxgpt.sharding import make_mesh, make_shardings, make_spec
 
-DROPLESS, TIGHT = ExpertsConfig(8, 2), ExpertsConfig(8, 2, capacity=0.5)  # half are left out
-ODD = ExpertsConfig(6, 1, capacity=0.75)
+DROPLESS = ExpertsConfig(8, 2)
+TIGHT = ExpertsConfig(8, 2, capacity=0.5)  # drops half of the choices
+INDIVISIBLE = ExpertsConfig(6, 1, capacity=0.75)
 FOUR, MIXED = dict(expert=4), dict(expert=2, fsdp=2, tensor=2)
 CASES = {
     "experts": ("moe_plain", DROPLESS, FOUR, 16, 8),
-    "experts and all that divides weights": ("moe_gated", TIGHT, MIXED, 16, 8),
-    "experts and all that divides tokens": (
+    "experts and all axes that shard weights": ("moe_gated", TIGHT, MIXED, 16, 8),
+    "experts and all axes that shard tokens": (
         "moe_plain", TIGHT, dict(data=2, expert=2, context=2), 16, 8),
-    "experts that do not divide": ("moe_plain", ODD, FOUR, 16, 8),
-    "tokens that do not divide": ("moe_gated", TIGHT, MIXED, 3, 1),
+    "a number of experts that is not divisible": ("moe_plain", INDIVISIBLE, FOUR, 16, 8),
+    "a number of tokens that is not divisible": ("moe_gated", TIGHT, MIXED, 3, 1),
 }  # fmt: skip
 
 
-def on(sizes):
+def make_test_mesh(sizes):
     devices = jax.devices()[: math.prod(sizes.values())]
     return make_mesh(MeshConfig(**{"data": 1, **sizes}), devices)
 
 
 @functools.cache
-def layer(kind, moe, sizes, B, T):
-    """(numbers, compiled) of one mixture on a mesh: its output, balance and all gradients."""
+def run_layer(kind, moe, sizes, B, T):
+    """Run one MoE layer on a mesh: ((gradients, (output, auxiliary loss)), HLO text)."""
     cfg = tiny(feedforward=kind, moe=moe, bias=True)
     module, rng = FEEDFORWARDS[kind](cfg), np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
-    x, weigh = draw(B, T, cfg.width), draw(B, T, cfg.width)
-    document = jnp.asarray(rng.random((B, T)) < 0.8, jnp.int32).at[0, 0].set(1)
-    at = Coords(jnp.zeros_like(document), document)
-    made = jax.eval_shape(lambda: module.init(jax.random.key(0), x, at)["params"])
-    shapes, letters = split(made)
+    x, output_weights = draw(B, T, cfg.width), draw(B, T, cfg.width)
+    segment_ids = jnp.asarray(rng.random((B, T)) < 0.8, jnp.int32).at[0, 0].set(1)
+    coords = Coords(jnp.zeros_like(segment_ids), segment_ids)
+    boxed = jax.eval_shape(lambda: module.init(jax.random.key(0), x, coords)["params"])
+    shapes, letters = split(boxed)
     params = jax.tree.map(lambda s: 0.4 * draw(*s.shape), shapes)
 
     def loss(params, x):
-        y, told = module.apply({"params": params}, x, at, mutable=["losses"])
-        (uneven,) = jax.tree.leaves(told)
-        return jnp.sum(weigh * y) + 50 * uneven, (y, uneven)
+        y, losses = module.apply({"params": params}, x, coords, mutable=["losses"])
+        (aux_loss,) = jax.tree.leaves(losses)
+        return jnp.sum(output_weights * y) + 50 * aux_loss, (y, aux_loss)
 
-    mesh = on(dict(sizes))
+    mesh = make_test_mesh(dict(sizes))
     with jax.set_mesh(mesh):
-        params = jax.device_put(params, shardings(shapes, letters, mesh))
-        x = jax.device_put(x, NamedSharding(mesh, spec(x.shape, "BTD", mesh)))
-        run = jax.jit(jax.grad(loss, (0, 1), has_aux=True)).lower(params, x).compile()
-        return run(params, x), run.as_text()
+        params = jax.device_put(params, make_shardings(shapes, letters, mesh))
+        x = jax.device_put(x, NamedSharding(mesh, make_spec(x.shape, "BTD", mesh)))
+        compiled = jax.jit(jax.grad(loss, (0, 1), has_aux=True)).lower(params, x).compile()
+        return compiled(params, x), compiled.as_text()
 
 
-def case(name, sizes=None):
-    kind, moe, asked, B, T = CASES[name]
-    return layer(kind, moe, tuple((asked if sizes is None else sizes).items()), B, T)
+def run_case(name, sizes=None):
+    kind, moe, case_sizes, B, T = CASES[name]
+    return run_layer(kind, moe, tuple((case_sizes if sizes is None else sizes).items()), B, T)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_mixture_and_its_gradients_do_not_depend_on_the_devices(name):
-    found, wanted = jax.device_get((case(name)[0], case(name, {})[0]))
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        # Sums over devices in another order; one token elsewhere would show as 1e-2.
+def test_an_moe_layer_and_its_gradients_do_not_depend_on_the_devices(name):
+    actual, expected = jax.device_get((run_case(name)[0], run_case(name, {})[0]))
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        # Sums over devices in another order; one token with another expert would differ by 1e-2.
         np.testing.assert_allclose(a, b, atol=3e-6 * np.abs(b).max())
         assert np.abs(b).max() > 0.1
 
 
-def divisions(tree):
-    """In how many parts the arrays of a tree lie."""
+def count_shards(tree):
+    """Return the set of shard counts of the arrays of a tree."""
     return {x.size // x.addressable_shards[0].data.size for x in jax.tree.leaves(tree)}
 
 
-def experts(tree):
-    """What belongs to the experts' matrices in a tree of parameters or of the optimizer."""
-    words = [
+def select_experts(tree):
+    """Select the arrays of the experts' matrices from parameters or optimizer state."""
+    named = [
         (jax.tree_util.keystr(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree)
     ]
-    return [x for word, x in words if "experts" in word and word.endswith("['w']")]
+    return [x for name, x in named if "experts" in name and name.endswith("['w']")]
 
 
-def test_gradients_of_experts_are_divided_as_the_experts_are():
-    for name, parts in {"experts": 4, "experts and all that divides weights": 8}.items():
-        (gradients, _), _ = case(name)[0]
-        assert divisions(experts(gradients)) == {parts}
+def test_gradients_of_experts_are_sharded_as_the_experts_are():
+    for name, shards in {"experts": 4, "experts and all axes that shard weights": 8}.items():
+        (gradients, _), _ = run_case(name)[0]
+        assert count_shards(select_experts(gradients)) == {shards}
 
 
-def sent(text, kind):
-    """The shapes that a collective of a compiled program gives, with how often each is there."""
-    found = re.findall(rf"= (.*?) {kind}(?:-start)?\(", text)
-    return Counter(shape for result in found for shape in re.findall(r"\w+\[[\d,]*\]", result))
+def count_collectives(text, kind):
+    """Count the result shapes of a collective in a compiled program."""
+    results = re.findall(rf"= (.*?) {kind}(?:-start)?\(", text)
+    return Counter(shape for result in results for shape in re.findall(r"\w+\[[\d,]*\]", result))
 
 
-def test_devices_of_experts_show_each_other_tokens_and_no_weights():
-    text = case("experts")[1]  # of 4 * 32 tokens of width 16, with 2 picks each
+def test_expert_parallelism_communicates_tokens_and_no_weights():
+    text = run_case("experts")[1]  # of 4 * 32 tokens of width 16, with 2 picks each
     router = {"f32[16,8]": 1}
-    wanted = {"f32[128,16]": 2, "f32[128,2]": 1, "s32[128,2]": 1}  # the tokens' and the gradient's
-    assert sent(text, "all-gather") == wanted | router
-    assert sent(text, "reduce-scatter") == {"f32[32,16]": 2, "f32[32,2]": 1}  # the same, back
-    # For the balance, the mean probabilities there and back, picks and tokens that count.
-    wanted = {"f32[8]": 2, "s32[8]": 1, "s32[1]": 1}
-    assert sent(text, "all-reduce") == wanted | {"f32[8,16]": 1}  # the router's gradient
-    assert not sent(text, "all-to-all") + sent(text, "collective-permute")
+    # Tokens and their gradient.
+    expected = {"f32[128,16]": 2, "f32[128,2]": 1, "s32[128,2]": 1}
+    assert count_collectives(text, "all-gather") == expected | router
+    # The reverse.
+    assert count_collectives(text, "reduce-scatter") == {"f32[32,16]": 2, "f32[32,2]": 1}
+    # For the auxiliary loss: mean probabilities and their gradient, counts of picks and of tokens.
+    expected = {"f32[8]": 2, "s32[8]": 1, "s32[1]": 1}
+    expected |= {"f32[8,16]": 1}  # the router's gradient
+    assert count_collectives(text, "all-reduce") == expected
+    assert not count_collectives(text, "all-to-all") + count_collectives(text, "collective-permute")
 
 
 def test_the_weights_of_experts_are_gathered_over_fsdp_only():
-    text = case("experts and all that divides weights")[1]  # of 4 experts, 12 of 24 ffn
-    gathered, scattered = sent(text, "all-gather"), sent(text, "reduce-scatter")
+    text = run_case("experts and all axes that shard weights")[1]  # of 4 experts, 12 of 24 ffn
+    gathered = count_collectives(text, "all-gather")
+    scattered = count_collectives(text, "reduce-scatter")
     assert (gathered["f32[4,16,12]"], gathered["f32[4,12,16]"]) == (2, 1)  # up and gate, down
     assert (scattered["f32[4,8,12]"], scattered["f32[4,12,8]"]) == (2, 1)
-    of_eight = [shape for shape in gathered if re.match(r"f32\[8,\d+,\d+\]", shape)]
-    assert not of_eight
-    # Over tensor, sums of what goes in and of what comes out; first come, from each row, counts.
-    assert sent(text, "all-reduce")["f32[4,8,16]"] == 2
+    of_all_experts = [shape for shape in gathered if re.match(r"f32\[8,\d+,\d+\]", shape)]
+    assert not of_all_experts
+    # Over the tensor axis, sums of inputs and of outputs; the gathered array is counts per row.
+    assert count_collectives(text, "all-reduce")["f32[4,8,16]"] == 2
     assert gathered["s32[16,1,2,8]"] == 1
 
 
@@ -133,7 +138,7 @@ STEPS = 20
 
 
 @functools.cache
-def trained(**sizes):
+def train(**sizes):
     cfg = config(
         "model.layers=1",
         "model.feedforward=moe_gated",
@@ -142,22 +147,22 @@ def trained(**sizes):
         "optimizer.lr=1e-3",
         mesh=MeshConfig(**{"data": 1, **sizes}),
     )
-    runs = training(cfg, math.prod(sizes.values()))
+    runs = make_training(cfg, math.prod(sizes.values()))
     return runs.run(STEPS, batch_of=lambda step: random_batch(step % 4))
 
 
 @pytest.mark.parametrize("sizes", [dict(expert=2), FOUR, dict(expert=8), MIXED], ids=str)
-def test_training_a_mixture_does_not_depend_on_the_devices(sizes):
-    # A token that stands between two experts may tip by rounding, which costs 1e-4: none does here.
-    found, wanted = trained(**sizes)[1], trained()[1]
-    np.testing.assert_allclose(found, wanted, atol=1e-5)
-    assert wanted[-1] < wanted[0]
+def test_training_an_moe_model_does_not_depend_on_the_devices(sizes):
+    # Rounding may flip a token between two experts, which changes the loss by 1e-4: here none does.
+    actual, expected = train(**sizes)[1], train()[1]
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+    assert expected[-1] < expected[0]
 
 
-@pytest.mark.parametrize(("sizes", "parts"), [(FOUR, 4), (MIXED, 8)])
-def test_experts_and_their_moments_are_divided(sizes, parts):
-    state = trained(**sizes)[0]
-    assert divisions(experts(state.params)) == {parts}
-    moments = experts(state.opt_state)
-    assert len(moments) == 2 * len(experts(state.params))
-    assert divisions(moments) == {parts}
+@pytest.mark.parametrize(("sizes", "shards"), [(FOUR, 4), (MIXED, 8)])
+def test_experts_and_their_moments_are_sharded(sizes, shards):
+    state = train(**sizes)[0]
+    assert count_shards(select_experts(state.params)) == {shards}
+    moments = select_experts(state.opt_state)
+    assert len(moments) == 2 * len(select_experts(state.params))
+    assert count_shards(moments) == {shards}

@@ -1,4 +1,4 @@
-"""Many processes on loopback train as one does: started, killed, stopped, and in other numbers."""
+"""Several processes on loopback train as one does: started, killed, stopped, and resumed."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from contextlib import suppress
 import jax
 import numpy as np
 import pytest
-from tiny_runs import assert_same_bits, saved, write_text
+from tiny_runs import assert_same_bits, restore_latest, write_text
 
 from jaxgpt import config as configs
 from jaxgpt import hosts
@@ -27,7 +27,7 @@ from jaxgpt.trainer.logging import read_metrics
 ROOT = pathlib.Path(__file__).parent.parent
 DEADLINE = 240  # seconds until a process that hangs is killed, and its test fails
 
-# --- who belongs together: functions of the environment --------------------------------------
+# --- cluster detection from the environment --------------------------------------------------
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "1", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}
 POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
@@ -59,25 +59,27 @@ POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
         (POD | {"JOB_COMPLETION_INDEX": "0", "TPU_WORKER_HOSTNAMES": "a,b"}, "TPU pod"),
     ],
 )
-def test_a_process_knows_whether_it_was_started_as_one_of_several(environment, name):
-    assert hosts.detect(environment) == name
+def test_a_launcher_of_several_processes_is_detected(environment, name):
+    assert hosts.detect_cluster(environment) == name
 
 
 @pytest.mark.parametrize("name", [method for _, method in hosts.CLUSTERS.values() if method])
-def test_jax_knows_the_names_of_the_clusters(name):
+def test_the_cluster_names_exist_in_jax(name):
     from jax._src.clusters import ClusterEnv
 
     assert name in {kind.name for kind in ClusterEnv._cluster_types}
 
 
-def test_a_process_by_itself_joins_nothing():
-    assert hosts.plan({}) is None
-    assert hosts.plan(SLURM | {"SLURM_STEP_NUM_TASKS": "4"}, "none") is None
+def test_a_single_process_does_not_initialize_jax_distributed():
+    assert hosts.make_initialize_args({}) is None
+    assert hosts.make_initialize_args(SLURM | {"SLURM_STEP_NUM_TASKS": "4"}, "none") is None
 
 
-def test_three_flags_are_taken_before_any_cluster():
-    how = hosts.plan(SLURM | {"SLURM_STEP_NUM_TASKS": "4"}, "[::1]:1234", 2, 1)
-    assert how == dict(
+def test_the_three_flags_take_precedence_over_a_detected_cluster():
+    init_args = hosts.make_initialize_args(
+        SLURM | {"SLURM_STEP_NUM_TASKS": "4"}, "[::1]:1234", 2, 1
+    )
+    assert init_args == dict(
         coordinator_address="[::1]:1234",
         num_processes=2,
         process_id=1,
@@ -85,8 +87,8 @@ def test_three_flags_are_taken_before_any_cluster():
     )
 
 
-def test_a_cluster_that_is_not_known_is_left_to_jax():
-    assert hosts.plan({}, "auto") == {}
+def test_auto_leaves_the_detection_to_jax():
+    assert hosts.make_initialize_args({}, "auto") == {}
 
 
 @pytest.mark.parametrize(
@@ -103,51 +105,51 @@ def test_a_cluster_that_is_not_known_is_left_to_jax():
         (("h:1", 0, 0), "--process 0 with --processes 0"),
     ],
 )
-def test_flags_that_do_not_fit_together_are_refused(flags, message):
+def test_inconsistent_flags_are_rejected(flags, message):
     with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
-        hosts.plan({}, *flags)
+        hosts.make_initialize_args({}, *flags)
 
 
 # --- one process -----------------------------------------------------------------------------
 
 
-def test_one_process_agrees_with_itself():
-    assert hosts.exchange("word", "mine") == ["mine"]
-    hosts.agree({"seed": 1})
-    assert hosts.together(lambda: 3) == 3
-    assert hosts.once(lambda: 4)() == 4
+def test_collectives_are_trivial_in_one_process():
+    assert hosts.all_gather_text("key", "text") == ["text"]
+    hosts.check_equal({"seed": 1})
+    assert hosts.run_on_all(lambda: 3) == 3
+    assert hosts.run_on_first(lambda: 4)() == 4
     with pytest.raises(KeyError):
-        hosts.together(lambda: {}["nothing"])
+        hosts.run_on_all(lambda: {}["nothing"])
 
 
 @pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "fsdp": 2, "context": 2}, {"tensor": 8}])
-def test_a_batch_comes_back_from_the_devices(mesh):
+def test_placing_and_fetching_a_batch_is_lossless(mesh):
     where = make_mesh(MeshConfig(**{"data": 1} | mesh))
     batch = {"tokens": np.arange(64).reshape(8, 8), "class": np.arange(8), "none": None}
-    back = hosts.fetch(hosts.place(batch, where, 8))
-    assert hosts.rows(where, 8).tolist() == list(range(8))
+    back = hosts.fetch(hosts.place_batch(batch, where, 8))
+    assert hosts.find_local_rows(where, 8).tolist() == list(range(8))
     jax.tree.map(np.testing.assert_array_equal, back, batch)
 
 
 # --- two processes, without training ---------------------------------------------------------
 
 
-def address() -> str:
-    """A free place on this machine."""
+def find_free_address() -> str:
+    """Return a free host:port on this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-def environment(devices: int, **more) -> dict[str, str]:
-    # Cheaply compiled, in all runs alike.
+def make_environment(devices: int, **more) -> dict[str, str]:
+    # The same cheap compilation in all runs.
     fast = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     count = f"--xla_force_host_platform_device_count={devices}"
     return os.environ | {"XLA_FLAGS": f"{count} {fast}", "PYTHONPATH": str(ROOT)} | more
 
 
-def start(commands, env):
-    """Runs commands at the same time; returns (status, stdout, stderr) of each."""
+def run_commands(commands, env):
+    """Run commands at the same time; return (status, stdout, stderr) of each."""
     processes = [
         subprocess.Popen(
             [sys.executable, *map(str, command)],
@@ -160,56 +162,58 @@ def start(commands, env):
         for command in commands
     ]
     try:
-        told = [process.communicate(timeout=DEADLINE) for process in processes]
+        results = [process.communicate(timeout=DEADLINE) for process in processes]
     finally:
         for process in processes:
             with suppress(ProcessLookupError):
                 process.kill()
             process.wait()
-    return [(p.returncode, out, err) for p, (out, err) in zip(processes, told, strict=True)]
+    return [(p.returncode, out, err) for p, (out, err) in zip(processes, results, strict=True)]
 
 
 @pytest.fixture(scope="module")
 def pair():
-    """What two processes of two devices told."""
-    at = address()
+    """The JSON output of two processes of two devices each."""
+    address = find_free_address()
     worker = pathlib.Path(__file__).parent / "hosts_worker.py"
-    told = start([(worker, at, i) for i in range(2)], environment(2))
-    assert [status for status, *_ in told] == [0, 0], told
-    return [json.loads(out.splitlines()[-1]) for _, out, _ in told]
+    results = run_commands([(worker, address, i) for i in range(2)], make_environment(2))
+    assert [status for status, *_ in results] == [0, 0], results
+    return [json.loads(out.splitlines()[-1]) for _, out, _ in results]
 
 
-def test_processes_know_who_they_are(pair):
-    assert [told["who"] for told in pair] == [[0, 2], [1, 2]]
+def test_processes_have_their_index_and_count(pair):
+    assert [outputs["index_and_count"] for outputs in pair] == [[0, 2], [1, 2]]
 
 
-def test_what_each_has_to_say_reaches_all_in_their_order(pair):
-    assert all(told["exchange"] == [["00", "10"], ["01", "11"], ["02", "12"]] for told in pair)
+def test_all_gather_returns_the_texts_in_process_order(pair):
+    assert all(
+        outputs["all_gather_text"] == [["00", "10"], ["01", "11"], ["02", "12"]] for outputs in pair
+    )
 
 
-def test_only_the_first_process_writes(pair):
-    assert [told["once"] for told in pair] == ["written", None]
+def test_run_on_first_runs_in_process_0_only(pair):
+    assert [outputs["run_on_first"] for outputs in pair] == ["written", None]
 
 
-def test_what_succeeds_everywhere_has_its_result(pair):
-    assert [told["together"] for told in pair] == [0, 1]
+def test_run_on_all_returns_the_local_result(pair):
+    assert [outputs["run_on_all"] for outputs in pair] == [0, 1]
 
 
-def test_what_fails_in_one_process_fails_in_all(pair):
+def test_run_on_all_fails_everywhere_if_one_process_fails(pair):
     own, others = "process {0} has no data", "process {0} of 2: process {0} has no data"
     assert pair[0]["failed"] == [own.format(0), others.format(1)]
     assert pair[1]["failed"] == [others.format(0), own.format(1)]
 
 
-def test_processes_that_differ_are_refused_everywhere_by_key(pair):
-    assert [told["agreed"] for told in pair] == ["", ""]
-    text = "process 0 and process 1 do not agree:\n  model.width: 3 there, 4 here"
-    assert [told["differ"] for told in pair] == [f"process 1 of 2: {text}", text]
+def test_different_values_are_rejected_everywhere_by_key(pair):
+    assert [outputs["equal"] for outputs in pair] == ["", ""]
+    text = "process 0 and process 1 differ:\n  model.width: 3 there, 4 here"
+    assert [outputs["different"] for outputs in pair] == [f"process 1 of 2: {text}", text]
 
 
-def test_the_first_word_said_is_the_one_that_all_hear(pair):
-    assert pair[0]["call"] == pair[1]["call"]
-    assert pair[0]["call"] in ("first of 0", "first of 1")
+def test_a_broadcast_delivers_the_first_message(pair):
+    assert pair[0]["broadcast"] == pair[1]["broadcast"]
+    assert pair[0]["broadcast"] in ("first of 0", "first of 1")
 
 
 @pytest.mark.parametrize(
@@ -220,19 +224,31 @@ def test_the_first_word_said_is_the_one_that_all_hear(pair):
         ("across", [list(range(8))] * 2, [[8, 4]]),
     ],
 )
-def test_each_process_makes_the_rows_of_its_devices(pair, mesh, rows, shards):
+def test_each_process_places_the_rows_of_its_devices(pair, mesh, rows, shards):
     whole = {"tokens": np.arange(32).reshape(8, 4).tolist(), "class": list(range(8))}
-    for told, mine in zip(pair, rows, strict=True):
-        for placed in told[mesh]:  # of the whole batch, and of the rows
-            assert placed == {"rows": mine, "shards": shards, "back": whole}
+    for outputs, local_rows in zip(pair, rows, strict=True):
+        for placed in outputs[mesh]:  # of the whole batch, and of the rows
+            assert placed == {"rows": local_rows, "shards": shards, "back": whole}
 
 
-def test_a_process_that_nobody_joins_says_where_it_waited():
-    at = address()
-    command = ["train.py", "--coordinator", at, "--processes", 2, "--process", 1, "--timeout", 1]
-    ((status, _, err),) = start([command], environment(1))
+def test_a_process_without_peers_times_out_with_the_address():
+    address = find_free_address()
+    command = [
+        "train.py",
+        "--coordinator",
+        address,
+        "--processes",
+        2,
+        "--process",
+        1,
+        "--timeout",
+        1,
+    ]
+    ((status, _, err),) = run_commands([command], make_environment(1))
     assert status == 2
-    assert f"train.py: process 1 of 2 waited 1 s for the others at {at}: is every process" in err
+    assert (
+        f"train.py: process 1 of 2 waited 1 s for the others at {address}: is every process" in err
+    )
 
 
 # --- whole runs ------------------------------------------------------------------------------
@@ -254,23 +270,23 @@ config = Config(
 )
 loop.peak_flops = lambda devices: (1e12, "a guess")
 step_to_act, who, number = map(int, os.environ.get("ACT", "0 0 0").split())
-log = loop.log
+log_metrics = loop.log_metrics
 
 
 def log_and_act(run, step, metrics):
-    log(run, step, metrics)
-    if (step, hosts.index()) == (step_to_act, who):
+    log_metrics(run, step, metrics)
+    if (step, hosts.process_index()) == (step_to_act, who):
         os.kill(os.getpid(), number)
 
 
-loop.log = log_and_act
-if "SPEAK" not in os.environ:
-    loop.speak = lambda run: None
+loop.log_metrics = log_and_act
+if "LOG_SAMPLE" not in os.environ:
+    loop.log_sample = lambda run: None
 """
 
 
-class Place:
-    """Where runs lie, and how they are started."""
+class Launcher:
+    """Starts runs of several processes in one folder."""
 
     def __init__(self, folder):
         self.file = folder / "tiny.py"
@@ -283,89 +299,93 @@ class Place:
         }
 
     def run(self, processes, devices, *settings, **more):
-        at = address()
+        address = find_free_address()
         command = ["train.py", "--config", self.file, *settings]
         if processes > 1:
-            command += ["--coordinator", at, "--processes", processes, "--timeout", 30]
+            command += ["--coordinator", address, "--processes", processes, "--timeout", 30]
         each = [["--process", i] if processes > 1 else [] for i in range(processes)]
-        return start([command + who for who in each], environment(devices, **self.compiled, **more))
+        return run_commands(
+            [command + who for who in each], make_environment(devices, **self.compiled, **more)
+        )
 
     def config(self, *settings):
-        with pytest.MonkeyPatch.context() as patch:  # the file sets what it likes in the loop
-            for name in ("peak_flops", "log", "speak"):
+        with pytest.MonkeyPatch.context() as patch:  # the config file patches the loop
+            for name in ("peak_flops", "log_metrics", "log_sample"):
                 patch.setattr(loop, name, getattr(loop, name))
             return configs.load(str(self.file), settings)
 
 
-def story(cfg):
-    """What metrics.jsonl tells, without the times."""
+def read_records(cfg):
+    """Return the records of metrics.jsonl, without times."""
     return [(r["kind"], r["step"], r["loss"], r["accuracy"]) for r in read_metrics(cfg.run_folder)]
 
 
-def statuses(told):
-    return [status for status, *_ in told]
+def get_statuses(results):
+    return [status for status, *_ in results]
 
 
 def assert_near(a, b):
-    """Two runs are equal but for the order in which devices add: float32, told with six digits."""
-    steps = [[line[:2] for line in sorted(story(cfg))] for cfg in (a, b)]
-    losses = [np.array([line[2] for line in sorted(story(cfg))]) for cfg in (a, b)]
+    """Assert that two runs are equal up to the order of float32 sums, logged with six digits."""
+    steps = [[line[:2] for line in sorted(read_records(cfg))] for cfg in (a, b)]
+    losses = [np.array([line[2] for line in sorted(read_records(cfg))]) for cfg in (a, b)]
     assert steps[0] == steps[1]
     np.testing.assert_allclose(losses[0], losses[1], rtol=0, atol=1.1e-5)
-    for x, y in zip(*(jax.tree.leaves(saved(cfg)[0].params) for cfg in (a, b)), strict=True):
+    for x, y in zip(
+        *(jax.tree.leaves(restore_latest(cfg)[0].params) for cfg in (a, b)), strict=True
+    ):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-4)  # AdamW takes 1e-2 of noise's sign
 
 
-PAIR = ["mesh.fsdp=2"]  # two processes of two devices: parameters divided inside of each
+PAIR = ["mesh.fsdp=2"]  # two processes of two devices: parameters sharded within each
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return Place(tmp_path_factory.mktemp("hosts"))
+def launcher(tmp_path_factory):
+    return Launcher(tmp_path_factory.mktemp("hosts"))
 
 
 @pytest.fixture(scope="module")
-def alone(place):
+def single_process_run(launcher):
     """A run of one process with one device."""
-    cfg = place.config("name=alone")
+    cfg = launcher.config("name=alone")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "peak_flops", lambda devices: (1e12, "a guess"))
         patch.setattr(loop, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))
-        patch.setattr(loop, "speak", lambda run: None)
+        patch.setattr(loop, "log_sample", lambda run: None)
         train(cfg, is_quiet=True)
     return cfg
 
 
 @pytest.fixture(scope="module")
-def together(place):
-    """A run of two processes, without a stop: (config, what they told)."""
-    told = place.run(2, 2, "name=together", *PAIR, SPEAK="1")
-    assert statuses(told) == [0, 0], told
-    return place.config("name=together", *PAIR), told
+def two_process_run(launcher):
+    """A run of two processes, not interrupted: (config, results)."""
+    results = launcher.run(2, 2, "name=together", *PAIR, LOG_SAMPLE="1")
+    assert get_statuses(results) == [0, 0], results
+    return launcher.config("name=together", *PAIR), results
 
 
 @pytest.fixture(scope="module")
-def killed(place):
-    """The same, but process 1 is killed after step 7: (config, what they told, checkpoint)."""
-    told = place.run(2, 2, "name=killed", *PAIR, ACT=f"7 1 {signal.SIGKILL}")
-    cfg = place.config("name=killed", *PAIR)
+def killed_run(launcher):
+    """The same, but process 1 is killed after step 7: (config, results, step of the checkpoint)."""
+    results = launcher.run(2, 2, "name=killed", *PAIR, ACT=f"7 1 {signal.SIGKILL}")
+    cfg = launcher.config("name=killed", *PAIR)
     shutil.copytree(cfg.run_folder, os.path.join(cfg.folder, "elastic"))
-    return cfg, told, latest_step(os.path.join(cfg.run_folder, "checkpoints"))
+    return cfg, results, latest_step(os.path.join(cfg.run_folder, "checkpoints"))
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_learns(alone, together):
-    assert_near(alone, together[0])
+def test_training_with_two_processes_equals_training_with_one(single_process_run, two_process_run):
+    assert_near(single_process_run, two_process_run[0])
 
 
 @pytest.mark.slow
-def test_a_run_of_two_processes_is_told_and_written_once(together):
-    cfg, ((_, out, _), (_, silent, _)) = together
+def test_a_run_of_two_processes_prints_and_writes_once(two_process_run):
+    cfg, ((_, out, _), (_, quiet_out, _)) = two_process_run
     assert "4 cpu device(s) (data 2 x fsdp 2)" in out
     assert "step 10/10  loss " in out
     assert "--- sample at step 10 ---" in out
-    assert [line for line in silent.splitlines() if not line.startswith("[Gloo]")] == []
-    kinds = [(kind, step) for kind, step, *_ in story(cfg)]
+    assert [line for line in quiet_out.splitlines() if not line.startswith("[Gloo]")] == []
+    kinds = [(kind, step) for kind, step, *_ in read_records(cfg)]
     assert sorted(kinds) == [("eval", n) for n in (4, 8, 10)] + [("train", n) for n in range(1, 11)]
     assert sorted(os.listdir(cfg.run_folder)) == [
         "best", "checkpoints", "config.json", "metrics.jsonl", "plots", "samples", "tensorboard",
@@ -376,39 +396,41 @@ def test_a_run_of_two_processes_is_told_and_written_once(together):
 
 
 @pytest.mark.slow
-def test_when_a_process_is_killed_the_others_end(killed):
-    _, told, step = killed
-    assert told[1][0] == -signal.SIGKILL
-    assert told[0][0] not in (0, 2)
-    assert "another" in told[0][2]
+def test_the_other_processes_end_if_one_is_killed(killed_run):
+    _, results, step = killed_run
+    assert results[1][0] == -signal.SIGKILL
+    assert results[0][0] not in (0, 2)
+    assert "another" in results[0][2]
     assert step in (3, 6)
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_goes_on_to_the_same_bits(place, together, killed):
-    cfg, _, step = killed
-    told = place.run(2, 2, "name=killed", *PAIR)
-    assert statuses(told) == [0, 0], told
-    assert f"(going on from step {step})" in told[0][1]
-    assert_same_bits(saved(cfg)[0], saved(together[0])[0])
-    assert sorted(story(cfg)) == sorted(story(together[0]))
+def test_a_killed_run_resumes_bit_for_bit(launcher, two_process_run, killed_run):
+    cfg, _, step = killed_run
+    results = launcher.run(2, 2, "name=killed", *PAIR)
+    assert get_statuses(results) == [0, 0], results
+    assert f"(resuming from step {step})" in results[0][1]
+    assert_same_bits(restore_latest(cfg)[0], restore_latest(two_process_run[0])[0])
+    assert sorted(read_records(cfg)) == sorted(read_records(two_process_run[0]))
 
 
 @pytest.mark.slow
-def test_other_numbers_of_processes_go_on_and_stop_at_the_same_step(place, alone, killed):
+def test_another_number_of_processes_resumes_and_stops_at_one_step(
+    launcher, single_process_run, killed_run
+):
     mesh = ["name=elastic", "mesh.tensor=2", "mesh.fsdp=2", "mesh.data=1"]
-    config = os.path.join(killed[0].folder, "elastic", "config.json")
+    config = os.path.join(killed_run[0].folder, "elastic", "config.json")
     with open(config, "w") as file:
-        file.write(configs.to_json(place.config(*mesh)))
-    told = place.run(4, 1, *mesh, ACT=f"7 2 {signal.SIGTERM}")
-    assert statuses(told) == [0, 0, 0, 0], told
-    assert "Stopped by SIGTERM after " in told[0][1]
+        file.write(configs.to_json(launcher.config(*mesh)))
+    results = launcher.run(4, 1, *mesh, ACT=f"7 2 {signal.SIGTERM}")
+    assert get_statuses(results) == [0, 0, 0, 0], results
+    assert "Stopped by SIGTERM after " in results[0][1]
     stopped = latest_step(os.path.join(os.path.dirname(config), "checkpoints"))
-    assert stopped in (8, 9)  # heard while step 8 was under way
-    # And then on the eight devices of this process.
-    cfg = override(place.config(*mesh), ["mesh.tensor=1", "mesh.data=4"])
+    assert stopped in (8, 9)  # received during step 8
+    # Resume on the eight devices of this process.
+    cfg = override(launcher.config(*mesh), ["mesh.tensor=1", "mesh.data=4"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "peak_flops", lambda devices: (1e12, "a guess"))
-        patch.setattr(loop, "speak", lambda run: None)
+        patch.setattr(loop, "log_sample", lambda run: None)
         train(cfg, is_quiet=True)
-    assert_near(alone, cfg)
+    assert_near(single_process_run, cfg)

@@ -1,4 +1,4 @@
-"""The floors of the house: a file imports only from below, and nothing heavy by the way."""
+"""The import layers of the package: a module imports only from lower layers, and nothing heavy."""
 
 import ast
 import graphlib
@@ -9,7 +9,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-FLOORS = [
+LAYERS = [
     {"settings"},
     {"architecture", "config_files", "optional", "script"},
     {"config"},
@@ -34,15 +34,18 @@ MODULES = {module_of(path): path for path in sorted((ROOT / "jaxgpt").rglob("*.p
 
 
 class RuntimeCode(ast.NodeTransformer):
-    """Removes `if TYPE_CHECKING:`."""
+    """Remove `if TYPE_CHECKING:`."""
 
     def visit_If(self, node):
         is_typing = isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
         return None if is_typing else self.generic_visit(node)
 
 
-def imports(module: str) -> set[str]:
-    """The modules of ours that a module names, also inside functions, but not for types alone."""
+def find_imports(module: str) -> set[str]:
+    """Return the modules of the package that a module imports, also inside functions.
+
+    Imports for type checkers alone are not counted.
+    """
     found = set()
     for node in ast.walk(RuntimeCode().visit(ast.parse(MODULES[module].read_text()))):
         if isinstance(node, ast.Import):
@@ -54,28 +57,29 @@ def imports(module: str) -> set[str]:
     return found & MODULES.keys()
 
 
-def room(module: str) -> str:
-    """jaxgpt.model.kernels -> model."""
+def get_package(module: str) -> str:
+    """Map jaxgpt.model.kernels to model."""
     return module.split(".")[1]
 
 
-def floor(module: str) -> int:
-    return next(i for i, rooms in enumerate(FLOORS) if room(module) in rooms)
+def find_layer(module: str) -> int:
+    return next(i for i, packages in enumerate(LAYERS) if get_package(module) in packages)
 
 
-def test_every_room_has_a_floor():
-    assert {room(module) for module in MODULES if "." in module} == set().union(*FLOORS)
+def test_every_module_has_an_import_layer():
+    assert {get_package(module) for module in MODULES if "." in module} == set().union(*LAYERS)
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if "." in module])
-def test_a_file_imports_only_from_floors_below(module):
-    others = {name for name in imports(module) if name != "jaxgpt" and room(name) != room(module)}
-    assert not {name for name in others if floor(name) >= floor(module)}
+def test_a_module_imports_only_from_lower_layers(module):
+    others = {name for name in find_imports(module) if name != "jaxgpt"}
+    others = {name for name in others if get_package(name) != get_package(module)}
+    assert not {name for name in others if find_layer(name) >= find_layer(module)}
 
 
-def test_there_are_no_circles():
-    # static_order raises CycleError, which tells the circle.
-    list(graphlib.TopologicalSorter({m: imports(m) - {m} for m in MODULES}).static_order())
+def test_there_are_no_import_cycles():
+    # static_order raises CycleError, whose message has the cycle.
+    list(graphlib.TopologicalSorter({m: find_imports(m) - {m} for m in MODULES}).static_order())
 
 
 def test_training_imports_no_other_framework():

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxgpt.config import ConfigError, OptimizerConfig
-from jaxgpt.optimizer import OPTIMIZERS, SCHEDULES, build, state_letters
+from jaxgpt.optimizer import OPTIMIZERS, SCHEDULES, build, get_state_letters
 
 SIZES = dict(V=11, D=6, H=2, K=4, F=10, L=3, E=2)
 LETTERS = {
@@ -36,17 +36,17 @@ every_schedule = pytest.mark.parametrize("name", SCHEDULES)
 
 
 def config(name="adamw", **changes) -> OptimizerConfig:
-    """No clipping, and a rate that changes in every step, so that its order of use shows."""
+    """No clipping, and a rate that changes in every step, to test the order of their use."""
     defaults = dict(name=name, lr=0.01, b2=0.99, weight_decay=0.3, clip=0.0, warmup=2)
     return OptimizerConfig(**(defaults | changes))
 
 
-def constant(name, lr=0.01, **changes) -> OptimizerConfig:
+def constant_config(name, lr=0.01, **changes) -> OptimizerConfig:
     return config(name, lr=lr, schedule="warmup_constant", warmup=0, **changes)
 
 
 def draw(seed: int, letters=LETTERS, sizes=SIZES):
-    """A random tree of these letters, float32 values in float64."""
+    """Draw a random tree of these letters, float32 values in float64."""
     rng = np.random.default_rng(seed)
 
     def one(dims):
@@ -61,7 +61,7 @@ def draw_grads(letters=LETTERS, sizes=SIZES):
 
 
 def train(cfg, params, grads, letters=LETTERS):
-    """The parameters after one jitted step per gradient."""
+    """Return the parameters after one jitted step per gradient."""
     optimizer, step = compiled(cfg, json.dumps(letters))
     params = jax.tree.map(np.float32, params)
     state = optimizer.init(params)
@@ -82,11 +82,11 @@ def compiled(cfg, letters):
 
 
 def assert_close(ours, theirs, rtol=2e-5, atol=1e-6):
-    """float32 rounds at 6e-8; five steps of roots and quotients make it some 1e-6."""
+    """Assert equality: float32 rounds at 6e-8, five steps of roots and quotients at about 1e-6."""
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), ours, theirs)
 
 
-# --- every rule is the one in its paper ---
+# --- every rule against its paper ---
 #
 # An oracle yields the direction of each step for one parameter.
 
@@ -124,8 +124,8 @@ def oracle_lion(cfg, letters, grads):
         m = cfg.b2 * m + (1 - cfg.b2) * g
 
 
-def each_matrix(f, letters, grads):
-    """Applies f to the gradients of every stacked matrix (or vector) alone."""
+def map_matrices(f, letters, grads):
+    """Apply f to the gradients of every stacked matrix (or vector) separately."""
     inputs, _, outputs = letters.partition(">")
     stacked = "".join(d for d in inputs if d in "LE")
     lead = [SIZES[d] for d in stacked]
@@ -153,7 +153,7 @@ def oracle_adafactor(cfg, letters, grads):
             U = G / np.sqrt(V)
             yield U / max(1, np.sqrt(np.mean(U**2)))
 
-    return each_matrix(algorithm_4_and_5, letters, grads)
+    return map_matrices(algorithm_4_and_5, letters, grads)
 
 
 def newton_schulz(M):
@@ -175,7 +175,7 @@ def oracle_muon(cfg, letters, grads):
             ahead = cfg.b1 * m / (1 - cfg.b1 ** (t + 1)) + (1 - cfg.b1) * G / (1 - cfg.b1**t)
             yield 0.2 * np.sqrt(max(G.shape)) * newton_schulz(ahead)
 
-    return each_matrix(nesterov, letters, grads)
+    return map_matrices(nesterov, letters, grads)
 
 
 ORACLES = dict(
@@ -191,17 +191,17 @@ ORACLES = dict(
 
 
 @every_rule
-def test_a_rule_is_the_one_in_its_paper(name):
+def test_a_rule_equals_the_algorithm_of_its_paper(name):
     cfg = config(name, b1=0.8)
     rates = [expected_rate(cfg, STEPS, step) for step in range(STEPS)]
 
-    def by_hand(letters, p, *grads):
+    def update_by_hand(letters, p, *grads):
         decay = cfg.weight_decay if ">" in letters and name != "adam" else 0.0
         for lr, direction in zip(rates, ORACLES[name](cfg, letters, grads), strict=True):
             p = p - lr * (direction + decay * p)
         return p
 
-    expected = jax.tree.map(by_hand, LETTERS, draw(0), *draw_grads())
+    expected = jax.tree.map(update_by_hand, LETTERS, draw(0), *draw_grads())
     # Newton-Schulz multiplies rounding by up to 3.4445^5 = 485 where a singular value is small
     tolerance = dict(rtol=1e-4, atol=1e-4) if name == "muon" else {}
     assert_close(train(cfg, draw(0), draw_grads()), expected, **tolerance)
@@ -219,8 +219,8 @@ TORCH = {
 @pytest.mark.parametrize("name", TORCH)
 def test_a_rule_equals_pytorchs(name):
     torch = pytest.importorskip("torch")
-    # PyTorch's sgd and rmsprop know only decay that is added to the gradient, which ours is not
-    cfg = constant(name, weight_decay=0.3 if name == "adamw" else 0.0)
+    # PyTorch's sgd and rmsprop have only coupled weight decay, ours is decoupled
+    cfg = constant_config(name, weight_decay=0.3 if name == "adamw" else 0.0)
     letters = jax.tree.leaves(LETTERS)
     params = [torch.nn.Parameter(torch.tensor(p)) for p in jax.tree.leaves(draw(0))]
     groups = [
@@ -245,11 +245,11 @@ def test_adafactor_equals_optaxs_where_both_factor_the_same_axes():
     for g in grads:
         updates, state = theirs.update(jax.tree.map(jnp.float32, g), state, expected)
         expected = optax.apply_updates(expected, updates)
-    ours = train(constant("adafactor", weight_decay=0.0), params, grads, letters)
+    ours = train(constant_config("adafactor", weight_decay=0.0), params, grads, letters)
     assert_close(ours, expected)
 
 
-def test_adafactor_remembers_a_row_and_a_column_per_matrix():
+def test_adafactor_stores_a_row_and_a_column_per_matrix():
     letters = {"query": "LD>HK"}
     optimizer, _ = build(config("adafactor"), STEPS, letters)
     state = optimizer.init(draw(0, letters))
@@ -257,33 +257,35 @@ def test_adafactor_remembers_a_row_and_a_column_per_matrix():
     assert sum(x.size for x in jax.tree.leaves(state) if x.ndim) == L * D + L * H * K
 
 
-def test_adafactor_survives_rows_that_never_had_a_gradient():
+def test_adafactor_stays_finite_for_rows_without_gradients():
     letters, sizes = {"table": "V>D"}, dict(V=1000, D=4)
     grads = draw_grads(letters, sizes)
     for g in grads:
         g["table"][1:] = 0
         g["table"][0] *= 1e-6
-    params = train(constant("adafactor", weight_decay=0.0), draw(0, letters, sizes), grads, letters)
+    params = train(
+        constant_config("adafactor", weight_decay=0.0), draw(0, letters, sizes), grads, letters
+    )
     chex.assert_tree_all_finite(params)
     assert_close(params["table"][1:], draw(0, letters, sizes)["table"][1:], atol=0)
 
 
-# --- letters decide ---
+# --- letters of parameters ---
 
 
 @every_rule
-def test_stacked_layers_move_as_each_would_alone(name):
+def test_stacked_layers_are_updated_like_separate_ones(name):
     letters = {"query": "LD>HK", "out": "LHK>D", "up": "LD>F", "scale": "LD", "bias": "LHK"}
     params, grads = draw(0, letters), draw_grads(letters)
     stacked = train(config(name), params, grads, letters)
     for layer in range(SIZES["L"]):
-        only = lambda tree, i=layer: jax.tree.map(lambda x: x[i : i + 1], tree)  # noqa: E731
-        alone = train(config(name), only(params), [only(g) for g in grads], letters)
-        assert_close(only(stacked), alone)
+        select = lambda tree, i=layer: jax.tree.map(lambda x: x[i : i + 1], tree)  # noqa: E731
+        separate = train(config(name), select(params), [select(g) for g in grads], letters)
+        assert_close(select(stacked), separate)
 
 
 @every_rule
-def test_heads_count_as_one_matrix(name):
+def test_all_heads_form_one_matrix(name):
     tall, flat = {"query": "LD>HK"}, {"query": "LD>F"}
     params, grads = draw(0, tall), draw_grads(tall)
     merge = lambda tree: jax.tree.map(lambda x: x.reshape(*x.shape[:2], -1), tree)  # noqa: E731
@@ -294,29 +296,29 @@ def test_heads_count_as_one_matrix(name):
 
 
 @every_rule
-def test_decay_shrinks_matrices_and_leaves_vectors(name):
-    cfg = constant(name, lr=0.1, weight_decay=0.3)
-    nothing = jax.tree.map(np.zeros_like, draw(0))
+def test_weight_decay_applies_to_matrices_only(name):
+    cfg = constant_config(name, lr=0.1, weight_decay=0.3)
+    zeros = jax.tree.map(np.zeros_like, draw(0))
     share = 1.0 if name == "adam" else 1 - 0.1 * 0.3
     expected = jax.tree.map(lambda d, p: p * share if ">" in d else p, LETTERS, draw(0))
-    assert_close(train(cfg, draw(0), [nothing]), expected, rtol=1e-6, atol=0)
+    assert_close(train(cfg, draw(0), [zeros]), expected, rtol=1e-6, atol=0)
 
 
-def test_muon_turns_each_layers_matrix_into_an_orthogonal_one():
+def test_muon_orthogonalizes_the_update_of_each_layer():
     letters, sizes = {"up": "LD>F"}, dict(L=3, D=16, F=64)
     zeros = {"up": np.zeros([3, 16, 64])}
-    cfg = constant("muon", lr=1.0, weight_decay=0.0)
+    cfg = constant_config("muon", lr=1.0, weight_decay=0.0)
     update = train(cfg, zeros, [draw(1, letters, sizes)], letters)["up"]
     singular = np.linalg.svd(np.asarray(update), compute_uv=False) / (0.2 * math.sqrt(64))
-    # five quintic steps lead every singular value near 1, not onto it (Jordan et al. 2024)
+    # five quintic steps bring every singular value near 1, not to it (Jordan et al. 2024)
     assert singular.min() > 0.65
     assert singular.max() < 1.25
 
 
-def test_muons_updates_have_the_size_of_adamws():
+def test_muon_updates_have_the_rms_of_adamw_updates():
     letters, sizes = {"up": "LD>F"}, dict(L=2, D=32, F=64)
     update = train(
-        constant("muon", lr=1.0, weight_decay=0.0),
+        constant_config("muon", lr=1.0, weight_decay=0.0),
         {"up": np.zeros([2, 32, 64])},
         [draw(1, letters, sizes)],
         letters,
@@ -324,14 +326,14 @@ def test_muons_updates_have_the_size_of_adamws():
     assert 0.1 < float(jnp.sqrt(jnp.mean(update**2))) < 0.3  # Moonlight: 0.2 to 0.4 for AdamW
 
 
-def test_muon_leaves_tables_and_vectors_to_adamw():
+def test_muon_updates_tables_and_vectors_with_adamw():
     muon, adamw = (train(config(name), draw(0), draw_grads()) for name in ("muon", "adamw"))
 
-    def agrees(letters, a, b):
+    def check(letters, a, b):
         in_block = letters.startswith("L") and ">" in letters
         assert np.allclose(a, b, rtol=1e-6) != in_block, letters
 
-    jax.tree.map(agrees, LETTERS, muon, adamw)
+    jax.tree.map(check, LETTERS, muon, adamw)
 
 
 def test_matrix_lr_is_the_rate_of_matrices_in_blocks():
@@ -347,25 +349,25 @@ def test_matrix_lr_is_the_rate_of_matrices_in_blocks():
 # --- clipping ---
 
 
-def moved(clip, scale):
-    """How SGD at rate 0.1 moves by a gradient of norm `scale`, and how it would unclipped."""
+def clipped_sgd_update(clip, scale):
+    """Return the SGD update at rate 0.1 for a gradient of norm `scale`, and the unclipped one."""
     grads = draw(1)
     norm = float(optax.tree.norm(grads))
     grads = jax.tree.map(lambda g: g / norm * scale, grads)
     zeros = jax.tree.map(np.zeros_like, grads)
-    cfg = constant("sgd", lr=0.1, weight_decay=0.0, clip=clip)
+    cfg = constant_config("sgd", lr=0.1, weight_decay=0.0, clip=clip)
     return train(cfg, zeros, [grads]), jax.tree.map(lambda g: -0.1 * g, grads)
 
 
-def test_a_large_gradient_is_shortened_to_the_global_norm():
-    update, whole = moved(clip=0.5, scale=20.0)
+def test_a_large_gradient_is_clipped_to_the_global_norm():
+    update, whole = clipped_sgd_update(clip=0.5, scale=20.0)
     assert_close(update, jax.tree.map(lambda u: u * 0.5 / 20.0, whole))
     assert float(optax.tree.norm(update)) == pytest.approx(0.1 * 0.5, rel=1e-5)
 
 
 @pytest.mark.parametrize(("clip", "scale"), [(0.5, 0.4), (0.0, 20.0)])
-def test_a_small_gradient_or_no_clipping_leaves_it_whole(clip, scale):
-    assert_close(*moved(clip, scale))
+def test_a_small_gradient_is_not_clipped(clip, scale):
+    assert_close(*clipped_sgd_update(clip, scale))
 
 
 # --- schedules ---
@@ -395,7 +397,7 @@ def expected_rate(cfg, steps, step):
 @pytest.mark.parametrize(
     ("warmup", "steps"), [(10, 100), (0, 50), (1, 7), (95, 100), (20, 20), (0, 1)]
 )
-def test_a_schedule_is_its_formula_at_every_step(name, warmup, steps):
+def test_a_schedule_equals_its_formula_at_every_step(name, warmup, steps):
     cfg = config(schedule=name, warmup=warmup, lr=0.3, floor=0.1, decay_share=0.25)
     schedule = SCHEDULES[name](cfg, steps)
     rates = jax.jit(jax.vmap(schedule))(jnp.arange(steps + 3))  # and past the end
@@ -472,7 +474,7 @@ def test_a_rule_learns_a_logistic_regression(name):
 
 
 def descend(name, loss, params, letters, steps=150, **changes):
-    """The loss after training, as a share of the first one."""
+    """Return the loss after training, as a fraction of the initial one."""
     cfg = config(name, lr=RATES[name], weight_decay=0.0, **changes)
     optimizer, _ = build(cfg, steps, letters)
 
@@ -518,21 +520,21 @@ def test_the_state_carries_the_letters_of_its_parameters(name):
     optimizer, _ = build(config(name, clip=1.0), STEPS, LETTERS)
     params = jax.tree.map(jnp.float32, draw(0))
     state = jax.eval_shape(optimizer.init, params)
-    letters = state_letters(optimizer, state, LETTERS)
+    letters = get_state_letters(optimizer, state, LETTERS)
     assert jax.tree.structure(letters) == jax.tree.structure(state)
 
-    def agrees(leaf, letters):
+    def check(leaf, letters):
         assert len(letters) == leaf.ndim
         assert all(d == "." or SIZES[d] == n for n, d in zip(leaf.shape, letters, strict=True))
         assert leaf.size <= 3 or set(letters) - {"."}, "nothing large is replicated"
 
-    jax.tree.map(agrees, state, letters)
+    jax.tree.map(check, state, letters)
 
 
 def test_adams_moments_have_exactly_their_parameters_letters():
     optimizer, _ = build(config("adamw"), STEPS, LETTERS)
     state = jax.eval_shape(optimizer.init, draw(0))
-    found = sorted(jax.tree.leaves(state_letters(optimizer, state, LETTERS)))
+    found = sorted(jax.tree.leaves(get_state_letters(optimizer, state, LETTERS)))
     dims = [letters.replace(">", "") for letters in jax.tree.leaves(LETTERS)]
     assert found == sorted([*dims, *dims, "", ""])  # m and v; two counts
 
@@ -543,6 +545,6 @@ def test_adams_moments_have_exactly_their_parameters_letters():
 @pytest.mark.parametrize(
     ("field", "typo", "near"), [("name", "adamv", "adam"), ("schedule", "warmup_cosin", "cosine")]
 )
-def test_an_unknown_name_is_answered_with_the_nearest(field, typo, near):
+def test_an_unknown_name_is_rejected_with_the_nearest(field, typo, near):
     with pytest.raises(ConfigError, match=rf"optimizer\.{field}='{typo}'.*Did you mean '\w*{near}"):
         OptimizerConfig(**{field: typo})

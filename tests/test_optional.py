@@ -1,4 +1,4 @@
-"""What is optional may be missing: the core goes on, and a message names the extra to install."""
+"""Without optional packages the core works, and messages name the extra to install."""
 
 import importlib
 import subprocess
@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from tiny_runs import alone, run_config
+from tiny_runs import run_config, single_device_env
 
 from jaxgpt.config import to_json
 from jaxgpt.optional import EXTRAS, describe_missing, is_installed, require
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 
 class Blocker:
-    """An import hook: the modules can not be found."""
+    """An import hook that raises ModuleNotFoundError for some modules."""
 
     def __init__(self, *modules):
         self.modules = modules
@@ -39,21 +39,21 @@ def block(monkeypatch):
 
 
 @pytest.mark.parametrize("module", EXTRAS)
-def test_a_missing_module_is_named_with_its_extra(module, block):
+def test_the_error_for_a_missing_module_names_its_extra(module, block):
     block(module)
     package, extra = EXTRAS[module]
-    with pytest.raises(ConfigError) as why:
+    with pytest.raises(ConfigError) as error:
         require(module, "data.source=x")
-    assert str(why.value) == f"data.source=x needs {package}: pip install 'jaxgpt[{extra}]'"
+    assert str(error.value) == f"data.source=x needs {package}: pip install 'jaxgpt[{extra}]'"
     assert not is_installed(module)
 
 
-def test_a_module_that_is_there_is_imported():
+def test_an_installed_module_is_imported():
     assert require("zstandard", "data.source=x") is importlib.import_module("zstandard")
     assert is_installed("zstandard")
 
 
-def test_what_a_package_itself_lacks_is_in_the_message(block, monkeypatch):
+def test_the_error_names_a_missing_dependency_of_the_package(block, monkeypatch):
     block("etils")
     for name in [n for n in sys.modules if n.partition(".")[0] == "tensorflow_datasets"]:
         monkeypatch.delitem(sys.modules, name)
@@ -61,17 +61,16 @@ def test_what_a_package_itself_lacks_is_in_the_message(block, monkeypatch):
         require("tensorflow_datasets", "data.source=x")
 
 
-def test_all_that_a_run_goes_without_is_one_line(block):
-    uses = {"matplotlib": "plots", "grain": "batches ahead", "zstandard": "text"}
+def test_missing_packages_are_listed_in_one_line(block):
+    uses = {"matplotlib": "plots", "grain": "prefetching", "zstandard": "text"}
     assert describe_missing(uses) == ""
     block("matplotlib", "grain")
     assert describe_missing(uses) == (
-        "not installed: plots (matplotlib), batches ahead (grain): "
-        "pip install 'jaxgpt[plots,grain]'"
+        "not installed: plots (matplotlib), prefetching (grain): pip install 'jaxgpt[plots,grain]'"
     )
 
 
-def test_every_module_has_its_extra_and_its_version_in_the_constraints():
+def test_every_optional_package_is_in_its_extra_and_in_the_constraints():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]
@@ -103,33 +102,33 @@ def run_blocked(code, *arguments):
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=alone(),
+        env=single_device_env(),
     )
 
 
-def test_every_module_imports_without_the_optional_ones():
+def test_every_module_can_be_imported_without_optional_packages():
     modules = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for path in sorted((ROOT / "jaxgpt").rglob("*.py"))
     ]
-    done = run_blocked(
+    result = run_blocked(
         f"import importlib\nfor name in {modules!r}: importlib.import_module(name)\nprint('all')"
     )
-    assert done.stdout == "all\n", done.stderr
+    assert result.stdout == "all\n", result.stderr
 
 
-def test_a_run_without_optional_packages_ends_well_and_names_them_in_one_line(tmp_path):
+def test_a_run_without_optional_packages_completes_and_lists_them_in_one_line(tmp_path):
     (tmp_path / "config.json").write_text(to_json(run_config(tmp_path, "train.steps=4")))
-    done = run_blocked(
+    result = run_blocked(
         "from jaxgpt.config import from_json\nfrom jaxgpt.trainer import train\n"
         "train(from_json(open(sys.argv[1]).read()))",
         str(tmp_path / "config.json"),
     )
-    assert done.returncode == 0, done.stderr
-    (line,) = [line for line in done.stdout.splitlines() if "not installed" in line]
+    assert result.returncode == 0, result.stderr
+    (line,) = [line for line in result.stdout.splitlines() if "not installed" in line]
     assert line.endswith("pip install 'jaxgpt[plots,tensorboard,grain]'")
     (run,) = (tmp_path / "runs").iterdir()
     assert (run / "metrics.jsonl").read_text().count("\n") > 1
     assert not (run / "plots").exists()
     assert not (run / "tensorboard").exists()
-    assert "loss.png" not in done.stdout
+    assert "loss.png" not in result.stdout

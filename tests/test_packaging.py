@@ -1,4 +1,4 @@
-"""The wheel: built, installed in an environment of its own, and used from an empty folder."""
+"""The wheel, installed in its own virtual environment and used from an empty folder."""
 
 import os
 import pathlib
@@ -9,7 +9,7 @@ import sysconfig
 import zipfile
 
 import pytest
-from tiny_runs import alone
+from tiny_runs import single_device_env
 
 import jaxgpt
 
@@ -19,18 +19,18 @@ BUILD = "import sys; from setuptools import build_meta; build_meta.build_{}(sys.
 
 
 def run(*command, cwd, **environment):
-    """Runs a command without this checkout on its path."""
-    kept = {key: value for key, value in alone().items() if key != "PYTHONPATH"}
-    done = subprocess.run(
+    """Run a command without this checkout on its path."""
+    kept = {key: value for key, value in single_device_env().items() if key != "PYTHONPATH"}
+    result = subprocess.run(
         list(map(str, command)), cwd=cwd, env=kept | environment, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """A copy of what is built, so that nothing that lies in the checkout gets into the wheel."""
+    """Copy the sources, so that no other file of the checkout gets into the wheel."""
     folder = tmp_path_factory.mktemp("sources")
     for name in SOURCES:
         if (ROOT / name).is_dir():
@@ -50,7 +50,7 @@ def wheel(sources, tmp_path_factory):
 
 
 def make_environment(folder, package):
-    """A virtual environment with `package` installed, and all else from the current one."""
+    """Make a virtual environment with `package`, and all others from the current environment."""
     run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
     (site,) = folder.glob("lib/python*/site-packages")
     others = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
@@ -83,7 +83,7 @@ def test_the_metadata_names_license_and_authors(wheel):
     assert "Author: The jaxgpt authors" in lines
 
 
-def test_a_source_archive_has_the_configs_as_well(sources, tmp_path):
+def test_a_source_archive_includes_the_configs(sources, tmp_path):
     run(sys.executable, "-c", BUILD.format("sdist"), tmp_path, cwd=sources)
     (archive,) = tmp_path.glob("*.tar.gz")
     shutil.unpack_archive(archive, tmp_path, filter="data")
@@ -122,12 +122,13 @@ def test_an_editable_install_uses_the_checkouts_configs(sources, tmp_path):
     assert run(folder / "jaxgpt", "--version", cwd=tmp_path) == f"jaxgpt {jaxgpt.__version__}\n"
 
 
-def test_the_citation_is_of_this_version():
+def test_the_citation_has_the_version_and_title_of_the_package():
     lines = (ROOT / "CITATION.cff").read_text().splitlines()
     assert f"version: {jaxgpt.__version__}" in lines
+    assert f'title: "{jaxgpt.__doc__.rstrip(".")}"' in lines
 
 
-def test_the_workflow_runs_what_ci_runs():
+def test_the_workflow_runs_the_ci_script():
     (workflow,) = (ROOT / ".github" / "workflows").iterdir()
     assert "run: bash .ci/run\n" in workflow.read_text()
     assert os.path.exists(ROOT / ".ci" / "run")

@@ -1,4 +1,4 @@
-"""What a layout sends and holds is what its letters say, and the reader of programs reads right."""
+"""Exchanges and memory of every layout agree with theory; compiled programs are parsed right."""
 
 import functools
 import itertools
@@ -11,13 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from tiny_runs import training
+from tiny_runs import make_training
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))  # benchmarks are not installed
 
 from benchmarks import hlo, scaling
 from benchmarks.hlo import axes_of, collectives, groups_of
-from benchmarks.scaling import BASE, LAYOUTS, Theory, compile_step, configured, exchanged, measured
+from benchmarks.scaling import (
+    BASE,
+    LAYOUTS,
+    Theory,
+    compare_with_theory,
+    compile_step,
+    list_exchanges,
+    make_config,
+)
 from jaxgpt.config import ConfigError, MeshConfig, override
 from jaxgpt.sharding import make_mesh
 
@@ -31,13 +39,13 @@ DEVICES = dict.fromkeys(LAYOUTS, 2) | {
 }
 
 
-# Not all: `expert with capacity` has all that `expert` has, and one mix with tensor is enough.
+# Not all: `expert with capacity` includes all of `expert`, and one mix with tensor is enough.
 MEASURED = [name for name in LAYOUTS if name not in ("expert", "data x tensor x context")]
 
 
 @functools.cache
-def step(layout: str, devices: int):
-    cfg = configured(override(BASE, ["model.heads=4"]), LAYOUTS[layout], devices)
+def compile_layout(layout: str, devices: int):
+    cfg = make_config(override(BASE, ["model.heads=4"]), LAYOUTS[layout], devices)
     return compile_step(override(cfg, SMALL), devices)
 
 
@@ -45,62 +53,66 @@ def step(layout: str, devices: int):
 
 
 @pytest.mark.parametrize("layout", MEASURED)
-def test_a_layout_sends_what_theory_says_and_nothing_else(layout):
-    this = step(layout, DEVICES[layout])
-    assert exchanged(this) == Theory(this).exchanged()
-    assert exchanged(this)
+def test_exchanges_of_a_layout_equal_theory(layout):
+    step = compile_layout(layout, DEVICES[layout])
+    assert list_exchanges(step) == Theory(step).list_exchanges()
+    assert list_exchanges(step)
 
 
 @pytest.mark.parametrize("layout", MEASURED)
-def test_a_device_holds_the_parameters_and_moments_that_theory_says(layout):
-    this = step(layout, DEVICES[layout])
-    told = measured(layout, this)
-    assert told["parameters"] == told["parameters in theory"]
-    counts = 16  # steps taken, of the optimizer and its schedule
-    assert told["optimizer"] == pytest.approx(told["optimizer in theory"], abs=counts)
-    # The compiled program asks for just that: the state, a batch, a step number and a key.
-    batch = 5 * 4 * Theory(this).n
-    arguments = told["parameters"] + told["optimizer"] + batch
-    assert this.memory.argument_size_in_bytes == pytest.approx(arguments, abs=64)
+def test_parameters_and_moments_of_a_device_equal_theory(layout):
+    step = compile_layout(layout, DEVICES[layout])
+    costs = compare_with_theory(layout, step)
+    assert costs["parameters"] == costs["parameters in theory"]
+    counts = 16  # bytes: step counts of the optimizer and its schedule
+    assert costs["optimizer"] == pytest.approx(costs["optimizer in theory"], abs=counts)
+    # The compiled program takes exactly the state, a batch, a step number and a key.
+    batch = 5 * 4 * Theory(step).n
+    arguments = costs["parameters"] + costs["optimizer"] + batch
+    assert step.memory.argument_size_in_bytes == pytest.approx(arguments, abs=64)
 
 
 @pytest.mark.parametrize("layout", MEASURED)
-def test_the_peak_of_memory_is_near_to_theory(layout):
-    told = measured(layout, step(layout, DEVICES[layout]))
-    # What the theory leaves out are temporary copies: more in pipelines, which shift and select.
-    assert told["peak"] == pytest.approx(told["peak in theory"], rel=0.25)
+def test_peak_memory_is_close_to_theory(layout):
+    costs = compare_with_theory(layout, compile_layout(layout, DEVICES[layout]))
+    # The theory omits temporary copies, of which pipelines have more since they shift and select.
+    assert costs["peak"] == pytest.approx(costs["peak in theory"], rel=0.25)
 
 
 @pytest.mark.parametrize("layout", ["data", "fsdp", "context by heads", "pipe"])
 def test_activations_are_divided(layout):
-    one, two = (step(name, n).memory.temp_size_in_bytes for name, n in (("data", 1), (layout, 2)))
+    one, two = (
+        compile_layout(name, devices).memory.temp_size_in_bytes
+        for name, devices in (("data", 1), (layout, 2))
+    )
     assert two < 0.7 * one
 
 
-def test_a_real_state_has_the_shards_of_the_abstract_one():
+def test_a_concrete_state_has_the_shards_of_the_abstract_one():
     layout = "data x fsdp x tensor"
-    runs = training(step(layout, 8).cfg, 8)
-    state = runs.make()
+    runs = make_training(compile_layout(layout, 8).cfg, 8)
+    state = runs.make_state()
     first = jax.devices()[0]
 
-    def held(tree):
+    def count_first_device_bytes(tree):
         leaves = [x for x in jax.tree.leaves(tree) if x.dtype != state.rng.dtype]
         shards = [s for x in leaves for s in x.addressable_shards if s.device == first]
         return sum(shard.data.nbytes for shard in shards)
 
-    assert held(state.params) == measured(layout, step(layout, 8))["parameters"]
-    assert held(state.opt_state) == measured(layout, step(layout, 8))["optimizer"]
+    costs = compare_with_theory(layout, compile_layout(layout, 8))
+    assert count_first_device_bytes(state.params) == costs["parameters"]
+    assert count_first_device_bytes(state.opt_state) == costs["optimizer"]
 
 
 # --- the command ---
 
 
-def test_the_command_writes_its_numbers_and_its_page(tmp_path, capsys):
-    given = ["--layouts", "data", "--devices", "2", "--config", *SMALL]
-    scaling.main([*given, "--json", str(tmp_path / "out.json"), "--docs", str(tmp_path)])
+def test_the_command_writes_numbers_and_page(tmp_path, capsys):
+    arguments = ["--layouts", "data", "--devices", "2", "--config", *SMALL]
+    scaling.main([*arguments, "--json", str(tmp_path / "out.json"), "--docs", str(tmp_path)])
     (two,) = json.loads((tmp_path / "out.json").read_text())["layouts"]
     (gradients,) = two["exchanges"]
-    # Everything once, and the table, 260 x 32, once more.
+    # Every parameter once, and the table, 260 x 32, once more.
     assert gradients["bytes"] == two["parameters"] + 4 * 260 * 32
     assert two["sent"] == gradients["bytes"]  # around a ring of two
     assert "| all-reduce | data" in (tmp_path / "scaling.md").read_text()
@@ -108,24 +120,26 @@ def test_the_command_writes_its_numbers_and_its_page(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "given", [("--layouts", "fdsp"), ("--devices", "3"), ("--devices", "16"), ("--devices", "")]
+    "arguments",
+    [("--layouts", "fdsp"), ("--devices", "3"), ("--devices", "16"), ("--devices", "")],
 )
-def test_the_command_refuses_what_it_does_not_know(given):
-    with pytest.raises(ConfigError, match=f"{given[0]}.*{given[1]}"):
-        scaling.main([*given])
+def test_the_command_rejects_unknown_values(arguments):
+    with pytest.raises(ConfigError, match=f"{arguments[0]}.*{arguments[1]}"):
+        scaling.main([*arguments])
 
 
-def test_a_layout_has_more_devices_on_the_axes_named_first():
-    assert LAYOUTS["data x tensor x context"].sizes(8) == dict(data=2, tensor=2, context=2)
-    assert LAYOUTS["data x pipe"].sizes(8) == dict(data=4, pipe=2)
-    assert LAYOUTS["data x tensor x context"].sizes(4) is None
+def test_a_layout_has_more_devices_on_the_axes_listed_first():
+    triple = LAYOUTS["data x tensor x context"]
+    assert triple.divide_devices(8) == dict(data=2, tensor=2, context=2)
+    assert LAYOUTS["data x pipe"].divide_devices(8) == dict(data=4, pipe=2)
+    assert triple.divide_devices(4) is None
 
 
-# --- the reader ---
+# --- parsing of compiled programs ---
 
 
-def program(f, shape, in_specs, out_specs, **sizes):
-    """The text of f compiled for a mesh of these sizes, and the mesh."""
+def compile_program(f, shape, in_specs, out_specs, **sizes):
+    """Return the text of f compiled for a mesh of these sizes, and the mesh."""
     mesh = make_mesh(
         MeshConfig(**{"data": 1, **sizes}), jax.devices()[: np.prod([*sizes.values()])]
     )
@@ -133,7 +147,7 @@ def program(f, shape, in_specs, out_specs, **sizes):
     return jax.jit(run).lower(jnp.zeros(shape)).compile().as_text(), mesh
 
 
-def test_collectives_in_loops_run_as_often_as_the_loops_turn():
+def test_collectives_in_loops_are_counted_once_per_iteration():
     def f(x):  # [8 4] on 2 devices: [4 4] each
         def inner(x, _):
             return jax.lax.psum(jnp.sin(x), "data"), None
@@ -145,7 +159,7 @@ def test_collectives_in_loops_run_as_often_as_the_loops_turn():
         x = jax.lax.scan(outer, x, None, length=3)[0]
         return jax.lax.all_gather(x, "data", tiled=True)
 
-    text, mesh = program(f, (8, 4), PartitionSpec("data"), PartitionSpec(), data=2)
+    text, mesh = compile_program(f, (8, 4), PartitionSpec("data"), PartitionSpec(), data=2)
     found = {(c.kind, c.arrays, c.times, c.axes(mesh)) for c in collectives(text)}
     assert found == {
         ("all-reduce", (64,), 15, ("data",)),
@@ -154,14 +168,16 @@ def test_collectives_in_loops_run_as_often_as_the_loops_turn():
     }
 
 
-def test_the_axes_of_groups_are_those_that_were_summed_over():
+def test_the_axes_of_device_groups_are_the_axes_summed_over():
     names = ("data", "fsdp", "tensor")
     subsets = [s for n in (1, 2, 3) for s in itertools.combinations(names, n)]
 
     def f(x):  # for every subset an array of its own size
         return [jax.lax.psum(x[: i + 1], axes) for i, axes in enumerate(subsets)]
 
-    text, mesh = program(f, (64,), PartitionSpec(names), PartitionSpec(), data=2, fsdp=2, tensor=2)
+    text, mesh = compile_program(
+        f, (64,), PartitionSpec(names), PartitionSpec(), data=2, fsdp=2, tensor=2
+    )
     found = {size: c.axes(mesh) for c in collectives(text) for size in c.arrays}
     assert found == {4 * (i + 1): axes for i, axes in enumerate(subsets)}
 
@@ -172,7 +188,7 @@ def test_reduce_scatter_and_all_to_all_are_counted_by_the_larger_side():
         return scattered, jax.lax.all_to_all(x[:8], "data", 0, 0, tiled=True)
 
     data = PartitionSpec("data")
-    text, _ = program(f, (32,), data, (data, data), data=2)
+    text, _ = compile_program(f, (32,), data, (data, data), data=2)
     assert {(c.kind, c.arrays) for c in collectives(text)} == {
         ("reduce-scatter", (64,)),
         ("all-to-all", (32,)),
@@ -194,11 +210,11 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_groups_are_read_in_every_form(form):
+def test_device_groups_are_parsed_in_every_form(form):
     assert list(groups_of(f"x, replica_groups={form}, y=z", 8)) == FORMS[form]
 
 
-def test_groups_of_another_form_are_refused():
+def test_device_groups_of_an_unknown_form_are_rejected():
     with pytest.raises(ValueError, match="unknown form"):
         groups_of("x, replica_groups=<8>, y", 8)
 
@@ -216,7 +232,7 @@ ASYNCHRONOUS = """HloModule m, entry_computation_layout={()->()}, num_partitions
 }
 
 ENTRY %main (p: f32[2]) -> f32[2] {
-  %alone = f32[9]{0} all-reduce(%p), replica_groups={{0},{1},{2},{3}}, to_apply=%add
+  %single = f32[9]{0} all-reduce(%p), replica_groups={{0},{1},{2},{3}}, to_apply=%add
   %c = (f32[2], f32[2], u32[], u32[]) collective-permute-start(%p), source_target_pairs={{0,1}}
   %w = (s32[]) while(%x), condition=%no, body=%body, backend_config={"known_trip_count":{"n":"7"}}
   %u = (s32[]) while(%w), condition=%no, body=%unknown
@@ -228,26 +244,26 @@ ENTRY %main (p: f32[2]) -> f32[2] {
 """
 
 
-def test_asynchronous_forms_are_read_as_the_others():
+def test_asynchronous_collectives_are_parsed_like_synchronous_ones():
     found = [(c.kind, c.arrays, c.times, c.label) for c in collectives(ASYNCHRONOUS)]
     assert sorted(found, key=lambda row: row[0]) == [
         ("all-gather", (48,), 7, ""),
-        ("all-reduce", (3, 2), None, "any"),  # how often, nobody knows
+        ("all-reduce", (3, 2), None, "any"),  # in a loop of unknown length
         ("collective-permute", (8,), 1, ""),
         ("reduce-scatter", (16,), 7, ""),
     ]
 
 
-def test_an_axis_is_along_groups_that_change_it():
+def test_a_group_runs_along_the_axes_whose_index_varies_in_it():
     shape = dict(a=2, b=1, c=4)
     assert axes_of([(0, 1), (2, 3)], shape) == ("c",)
     assert axes_of([(0, 4)], shape) == ("a",)
     assert axes_of([(0, 5)], shape) == ("a", "c")
 
 
-def test_what_a_ring_sends_adds_up():
-    # An all-reduce is a reduce-scatter and an all-gather; of one device nobody sends anything.
+def test_the_traffic_of_an_all_reduce_is_a_reduce_scatter_plus_an_all_gather():
     for n in (1, 2, 8):
-        two = hlo.SENDS["reduce-scatter"](n) + hlo.SENDS["all-gather"](n)
-        assert hlo.SENDS["all-reduce"](n) == two
+        both = hlo.SENDS["reduce-scatter"](n) + hlo.SENDS["all-gather"](n)
+        assert hlo.SENDS["all-reduce"](n) == both
+    # A single device sends nothing.
     assert hlo.SENDS["all-to-all"](1) == 0

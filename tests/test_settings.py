@@ -1,4 +1,4 @@
-"""The machinery alone, on a schema made for the purpose."""
+"""The settings module in isolation, on a schema for the tests."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -11,10 +11,10 @@ from jaxgpt.settings import (
     ConfigError,
     Section,
     choose,
-    flat_fields,
-    flat_hints,
+    format_nearest_multiples,
     from_dict,
-    nearest_multiples,
+    list_fields,
+    list_types,
     option,
     parse,
     to_dict,
@@ -42,7 +42,7 @@ class Outer(Section):
     inner: Inner = field(default_factory=Inner)
 
 
-KINDS = flat_hints(Outer)
+KINDS = list_types(Outer)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ KINDS = flat_hints(Outer)
         ("name", "a=b", "a=b"),
     ],
 )
-def test_text_is_read_as_the_type_of_the_field(key, text, value):
+def test_text_is_parsed_as_the_type_of_the_field(key, text, value):
     leaf = key.split(".")[-1]
     config = Inner if "." in key else Outer
     found = getattr(config(**{leaf: parse(text, KINDS[key], key)}), leaf)
@@ -77,7 +77,7 @@ def test_text_is_read_as_the_type_of_the_field(key, text, value):
 
 
 @pytest.mark.parametrize(
-    ("key", "text", "says"),
+    ("key", "text", "expected"),
     [
         ("inner.count", "many", "inner.count='many' is not a whole number."),
         ("inner.count", "", "inner.count='' is not a whole number."),
@@ -88,14 +88,14 @@ def test_text_is_read_as_the_type_of_the_field(key, text, value):
         ("inner.sizes", "1,x", "inner.sizes='x' is not a whole number."),
     ],
 )
-def test_text_of_another_type_is_refused_by_key_and_value(key, text, says):
+def test_text_of_another_type_is_rejected_by_key_and_value(key, text, expected):
     with pytest.raises(ConfigError) as error:
         parse(text, KINDS[key], key)
-    assert says in str(error.value)
+    assert expected in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("values", "says"),
+    ("values", "expected"),
     [
         (dict(count=2.5), "inner.count=2.5 is not a whole number."),
         (dict(count=float("inf")), "inner.count=inf is not a whole number."),
@@ -116,13 +116,13 @@ def test_text_of_another_type_is_refused_by_key_and_value(key, text, says):
         (dict(pet="cot"), "inner.pet='cot' is not known. Did you mean 'cat'? Known: cat, dog."),
     ],
 )
-def test_a_value_that_can_not_work_is_refused_when_the_section_is_made(values, says):
+def test_an_invalid_value_is_rejected_when_the_section_is_constructed(values, expected):
     with pytest.raises(ConfigError) as error:
         Inner(**values)
-    assert says in str(error.value)
+    assert expected in str(error.value)
 
 
-def test_a_whole_number_serves_as_a_float_and_a_list_as_a_tuple():
+def test_a_whole_number_is_accepted_as_a_float_and_a_list_as_a_tuple():
     inner = Inner(share=2, sizes=[1, 2], count=4.0)
     assert [type(x) for x in (inner.share, inner.sizes, inner.count)] == [float, tuple, int]
 
@@ -132,38 +132,38 @@ def test_sections_are_frozen():
         Inner().count = 4
 
 
-def test_choose_gives_the_row_of_the_table():
+def test_choose_returns_the_row_of_the_table():
     assert choose(PETS, "dog", "pet") == 2
 
 
-def test_choose_without_a_near_name_gives_all_names():
+def test_choose_without_a_near_name_lists_all_names():
     with pytest.raises(ConfigError, match=r"^pet='zzz' is not known\. Known: cat, dog\.$"):
         choose(PETS, "zzz", "pet")
 
 
-def test_leaves_are_named_by_their_dotted_key():
+def test_leaf_fields_are_listed_by_their_dotted_key():
     leaves = ["name", *(f"inner.{f.name}" for f in dataclasses.fields(Inner))]
-    assert list(flat_fields(Outer)) == list(flat_hints(Outer)) == leaves
+    assert list(list_fields(Outer)) == list(list_types(Outer)) == leaves
 
 
 @given(st.integers(1, 9), st.floats(0.1, 9), st.none() | st.integers(1), st.lists(st.text()))
-def test_from_dict_undoes_to_dict(count, share, limit, words):
+def test_from_dict_inverts_to_dict(count, share, limit, words):
     outer = Outer(inner=Inner(count=count, share=share, limit=limit, words=words))
     assert from_dict(Outer, to_dict(outer)) == outer
 
 
-def test_from_dict_refuses_an_unknown_key_by_its_dotted_name():
+def test_from_dict_rejects_an_unknown_key_by_its_dotted_name():
     with pytest.raises(ConfigError, match=r"'inner\.cuont'\. Did you mean inner\.count\?"):
         from_dict(Outer, {"inner": {"cuont": 1}})
 
 
 @pytest.mark.parametrize("values", [3, None, [], "text", {"inner": 3}, {"inner": [1]}])
-def test_from_dict_refuses_what_is_not_a_group_of_settings(values):
+def test_from_dict_rejects_what_is_not_a_group_of_settings(values):
     with pytest.raises(ConfigError, match="group of settings"):
         from_dict(Outer, values)
 
 
 @given(st.integers(1, 1000), st.integers(1, 50))
-def test_nearest_multiples_are_multiples_and_nearest(value, unit):
-    multiples = [int(n) for n in nearest_multiples(value, unit).split(" or ")]
-    assert all(n > 0 and n % unit == 0 and abs(n - value) < unit for n in multiples)
+def test_nearest_multiples_are_multiples_and_nearest(value, divisor):
+    multiples = [int(n) for n in format_nearest_multiples(value, divisor).split(" or ")]
+    assert all(n > 0 and n % divisor == 0 and abs(n - value) < divisor for n in multiples)

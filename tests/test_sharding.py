@@ -1,4 +1,4 @@
-"""The same computation, wherever its parts lie."""
+"""Shardings, and training that does not depend on them."""
 
 import functools
 import re
@@ -8,16 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from tiny_runs import assert_same_bits, batch_for, config, random_batch, training
+from tiny_runs import assert_same_bits, config, make_batch_fn, make_training, random_batch
 
 from jaxgpt.config import MeshConfig
 from jaxgpt.model import abstract_params
 from jaxgpt.optimizer import AdafactorState
 from jaxgpt.settings import ConfigError
-from jaxgpt.sharding import check_fits, constrain, make_mesh, spec, undivided
+from jaxgpt.sharding import check_fits, constrain, list_unsharded_dims, make_mesh, make_spec
 
 
-def mesh(**sizes):
+def make_test_mesh(**sizes):
     return make_mesh(
         MeshConfig(**{"data": 1, **sizes}), jax.devices()[: np.prod([*sizes.values()])]
     )
@@ -26,75 +26,76 @@ def mesh(**sizes):
 # --- specs ---
 
 
-def test_an_axis_serves_the_leftmost_dimension_that_asks_for_it():
-    both = mesh(data=2, fsdp=2)
+def test_an_axis_shards_the_leftmost_dimension_with_a_rule_for_it():
+    both = make_test_mesh(data=2, fsdp=2)
     # The batch takes data and fsdp, so nothing is left for the width; alone, the width has fsdp.
-    assert spec((8, 4, 8), "BTD", both) == PartitionSpec(("data", "fsdp"), None, None)
-    assert spec((4, 8), "TD", both) == PartitionSpec(None, ("fsdp",))
+    assert make_spec((8, 4, 8), "BTD", both) == PartitionSpec(("data", "fsdp"), None, None)
+    assert make_spec((4, 8), "TD", both) == PartitionSpec(None, ("fsdp",))
 
 
-def test_several_dimensions_are_divided_by_different_axes():
-    all_three = mesh(data=2, fsdp=2, tensor=2)
+def test_several_dimensions_are_sharded_over_different_axes():
+    all_three = make_test_mesh(data=2, fsdp=2, tensor=2)
     expected = PartitionSpec(("fsdp",), ("tensor",), None)
-    assert spec((8, 4, 8), "DHK", all_three) == expected
+    assert make_spec((8, 4, 8), "DHK", all_three) == expected
 
 
-def test_a_dimension_that_does_not_divide_stays_whole():
-    both = mesh(fsdp=2, tensor=4)
-    assert spec((6, 8), "VD", both) == PartitionSpec(None, ("fsdp",))
-    assert spec((8, 8), "VD", both) == PartitionSpec(("tensor",), ("fsdp",))
+def test_an_indivisible_dimension_is_not_sharded():
+    both = make_test_mesh(fsdp=2, tensor=4)
+    assert make_spec((6, 8), "VD", both) == PartitionSpec(None, ("fsdp",))
+    assert make_spec((8, 8), "VD", both) == PartitionSpec(("tensor",), ("fsdp",))
 
 
-def test_an_axis_that_a_dimension_can_not_use_is_free_for_the_next():
-    assert spec((3, 8), "BD", mesh(fsdp=2)) == PartitionSpec(None, ("fsdp",))
-    assert spec((3, 8), "HF", mesh(tensor=2)) == PartitionSpec(None, ("tensor",))
+def test_an_axis_unused_by_a_dimension_is_free_for_the_next():
+    assert make_spec((3, 8), "BD", make_test_mesh(fsdp=2)) == PartitionSpec(None, ("fsdp",))
+    assert make_spec((3, 8), "HF", make_test_mesh(tensor=2)) == PartitionSpec(None, ("tensor",))
 
 
 def test_the_arrow_between_inputs_and_outputs_is_no_dimension():
-    all_three = mesh(data=2, fsdp=2, tensor=2)
-    assert spec((8, 4, 2), "D>HK", all_three) == spec((8, 4, 2), "DHK", all_three)
+    all_three = make_test_mesh(data=2, fsdp=2, tensor=2)
+    assert make_spec((8, 4, 2), "D>HK", all_three) == make_spec((8, 4, 2), "DHK", all_three)
 
 
-def test_letters_without_a_rule_stay_whole():
-    assert spec((8, 8, 8), "ZKS", mesh(data=2, fsdp=2, tensor=2)) == PartitionSpec(None, None, None)
+def test_letters_without_a_rule_are_not_sharded():
+    all_three = make_test_mesh(data=2, fsdp=2, tensor=2)
+    assert make_spec((8, 8, 8), "ZKS", all_three) == PartitionSpec(None, None, None)
 
 
-# --- meshes and batches that do not work ---
+# --- invalid meshes and batches ---
 
 
-def test_a_mesh_takes_what_is_left():
+def test_a_size_of_minus_one_takes_the_remaining_devices():
     sizes = make_mesh(MeshConfig(tensor=2)).shape
     assert {axis: size for axis, size in sizes.items() if size > 1} == dict(data=4, tensor=2)
 
 
-def test_a_mesh_of_another_number_of_devices_is_refused_with_both_numbers():
+def test_a_mesh_of_another_number_of_devices_is_rejected_with_both_numbers():
     with pytest.raises(ConfigError, match=r"mesh.data=3 needs 3 devices, found 8"):
         make_mesh(MeshConfig(data=3))
 
 
-def test_a_mesh_larger_than_the_machine_is_refused_even_where_the_rest_is_left():
+def test_a_mesh_larger_than_the_machine_is_rejected_even_with_a_free_axis():
     with pytest.raises(ConfigError, match=r"mesh.tensor=16 needs a multiple of 16 devices"):
         make_mesh(MeshConfig(tensor=16))
 
 
-def test_a_mesh_that_leaves_devices_over_is_refused():
+def test_a_mesh_that_leaves_devices_unused_is_rejected():
     with pytest.raises(ConfigError, match=r"mesh.tensor=3 needs a multiple of 3 devices, found 8"):
         make_mesh(MeshConfig(tensor=3))
 
 
 REFUSED = {
-    "train.batch=10 can not be divided in mesh.data=2 x mesh.fsdp=2 x train.accumulate=2 = 8 "
+    "train.batch=10 cannot be divided in mesh.data=2 x mesh.fsdp=2 x train.accumulate=2 = 8 "
     "parts: use train.batch=8 or 16.": (
         dict(data=2, fsdp=2), ("train.batch=10", "train.accumulate=2")),
-    "train.batch=3 can not be divided in mesh.data=8: use train.batch=8.": (
+    "train.batch=3 cannot be divided in mesh.data=8: use train.batch=8.": (
         dict(data=8), ("train.batch=3",)),
-    "train.batch=6 can not be divided in mesh.expert=4: use train.batch=4 or 8.": (
+    "train.batch=6 cannot be divided in mesh.expert=4: use train.batch=4 or 8.": (
         dict(expert=4), ("train.batch=6",)),
-    "model.context=18 can not be divided in mesh.context=4: use model.context=16 or 20.": (
+    "model.context=18 cannot be divided in mesh.context=4: use model.context=16 or 20.": (
         dict(context=4), ("model.context=18",)),
-    "model.layers=6 can not be divided in mesh.pipe=4: use model.layers=4 or 8.": (
+    "model.layers=6 cannot be divided in mesh.pipe=4: use model.layers=4 or 8.": (
         dict(pipe=4), ("model.layers=6",)),
-    "model.layers=6 can not be divided in mesh.pipe=2 x layers that repeat=2 = 4 parts: use "
+    "model.layers=6 cannot be divided in mesh.pipe=2 x layers that repeat=2 = 4 parts: use "
     "model.layers=4 or 8.": (dict(pipe=2), ("model.layers=6", "model.pattern=full,window")),
     "mesh.pipe=2 with model.feedforward='moe_gated': a pipeline does not add up": (
         dict(pipe=2), ("model.feedforward=moe_gated",)),
@@ -102,20 +103,20 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_what_the_mesh_can_not_divide_is_refused_with_the_nearest_that_it_can(message):
+def test_sizes_that_the_mesh_cannot_divide_are_rejected_with_the_nearest_valid_ones(message):
     sizes, assignments = REFUSED[message]
     with pytest.raises(ConfigError, match=re.escape(message)):
-        check_fits(config(*assignments), mesh(**sizes))
+        check_fits(config(*assignments), make_test_mesh(**sizes))
 
 
-def test_axes_that_do_not_divide_the_batch_are_not_asked_to():
-    check_fits(config("train.batch=2"), mesh(data=2, tensor=2, pipe=2))
+def test_axes_that_do_not_shard_the_batch_need_not_divide_it():
+    check_fits(config("train.batch=2"), make_test_mesh(data=2, tensor=2, pipe=2))
 
 
-def test_dimensions_that_stay_whole_are_told():
+def test_unsharded_dimensions_are_listed():
     cfg = config("model.kv_heads=1", "model.vocab=261").model
-    told = undivided(*abstract_params(cfg), mesh(tensor=4))
-    assert told == ["V=261 over tensor=4", "G=1 over tensor=4"]
+    unsharded = list_unsharded_dims(*abstract_params(cfg), make_test_mesh(tensor=4))
+    assert unsharded == ["V=261 over tensor=4", "G=1 over tensor=4"]
 
 
 # --- activations ---
@@ -126,23 +127,23 @@ def test_constrain_does_nothing_without_a_mesh():
     assert constrain(x, "BD") is x
 
 
-def test_constrain_divides_an_activation_over_the_mesh_in_force():
-    with jax.set_mesh(mesh(data=2, tensor=4)):
+def test_constrain_shards_an_activation_over_the_active_mesh():
+    with jax.set_mesh(make_test_mesh(data=2, tensor=4)):
         y = jax.jit(lambda x: constrain(x, "NV"))(jnp.ones((8, 4)))
     assert y.addressable_shards[0].data.shape == (4, 1)
 
 
 # --- whole training steps ---
 
-AXES_ALONE = ("data", "fsdp", "tensor", "context", "pipe")  # and expert, in test_expert_parallel.py
-LAYOUTS = {f"{axis} {size}": {axis: size} for axis in AXES_ALONE for size in (2, 4, 8)} | {
+SINGLE_AXES = ("data", "fsdp", "tensor", "context", "pipe")  # expert: test_expert_parallel.py
+LAYOUTS = {f"{axis} {size}": {axis: size} for axis in SINGLE_AXES for size in (2, 4, 8)} | {
     "data, fsdp, tensor": dict(data=2, fsdp=2, tensor=2),
     "data, context, tensor": dict(data=2, context=2, tensor=2),
     "fsdp, context": dict(fsdp=2, context=4),
     "pipe, context, tensor": dict(pipe=2, context=2, tensor=2),
     "pipe, data, fsdp": dict(pipe=2, data=2, fsdp=2),
 }
-FEW_HEADS = ("model.heads=2", "model.kv_heads=1", "model.position=t5", "model.kernel=blockwise")
+TWO_HEADS = ("model.heads=2", "model.kv_heads=1", "model.position=t5", "model.kernel=blockwise")
 STEPS = 20
 
 
@@ -154,13 +155,13 @@ def trained(layout="one", *assignments):
         "model.layers=8", "model.heads=8", "model.kv_heads=4", "model.vocab=264",
         "optimizer.lr=1e-3", *assignments, mesh=MeshConfig(**{"data": 1, **sizes}),
     )  # fmt: skip
-    runs = training(cfg, np.prod([*sizes.values()], dtype=int))
-    initial = runs.make()
+    runs = make_training(cfg, np.prod([*sizes.values()], dtype=int))
+    initial = runs.make_state()
     return initial, *runs.run(STEPS, batch_of=lambda step: random_batch(step % 4))
 
 
-def shares(tree):
-    """The share of every array that the first device holds."""
+def measure_shares(tree):
+    """Return the fraction of every array that the first device holds."""
     return {
         jax.tree_util.keystr(path): x.addressable_shards[0].data.size / x.size
         for path, x in jax.tree_util.tree_leaves_with_path(tree)
@@ -168,8 +169,8 @@ def shares(tree):
     }
 
 
-def share(path: str, fsdp=1, tensor=1, pipe=1, **_) -> float:
-    """The share of a parameter, or of its moments, that a device should hold."""
+def expected_share(path: str, fsdp=1, tensor=1, pipe=1, **_) -> float:
+    """Return the fraction of a parameter, or of its moments, that a device should hold."""
     is_key = "['k']" in path or "['v']" in path  # of which there are four heads
     is_divided_by_tensor = "norm" not in path and not (is_key and tensor > 4)
     is_divided_by_pipe = "layers" in path
@@ -178,7 +179,7 @@ def share(path: str, fsdp=1, tensor=1, pipe=1, **_) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_training_does_not_depend_on_the_layout_and_every_array_is_divided_by_it(layout):
+def test_training_does_not_depend_on_the_layout_and_every_array_is_sharded_by_it(layout):
     dropout = "model.dropout=0" if "pipe" in layout else "model.dropout=0.1"
     initial, state, losses = trained(layout, dropout)
     first, _, expected = trained("one", dropout)
@@ -186,17 +187,17 @@ def test_training_does_not_depend_on_the_layout_and_every_array_is_divided_by_it
     # Sums over devices round in another order: some 1e-7 of a loss of 5.6 in each step. Another
     # dropout mask on any device would show as 1e-2.
     np.testing.assert_allclose(losses, expected, atol=1e-5)
-    held = shares((state.params, state.opt_state))
-    assert held == {path: share(path, **LAYOUTS[layout]) for path in held}
+    shares = measure_shares((state.params, state.opt_state))
+    assert shares == {path: expected_share(path, **LAYOUTS[layout]) for path in shares}
 
 
-def test_rows_are_divided_by_their_keys_where_heads_are_too_few():
+def test_rows_are_sharded_over_keys_if_there_are_too_few_heads():
     # Four devices share a row, and there are two heads of one key.
-    few = trained("fsdp, context", *FEW_HEADS)[2]
-    np.testing.assert_allclose(few, trained("one", *FEW_HEADS)[2], atol=1e-5)
+    few = trained("fsdp, context", *TWO_HEADS)[2]
+    np.testing.assert_allclose(few, trained("one", *TWO_HEADS)[2], atol=1e-5)
 
 
-def test_a_pipeline_draws_another_dropout_for_every_part_and_layer():
+def test_a_pipeline_draws_different_dropout_for_every_microbatch_and_layer():
     losses = trained("pipe 2", "model.dropout=0.5")[2]
     plain = trained("pipe 2", "model.dropout=0")[2]
     assert np.all(np.isfinite(losses))
@@ -231,19 +232,19 @@ def test_no_variant_depends_on_the_devices(name):
 
     def losses(sizes, devices):
         cfg = config(*assignments, mesh=MeshConfig(**{"data": 1, **sizes}))
-        return training(cfg, devices).run(3, batch_of=batch_for(cfg.train.objective))[1]
+        return make_training(cfg, devices).run(3, batch_of=make_batch_fn(cfg.train.objective))[1]
 
-    # As above; a key that one device did not see would show as 1e-3.
+    # As above; a key missing on one device would show as 1e-3.
     one, many = losses({}, 1), losses(sizes, 8)
     np.testing.assert_allclose(many, one, atol=2e-5)
     assert len(set(one)) == 3
 
 
-def test_what_adafactor_averages_lies_like_the_parameter():
+def test_adafactor_averages_are_sharded_like_the_parameter():
     cfg = config("optimizer.name=adafactor", mesh=MeshConfig(**LAYOUTS["data, fsdp, tensor"]))
-    state = training(cfg, 8).abstract
-    parts = jax.tree.leaves(state.opt_state, is_leaf=is_factored)
-    (rows,) = [part.rows for part in parts if is_factored(part)]
+    state = make_training(cfg, 8).abstract
+    parts = jax.tree.leaves(state.opt_state, is_leaf=is_adafactor_state)
+    (rows,) = [part.rows for part in parts if is_adafactor_state(part)]
     for name, parameter in state.params["stack"]["layers"]["block_0"]["mixer"].items():
         kept = rows["stack"]["layers"]["block_0"]["mixer"][name]
         expected = [
@@ -253,5 +254,5 @@ def test_what_adafactor_averages_lies_like_the_parameter():
         assert list(kept["w"].sharding.spec) == expected, name
 
 
-def is_factored(x):
+def is_adafactor_state(x):
     return isinstance(x, AdafactorState)

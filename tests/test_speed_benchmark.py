@@ -1,4 +1,4 @@
-"""The comparison with PyTorch: its arithmetic, its table, and what becomes of what fails."""
+"""The comparison with PyTorch: its arithmetic, its table, and how failures are reported."""
 
 import dataclasses
 import io
@@ -31,23 +31,23 @@ def figure(row, name, *seconds, **more):
 
 
 @pytest.mark.parametrize("name", speed.SHAPES)
-def test_a_case_has_the_weights_and_the_flops_of_its_model(name):
+def test_weights_and_flops_of_a_case_agree_with_its_model(name):
     case = speed.case_of(name, [], "")
     model = configs.from_json(json.dumps(case.config)).model
     total = count_params(model)["total"]
     # norms, biases and positions are the rest
     assert 0 <= total - speed.weights(case) < 0.04 * total
     ratio = speed.step_work(case).model_flops / (case.N * flops_per_token(model))
-    # flops_per_token takes biases for weights
+    # flops_per_token counts biases as weights
     assert ratio == pytest.approx(1, rel=1e-2 if model.bias else 1e-12)
 
 
-def test_only_pairs_that_see_each_other_count_towards_a_floor():
+def test_only_unmasked_pairs_count_toward_a_floor():
     pairs = sum(s <= t for t in range(CASE.T) for s in range(CASE.T))
     assert speed.attention_product(CASE) == 2 * CASE.B * CASE.H * CASE.K * pairs
 
 
-def test_a_floor_adds_phases_and_overlaps_what_is_inside_of_one():
+def test_a_floor_adds_phases_and_overlaps_work_within_a_phase():
     work = Work(((100, 0), (50, 900), (300, 10)))
     assert work.floor(Rates(flops=10, bytes=100)) == 10 + 9 + 30
 
@@ -63,7 +63,7 @@ def test_rates_are_the_medians_of_the_fastest_side():
     assert speed.rates_of(figures, {"tiny": CASE}, ABOUT)["tiny"] == Rates(1000.0, 160.0)
 
 
-def test_what_was_not_measured_has_no_rate_and_no_floor():
+def test_without_measurement_there_is_no_rate_and_no_floor():
     rates = speed.rates_of([], {"tiny": CASE}, ABOUT)["tiny"]
     assert math.isnan(rates.flops)
     assert math.isnan(rates.bytes)
@@ -75,8 +75,8 @@ def test_what_was_not_measured_has_no_rate_and_no_floor():
 # --- comparisons ---
 
 
-def test_a_ratio_is_the_median_over_turns_side_by_side():
-    ours = figure("step", "jaxgpt", 1.0, 10.0, 2.0)  # all that hits a turn hits both
+def test_a_ratio_is_the_median_over_paired_turns():
+    ours = figure("step", "jaxgpt", 1.0, 10.0, 2.0)  # a disturbance affects both in a turn
     peer = figure("step", "torch eager", 3.0, 20.0, 8.0)
     assert speed.ratios(ours, [ours, peer]) == {"torch eager": 3.0}
     assert speed.ratios(peer, [ours, peer]) == {}
@@ -88,7 +88,7 @@ def test_a_peer_of_another_row_or_without_figures_is_not_compared():
     assert speed.ratios(ours, [ours, *others]) == {}
 
 
-def test_a_peer_of_another_size_gives_no_figure():
+def test_a_peer_of_another_size_has_no_figure():
     ours = figure("step", "jaxgpt", 1.0, parameters=1000)
     small, same = (figure("forward", "torch eager", 1.0, parameters=n) for n in (999, 1000))
     other, kept = speed.same_size([small, same], [ours])
@@ -96,7 +96,7 @@ def test_a_peer_of_another_size_gives_no_figure():
     assert kept == same
 
 
-def test_the_parts_of_a_step_and_the_rest_are_the_step():
+def test_the_parts_of_a_step_and_the_rest_sum_to_the_step():
     rows = ("dense of a block", "attention gradient", "loss gradient", "optimizer")
     figures = [figure(row, "jaxgpt", float(2**i)) for i, row in enumerate(rows)]
     assert speed.parts(figures, CASE, is_jax=True) == {}
@@ -108,7 +108,7 @@ def test_the_parts_of_a_step_and_the_rest_are_the_step():
 # --- the table ---
 
 
-def test_the_table_tells_figures_and_reasons():
+def test_the_table_has_figures_and_reasons_for_failures():
     figures = [
         figure("matmul, square", "jax", 20.0),  # 100 FLOP/s
         figure("copy", "jax", 8.0),
@@ -132,7 +132,7 @@ def test_the_table_tells_figures_and_reasons():
 
 
 class Fake(Worker):
-    """Runs at once; `broken` fails when it runs for the n-th time in all."""
+    """A worker that returns at once; contestants in `broken` fail at their run `fails_at`."""
 
     def __init__(self, seconds, broken=(), fails_at=1):
         self.seconds, self.broken, self.fails_at, self.calls = seconds, broken, fails_at, []
@@ -174,7 +174,7 @@ def test_short_turns_are_taken_more_often():
 
 
 @pytest.mark.parametrize("fails_at", [1, 2, 4])
-def test_one_that_fails_is_told_and_the_others_have_figures(fails_at):
+def test_a_failure_is_reported_and_the_others_have_figures(fails_at):
     ours, theirs = Fake(1.0), Fake(1.0, ["torch compile"], fails_at)
     entries = [("jaxgpt", ours), ("torch eager", theirs), ("torch compile", theirs)]
     found = speed.contest(CASE, "step", entries, LIMITS)
@@ -238,7 +238,7 @@ def test_a_plan_has_every_row_of_every_shape_once(is_cpu, asked):
 
 
 class Clock:
-    """Time passes only where a worker says so."""
+    """A clock that only workers advance."""
 
     now = 0.0
 
@@ -250,14 +250,12 @@ class Clock:
 
 
 @pytest.mark.parametrize("compiling", [5, 40, 1000])
-def test_the_steps_that_matter_have_their_turn_however_slow_compilers_are(
-    compiling, monkeypatch, tmp_path
-):
+def test_important_steps_are_measured_however_slow_compilers_are(compiling, monkeypatch, tmp_path):
     clock = Clock()
     monkeypatch.setattr(speed, "time", clock)
 
     class Slow(Fake):
-        """Every contestant takes so many seconds to be made, and is stopped at its limit."""
+        """Every contestant takes `compiling` seconds to build, and is stopped at its limit."""
 
         def make(self, limit, row, name, case):
             is_heavy = row in ("step", speed.SETTINGS, "start-up")
@@ -302,7 +300,7 @@ def talk(side, *requests):
 
 
 @pytest.mark.parametrize(("is_queue", "waits"), [(False, 4), (True, 1)])
-def test_a_side_runs_as_often_as_asked_and_waits(is_queue, waits):
+def test_a_side_runs_as_often_as_requested_and_waits(is_queue, waits):
     ran, waited = [], []
 
     def make(case):
@@ -324,7 +322,7 @@ def test_a_side_runs_as_often_as_asked_and_waits(is_queue, waits):
     assert (len(ran), len(waited)) == (3, waits)
 
 
-def test_an_error_costs_one_answer(capsys):
+def test_an_error_affects_only_one_answer(capsys):
     side = Side({"step": {"x": lambda case: 1 / 0}}, lambda x: x, {})
     bad, good = talk(
         side,
@@ -336,7 +334,7 @@ def test_an_error_costs_one_answer(capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_a_process_that_ends_is_told(tmp_path):
+def test_a_process_that_ends_is_reported(tmp_path):
     with open(tmp_path / "log", "w") as log:
         worker = Worker("benchmarks.worker", log)  # has nothing to run
         with pytest.raises(FailedError, match="its process ended"):

@@ -1,4 +1,4 @@
-"""The tokenizer against slow twins in plain Python, against transformers, and against hard text."""
+"""Test the tokenizer against slow references in plain Python, transformers, and hard text."""
 
 import collections
 import doctest
@@ -22,13 +22,13 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from jaxgpt import tokenizer as module
 from jaxgpt.settings import ConfigError
 from jaxgpt.tokenizer import (
-    ALPHABET,
+    BYTE_CHARACTERS,
     SPECIALS,
     StreamDecoder,
     Tokenizer,
-    compression,
-    from_bytes,
     load,
+    make_byte_tokenizer,
+    measure_compression,
     train,
 )
 
@@ -40,43 +40,43 @@ TOPICS = [text for _, text in sorted(pydoc_data.topics.topics.items())]
 UNICODE = (
     "Καλημέρα κόσμε, 北京 \U0001f642\U0001f3fd e\u0301 \u200d\ufeff\x00 naïve\r\n\t\u2028 ﬁ ½ Ġ Ċ"
 )
-SPELLED = "<eos> <pad><bos>text</s><unk><|endoftext|><eos>"
+SPELLED_SPECIALS = "<eos> <pad><bos>text</s><unk><|endoftext|><eos>"
 
-# Single characters of the classes that the pattern tells apart, then any character that UTF-8 has;
-# `any_text` adds the lone surrogates, which it has not.
+# Single characters of the classes that the pattern distinguishes, then any UTF-8 character;
+# `any_text` adds the lone surrogates, which UTF-8 lacks.
 characters = st.one_of(
     st.sampled_from("ab 1.\n\t'é北\U0001f642\x00\u3000\x85"), st.characters(codec="utf-8")
 )
 any_text = st.text(characters | st.characters(categories=["Cs"]), max_size=60)
-# Bytes that are nearly UTF-8 are the hard ones: parts of it, in any order.
+# Bytes that are nearly UTF-8 are the hard case: parts of it, in any order.
 fragments = st.sampled_from(
     [b"hello ", b"\n", "é".encode(), b"\xc3", b"\x80", b"\xe2\x82", b"\xf0\x9f", b"\xff", b"\0"]
 )
 any_bytes = st.one_of(st.binary(max_size=60), st.lists(fragments, max_size=12).map(b"".join))
-# Few letters and short words: nearly every choice is between equals.
+# Few letters and short words: nearly every choice is a tie.
 tiny_corpora = st.lists(st.text("aab bc\n", max_size=24), min_size=1, max_size=6)
 
 
 @functools.cache
-def trained() -> Tokenizer:
+def train_on_topics() -> Tokenizer:
     return train(TOPICS, 1000)
 
 
 @functools.cache
-def gpt2() -> Tokenizer:
+def load_gpt2() -> Tokenizer:
     return load(GPT2)
 
 
-def merges_of(tokenizer: Tokenizer) -> list[tuple[str, str]]:
+def read_merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
     return [tuple(pair) for pair in json.loads(tokenizer._content)["model"]["merges"]]
 
 
-def words_of(text: str) -> list[tuple[str, ...]]:
+def split_words(text: str) -> list[tuple[str, ...]]:
     pattern = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return [tuple(word) for word, _ in pattern.pre_tokenize_str(text)]
 
 
-def merge(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+def apply_merge(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
     merged, place = [], 0
     while place < len(word):
         if word[place : place + 2] == pair:
@@ -88,10 +88,10 @@ def merge(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
     return tuple(merged)
 
 
-def twin_train(documents: list[str], vocab: int) -> list[tuple[str, str]]:
-    """BPE by definition: count all pairs, merge the best, begin again."""
-    words = collections.Counter(word for text in documents for word in words_of(text))
-    ids = {token: index for index, token in enumerate([*SPECIALS, *ALPHABET])}
+def train_reference(documents: list[str], vocab: int) -> list[tuple[str, str]]:
+    """BPE by definition: count all pairs, apply_merge the best, begin again."""
+    words = collections.Counter(word for text in documents for word in split_words(text))
+    ids = {token: index for index, token in enumerate([*SPECIALS, *BYTE_CHARACTERS])}
     merges: list[tuple[str, str]] = []
     while len(ids) < vocab:
         counts: collections.Counter = collections.Counter()
@@ -106,18 +106,18 @@ def twin_train(documents: list[str], vocab: int) -> list[tuple[str, str]]:
         merges.append(best)
         merged: collections.Counter = collections.Counter()
         for word, count in words.items():
-            merged[merge(word, best)] += count
+            merged[apply_merge(word, best)] += count
         words = merged
     return merges
 
 
-def twin_encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Applies the merges in the order learnt, each everywhere."""
+def encode_reference(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Apply the merges in the order learned, each everywhere."""
     ids = json.loads(tokenizer._content)["model"]["vocab"]
     encoded = []
-    for word in words_of(text):
-        for pair in merges_of(tokenizer):
-            word = merge(word, pair)
+    for word in split_words(text):
+        for pair in read_merges(tokenizer):
+            word = apply_merge(word, pair)
         encoded += [ids[token] for token in word]
     return encoded
 
@@ -125,50 +125,50 @@ def twin_encode(tokenizer: Tokenizer, text: str) -> list[int]:
 # --- training ---
 
 
-def test_training_on_real_text_learns_the_merges_of_the_twin():
+def test_training_on_real_text_learns_the_merges_of_the_reference():
     documents = [text for text in TOPICS if len(text) < 4000][:25]
-    assert merges_of(train(documents, 420)) == twin_train(documents, 420)
+    assert read_merges(train(documents, 420)) == train_reference(documents, 420)
 
 
 @given(tiny_corpora.filter(lambda texts: any(texts)), st.integers(260, 300))
 @settings(max_examples=200, deadline=None)
 def test_training_breaks_ties_as_documented(documents, vocab):
     tokenizer = train(documents, vocab)
-    assert merges_of(tokenizer) == twin_train(documents, vocab)
+    assert read_merges(tokenizer) == train_reference(documents, vocab)
 
 
 def test_a_tie_goes_to_the_smaller_left_token_and_then_to_the_smaller_right_token():
-    assert merges_of(train(["bc", "ad"], 262)) == [("a", "d"), ("b", "c")]
-    assert merges_of(train(["ac", "ab"], 261)) == [("a", "b")]
+    assert read_merges(train(["bc", "ad"], 262)) == [("a", "d"), ("b", "c")]
+    assert read_merges(train(["ac", "ab"], 261)) == [("a", "b")]
     # Bytes are ordered as bytes: a space before letters, though its character Ġ comes after them.
-    assert merges_of(train(["ab c"], 262)) == [("Ġ", "c"), ("a", "b")]
-    # A byte comes before any merge, and an earlier merge before a later one.
-    assert merges_of(train(["xab", "xab", "abz", "zq"], 262))[1] == ("x", "ab")
+    assert read_merges(train(["ab c"], 262)) == [("Ġ", "c"), ("a", "b")]
+    # A byte comes before any apply_merge, and an earlier apply_merge before a later one.
+    assert read_merges(train(["xab", "xab", "abz", "zq"], 262))[1] == ("x", "ab")
 
 
 def test_ids_are_specials_then_bytes_then_merges_in_the_order_learnt():
-    tokenizer = trained()
+    tokenizer = train_on_topics()
     assert (tokenizer.pad, tokenizer.unk, tokenizer.bos, tokenizer.eos) == (0, 1, 2, 3)
     assert tokenizer.token_bytes[:4] == [b""] * 4
     assert tokenizer.token_bytes[4:260] == [bytes([byte]) for byte in range(256)]
-    joined = ["".join(pair) for pair in merges_of(tokenizer)]
-    learnt = [bytes(module.BYTES[character] for character in token) for token in joined]
-    assert tokenizer.token_bytes[260:] == learnt
+    joined = ["".join(pair) for pair in read_merges(tokenizer)]
+    learned = [bytes(module.CHARACTER_BYTES[character] for character in token) for token in joined]
+    assert tokenizer.token_bytes[260:] == learned
     assert tokenizer.vocab_size == len(tokenizer.token_bytes) == 1000
     assert tokenizer.lengths.dtype == np.int32
     assert tokenizer.lengths.tolist() == [len(token) for token in tokenizer.token_bytes]
 
 
-def test_training_does_not_depend_on_the_order_of_documents_or_on_their_being_a_list():
-    assert train(iter(TOPICS[::-1]), 1000).fingerprint == trained().fingerprint
+def test_training_does_not_depend_on_document_order_or_on_getting_a_list():
+    assert train(iter(TOPICS[::-1]), 1000).fingerprint == train_on_topics().fingerprint
 
 
 def test_training_does_not_depend_on_where_long_documents_are_cut(monkeypatch):
     whole = "\n".join(TOPICS)
-    monkeypatch.setattr(module, "_PIECE", 10**9)
+    monkeypatch.setattr(module, "_MIN_PIECE_CHARACTERS", 10**9)
     uncut = train([whole], 1000)
     for size in (1, 1000):
-        monkeypatch.setattr(module, "_PIECE", size)
+        monkeypatch.setattr(module, "_MIN_PIECE_CHARACTERS", size)
         assert train([whole], 1000).fingerprint == uncut.fingerprint
 
 
@@ -190,12 +190,12 @@ def test_training_does_not_depend_on_the_number_of_threads(environment):
         text=True,
         check=True,
     )
-    assert done.stdout.strip() == trained().fingerprint
+    assert done.stdout.strip() == train_on_topics().fingerprint
 
 
-def test_text_and_its_bytes_train_the_same_and_stray_bytes_are_left_out():
+def test_text_and_its_bytes_train_the_same_and_bytes_that_are_not_utf8_are_left_out():
     texts = [text.encode() + b"\xff" for text in TOPICS]
-    assert train(texts, 1000).fingerprint == trained().fingerprint
+    assert train(texts, 1000).fingerprint == train_on_topics().fingerprint
 
 
 def test_a_corpus_with_too_few_pairs_gives_a_smaller_tokenizer():
@@ -204,7 +204,7 @@ def test_a_corpus_with_too_few_pairs_gives_a_smaller_tokenizer():
 
 
 def test_specials_spelled_in_the_training_text_are_learnt_from_as_text():
-    tokenizer = train([SPELLED * 50], 400)
+    tokenizer = train([SPELLED_SPECIALS * 50], 400)
     assert tokenizer.token_bytes.count(b"<eos>") == 0
     assert b"eos" in tokenizer.token_bytes
     assert tokenizer.encode("<eos>").min() >= 4
@@ -216,7 +216,7 @@ def test_specials_spelled_in_the_training_text_are_learnt_from_as_text():
 @given(any_bytes)
 @settings(max_examples=300, deadline=None)
 def test_any_bytes_come_back_exactly(data):
-    for tokenizer in (trained(), from_bytes()):
+    for tokenizer in (train_on_topics(), make_byte_tokenizer()):
         ids = tokenizer.encode(data)
         assert ids.dtype == np.int32
         assert ids.ndim == 1
@@ -229,20 +229,22 @@ def test_any_bytes_come_back_exactly(data):
 @given(any_text)
 @settings(max_examples=300, deadline=None)
 def test_any_text_comes_back_exactly(text):
-    ids = trained().encode(text)
-    assert trained().decode_bytes(ids) == text.encode("utf-8", "surrogatepass")
+    ids = train_on_topics().encode(text)
+    assert train_on_topics().decode_bytes(ids) == text.encode("utf-8", "surrogatepass")
     if not any("\ud800" <= character <= "\udfff" for character in text):
-        assert trained().decode(ids) == text
+        assert train_on_topics().decode(ids) == text
 
 
-@pytest.mark.parametrize("text", [UNICODE, SPELLED, "", "\ud83d", "\ud83d\ude42", "\udcff x"])
+@pytest.mark.parametrize(
+    "text", [UNICODE, SPELLED_SPECIALS, "", "\ud83d", "\ud83d\ude42", "\udcff x"]
+)
 def test_text_and_its_bytes_encode_the_same(text):
     data = text.encode("utf-8", "surrogatepass")
-    np.testing.assert_array_equal(trained().encode(text), trained().encode(data))
+    np.testing.assert_array_equal(train_on_topics().encode(text), train_on_topics().encode(data))
 
 
-def test_bytes_that_are_not_utf8_become_byte_tokens_and_leave_their_neighbours_alone():
-    tokenizer = trained()
+def test_bytes_that_are_not_utf8_become_byte_tokens_and_do_not_change_adjacent_text():
+    tokenizer = train_on_topics()
     left, right = tokenizer.encode("the function"), tokenizer.encode(" is called")
     ids = tokenizer.encode(b"the function\xff\xc3 is called")
     np.testing.assert_array_equal(ids, [*left, 4 + 0xFF, 4 + 0xC3, *right])
@@ -251,84 +253,102 @@ def test_bytes_that_are_not_utf8_become_byte_tokens_and_leave_their_neighbours_a
 @given(st.one_of(st.text(characters, max_size=60), st.text("abc eth.\n ", max_size=60)))
 @settings(max_examples=100, deadline=None)
 def test_encoding_applies_the_merges_by_rank(text):
-    assert trained().encode(text).tolist() == twin_encode(trained(), text)
+    assert train_on_topics().encode(text).tolist() == encode_reference(train_on_topics(), text)
 
 
 def test_encoding_real_text_applies_the_merges_by_rank():
     text = TOPICS[3][:3000]
-    assert trained().encode(text).tolist() == twin_encode(trained(), text)
+    assert train_on_topics().encode(text).tolist() == encode_reference(train_on_topics(), text)
 
 
 @given(st.text("ab1.,é北 \n\t\r'\u3000\x85\x1c", max_size=80), st.integers(1, 5))
 @settings(max_examples=300, deadline=None)
 def test_a_cut_is_always_between_two_words(text, size):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_PIECE", size)
-        pieces = list(module._cut(text))
+        patch.setattr(module, "_MIN_PIECE_CHARACTERS", size)
+        pieces = list(module._cut_long_text(text))
     assert "".join(pieces) == text
-    assert [word for piece in pieces for word in words_of(piece)] == words_of(text)
+    assert [word for piece in pieces for word in split_words(piece)] == split_words(text)
 
 
-def test_a_batch_encodes_as_its_documents_do_one_by_one():
-    documents = [*TOPICS[:20], "\n".join(TOPICS), UNICODE, SPELLED, "", b"", b"a\xffb", b"\xff"]
-    for ids, document in zip(trained().encode_batch(documents), documents, strict=True):
-        np.testing.assert_array_equal(ids, trained().encode(document))
-    assert trained().encode_batch([]) == []
+def test_encode_batch_equals_encoding_each_document():
+    documents = [
+        *TOPICS[:20],
+        "\n".join(TOPICS),
+        UNICODE,
+        SPELLED_SPECIALS,
+        "",
+        b"",
+        b"a\xffb",
+        b"\xff",
+    ]
+    for ids, document in zip(train_on_topics().encode_batch(documents), documents, strict=True):
+        np.testing.assert_array_equal(ids, train_on_topics().encode(document))
+    assert train_on_topics().encode_batch([]) == []
 
 
 @pytest.mark.parametrize("copy", ["trained", "saved", "pickled", "bytes"])
 def test_spelled_specials_are_ordinary_text(copy, tmp_path):
-    tokenizer = from_bytes() if copy == "bytes" else trained()
+    tokenizer = make_byte_tokenizer() if copy == "bytes" else train_on_topics()
     if copy == "saved":
         tokenizer.save(tmp_path / "tokenizer.json")
         tokenizer = load(tmp_path)
     elif copy == "pickled":
         tokenizer = pickle.loads(pickle.dumps(tokenizer))
-    for ids in (tokenizer.encode(SPELLED), *tokenizer.encode_batch([SPELLED, "x" + SPELLED])):
+    for ids in (
+        tokenizer.encode(SPELLED_SPECIALS),
+        *tokenizer.encode_batch([SPELLED_SPECIALS, "x" + SPELLED_SPECIALS]),
+    ):
         assert ids.min() >= 4
-    assert tokenizer.decode(tokenizer.encode(SPELLED)) == SPELLED
+    assert tokenizer.decode(tokenizer.encode(SPELLED_SPECIALS)) == SPELLED_SPECIALS
 
 
-def test_specials_vanish_when_decoded():
-    ids = [trained().bos, *trained().encode("text"), trained().eos, trained().pad, trained().unk]
-    assert trained().decode(ids) == "text"
-    assert trained().decode([]) == ""
-    assert trained().decode_bytes(np.array(ids)) == b"text"
+def test_specials_decode_to_nothing():
+    ids = [
+        train_on_topics().bos,
+        *train_on_topics().encode("text"),
+        train_on_topics().eos,
+        train_on_topics().pad,
+        train_on_topics().unk,
+    ]
+    assert train_on_topics().decode(ids) == "text"
+    assert train_on_topics().decode([]) == ""
+    assert train_on_topics().decode_bytes(np.array(ids)) == b"text"
 
 
 @pytest.mark.parametrize("index", [-1, 1000])
-def test_an_id_outside_the_vocabulary_is_refused(index):
+def test_an_id_outside_the_vocabulary_is_rejected(index):
     with pytest.raises(ValueError, match=rf"token id {index} .* ids go from 0 to 999"):
-        trained().decode([5, index])
+        train_on_topics().decode([5, index])
 
 
 def test_without_merges_a_byte_is_a_token():
-    tokenizer = from_bytes()
+    tokenizer = make_byte_tokenizer()
     assert tokenizer.vocab_size == 260
     assert tokenizer.encode(bytes(range(256))).tolist() == list(range(4, 260))
-    assert compression(tokenizer, TOPICS[:3]) == 1.0
+    assert measure_compression(tokenizer, TOPICS[:3]) == 1.0
 
 
 def test_compression_is_bytes_per_token():
     documents = [*TOPICS[:5], UNICODE, b"\xff"]
     size = len("".join(TOPICS[:5]).encode()) + len(UNICODE.encode()) + 1
-    tokens = sum(trained().encode(document).size for document in documents)
-    assert compression(trained(), iter(documents)) == size / tokens
+    tokens = sum(train_on_topics().encode(document).size for document in documents)
+    assert measure_compression(train_on_topics(), iter(documents)) == size / tokens
 
 
 @given(any_bytes, st.lists(st.integers(0, 60), max_size=5))
 @settings(max_examples=200, deadline=None)
 def test_streamed_text_is_the_decoded_text_whatever_the_cuts(data, cuts):
-    ids = trained().encode(data)
-    stream = StreamDecoder(trained())
+    ids = train_on_topics().encode(data)
+    stream = StreamDecoder(train_on_topics())
     parts = [stream.push(part) for part in np.split(ids, sorted(cuts))] + [stream.flush()]
-    assert "".join(parts) == trained().decode(ids)
+    assert "".join(parts) == train_on_topics().decode(ids)
     if data.decode("utf-8", "ignore").encode() == data:
         assert "\ufffd" not in "".join(parts).replace(data.decode(), "")
 
 
-def test_a_stream_holds_back_half_a_character():
-    stream = StreamDecoder(from_bytes())
+def test_a_stream_holds_back_an_incomplete_character():
+    stream = StreamDecoder(make_byte_tokenizer())
     assert [stream.push(4 + byte) for byte in "🙂!".encode()] == ["", "", "", "🙂", "!"]
     assert stream.flush() == ""
     assert (stream.push([4 + 0xE2]), stream.flush(), stream.push([4 + 33])) == ("", "\ufffd", "!")
@@ -338,32 +358,39 @@ def test_a_stream_holds_back_half_a_character():
 
 
 def test_a_saved_tokenizer_is_the_same_when_loaded(tmp_path):
-    trained().save(tmp_path / "tokenizer.json")
+    train_on_topics().save(tmp_path / "tokenizer.json")
     assert os.listdir(tmp_path) == ["tokenizer.json"]
     for path in (tmp_path, str(tmp_path / "tokenizer.json")):
         loaded = load(path)
-        assert loaded.fingerprint == trained().fingerprint
-        assert loaded.token_bytes == trained().token_bytes
-        np.testing.assert_array_equal(loaded.encode(TOPICS[0]), trained().encode(TOPICS[0]))
+        assert loaded.fingerprint == train_on_topics().fingerprint
+        assert loaded.token_bytes == train_on_topics().token_bytes
+        np.testing.assert_array_equal(loaded.encode(TOPICS[0]), train_on_topics().encode(TOPICS[0]))
     loaded.save(tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
 
 
-def test_the_fingerprint_tells_tokenizers_apart():
+def test_different_tokenizers_have_different_fingerprints():
     assert (
-        len({from_bytes().fingerprint, trained().fingerprint, train(["abc"], 300).fingerprint}) == 3
+        len(
+            {
+                make_byte_tokenizer().fingerprint,
+                train_on_topics().fingerprint,
+                train(["abc"], 300).fingerprint,
+            }
+        )
+        == 3
     )
-    assert from_bytes().fingerprint == from_bytes().fingerprint
+    assert make_byte_tokenizer().fingerprint == make_byte_tokenizer().fingerprint
 
 
-def test_transformers_reads_a_saved_tokenizer_and_agrees(tmp_path):
+def test_transformers_loads_a_saved_tokenizer_with_equal_results(tmp_path):
     transformers = pytest.importorskip("transformers")
-    trained().save(tmp_path / "tokenizer.json")
+    train_on_topics().save(tmp_path / "tokenizer.json")
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
     for text in (*TOPICS[:10], UNICODE, "a b , c . it 's\n\n  x"):
-        ids = trained().encode(text).tolist()
+        ids = train_on_topics().encode(text).tolist()
         assert theirs(text)["input_ids"] == ids
-        assert theirs.decode(ids) == trained().decode(ids) == text
+        assert theirs.decode(ids) == train_on_topics().decode(ids) == text
 
 
 @needs_gpt2
@@ -375,13 +402,13 @@ def test_transformers_reads_a_saved_tokenizer_and_agrees(tmp_path):
         ("<|endoftext|>", [27, 91, 437, 1659, 5239, 91, 29]),
     ],
 )
-def test_gpt2s_vocabulary_gives_the_ids_that_everyone_knows(text, ids):
-    assert gpt2().encode(text).tolist() == ids
+def test_gpt2s_vocabulary_gives_the_published_ids(text, ids):
+    assert load_gpt2().encode(text).tolist() == ids
 
 
 @needs_gpt2
-def test_gpt2s_only_special_serves_every_role():
-    tokenizer = gpt2()
+def test_gpt2s_only_special_token_serves_every_role():
+    tokenizer = load_gpt2()
     assert tokenizer.vocab_size == 50257
     assert {tokenizer.pad, tokenizer.unk, tokenizer.bos, tokenizer.eos} == {50256}
     assert tokenizer.token_bytes[50256] == b""
@@ -389,29 +416,31 @@ def test_gpt2s_only_special_serves_every_role():
 
 
 @needs_gpt2
-def test_gpt2s_vocabulary_agrees_with_transformers():
+def test_gpt2s_vocabulary_matches_transformers():
     transformers = pytest.importorskip("transformers")
     vocab = json.loads((GPT2 / "encoder.json").read_text("utf-8"))
     lines = (GPT2 / "vocab.bpe").read_text("utf-8").split("\n")[1:]
     merges = [tuple(line.split(" ")) for line in lines if line]
     theirs = transformers.GPT2TokenizerFast(vocab=vocab, merges=merges)
     for text in (*TOPICS[:10], UNICODE, "  two  spaces\n\n\nand lines  "):
-        assert gpt2().encode(text).tolist() == theirs(text)["input_ids"]
-        assert gpt2().decode(gpt2().encode(text)) == text
+        assert load_gpt2().encode(text).tolist() == theirs(text)["input_ids"]
+        assert load_gpt2().decode(load_gpt2().encode(text)) == text
 
 
 @needs_gpt2
 @given(any_bytes)
 @settings(max_examples=100, deadline=None)
 def test_any_bytes_come_back_exactly_from_gpt2s_vocabulary(data):
-    ids = gpt2().encode(data)
-    assert gpt2().decode_bytes(ids) == data
+    ids = load_gpt2().encode(data)
+    assert load_gpt2().decode_bytes(ids) == data
     assert 50256 not in ids
 
 
-def foreign(specials=("<|begin_of_text|>", "<|end_of_text|>"), **changes) -> tokenizers.Tokenizer:
-    """A tokenizer.json as others write them: other specials, other ids, other steps."""
-    vocab = {character: index for index, character in enumerate(reversed(ALPHABET))}
+def make_foreign_tokenizer(
+    specials=("<|begin_of_text|>", "<|end_of_text|>"), **changes
+) -> tokenizers.Tokenizer:
+    """Return a tokenizer like those of other libraries: other specials, ids and steps."""
+    vocab = {character: index for index, character in enumerate(reversed(BYTE_CHARACTERS))}
     vocab["ab"] = 256
     library = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[("a", "b")], dropout=0.5))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -429,16 +458,16 @@ def read(library, tmp_path) -> Tokenizer:
     return load(tmp_path)
 
 
-def test_the_specials_of_other_peoples_tokenizers_are_found_by_name(tmp_path):
-    tokenizer = read(foreign(), tmp_path)
+def test_the_specials_of_foreign_tokenizers_are_found_by_name(tmp_path):
+    tokenizer = read(make_foreign_tokenizer(), tmp_path)
     assert (tokenizer.bos, tokenizer.eos, tokenizer.pad, tokenizer.unk) == (257, 258, 258, 258)
-    tokenizer = read(foreign(("<s>", "[PAD]", "</s>", "<unk>")), tmp_path)
+    tokenizer = read(make_foreign_tokenizer(("<s>", "[PAD]", "</s>", "<unk>")), tmp_path)
     assert (tokenizer.bos, tokenizer.eos, tokenizer.pad, tokenizer.unk) == (257, 259, 258, 260)
 
 
-def test_padding_truncation_dropout_and_nfc_of_other_peoples_tokenizers_are_left_out(tmp_path):
-    nfc = foreign(normalizer=normalizers.NFC())
-    for library in (foreign(), nfc):
+def test_padding_truncation_dropout_and_nfc_of_foreign_tokenizers_are_dropped(tmp_path):
+    nfc = make_foreign_tokenizer(normalizer=normalizers.NFC())
+    for library in (make_foreign_tokenizer(), nfc):
         tokenizer = read(library, tmp_path)
         ids = tokenizer.encode(UNICODE)
         assert tokenizer.decode(ids) == UNICODE
@@ -446,9 +475,9 @@ def test_padding_truncation_dropout_and_nfc_of_other_peoples_tokenizers_are_left
         assert tokenizer.encode("ab" * 100).tolist() == [256] * 100
 
 
-def test_an_added_token_that_is_not_special_stands_for_its_text(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_PIECE", 1)  # even where a long text would be cut
-    library = foreign()
+def test_an_added_token_that_is_not_special_decodes_to_its_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_MIN_PIECE_CHARACTERS", 1)  # even where a long text would be cut
+    library = make_foreign_tokenizer()
     library.add_tokens(["<tool>", "y z"])
     tokenizer = read(library, tmp_path)
     text = "x y z <tool>é<|end_of_text|>"
@@ -473,16 +502,16 @@ def test_an_added_token_that_is_not_special_stands_for_its_text(tmp_path, monkey
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_tokenizer_that_can_not_write_every_text_is_refused(changes, message, tmp_path):
-    with pytest.raises(ConfigError, match=message) as refusal:
-        read(foreign(**changes), tmp_path)
-    assert f"data.tokenizer='{tmp_path / 'tokenizer.json'}'" in str(refusal.value)
+def test_a_tokenizer_that_cannot_encode_every_text_is_rejected(changes, message, tmp_path):
+    with pytest.raises(ConfigError, match=message) as caught:
+        read(make_foreign_tokenizer(**changes), tmp_path)
+    assert f"data.tokenizer='{tmp_path / 'tokenizer.json'}'" in str(caught.value)
 
 
-def test_a_token_that_is_not_written_in_bytes_is_refused(tmp_path):
-    vocab = {character: index for index, character in enumerate([*ALPHABET, "▁the"])}
+def test_a_token_that_is_not_written_in_bytes_is_rejected(tmp_path):
+    vocab = {character: index for index, character in enumerate([*BYTE_CHARACTERS, "▁the"])}
     with pytest.raises(ConfigError, match="token '▁the' is not written in its bytes"):
-        read(foreign(model=models.BPE(vocab, [])), tmp_path)
+        read(make_foreign_tokenizer(model=models.BPE(vocab, [])), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -494,16 +523,16 @@ def test_a_token_that_is_not_written_in_bytes_is_refused(tmp_path):
         (b"\xff\xfe", "UnicodeDecodeError"),
     ],
 )
-def test_a_file_that_is_no_tokenizer_is_refused(content, message, tmp_path):
+def test_a_file_that_is_no_tokenizer_is_rejected(content, message, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(content)
-    with pytest.raises(ConfigError, match=message) as refusal:
+    with pytest.raises(ConfigError, match=message) as caught:
         load(tmp_path)
-    assert f"data.tokenizer='{tmp_path / 'tokenizer.json'}'" in str(refusal.value)
-    assert "encoder.json and vocab.bpe" in str(refusal.value)
+    assert f"data.tokenizer='{tmp_path / 'tokenizer.json'}'" in str(caught.value)
+    assert "encoder.json and vocab.bpe" in str(caught.value)
 
 
 @pytest.mark.parametrize("bpe", ["#version\nĠ t x\n", "#version\nno such\n"])
-def test_gpt2_files_that_do_not_fit_each_other_are_refused(bpe, tmp_path):
+def test_gpt2_files_that_do_not_fit_each_other_are_rejected(bpe, tmp_path):
     (tmp_path / "encoder.json").write_text('{"a": 0}', "utf-8")
     (tmp_path / "vocab.bpe").write_text(bpe, "utf-8")
     with pytest.raises(ConfigError, match=r"data\.tokenizer=.* is not a byte-level BPE tokenizer"):
@@ -511,7 +540,7 @@ def test_gpt2_files_that_do_not_fit_each_other_are_refused(bpe, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", "missing", "missing.json"])
-def test_a_missing_tokenizer_is_named_with_what_would_be_right(name, tmp_path):
+def test_the_error_for_a_missing_tokenizer_lists_the_valid_choices(name, tmp_path):
     with pytest.raises(
         ConfigError, match=r"there is no such tokenizer\. Use 'train', 'bytes'"
     ) as e:
@@ -519,19 +548,19 @@ def test_a_missing_tokenizer_is_named_with_what_would_be_right(name, tmp_path):
     assert f"data.tokenizer='{tmp_path / name}'" in str(e.value)
 
 
-def test_a_vocabulary_smaller_than_the_bytes_is_refused():
+def test_a_vocabulary_smaller_than_the_bytes_is_rejected():
     with pytest.raises(ConfigError, match=r"model\.vocab=259 has no room .* at least 260"):
         train(["text"], 259)
     assert train(["text"], 260).vocab_size == 260
 
 
 @pytest.mark.parametrize("documents", [[], [""], ["", b""]])
-def test_an_empty_corpus_is_refused(documents):
+def test_an_empty_corpus_is_rejected(documents):
     with pytest.raises(ConfigError, match=r"data\.tokenizer='train'.*no text.*data\.source"):
         train(documents, 300)
     with pytest.raises(ConfigError, match="no text"):
-        compression(from_bytes(), documents)
+        measure_compression(make_byte_tokenizer(), documents)
 
 
-def test_the_examples_in_the_documentation_are_true():
+def test_the_docstring_examples_are_correct():
     assert doctest.testmod(module).failed == 0

@@ -1,4 +1,4 @@
-"""Whole training runs that take seconds: a small text, a small model, and what is left of them."""
+"""Complete training runs that take seconds: a small text and a small model."""
 
 import functools
 import os
@@ -17,10 +17,10 @@ from jaxgpt.config import (
     TrainConfig,
     override,
 )
-from jaxgpt.data import Batch, Source
+from jaxgpt.data import Batch, EncoderInputs
 from jaxgpt.model import abstract_params, build
 from jaxgpt.optimizer import build as build_optimizer
-from jaxgpt.sharding import batch_sharding, make_mesh
+from jaxgpt.sharding import make_batch_sharding, make_mesh
 from jaxgpt.trainer.checkpoint import Checkpoints
 from jaxgpt.trainer.state import abstract_state, make_state
 from jaxgpt.trainer.step import make_train_step
@@ -31,7 +31,7 @@ B, T, V = 16, MODEL.context, MODEL.vocab
 
 
 def write_text(folder, documents=12, words=90):
-    """Text files of common words, the same every time."""
+    """Write text files of common words, the same every time."""
     dice = random.Random(0)
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(documents):
@@ -41,7 +41,7 @@ def write_text(folder, documents=12, words=90):
 
 
 def config(*assignments: str, **sections) -> Config:
-    """A tiny experiment. It names no place on disk: see `run_config`."""
+    """Return a tiny experiment without paths; see `run_config`."""
     defaults = dict(
         model=MODEL,
         optimizer=OptimizerConfig(lr=1e-2, warmup=2),
@@ -51,7 +51,7 @@ def config(*assignments: str, **sections) -> Config:
 
 
 def run_config(folder, *assignments: str) -> Config:
-    """A tiny run inside `folder`."""
+    """Return a tiny run inside `folder`."""
     text = folder / "text"
     if not text.exists():
         write_text(text)
@@ -61,8 +61,8 @@ def run_config(folder, *assignments: str) -> Config:
     return override(cfg, assignments)
 
 
-def random_batch(seed=0, share=0.7) -> Batch:
-    """[B T] of random tokens, in rows of two documents; `share` of the targets count."""
+def random_batch(seed=0, weighted_fraction=0.7) -> Batch:
+    """Return [B T] random tokens in rows of two documents; a fraction of the targets counts."""
     rng = np.random.default_rng(seed)
     tokens, targets = rng.integers(0, V, (2, B, T), dtype=np.int32)
     second = np.arange(T) >= T // 2
@@ -70,25 +70,25 @@ def random_batch(seed=0, share=0.7) -> Batch:
         tokens=tokens,
         targets=targets,
         positions=np.broadcast_to(np.arange(T) - second * (T // 2), (B, T)).astype(np.int32),
-        segments=np.broadcast_to(1 + second, (B, T)).astype(np.int32),
-        weights=(rng.random((B, T)) < share).astype(np.float32),
+        segment_ids=np.broadcast_to(1 + second, (B, T)).astype(np.int32),
+        weights=(rng.random((B, T)) < weighted_fraction).astype(np.float32),
     )
 
 
-def batch_for(objective: str):
-    """number -> a batch that the objective takes, where it takes another than `random_batch`."""
+def make_batch_fn(objective: str):
+    """Return a function number -> batch for the objective, `random_batch` where that fits."""
 
     def pairs(number):
         batch, source = random_batch(number), random_batch(number + 100)
-        # One document in a row, as long as it likes.
+        # One document per row, of a random length.
         lengths = np.random.default_rng(number).integers(2, T, (2, B, 1))
-        there = (np.arange(T) < lengths).astype(np.int32)
-        place = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+        segment_ids = (np.arange(T) < lengths).astype(np.int32)
+        positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
         return batch._replace(
-            positions=place,
-            segments=there[0],
-            weights=batch.weights * there[0],
-            source=Source(source.tokens, place, there[1]),
+            positions=positions,
+            segment_ids=segment_ids[0],
+            weights=batch.weights * segment_ids[0],
+            encoder_inputs=EncoderInputs(source.tokens, positions, segment_ids[1]),
         )
 
     def texts(number):
@@ -97,7 +97,7 @@ def batch_for(objective: str):
         return batch._replace(
             targets=rng.integers(0, 2, B).astype(np.int32),
             weights=np.ones(B, np.float32),
-            source=None,
+            encoder_inputs=None,
         )
 
     def prefixes(number):
@@ -107,55 +107,55 @@ def batch_for(objective: str):
 
 
 class Training(NamedTuple):
-    """What the loop makes of a config, without the loop."""
+    """What the training loop builds from a config, without the loop."""
 
     mesh: jax.sharding.Mesh
     abstract: object
     optimizer: object
     step: object  # jitted: (state, batch) -> (state, metrics)
-    make: object  # () -> a fresh state
+    make_state: object  # () -> a new state
 
     def run(self, steps, state=None, batch_of=None):
-        """(state, losses) after so many steps, each on its own batch."""
-        state = self.make() if state is None else state
+        """Return (state, losses) after a number of steps, each on its own batch."""
+        state = self.make_state() if state is None else state
         losses = []
         with jax.set_mesh(self.mesh):
             for number in range(steps):
                 batch = (batch_of or random_batch)(number)
-                where = jax.tree.map(lambda x: batch_sharding(self.mesh, x.shape), batch)
-                batch = jax.device_put(batch, where)
+                shardings = jax.tree.map(lambda x: make_batch_sharding(self.mesh, x.shape), batch)
+                batch = jax.device_put(batch, shardings)
                 state, metrics = self.step(state, batch)
                 losses.append(float(metrics.loss))
         return state, losses
 
 
-def training(cfg: Config, devices: int = 1) -> Training:
+def make_training(cfg: Config, devices: int = 1) -> Training:
     mesh = make_mesh(cfg.mesh, devices=jax.devices()[:devices])
     _, letters = abstract_params(cfg.model)
     optimizer, schedule = build_optimizer(cfg.optimizer, cfg.train.steps, letters)
     abstract = abstract_state(cfg.model, optimizer, cfg.seed, mesh)
-    where = jax.tree.map(lambda x: x.sharding, abstract)
-    first = functools.cache(lambda: make_state(cfg.model, optimizer, cfg.seed, abstract))
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    make_first = functools.cache(lambda: make_state(cfg.model, optimizer, cfg.seed, abstract))
     step = make_train_step(cfg, build(cfg.model), optimizer, schedule)
     return Training(
         mesh,
         abstract,
         optimizer,
-        jax.jit(step, donate_argnums=0, out_shardings=(where, None)),
-        lambda: jax.tree.map(lambda x: x.copy(), first()),
+        jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
+        lambda: jax.tree.map(lambda x: x.copy(), make_first()),
     )
 
 
-def saved(cfg: Config):
-    """(state, progress) of the latest checkpoint of a run."""
+def restore_latest(cfg: Config):
+    """Restore (state, progress) of the latest checkpoint of a run."""
     files = Checkpoints(cfg.run_folder, cfg.train.keep)
-    state, progress = files.restore(training(cfg, jax.device_count()).abstract)
+    state, progress = files.restore(make_training(cfg, jax.device_count()).abstract)
     files.close()
     return state, progress
 
 
-def plain(tree):
-    """Copies of all arrays on the host, keys as their data."""
+def to_numpy(tree):
+    """Copy all arrays to the host, random keys as their data."""
     return jax.tree.map(
         lambda x: np.array(jax.random.key_data(x) if _is_key(x) else x, copy=True), tree
     )
@@ -166,16 +166,16 @@ def _is_key(x) -> bool:
 
 
 def assert_same_bits(a, b):
-    """Two trees are equal, every bit."""
+    """Assert that two trees are equal, bit by bit."""
     jax.tree.map_with_path(
         lambda path, x, y: np.testing.assert_array_equal(
             x, y, err_msg=jax.tree_util.keystr(path), strict=True
         ),
-        plain(a),
-        plain(b),
+        to_numpy(a),
+        to_numpy(b),
     )
 
 
-def alone(environment=None) -> dict[str, str]:
-    """The environment of a script that runs on one device, as a user's does."""
+def single_device_env(environment=None) -> dict[str, str]:
+    """Return the environment of a script that runs on one device, as a user's does."""
     return {k: v for k, v in (environment or os.environ).items() if k != "XLA_FLAGS"}

@@ -4,9 +4,9 @@ A subcommand is a module here, named after it, and a row of COMMANDS. The module
 
     def main(argv: list[str], program: str) -> int
 
-which returns the exit status; `program` is how the user called it ("jaxgpt train"), for messages.
-It is imported when its command is given. Its own imports at the top must be light: jax and what
-imports it come inside `main`, after all that can be refused without them.
+which returns the exit status; `program` is the command as the user called it ("jaxgpt train"), for
+messages. A module is imported only when its subcommand is run. Its imports at the top must be
+light: jax, and what imports jax, is imported inside `main`, after all checks that do not need it.
 """
 
 import importlib
@@ -19,13 +19,13 @@ from jaxgpt import script
 from jaxgpt.settings import choose
 
 COMMANDS = {
-    "train": "train a model, or continue a run",
+    "train": "train a model, or resume a run",
     "sample": "generate text from a trained model",
 }
 
 
 def main() -> NoReturn:
-    """Run `jaxgpt` with the shell's arguments."""
+    """Run `jaxgpt` with the arguments of the command line."""
     name, *argv = sys.argv[1:] or ["--help"]
     if name in COMMANDS:
         run_command(name, argv, f"jaxgpt {name}")
@@ -48,17 +48,17 @@ def run_command(name: str, argv: list[str], program: str) -> NoReturn:
 
 
 def _run_option(name: str) -> int:
-    """Answer --help and --version; refuse anything else that is not a subcommand."""
+    """Handle --help and --version, and raise ConfigError for an unknown subcommand."""
     if name == "--version":
         print(f"jaxgpt {jaxgpt.__version__}")
     elif name in ("-h", "--help"):
-        print(usage())
+        print(format_usage())
     else:
         choose(COMMANDS, name, "command")
     return 0
 
 
-def usage() -> str:
+def format_usage() -> str:
     """Return the text of `jaxgpt --help`."""
     rows = "\n".join(f"  {name:10} {meaning}" for name, meaning in COMMANDS.items())
     return (

@@ -4,12 +4,12 @@
     jaxgpt train --config gpt_mini data.source=my_texts/
     jaxgpt train --config my_config.py model.width=512 optimizer.lr=3e-4
 
-The same command again continues from the last checkpoint. Ctrl-C saves first.
+The same command resumes from the last checkpoint. Ctrl-C saves a checkpoint and stops.
 
 On several machines, start it once on each. Slurm (srun), TPU pods, Kubernetes and MPI are detected;
-elsewhere three flags give each process its number:
+elsewhere, three flags describe the processes:
 
-    jaxgpt train --coordinator 10.0.0.1:1234 --processes 2 --process 0     and 1 on the other one
+    jaxgpt train --coordinator 10.0.0.1:1234 --processes 2 --process 0    (1 on the other)
 """
 
 import argparse
@@ -20,20 +20,31 @@ from jaxgpt.config_files import find_config
 
 
 def main(argv: list[str], program: str) -> int:
-    """Train as the arguments say; return 1 if training diverges."""
+    """Train the model that the arguments configure.
+
+    Returns:
+        The exit status: 0, or 1 if training diverged.
+
+    Raises:
+        ConfigError: there is no such config, or a setting is invalid.
+    """
     parser = argparse.ArgumentParser(
         prog=program,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
     )
-    parser.add_argument("-h", "--help", action="store_true", help="this text and every setting")
     parser.add_argument(
-        "--config", default="stdlib", help="a file, or a name in ./configs or of a shipped config"
+        "-h", "--help", action="store_true", help="show this text and every setting"
     )
-    parser.add_argument("--coordinator", help="host:port of process 0; or auto, or none")
+    parser.add_argument(
+        "--config",
+        default="stdlib",
+        help="a config file, or the name of one in ./configs or of one that comes with jaxgpt",
+    )
+    parser.add_argument("--coordinator", help="host:port of process 0, auto or none")
     parser.add_argument("--processes", type=int, help="number of processes")
-    parser.add_argument("--process", type=int, help="number of this process, from 0")
+    parser.add_argument("--process", type=int, help="index of this process, from 0")
     parser.add_argument("--timeout", type=int, default=300, help="seconds to wait for the others")
     parser.add_argument("settings", nargs="*", metavar="path=value", help="model.width=512, ...")
     args, more = parser.parse_known_intermixed_args(argv)
@@ -47,9 +58,9 @@ def main(argv: list[str], program: str) -> int:
 
     from jaxgpt import hosts, trainer
 
-    with hosts.joined(args.coordinator, args.processes, args.process, args.timeout):
+    with hosts.distributed(args.coordinator, args.processes, args.process, args.timeout):
         try:
-            config = hosts.together(lambda: configs.load(args.config, settings))
+            config = hosts.run_on_all(lambda: configs.load(args.config, settings))
             trainer.train(config)
         except trainer.DivergedError as error:
             print(f"{program}: {error}", file=sys.stderr)

@@ -1,40 +1,40 @@
-"""Text becomes batches.
+"""Turn text into batches.
 
 data.source        text: Python's own documentation, files, TensorFlow Datasets
-    |  sources.documents(cfg)        reads it as documents, always in the same order
+    |  sources.read_documents(cfg)   read it as documents, always in the same order
     v
 Document(name, content)
-    |  shards.prepare(cfg, vocab)    holds some out, tokenizes once, keeps files on disk
+    |  shards.prepare(cfg, vocab)    hold some out, tokenize once, cache the files on disk
     v
-Corpus(tokenizer, train, held)       two streams of tokens: <bos> document <eos> <bos> ...
-    |  packing                       rows of T tokens: windows, or whole documents put together
-    |  Loader(rows, B, seed)         of one source or several, in an order that (seed, step) decides
-    |  eval_batches(held, B, T)      all windows in order, every target once
-    |  tasks                         hides, cuts or pairs tokens as the objective wants
+Corpus(tokenizer, train, held_out)   two streams of tokens: <bos> document <eos> <bos> ...
+    |  packing                       rows of T tokens: windows, or whole documents packed together
+    |  Loader(rows, B, seed)         of one source or several, in an order set by (seed, step)
+    |  make_eval_batches(held_out, B, T)     all windows in order, every target once
+    |  tasks                         mask, split or pair tokens as the objective requires
     v
-Batch(tokens, targets, positions, segments, weights), each [B T]
-    |  read_ahead(task, step)        made ahead of the device by Grain's threads
+Batch(tokens, targets, positions, segment_ids, weights), each [B T]
+    |  prefetch_batches(task, step)  made ahead of the device by Grain's threads
     v
 the training loop
 """
 
-from jaxgpt.data.loader import Loader, eval_batches, eval_size, read_ahead
-from jaxgpt.data.packing import Batch, Documents, Source, Windows
+from jaxgpt.data.loader import Loader, count_eval_batches, make_eval_batches, prefetch_batches
+from jaxgpt.data.packing import Batch, EncoderInputs, PackedDocuments, Windows
 from jaxgpt.data.shards import Corpus, Tokens, prepare
-from jaxgpt.data.sources import Document, documents
+from jaxgpt.data.sources import Document, read_documents
 
 __all__ = [
     "Batch",
     "Corpus",
     "Document",
-    "Documents",
+    "EncoderInputs",
     "Loader",
-    "Source",
+    "PackedDocuments",
     "Tokens",
     "Windows",
-    "documents",
-    "eval_batches",
-    "eval_size",
+    "count_eval_batches",
+    "make_eval_batches",
+    "prefetch_batches",
     "prepare",
-    "read_ahead",
+    "read_documents",
 ]

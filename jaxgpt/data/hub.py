@@ -1,6 +1,6 @@
 """Documents of Hugging Face data sets: by name, or from a folder on this machine.
 
-The library keeps what it downloads or converts as Arrow files below HF_HOME, and maps them.
+The library stores what it downloads or converts as Arrow files below HF_HOME, and maps them.
 """
 
 import os
@@ -9,28 +9,28 @@ from functools import partial
 from typing import Any
 
 from jaxgpt.config import DataConfig
-from jaxgpt.data.units import Split, Texts, Unit, from_splits, texts
+from jaxgpt.data.units import RawDocuments, SourceUnit, Split, extract_texts, make_split_units
 from jaxgpt.optional import require
 from jaxgpt.settings import ConfigError
 
 
-def units(cfg: DataConfig) -> list[Unit]:
-    """The data set that `cfg.source` names as hf:name, hf:org/name:config, or hf:./folder.
+def list_units(cfg: DataConfig) -> list[SourceUnit]:
+    """Return the units of the data set `cfg.source`: hf:name, hf:org/name:config, or hf:./folder.
 
-    A folder is one that `save_to_disk` wrote, or has files that the library reads (parquet, csv,
+    A folder is one written by `save_to_disk`, or has files that the library reads (parquet, csv,
     json, ...).
 
     Args:
-        cfg: `text_key` is the column that holds the text, `target_key` the one that holds the
-            answer, if texts come in pairs: text, or the number of a class.
+        cfg: `text_key` is the column with the text, `target_key` the one with the answer (text or
+            a class number) if texts come in pairs.
 
     Returns:
-        The units of `from_splits`, which says what is held out.
+        The units; see `make_split_units` for what is held out.
 
     Raises:
-        ConfigError: the package, the data set or the column is missing, or it can not be read.
+        ConfigError: the package, the data set or the column is missing, or it cannot be read.
     """
-    splits = _load(cfg.source)
+    splits = _load_dataset(cfg.source)
     keys = [key for key in (cfg.text_key, cfg.target_key) if key]
     found = {}
     facts: list[Any] = ["hf", *keys]
@@ -42,13 +42,15 @@ def units(cfg: DataConfig) -> list[Unit]:
                     f"{', '.join(data.column_names)}."
                 )
         data = data.select_columns(keys)
-        reader = partial(partial, _range, cfg, name, data)  # (begin, end, part) -> () -> texts
-        found[name] = Split(len(data), data.data.nbytes, reader)
+        make_reader = partial(partial, _read_range, cfg, name, data)  # (begin, end, part) -> read
+        found[name] = Split(len(data), data.data.nbytes, make_reader)
         facts += [name, len(data), data._fingerprint]
-    return from_splits(cfg.source, found, facts)
+    return make_split_units(cfg.source, found, facts)
 
 
-def _range(cfg: DataConfig, split: str, data: Any, begin: int, end: int, part: str) -> Texts:
+def _read_range(
+    cfg: DataConfig, split: str, data: Any, begin: int, end: int, part: str
+) -> RawDocuments:
     rows: Iterable[dict] = (
         dict(zip(batch, row, strict=True))
         for batch in data.select(range(begin, end)).iter(1000)
@@ -56,11 +58,12 @@ def _range(cfg: DataConfig, split: str, data: Any, begin: int, end: int, part: s
     )
     for index, example in enumerate(rows, start=begin):
         name = f"{cfg.source}/{split}/{index}"
-        content, target = texts(cfg, example, name)
+        content, target = extract_texts(cfg, example, name)
         yield name, content, part, target
 
 
-def _load(source: str) -> dict[str, Any]:
+def _load_dataset(source: str) -> dict[str, Any]:
+    """Return the splits by name."""
     datasets = require("datasets", f"data.source={source}")
     datasets.disable_progress_bars()
     path = source.removeprefix("hf:")
@@ -75,15 +78,15 @@ def _load(source: str) -> dict[str, Any]:
             found = datasets.load_from_disk(folder)
         else:
             found = datasets.load_dataset(folder)
-    except Exception as error:  # of the library, of pyarrow, of the network
+    except Exception as error:  # from the library, pyarrow or the network
         first = (str(error).strip().splitlines() or [""])[0][:300].rstrip(".")
         arguments = ", ".join(repr(x) for x in (name, config) if x)
         raise ConfigError(
-            f"data.source={source!r} can not be loaded: {type(error).__name__}: {first}. It must "
+            f"data.source={source!r} cannot be loaded: {type(error).__name__}: {first}. It must "
             "be hf:name, hf:org/name:config, or hf: and a folder. Without a network, load it once "
-            "where there is one, with\n"
+            "on a machine that has one, with\n"
             f'  python -c "import datasets; datasets.load_dataset({arguments})'
             ".save_to_disk('folder')\"\n"
-            "and bring the folder here: data.source=hf:folder."
+            "and copy the folder here: data.source=hf:folder."
         ) from error
     return dict(found) if isinstance(found, dict) else {"train": found}

@@ -1,10 +1,10 @@
-"""How a stream of tokens becomes rows of T tokens.
+"""Divide a stream of tokens into rows of T tokens.
 
-`Windows` takes T neighbouring tokens, whatever the documents in them: nothing is padded, and
-documents are cut where windows end. `Documents` keeps documents whole: only those longer than a row
-are cut, and what there is then is put together so that little of a row stays empty. Both know how
-many rows an epoch has (`size`), draw their order (`draw`) and make any of them (`cut`), which is
-all that a loader asks for.
+`Windows` takes T adjacent tokens, whatever the documents in them: nothing is padded, and documents
+are cut at window borders. `PackedDocuments` keeps documents whole: only those longer than a row are
+cut, and the pieces are packed so that little of a row stays empty. Both have a number of rows per
+epoch (`size`), draw their order (`draw_order`) and build any of them (`gather`), which is all that
+a loader needs.
 """
 
 from bisect import bisect_left, insort
@@ -17,43 +17,43 @@ import numpy as np
 from jaxgpt.data.shards import Tokens
 from jaxgpt.settings import ConfigError
 
-OPEN = 64  # rows that pairs choose from
+MAX_OPEN_ROWS = 64  # partly filled rows that a pair can be packed into
 
 
-class Source(NamedTuple):
-    """What an encoder-decoder reads, int32 [B S] each: see `Batch`."""
+class EncoderInputs(NamedTuple):
+    """What the encoder of an encoder-decoder reads, int32 [B S] each: see `Batch`."""
 
     tokens: np.ndarray
     positions: np.ndarray
-    segments: np.ndarray
+    segment_ids: np.ndarray
 
 
 class Batch(NamedTuple):
-    """What a step learns from, or is evaluated on.
+    """The arrays of a training or evaluation step.
 
     Args:
-        tokens, targets: int32 [B T]; the target is the token after.
+        tokens, targets: int32 [B T]; the target is the next token.
         positions: int32 [B T], counted from where the document begins inside the row.
-        segments: int32 [B T], which document of the row it is, from 1; 0 = no token.
+        segment_ids: int32 [B T], number of the document in the row, from 1; 0 = padding.
         weights: float32 [B T]; 1 where the target counts, 0 where it belongs to the next document
-            or there is no token.
-        prefix: int32 [B T], how many tokens of the document are given, or None.
-        source: what is read before, or None.
+            or is padding.
+        prefix: int32 [B T], length of the prefix of the token's document, or None.
+        encoder_inputs: what an encoder reads first, or None.
 
-    Of whole texts that are classified, targets and weights are [B].
+    For text classification, targets and weights are [B].
     """
 
     tokens: np.ndarray
     targets: np.ndarray
     positions: np.ndarray
-    segments: np.ndarray
+    segment_ids: np.ndarray
     weights: np.ndarray
     prefix: np.ndarray | None = None
-    source: Source | None = None
+    encoder_inputs: EncoderInputs | None = None
 
 
 class Rows(Protocol):
-    """What a stream gives to learn from, epoch after epoch."""
+    """The rows that a stream provides for training, epoch after epoch."""
 
     @property
     def size(self) -> int:
@@ -61,39 +61,39 @@ class Rows(Protocol):
 
     @property
     def padding(self) -> float:
-        """The share of them that is no token."""
+        """The fraction of positions that hold no token."""
 
-    def draw(self, rng: np.random.Generator) -> np.ndarray:
-        """The rows of an epoch in the order of training, int64 [size], as `cut` wants them."""
+    def draw_order(self, rng: np.random.Generator) -> np.ndarray:
+        """Return the rows of an epoch in training order, int64 [size], as `gather` takes them."""
 
-    def cut(self, rows: np.ndarray) -> Batch:
-        """These rows [B]: arrays of [B T]."""
+    def gather(self, rows: np.ndarray) -> Batch:
+        """Return these rows [B] as arrays [B T]."""
 
 
 # --- windows ---------------------------------------------------------------------------------
 
 
 class Windows:
-    """T neighbouring tokens a row. The stream is a ring: its end is followed by its beginning.
+    """Rows of T adjacent tokens. The stream is a ring: its end is followed by its beginning.
 
-    The windows of an epoch stand T apart, so that every token is a target once (but for fewer than
-    T of them, others in each epoch).
+    The windows of an epoch start T tokens from each other, so every token is a target once (except
+    for fewer than T of them, others in each epoch).
 
     Args:
         tokens: the stream.
         T: tokens of a row.
-        mask_documents: tokens of other documents are neither seen nor predicted. Otherwise a window
-            is one segment, and every target counts.
-        pad: not used, as there is a token everywhere.
+        mask_documents: tokens of other documents are neither attended to nor predicted. Otherwise a
+            window is one segment, and every target counts.
+        pad: unused, as there is no padding.
     """
 
     padding = 0.0
 
     def __init__(self, tokens: Tokens, T: int, mask_documents: bool = True, pad: int = 0):
         self.tokens, self.T = tokens, T
-        begins = tokens.starts[:-1]  # [documents]
-        again = begins[: np.searchsorted(begins, T, side="right")] + tokens.ids.size
-        self.begins = np.concatenate([begins, again]) if mask_documents else begins[:0]
+        starts = tokens.starts[:-1]  # [documents]
+        wrapped = starts[: np.searchsorted(starts, T, side="right")] + tokens.ids.size
+        self.starts = np.concatenate([starts, wrapped]) if mask_documents else starts[:0]
 
     @property
     def size(self) -> int:
@@ -110,74 +110,74 @@ class Windows:
             )
         return self.tokens.ids.size // self.T
 
-    def draw(self, rng: np.random.Generator) -> np.ndarray:
-        """The first token of each window; where the first one begins differs between epochs."""
+    def draw_order(self, rng: np.random.Generator) -> np.ndarray:
+        """Return the first token of each window; the offset of the first one varies by epoch."""
         phase = rng.integers(self.T)
         return phase + self.T * rng.permutation(self.size)
 
-    def cut(self, rows: np.ndarray) -> Batch:
-        """The windows that begin at these tokens, int64 [B] in [0, ring + T)."""
+    def gather(self, rows: np.ndarray) -> Batch:
+        """Return the windows that begin at these tokens, int64 [B] in [0, ring + T)."""
         firsts = rows % self.tokens.ids.size
-        window = self.tokens.cut(firsts, self.T + 1)  # [B T+1]
-        begins = self._begins(firsts)  # [B T+1]
-        positions, segments = _coordinates(begins[:, : self.T])
+        window = self.tokens.gather_windows(firsts, self.T + 1)  # [B T+1]
+        is_start = self._find_starts(firsts)  # [B T+1]
+        positions, segment_ids = _compute_positions(is_start[:, : self.T])
         return Batch(
             tokens=np.ascontiguousarray(window[:, :-1]),
             targets=np.ascontiguousarray(window[:, 1:]),
             positions=positions,
-            segments=segments,
-            weights=(~begins[:, 1:]).astype(np.float32),
+            segment_ids=segment_ids,
+            weights=(~is_start[:, 1:]).astype(np.float32),
         )
 
-    def _begins(self, firsts: np.ndarray) -> np.ndarray:
-        """Where a document begins inside a window, after its first token: bool [B T+1]."""
-        low = np.searchsorted(self.begins, firsts, side="right")  # [B]
-        high = np.searchsorted(self.begins, firsts + self.T, side="right")  # [B]
-        rows, nth = _members(high - low)
-        columns = self.begins[low[rows] + nth] - firsts[rows]
-        begins = np.zeros((firsts.size, self.T + 1), bool)
-        begins[rows, columns] = True
-        return begins
+    def _find_starts(self, firsts: np.ndarray) -> np.ndarray:
+        """Return where a document begins in a window, after its first token: bool [B T+1]."""
+        low = np.searchsorted(self.starts, firsts, side="right")  # [B]
+        high = np.searchsorted(self.starts, firsts + self.T, side="right")  # [B]
+        rows, nth = _enumerate_groups(high - low)
+        columns = self.starts[low[rows] + nth] - firsts[rows]
+        is_start = np.zeros((firsts.size, self.T + 1), bool)
+        is_start[rows, columns] = True
+        return is_start
 
 
-def _coordinates(begins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Positions and segments, int32 [B T] each, from where documents begin, bool [B T].
+def _compute_positions(is_start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return positions and segment ids, int32 [B T] each, given where documents begin, bool [B T].
 
     The first column begins one in any case.
     """
-    columns = np.arange(begins.shape[1], dtype=np.int32)
-    latest = np.where(begins, columns, np.int32(0))
+    columns = np.arange(is_start.shape[1], dtype=np.int32)
+    latest = np.where(is_start, columns, np.int32(0))
     positions = columns - np.maximum.accumulate(latest, axis=1)
-    segments = 1 + np.cumsum(begins, axis=1, dtype=np.int32)
-    return positions, segments
+    segment_ids = 1 + np.cumsum(is_start, axis=1, dtype=np.int32)
+    return positions, segment_ids
 
 
-def _members(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Groups of so many members, one after the other: the group of each, and its number in it.
+def _enumerate_groups(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return, for consecutive groups of these sizes, each member's group and its index in it.
 
-    >>> [x.tolist() for x in _members(np.array([2, 0, 3]))]
+    >>> [x.tolist() for x in _enumerate_groups(np.array([2, 0, 3]))]
     [[0, 0, 2, 2, 2], [0, 1, 0, 1, 2]]
     """
-    groups = np.repeat(np.arange(counts.size), counts)
-    return groups, np.arange(groups.size) - np.repeat(np.cumsum(counts) - counts, counts)
+    groups = np.repeat(np.arange(sizes.size), sizes)
+    return groups, np.arange(groups.size) - np.repeat(np.cumsum(sizes) - sizes, sizes)
 
 
 # --- whole documents -------------------------------------------------------------------------
 
 
-class Documents:
-    """Documents whole, several to a row, with nothing between them and padding at the end.
+class PackedDocuments:
+    """Whole documents, several to a row, with nothing between them and padding at the end.
 
-    A document longer than a row is cut into rows, and what is left of it. A target that counts is
-    the token after in the same document, even where that lies in another row: so every token that
-    a document predicts is a target exactly once an epoch. The rows are put together once; epochs
-    differ in their order.
+    A document longer than a row is cut into full rows and a remainder. A target that counts is the
+    next token of the same document, even if that lies in another row: so every token that a
+    document predicts is a target exactly once an epoch. The packing is computed once; epochs differ
+    in the order of rows.
 
     Args:
         tokens: the stream.
         T: tokens of a row.
-        mask_documents: true, for which Config cares: documents are always kept apart.
-        pad: the token where there is none.
+        mask_documents: always true, which Config ensures: documents are kept separate.
+        pad: the padding token.
 
     Source: Ding et al. 2024, "Fewer Truncations Improve Language Modeling", arXiv:2404.10830.
     """
@@ -185,32 +185,32 @@ class Documents:
     def __init__(self, tokens: Tokens, T: int, mask_documents: bool = True, pad: int = 0):
         self.tokens, self.T, self.pad = tokens, T, pad
         lengths = np.diff(tokens.starts)  # [documents]
-        document, nth = _members(-(-lengths // T))  # [P] for P pieces
+        document, nth = _enumerate_groups(-(-lengths // T))  # [P] for P pieces
         self.firsts = tokens.starts[document] + nth * T  # [P]
-        left = tokens.starts[document + 1] - self.firsts  # [P]
-        self.sizes = np.minimum(T, left)  # [P]
-        self.is_last = left <= T  # [P] of its document
-        self.shelves = Shelves(best_fit(self.sizes, T))
-        self.size = self.shelves.size
+        remaining = tokens.starts[document + 1] - self.firsts  # [P]
+        self.sizes = np.minimum(T, remaining)  # [P]
+        self.is_last = remaining <= T  # [P] of its document
+        self.row_index = RowIndex(pack_best_fit(self.sizes, T))
+        self.size = self.row_index.size
         self.padding = 1 - tokens.ids.size / (self.size * T)
 
-    def draw(self, rng: np.random.Generator) -> np.ndarray:
-        """The numbers of the rows."""
+    def draw_order(self, rng: np.random.Generator) -> np.ndarray:
+        """Return the numbers of the rows in random order."""
         return rng.permutation(self.size)
 
-    def cut(self, rows: np.ndarray) -> Batch:
-        """The rows of these numbers, int64 [B]."""
-        row, piece = self.shelves.take(rows)
+    def gather(self, rows: np.ndarray) -> Batch:
+        """Return the rows with these numbers, int64 [B]."""
+        row, piece = self.row_index.find_pieces(rows)
         firsts, sizes = self.firsts[piece], self.sizes[piece]
-        laid = lay(self.tokens, firsts, sizes, row, (rows.size, self.T), self.pad)
-        weights = (laid.segments > 0).astype(np.float32)
-        ends = laid.places + sizes - 1  # [P], followed by another document if that is the last
+        packed = pack_rows(self.tokens, firsts, sizes, row, (rows.size, self.T), self.pad)
+        weights = (packed.segment_ids > 0).astype(np.float32)
+        ends = packed.offsets + sizes - 1  # [P], last tokens; a last piece predicts nothing there
         weights.reshape(-1)[ends[self.is_last[piece]]] = 0
-        return Batch(*laid[:4], weights)
+        return Batch(*packed[:4], weights)
 
 
-class Shelves:
-    """Which pieces lie in which row.
+class RowIndex:
+    """Index from rows to the pieces packed into them.
 
     Args:
         rows: int [P], the row of each piece; every number up to the largest one occurs.
@@ -221,77 +221,78 @@ class Shelves:
         self.starts = np.concatenate([[0], np.cumsum(np.bincount(rows))])  # [size + 1]
         self.size = self.starts.size - 1
 
-    def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The pieces of these rows [B]: for each the place of its row in `rows`, and its number.
+    def find_pieces(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the pieces of these rows [B]: for each its row's index in `rows`, and its number.
 
         A row beyond the last one is empty.
         """
         first, end = (self.starts[np.minimum(rows + i, self.size)] for i in (0, 1))
-        row, nth = _members(end - first)
+        row, nth = _enumerate_groups(end - first)
         return row, self.pieces[first[row] + nth]
 
 
-class Laid(NamedTuple):
-    """Pieces of a stream in rows.
+class PackedRows(NamedTuple):
+    """Pieces of a stream packed into rows.
 
     Args:
-        tokens, targets, positions, segments: as in `Batch`.
-        places: int64 [P], where each piece begins in the rows, counted through all of them.
+        tokens, targets, positions, segment_ids: as in `Batch`.
+        offsets: int64 [P], where each piece begins in the flattened rows.
     """
 
     tokens: np.ndarray
     targets: np.ndarray
     positions: np.ndarray
-    segments: np.ndarray
-    places: np.ndarray
+    segment_ids: np.ndarray
+    offsets: np.ndarray
 
 
-def lay(
+def pack_rows(
     stream: Tokens,
     firsts: np.ndarray,
     sizes: np.ndarray,
     rows: np.ndarray,
     shape: tuple[int, int],
     pad: int,
-) -> Laid:
-    """Puts pieces into rows [B T], one after the other from the left.
+) -> PackedRows:
+    """Copy pieces into rows [B T], one after another from the left.
 
     Args:
         firsts, sizes: int64 [P], where each piece begins in the stream, and its tokens, 1 or more.
         rows: int64 [P], the row of each, in order.
-        shape: (B, T). What is in a row must fit.
-        pad: the token, and the target, where there is none.
+        shape: (B, T). The pieces of a row must fit into it.
+        pad: the token, and the target, of padding.
     """
     B, T = shape
     used = np.bincount(rows, sizes, minlength=B).astype(np.int64)  # [B]
     before = np.cumsum(sizes) - sizes  # [P]
     columns = before - (np.cumsum(used) - used)[rows]  # [P]
-    places = rows * T + columns  # [P]
+    offsets = rows * T + columns  # [P]
     tokens, targets = (np.full(B * T, pad, np.int32) for _ in range(2))
-    # Pieces of similar size are read together, so that little is read in vain.
+    # Pieces of similar size are read together, so that little is read needlessly.
     widths = 1 << np.ceil(np.log2(np.maximum(sizes, 1))).astype(np.int64)
     for width in np.unique(widths):
-        here = np.flatnonzero(widths == width)
-        read = stream.cut(firsts[here], int(width) + 1)
-        pieces = zip(read, places[here].tolist(), sizes[here].tolist(), strict=True)
-        for piece, place, size in pieces:
-            tokens[place : place + size] = piece[:size]
-            targets[place : place + size] = piece[1 : size + 1]
-    begins = np.zeros((B, T), bool)
-    begins.reshape(-1)[places[columns > 0]] = True
-    positions, segments = _coordinates(begins)
-    is_empty = np.arange(T) >= used[:, None]  # [B T]
-    positions[is_empty] = segments[is_empty] = 0
-    return Laid(tokens.reshape(shape), targets.reshape(shape), positions, segments, places)
+        group = np.flatnonzero(widths == width)
+        windows = stream.gather_windows(firsts[group], int(width) + 1)
+        pieces = zip(windows, offsets[group].tolist(), sizes[group].tolist(), strict=True)
+        for piece, offset, size in pieces:
+            tokens[offset : offset + size] = piece[:size]
+            targets[offset : offset + size] = piece[1 : size + 1]
+    is_start = np.zeros((B, T), bool)
+    is_start.reshape(-1)[offsets[columns > 0]] = True
+    positions, segment_ids = _compute_positions(is_start)
+    is_padding = np.arange(T) >= used[:, None]  # [B T]
+    positions[is_padding] = segment_ids[is_padding] = 0
+    tokens, targets = tokens.reshape(shape), targets.reshape(shape)
+    return PackedRows(tokens, targets, positions, segment_ids, offsets)
 
 
-def best_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:
-    """Puts pieces together into few rows: the largest first, each where it leaves least room.
+def pack_best_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:
+    """Pack pieces into few rows: the largest first, each where it leaves the least room.
 
-    Pieces of one size and rows of one room are exchangeable, so that all of them move at once: the
-    rows of the least room that is enough are filled up with pieces of this size, then those of the
-    next larger room. That is best fit decreasing piece by piece, but takes as many turns as there
-    are pairs of a size and a room, not as there are pieces.
+    Pieces of one size and rows with equal room are interchangeable, so all of them are placed at
+    once: the rows with the least sufficient room are filled up with pieces of this size, then those
+    with the next larger room. The result is that of best fit decreasing piece by piece, but the
+    number of iterations is that of pairs of a size and a room, not that of pieces.
 
     Args:
         sizes: int64 [P], each from 1 to `capacity`.
@@ -303,42 +304,42 @@ def best_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:
     order = np.argsort(-sizes, kind="stable")  # [P]
     distinct, counts = np.unique(-sizes, return_counts=True)
     rows = np.empty(sizes.size, np.int64)
-    with_room: dict[int, list[np.ndarray]] = defaultdict(list)  # rows by the room that is left
-    rooms: list[int] = []  # those that rows have, in order
-    made, done = 0, 0
+    rows_by_room: dict[int, list[np.ndarray]] = defaultdict(list)
+    rooms: list[int] = []  # keys of rows_by_room, sorted
+    num_rows, num_placed = 0, 0
 
-    def put(filled: np.ndarray, room: int):
-        if filled.size and room:
-            if room not in with_room:
+    def add_rows(added: np.ndarray, room: int):
+        if added.size and room:
+            if room not in rows_by_room:
                 insort(rooms, room)
-            with_room[room].append(filled)
+            rows_by_room[room].append(added)
 
     for size, count in zip((-distinct).tolist(), counts.tolist(), strict=True):
         while count:
-            at = bisect_left(rooms, size)
-            if at < len(rooms):
-                room = rooms.pop(at)
-                open_rows = np.concatenate(with_room.pop(room))
+            index = bisect_left(rooms, size)
+            if index < len(rooms):
+                room = rooms.pop(index)
+                open_rows = np.concatenate(rows_by_room.pop(room))
             else:
                 room = capacity
-                open_rows = made + np.arange(-(-count // (room // size)))
-                made += open_rows.size
-            each = room // size  # pieces that a row takes
+                open_rows = num_rows + np.arange(-(-count // (room // size)))
+                num_rows += open_rows.size
+            each = room // size  # pieces that fit into a row
             placed = min(count, each * open_rows.size)
-            full, rest = divmod(placed, each)  # rows that are filled up, pieces in one that is not
-            rows[order[done : done + placed]] = np.repeat(open_rows, each)[:placed]
-            put(open_rows[:full], room - each * size)
-            put(open_rows[full : full + bool(rest)], room - rest * size)
-            put(open_rows[full + bool(rest) :], room)
-            count, done = count - placed, done + placed
+            full, rest = divmod(placed, each)  # rows filled up, pieces in a partly filled one
+            rows[order[num_placed : num_placed + placed]] = np.repeat(open_rows, each)[:placed]
+            add_rows(open_rows[:full], room - each * size)
+            add_rows(open_rows[full : full + bool(rest)], room - rest * size)
+            add_rows(open_rows[full + bool(rest) :], room)
+            count, num_placed = count - placed, num_placed + placed
     return rows
 
 
-def first_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:
-    """Puts pieces that have two sizes together into few rows, each where both fit.
+def pack_first_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:
+    """Pack pieces that have two sizes into few rows, each where both sizes fit.
 
-    Of the rows only the last few stay open; if none of them has room, the fullest makes way for a
-    new one. Translations fill some 96% of their rows so, in 5 microseconds a pair.
+    Only the last few rows stay open; if none of them has room, the fullest is closed and replaced
+    by a new one. Translations fill about 96% of their rows, at 5 microseconds a pair.
 
     Args:
         sizes: int64 [P 2], each from 1 to `capacity`.
@@ -347,19 +348,19 @@ def first_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:
     Returns:
         The row of each piece, int64 [P]; rows are numbered from 0 without gaps.
     """
-    rooms = np.zeros((2, OPEN), np.int64)
-    open_rows = np.zeros(OPEN, np.int64)
-    rows, made = np.empty(len(sizes), np.int64), 0
+    rooms = np.zeros((2, MAX_OPEN_ROWS), np.int64)
+    open_rows = np.zeros(MAX_OPEN_ROWS, np.int64)
+    rows, num_rows = np.empty(len(sizes), np.int64), 0
     for piece, (one, other) in enumerate(sizes.tolist()):
         fits = (rooms[0] >= one) & (rooms[1] >= other)
         place = int(fits.argmax())
         if not fits[place]:
             place = int(rooms.min(axis=0).argmin())
-            rooms[:, place], open_rows[place], made = capacity, made, made + 1
+            rooms[:, place], open_rows[place], num_rows = capacity, num_rows, num_rows + 1
         rooms[0, place] -= one
         rooms[1, place] -= other
         rows[piece] = open_rows[place]
     return rows
 
 
-PACKINGS: dict[str, Callable[..., Rows]] = {"stream": Windows, "documents": Documents}
+PACKINGS: dict[str, Callable[..., Rows]] = {"stream": Windows, "documents": PackedDocuments}

@@ -1,7 +1,7 @@
 """Where documents come from, and which of them are held out.
 
 A source is a list of units (units.py) that are read several times (to survey them, to train the
-tokenizer, to write the tokens) rather than kept in memory, so its order is always the same.
+tokenizer, to write the tokens) rather than kept in memory, so its order must always be the same.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from jaxgpt.config import DataConfig
 from jaxgpt.data import files, hub, tfds
-from jaxgpt.data.units import Texts, Unit, stamp, stamped
+from jaxgpt.data.units import RawDocuments, SourceUnit, make_file_unit, read_stamp
 from jaxgpt.settings import ConfigError, choose
 
 
@@ -25,8 +25,8 @@ class Document(NamedTuple):
 
     Args:
         name: where it comes from: a path, path:line, or tfds:name/split/index.
-        content: the text, never empty. Usually UTF-8, but any bytes will do.
-        part: "train" or "held" where the source itself says what is held out, else "".
+        content: the text, never empty. Usually UTF-8, but any bytes are allowed.
+        part: "train" or "held" if the source itself defines what is held out, else "".
         target: the answer, if texts come in pairs: a translation, the name of a class.
     """
 
@@ -36,45 +36,46 @@ class Document(NamedTuple):
     target: bytes = b""
 
 
-def read(unit: Unit) -> Iterator[Document]:
-    """The documents of a unit, always in the same order; empty ones are left out."""
+def read_unit(unit: SourceUnit) -> Iterator[Document]:
+    """Yield the documents of a unit, always in the same order; empty ones are left out."""
     return (document for item in unit.read() if (document := Document(*item)).content)
 
 
-def units(cfg: DataConfig) -> list[Unit]:
-    """The pieces of a single source.
+def list_units(cfg: DataConfig) -> list[SourceUnit]:
+    """Return the units of a single source.
 
     Raises:
-        ConfigError: the source does not exist or can not be read.
+        ConfigError: the source does not exist or cannot be read.
     """
     kind, colon, _ = cfg.source.partition(":")
-    return SOURCES.get(kind + colon, files.units)(cfg)
+    return SOURCES.get(kind + colon, files.list_units)(cfg)
 
 
-def documents(cfg: DataConfig) -> Iterator[Document]:
-    """The documents of `cfg.source`, which may be several sources, in order.
+def read_documents(cfg: DataConfig) -> Iterator[Document]:
+    """Yield the documents of `cfg.source`, which may be several sources, in order.
 
     Raises:
-        ConfigError: a source does not exist or can not be read.
+        ConfigError: a source does not exist or cannot be read.
     """
-    return (found for _, part in parts(cfg) for unit in units(part) for found in read(unit))
+    units = (unit for _, single in parse_sources(cfg) for unit in list_units(single))
+    return (document for unit in units for document in read_unit(unit))
 
 
-_WEIGHTED = re.compile(r"([\d.][\d.e-]*)\s+\*\s+(.+)", re.DOTALL)
+_WEIGHTED_SOURCE = re.compile(r"([\d.][\d.e-]*)\s+\*\s+(.+)", re.DOTALL)
 
 
-def parts(cfg: DataConfig) -> list[tuple[float | None, DataConfig]]:
-    """The single sources of `data.source`, "0.7 * wiki/ + 0.3 * tfds:lm1b", and their weights.
+def parse_sources(cfg: DataConfig) -> list[tuple[float | None, DataConfig]]:
+    """Return the single sources in "0.7 * wiki/ + 0.3 * tfds:lm1b", and their weights.
 
     Returns:
-        Each weight, None where there are none, and the config with this source alone.
+        Each weight, None if there are no weights, and the config with only this source.
 
     Raises:
-        ConfigError: a weight is no positive number, or only some sources have one.
+        ConfigError: a weight is not a positive number, or only some sources have one.
     """
     found: list[tuple[float | None, DataConfig]] = []
     for text in cfg.source.split(" + "):
-        weighted = _WEIGHTED.fullmatch(text.strip())
+        weighted = _WEIGHTED_SOURCE.fullmatch(text.strip())
         weight, source = weighted.groups() if weighted else (None, text.strip())
         try:
             number = None if weight is None else float(weight)
@@ -86,18 +87,18 @@ def parts(cfg: DataConfig) -> list[tuple[float | None, DataConfig]]:
                 'source, such as "0.7 * wiki/*.jsonl + 0.3 * tfds:lm1b".'
             )
         found.append((number, replace(cfg, source=source)))
-    bare = [part.source for weight, part in found if weight is None]
-    if 0 < len(bare) < len(found):
+    unweighted = [single.source for weight, single in found if weight is None]
+    if 0 < len(unweighted) < len(found):
         raise ConfigError(
-            f"data.source={cfg.source!r}: {bare[0]!r} has no weight, and others have: give one to "
-            "all, or to none, and they are read one after the other."
+            f"data.source={cfg.source!r}: {unweighted[0]!r} has no weight, but others do: give "
+            "one to all, or to none, and they are read one after another."
         )
     return found
 
 
 # --- Python itself ---
 
-_SKIPPED = {
+_SKIPPED_FOLDERS = {
     "__pycache__",
     "dist-packages",
     "encodings",
@@ -107,62 +108,63 @@ _SKIPPED = {
     "site-packages",
     "test",
     "tests",
-}  # fmt: skip; encodings is an eighth of the library, and tables of characters
+}  # fmt: skip; encodings is an eighth of the library, mostly tables of characters
 
 
-def stdlib(cfg: DataConfig) -> list[Unit]:
-    """Python's documentation by topic, then the source of its library without tests."""
+def list_stdlib_units(cfg: DataConfig) -> list[SourceUnit]:
+    """Return one unit: Python's documentation by topic, then its library's source without tests."""
     from pydoc_data import topics
 
     root = sysconfig.get_paths()["stdlib"]
-    names = sorted(_modules(root))
-    stamps = [stamp(path) for path in (topics.__file__, *(os.path.join(root, n) for n in names))]
-    return [stamped("stdlib", stamps, ["stdlib"], partial(_stdlib, root, names))]
+    names = sorted(_list_modules(root))
+    paths = (topics.__file__, *(os.path.join(root, name) for name in names))
+    stamps = [read_stamp(path) for path in paths]
+    return [make_file_unit("stdlib", stamps, ["stdlib"], partial(_read_stdlib, root, names))]
 
 
-def _stdlib(root: str, names: list[str]) -> Texts:
+def _read_stdlib(root: str, names: list[str]) -> RawDocuments:
     from pydoc_data.topics import topics
 
     for name in sorted(topics):
         yield f"topics/{name}", topics[name].encode(), "", b""
     for name in names:
-        yield name, files.content(os.path.join(root, name)), "", b""
+        yield name, files.read_text_file(os.path.join(root, name)), "", b""
 
 
-def _modules(root: str) -> Iterator[str]:
+def _list_modules(root: str) -> Iterator[str]:
     for folder, inner, names in os.walk(root):
-        inner[:] = [n for n in inner if n not in _SKIPPED and not n.startswith("config-")]
+        inner[:] = [n for n in inner if n not in _SKIPPED_FOLDERS and not n.startswith("config-")]
         for name in names:
-            # The topics are there as documents; _sysconfigdata is about one machine's compiler.
+            # The topics are documents already; _sysconfigdata describes one machine's compiler.
             if name.endswith(".py") and not name.startswith(("topics.", "_sysconfigdata")):
                 yield os.path.relpath(os.path.join(folder, name), root)
 
 
-SOURCES: dict[str, Callable[[DataConfig], list[Unit]]] = {  # and everything else is files
-    "stdlib": stdlib,
-    "tfds:": tfds.units,
-    "hf:": hub.units,
-    "classes:": files.class_units,
+SOURCES: dict[str, Callable[[DataConfig], list[SourceUnit]]] = {  # anything else is files
+    "stdlib": list_stdlib_units,
+    "tfds:": tfds.list_units,
+    "hf:": hub.list_units,
+    "classes:": files.list_class_units,
 }
 
 
 # --- what is held out ---
 
-Parts = tuple[bytes, bytes]  # what a document gives to training, and what it holds out
+Division = tuple[bytes, bytes]  # the parts of a document that are trained on and held out
 
 
-def by_document(content: bytes, holdout: float) -> Parts:
-    """Holds out a document if a hash of its content says so.
+def hold_out_document(content: bytes, holdout: float) -> Division:
+    """Hold out a document or not, depending on a hash of its content.
 
     So equal documents are on the same side, and adding or moving others changes nothing.
     """
     digest = hashlib.blake2b(content, digest_size=8).digest()
-    held = int.from_bytes(digest, "big") < holdout * 2**64
-    return (b"", content) if held else (content, b"")
+    is_held_out = int.from_bytes(digest, "big") < holdout * 2**64
+    return (b"", content) if is_held_out else (content, b"")
 
 
-def by_tail(content: bytes, holdout: float) -> Parts:
-    """Holds out the end of a document: it is cut at int(len * (1 - holdout)), as nanoGPT does.
+def hold_out_tail(content: bytes, holdout: float) -> Division:
+    """Hold out the end of a document: it is cut at int(len * (1 - holdout)), as in nanoGPT.
 
     If that is inside a UTF-8 character, the cut moves to the character's end.
     """
@@ -173,21 +175,24 @@ def by_tail(content: bytes, holdout: float) -> Parts:
     return content[:cut], content[cut:]
 
 
-RULES: dict[str, Callable[[bytes, float], Parts]] = {"document": by_document, "tail": by_tail}
-FEW = 20  # documents, below which a share of them is too coarse to hold out
+RULES: dict[str, Callable[[bytes, float], Division]] = {
+    "document": hold_out_document,
+    "tail": hold_out_tail,
+}
+MIN_HOLDOUT_DOCUMENTS = 20  # with fewer, holding out whole documents is too coarse
 
 
-_PRIME, _BASE = 2**127 - 1, 0x9E3779B97F4A7C15F39CC0605CEDC83  # of the digest, a polynomial
+_PRIME, _BASE = 2**127 - 1, 0x9E3779B97F4A7C15F39CC0605CEDC83  # of a polynomial digest
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What one look at documents tells. The survey of two runs of documents is the sum of theirs.
+    """Statistics of a sequence of documents; the sum of two surveys is that of the concatenation.
 
     Args:
-        documents: how many there are.
-        sizes: for each rule of RULES, the bytes that it would train on and hold out.
-        own: how many of them the source itself puts into training or holds out.
+        documents: their number.
+        sizes: for each rule in RULES, the bytes that it would train on and hold out.
+        own: how many of them the source itself assigns to training or holds out.
         mark: a digest of their contents in order, however they are divided into units and files.
             Names are not in it: data may move.
     """
@@ -207,39 +212,39 @@ class Survey:
 
     @staticmethod
     def from_record(record: Mapping[str, Any]) -> "Survey":
-        """The survey whose fields went through JSON, maybe among others."""
+        """Return the survey with these fields, read from JSON; further fields are ignored."""
         sizes = {rule: (train, held) for rule, (train, held) in record["sizes"].items()}
         return Survey(record["documents"], sizes, record["own"], record["mark"])
 
     @property
-    def is_own(self) -> bool:
-        """The source itself says for every document what is held out."""
+    def has_own_split(self) -> bool:
+        """Whether the source itself defines for every document what is held out."""
         return self.own == self.documents
 
     @property
     def digest(self) -> str:
-        """What it was a survey of, in hex."""
+        """Identifies the surveyed documents, in hex."""
         return f"{self.documents:x}-{self.mark:032x}"
 
 
-NOTHING = Survey(0, dict.fromkeys(RULES, (0, 0)))
+EMPTY_SURVEY = Survey(0, dict.fromkeys(RULES, (0, 0)))
 
 
-def divide(document: Document, rule: str, holdout: float) -> Parts:
-    """What a document gives to training and what it holds out; one of them may be empty.
+def divide(document: Document, rule: str, holdout: float) -> Division:
+    """Divide a document into a part to train on and a held-out part; either may be empty.
 
     Args:
-        document: if it has a part of its own, the rule is not asked.
+        document: if its `part` is set, the rule is not used.
         rule: a name in RULES.
-        holdout: the share of the text to hold out.
+        holdout: the fraction of the text to hold out.
     """
     if document.part:
         return (document.content, b"") if document.part == "train" else (b"", document.content)
     return RULES[rule](document.content, holdout)
 
 
-def look(document: Document, holdout: float) -> Survey:
-    """The survey of one document."""
+def survey_document(document: Document, holdout: float) -> Survey:
+    """Return the survey of one document."""
     hashes = map(_hash, (document.content, document.target))
     mark = _hash(b"".join([*hashes, document.part.encode()]))
     sizes = {}
@@ -253,24 +258,25 @@ def _hash(text: bytes) -> bytes:
     return hashlib.blake2b(text, digest_size=16).digest()
 
 
-def survey(unit: Unit, holdout: float) -> Survey:
-    """Reads a unit and keeps nothing but its survey."""
-    return sum((look(document, holdout) for document in read(unit)), NOTHING)
+def survey_unit(unit: SourceUnit, holdout: float) -> Survey:
+    """Read a unit and return its survey."""
+    return sum((survey_document(document, holdout) for document in read_unit(unit)), EMPTY_SURVEY)
 
 
-def _auto(found: Survey) -> str:
-    return "document" if found.documents >= FEW and all(found.sizes["document"]) else "tail"
+def _choose_auto_rule(found: Survey) -> str:
+    has_enough = found.documents >= MIN_HOLDOUT_DOCUMENTS and all(found.sizes["document"])
+    return "document" if has_enough else "tail"
 
 
 SPLITS: dict[str, Callable[[Survey], str]] = {
-    "auto": _auto,  # whole documents if there are enough of them, else the end of each
+    "auto": _choose_auto_rule,  # whole documents if there are enough of them, else the end of each
     "document": lambda _: "document",
     "tail": lambda _: "tail",
 }
 
 
-def rule_for(cfg: DataConfig, found: Survey, is_paired: bool = False) -> str:
-    """The name in RULES that `data.split` means for these documents; pairs are never cut.
+def choose_rule(cfg: DataConfig, found: Survey, is_paired: bool = False) -> str:
+    """Return the name in RULES that `data.split` selects for these documents; pairs are never cut.
 
     Raises:
         ConfigError: nothing would be left to train on or to hold out.

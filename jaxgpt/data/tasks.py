@@ -1,15 +1,15 @@
-"""What is to be learned, made of tokens: the batches of every objective.
+"""Make the training and evaluation batches of every objective from tokens.
 
     causal     every token predicts the next one
-    prefix     as causal, but the beginning of a document is given, and seen from everywhere in it
-    masked     some tokens are hidden or replaced, and are to be told (BERT)
-    span       some spans are replaced by one mask each, and are to be written (T5)
-    pairs      a text is to be written, given another one
-    classify   a text is to be told which class it belongs to
+    prefix     as causal, but the beginning of a document is given, and attended to bidirectionally
+    masked     some tokens are masked or replaced, and are to be predicted (BERT)
+    span       some spans are replaced by one mask token each, and are to be generated (T5)
+    pairs      a text is to be generated, given another one
+    classify   the class of a text is to be predicted
 
-The first four are made of windows of a stream of tokens, the last two of documents in pairs. All
-that is random is drawn for each row from (seed, number of the row), so that a batch is a function
-of the step and any host can make any row of it.
+The first four use windows of a stream of tokens, the last two use pairs of documents. Everything
+random is drawn per row from (seed, number of the row), so a batch is a function of the step and any
+host can make any row of it.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,193 +18,212 @@ from typing import ClassVar
 import numpy as np
 
 from jaxgpt.config import Config
-from jaxgpt.data.loader import Loader, eval_batches
-from jaxgpt.data.packing import PACKINGS, Batch, Laid, Rows, Shelves, Source, first_fit, lay
+from jaxgpt.data.loader import Loader, make_eval_batches
+from jaxgpt.data.packing import (
+    PACKINGS,
+    Batch,
+    EncoderInputs,
+    PackedRows,
+    RowIndex,
+    Rows,
+    pack_first_fit,
+    pack_rows,
+)
 from jaxgpt.data.shards import Corpus, Tokens
 from jaxgpt.settings import ConfigError
 from jaxgpt.tokenizer import Tokenizer
 
-HELD = 1  # second number of the seeds of held-out rows, so that they are masked alike every time
-Dice = Iterable[np.random.Generator]  # one for each row, made when it is asked for
+HELD_OUT_SEED = 1  # second number of the seeds of held-out rows: their masks never change
+RowRngs = Iterable[np.random.Generator]  # one per row, created when needed
 
 
 class Task:
-    """What all objectives have in common: batches that are functions of the step."""
+    """What all objectives share: batches that are functions of the step."""
 
     IS_PAIRED: ClassVar[bool] = False  # whether it needs texts in pairs
 
     labels: Sequence[str] = ()  # of classes
-    note: str = ""  # what the user should know of how the text fits
+    note: str = ""  # for the user: how well the text fits the rows
 
     def __init__(self, cfg: Config, corpus: Corpus):
         self.cfg, self.corpus = cfg, corpus
-        self.T = self.window(cfg)  # tokens of text in a row
+        self.T = self.compute_row_tokens(cfg)  # tokens of text in a row
         streams = corpus.mixture or ((1.0, corpus.train),)
         self.loader = Loader(
-            [(weight, self.rows(tokens)) for weight, tokens in streams], cfg.train.batch, cfg.seed
+            [(weight, self.make_rows(tokens)) for weight, tokens in streams],
+            cfg.train.batch,
+            cfg.seed,
         )
         if self.loader.padding:
             self.note = f"{self.loader.padding:.2%} of the rows is padding"
 
     @staticmethod
-    def reserved(cfg: Config) -> int:
-        """How many of the last rows of the table are masks, and no token of the tokenizer's."""
+    def count_mask_tokens(cfg: Config) -> int:
+        """Return how many ids at the end of the vocabulary are masks, not tokenizer tokens."""
         return 0
 
     @staticmethod
-    def window(cfg: Config) -> int:
-        """Tokens of text in a row."""
+    def compute_row_tokens(cfg: Config) -> int:
+        """Return the tokens of text in a row."""
         return cfg.model.context
 
-    def rows(self, tokens: Tokens) -> Rows:
-        """The rows that a stream gives."""
-        apart = self.cfg.model.documents == "apart"
-        return PACKINGS[self.cfg.data.packing](tokens, self.T, apart, self.corpus.tokenizer.pad)
+    def make_rows(self, tokens: Tokens) -> Rows:
+        """Return the rows of a stream."""
+        is_separate = self.cfg.model.documents == "separate"
+        pad = self.corpus.tokenizer.pad
+        return PACKINGS[self.cfg.data.packing](tokens, self.T, is_separate, pad)
 
     @property
-    def tokens(self) -> int:
-        """Tokens of text that a batch shows."""
+    def tokens_per_batch(self) -> int:
+        """Tokens of text in a batch."""
         return self.cfg.train.batch * self.T
 
-    def batch(self, step: int, rows: slice | np.ndarray = slice(None)) -> Batch:
-        """The batch of a step, or these rows of it: arrays [B T]."""
-        numbers = self.loader.numbers(step, rows).tolist()
-        dice = (np.random.default_rng([self.cfg.seed, 0, n]) for n in numbers)
-        return self.shape(self.loader.batch(step, rows), dice)
+    def make_batch(self, step: int, rows: slice | np.ndarray = slice(None)) -> Batch:
+        """Return the batch of a step, or these rows of it: arrays [B T]."""
+        numbers = self.loader.number_rows(step, rows).tolist()
+        rngs = (np.random.default_rng([self.cfg.seed, 0, n]) for n in numbers)
+        return self.transform(self.loader.make_batch(step, rows), rngs)
 
-    def held(self) -> Iterator[Batch]:
-        """Held-out batches, the same every time."""
+    def make_eval_batches(self) -> Iterator[Batch]:
+        """Yield the held-out batches, the same every time."""
         raise NotImplementedError
 
-    def shape(self, batch: Batch, dice: Dice) -> Batch:
-        """A batch of rows as the objective wants it."""
+    def transform(self, batch: Batch, rngs: RowRngs) -> Batch:
+        """Return the rows of a batch, transformed for the objective."""
         return batch
 
 
-class Causal(Task):
-    """Rows of the stream as they are."""
+class CausalTask(Task):
+    """Rows of the stream, unchanged."""
 
-    def held(self) -> Iterator[Batch]:
+    def make_eval_batches(self) -> Iterator[Batch]:
         cfg, B = self.cfg, self.cfg.train.batch
-        windows = eval_batches(
-            self.corpus.held,
+        windows = make_eval_batches(
+            self.corpus.held_out,
             B,
             self.T,
             limit=cfg.train.eval_batches,
             pad=self.corpus.tokenizer.pad,
-            mask_documents=cfg.model.documents == "apart",
+            mask_documents=cfg.model.documents == "separate",
         )
         for number, batch in enumerate(windows):
-            dice = (np.random.default_rng([0, HELD, number * B + row]) for row in range(B))
-            yield self.shape(batch, dice)
+            rngs = (np.random.default_rng([0, HELD_OUT_SEED, number * B + row]) for row in range(B))
+            yield self.transform(batch, rngs)
 
 
-class Prefix(Causal):
-    """Of each document in a window, a random beginning is given; the rest is to be predicted.
+class PrefixTask(CausalTask):
+    """A random prefix of each document in a window is given; the rest is to be predicted.
 
     Source: Raffel et al. 2020 (T5), arXiv:1910.10683, section 3.2.1.
     """
 
-    def shape(self, batch: Batch, dice: Dice) -> Batch:
+    def transform(self, batch: Batch, rngs: RowRngs) -> Batch:
         prefix = np.zeros_like(batch.tokens)  # [B T]
-        for row, rng in enumerate(dice):
-            sizes = np.bincount(batch.segments[row], minlength=1)  # [segments + 1]
+        for row, rng in enumerate(rngs):
+            sizes = np.bincount(batch.segment_ids[row], minlength=1)  # [documents + 1]
             drawn = rng.integers(1, np.maximum(2, sizes[1:]))
-            prefix[row] = np.concatenate([[0], drawn])[batch.segments[row]]
-        is_asked = batch.positions >= prefix - 1  # the prefix's last token predicts what follows
-        return batch._replace(prefix=prefix, weights=batch.weights * is_asked)
+            prefix[row] = np.concatenate([[0], drawn])[batch.segment_ids[row]]
+        # The last token of the prefix predicts the first one after it.
+        is_predicted = batch.positions >= prefix - 1
+        return batch._replace(prefix=prefix, weights=batch.weights * is_predicted)
 
 
-class Masked(Causal):
-    """Of the tokens `train.noise` are to be told: 80% of them are hidden, 10% replaced, 10% left.
+class MaskedTask(CausalTask):
+    """`train.mask_rate` of the tokens are predicted: 80% masked, 10% replaced, 10% unchanged.
 
     Source: Devlin et al. 2019 (BERT), section 3.1; masks drawn anew every time, as in Liu et al.
     2019 (RoBERTa), arXiv:1907.11692, section 4.1.
     """
 
     @staticmethod
-    def reserved(cfg: Config) -> int:
+    def count_mask_tokens(cfg: Config) -> int:
         return 1
 
-    def shape(self, batch: Batch, dice: Dice) -> Batch:
-        T, words = self.T, self.corpus.tokenizer
+    def transform(self, batch: Batch, rngs: RowRngs) -> Batch:
+        T, tokenizer = self.T, self.corpus.tokenizer
         drawn = np.empty((len(batch.tokens), 2, T))
-        others = np.empty(batch.tokens.shape, np.int64)
-        for row, rng in enumerate(dice):
+        replacements = np.empty(batch.tokens.shape, np.int64)
+        for row, rng in enumerate(rngs):
             rng.random(out=drawn[row])
-            others[row] = rng.integers(words.vocab_size, size=T)
-        is_word = (batch.segments > 0) & ~np.isin(batch.tokens, [words.bos, words.eos, words.pad])
-        is_asked = is_word & (drawn[:, 0] < self.cfg.train.noise)
+            replacements[row] = rng.integers(tokenizer.vocab_size, size=T)
+        specials = [tokenizer.bos, tokenizer.eos, tokenizer.pad]
+        is_text = (batch.segment_ids > 0) & ~np.isin(batch.tokens, specials)
+        is_predicted = is_text & (drawn[:, 0] < self.cfg.train.mask_rate)
         mask = self.cfg.model.vocab - 1
-        how = drawn[:, 1]
-        shown = np.where(how < 0.8, mask, np.where(how < 0.9, others, batch.tokens))
-        tokens = np.where(is_asked, shown, batch.tokens).astype(np.int32)
-        weights = is_asked.astype(np.float32)
+        choice = drawn[:, 1]
+        corrupted = np.where(choice < 0.8, mask, np.where(choice < 0.9, replacements, batch.tokens))
+        tokens = np.where(is_predicted, corrupted, batch.tokens).astype(np.int32)
+        weights = is_predicted.astype(np.float32)
         return batch._replace(tokens=tokens, targets=batch.tokens, weights=weights)
 
 
-class Span(Causal):
-    """A source with `train.noise` of its tokens gone, each span of them behind one mask; the target
-    says every mask and what was there.
+class SpanTask(CausalTask):
+    """Span corruption: `train.mask_rate` of the source is removed in spans, one mask for each.
+
+    The target lists every mask, followed by the tokens that it replaced:
 
         source   the <0> sat on <1> mat <eos>
         target   <0> cat <1> the <eos>
 
-    Masks count down from the last row of the table. A row is a window of the stream, whatever the
-    documents in it, long enough for its source to fill the context.
+    Masks count down from the last id of the vocabulary. A row is a window of the stream, whatever
+    the documents in it, long enough for its source to fill the context.
 
     Source: Raffel et al. 2020 (T5), arXiv:1910.10683, section 3.1.4.
     """
 
     @staticmethod
-    def reserved(cfg: Config) -> int:
-        return _spans(Span.window(cfg), cfg)[1]
+    def count_mask_tokens(cfg: Config) -> int:
+        return _count_spans(SpanTask.compute_row_tokens(cfg), cfg)[1]
 
     @staticmethod
-    def window(cfg: Config) -> int:
-        def source(n):
-            hidden, spans = _spans(n, cfg)
-            return n - hidden + spans + 1
+    def compute_row_tokens(cfg: Config) -> int:
+        def count_source_tokens(n):
+            masked, spans = _count_spans(n, cfg)
+            return n - masked + spans + 1
 
-        fits = (n for n in range(2 * cfg.model.context, 1, -1) if source(n) <= cfg.model.context)
+        context = cfg.model.context
+        fits = (n for n in range(2 * context, 1, -1) if count_source_tokens(n) <= context)
         return next(fits, 2)
 
-    def shape(self, batch: Batch, dice: Dice) -> Batch:
-        B, words = len(batch.tokens), self.corpus.tokenizer
-        hidden, spans = _spans(self.T, self.cfg)
-        sizes = np.count_nonzero(batch.segments, axis=1)  # [B], without the padding at the end
-        read = np.full((B, self.T - hidden + spans + 1), words.pad, np.int32)
-        said = np.full((B, hidden + spans + 1), words.pad, np.int32)
-        ends = np.zeros((2, B), np.int64)  # of what is read and said
-        dice = list(dice)
+    def transform(self, batch: Batch, rngs: RowRngs) -> Batch:
+        B, tokenizer = len(batch.tokens), self.corpus.tokenizer
+        masked, spans = _count_spans(self.T, self.cfg)
+        sizes = np.count_nonzero(batch.segment_ids, axis=1)  # [B], without the padding at the end
+        sources = np.full((B, self.T - masked + spans + 1), tokenizer.pad, np.int32)
+        targets = np.full((B, masked + spans + 1), tokenizer.pad, np.int32)
+        lengths = np.zeros((2, B), np.int64)  # of sources and targets
+        rngs = list(rngs)
         for n in np.unique(sizes[sizes > 1]).tolist():  # nearly always one
             rows = np.flatnonzero(sizes == n)
-            source, target = self._divide(batch.tokens[rows, :n], [dice[row] for row in rows])
-            read[rows, : source.shape[1]] = source
-            said[rows, : target.shape[1]] = target
-            ends[:, rows] = [[source.shape[1]], [target.shape[1]]]
-        into = np.concatenate([np.full((B, 1), words.bos, np.int32), said[:, :-1]], axis=1)
-        positions, segments = _places(said, ends[1])
-        weights = segments.astype(np.float32)
-        before = Source(read, *_places(read, ends[0]))
-        return Batch(into, said, positions, segments, weights, source=before)
+            source, target = self._split_spans(batch.tokens[rows, :n], [rngs[row] for row in rows])
+            sources[rows, : source.shape[1]] = source
+            targets[rows, : target.shape[1]] = target
+            lengths[:, rows] = [[source.shape[1]], [target.shape[1]]]
+        bos = np.full((B, 1), tokenizer.bos, np.int32)
+        decoder_tokens = np.concatenate([bos, targets[:, :-1]], axis=1)
+        positions, segment_ids = _make_coords(targets, lengths[1])
+        weights = segment_ids.astype(np.float32)
+        inputs = EncoderInputs(sources, *_make_coords(sources, lengths[0]))
+        return Batch(
+            decoder_tokens, targets, positions, segment_ids, weights, encoder_inputs=inputs
+        )
 
-    def _divide(
-        self, tokens: np.ndarray, dice: Sequence[np.random.Generator]
+    def _split_spans(
+        self, tokens: np.ndarray, rngs: Sequence[np.random.Generator]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """What is read and what is to be said of whole rows [B n]."""
+        """Return the sources and the targets of full rows [B n]."""
         B, n = tokens.shape
-        hidden, spans = _spans(n, self.cfg)
-        # Kept and hidden spans alternate, and a kept one comes first.
+        masked, spans = _count_spans(n, self.cfg)
+        # Kept and masked spans alternate, starting with a kept one.
         sizes = np.empty((B, spans, 2), np.int64)
-        for row, rng in enumerate(dice):
-            sizes[row, :, 0] = _cuts(rng, n - hidden, spans)
-            sizes[row, :, 1] = _cuts(rng, hidden, spans)
-        is_hidden = np.repeat(np.tile([False, True], B * spans), sizes.reshape(-1)).reshape(B, n)
-        kept, gone = np.cumsum(sizes, axis=1).transpose(2, 0, 1)  # [B spans] each
+        for row, rng in enumerate(rngs):
+            sizes[row, :, 0] = _draw_span_sizes(rng, n - masked, spans)
+            sizes[row, :, 1] = _draw_span_sizes(rng, masked, spans)
+        is_masked = np.repeat(np.tile([False, True], B * spans), sizes.reshape(-1)).reshape(B, n)
+        kept_ends, masked_ends = np.cumsum(sizes, axis=1).transpose(2, 0, 1)  # [B spans] each
         masks = self.cfg.model.vocab - 1 - np.arange(spans)
 
-        def insert(text, before):  # masks between the tokens of a row, and eos at its end
+        def insert_masks(text, before):  # between the tokens of a row, and eos at its end
             shape = (B, text.size // B + spans + 1)
             out = np.full(shape, self.corpus.tokenizer.eos, np.int32)
             is_text = np.ones(shape, bool)
@@ -214,59 +233,61 @@ class Span(Causal):
             np.put_along_axis(out, before + np.arange(spans), masks[None], axis=1)
             return out
 
-        return insert(tokens[~is_hidden], kept), insert(tokens[is_hidden], gone - sizes[:, :, 1])
+        source = insert_masks(tokens[~is_masked], kept_ends)
+        return source, insert_masks(tokens[is_masked], masked_ends - sizes[:, :, 1])
 
 
-def _spans(n: int, cfg: Config) -> tuple[int, int]:
-    """Of n tokens: how many are hidden, and in how many spans."""
-    hidden = min(max(round(n * cfg.train.noise), 1), n - 1)
-    return hidden, min(max(round(hidden / cfg.train.span), 1), hidden, n - hidden)
+def _count_spans(n: int, cfg: Config) -> tuple[int, int]:
+    """Return how many of n tokens are masked, and in how many spans."""
+    masked = min(max(round(n * cfg.train.mask_rate), 1), n - 1)
+    return masked, min(max(round(masked / cfg.train.span), 1), masked, n - masked)
 
 
-def _cuts(rng: np.random.Generator, total: int, parts: int) -> np.ndarray:
-    """The sizes of `parts` random parts of `total`, none empty, all divisions as likely."""
-    places = np.sort(rng.choice(total - 1, parts - 1, replace=False)) + 1
-    return np.diff(places, prepend=0, append=total)
+def _draw_span_sizes(rng: np.random.Generator, total: int, spans: int) -> np.ndarray:
+    """Draw a division of `total` into non-empty spans, all divisions being equally likely."""
+    cuts = np.sort(rng.choice(total - 1, spans - 1, replace=False)) + 1
+    return np.diff(cuts, prepend=0, append=total)
 
 
-def _places(tokens: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Positions and segments of one text a row [B T], of so many tokens [B], none or all."""
+def _make_coords(tokens: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return positions and segment ids of one text per row [B T], of these lengths [B]."""
     columns = np.arange(tokens.shape[1], dtype=np.int32)
     positions = np.ascontiguousarray(np.broadcast_to(columns, tokens.shape))
-    return positions, (columns < sizes[:, None]).astype(np.int32)
+    return positions, (columns < lengths[:, None]).astype(np.int32)
 
 
 # --- texts in pairs --------------------------------------------------------------------------
 
 
-class Pairs(Task):
-    """The source is read, the target written; what is too long is cut off.
+class PairTask(Task):
+    """The source is encoded, the target generated; texts longer than a row are truncated.
 
     A row is one pair; or several, if `data.packing` is documents: the i-th target of a row then
-    sees the i-th source only.
+    attends to the i-th source only.
     """
 
     IS_PAIRED = True
-    READS = 2  # how many texts of a pair the model reads
+    TEXTS_IN_CONTEXT = 2  # texts of a pair that must fit the context
 
     def __init__(self, cfg: Config, corpus: Corpus):
         super().__init__(cfg, corpus)
-        self.held_rows = self.rows(corpus.held)
-        lengths = np.concatenate([np.diff(part.starts) for part in (corpus.train, corpus.held)])
-        read = lengths.reshape(-1, 2)[:, : self.READS]  # [pairs READS]
-        if long := int((read > self.T).any(axis=1).sum()):
-            cut = f"{long:,} of {len(read):,} are longer than model.context={self.T}, and cut"
+        self.held_out_rows = self.make_rows(corpus.held_out)
+        streams = (corpus.train, corpus.held_out)
+        lengths = np.concatenate([np.diff(stream.starts) for stream in streams])
+        lengths = lengths.reshape(-1, 2)[:, : self.TEXTS_IN_CONTEXT]  # [pairs TEXTS_IN_CONTEXT]
+        if long := int((lengths > self.T).any(axis=1).sum()):
+            cut = f"{long:,} of {len(lengths):,} are longer than model.context={self.T}, and cut"
             self.note = "; ".join(filter(None, (cut, self.note)))
 
-    def rows(self, tokens: Tokens) -> "PairRows":
+    def make_rows(self, tokens: Tokens) -> "PairRows":
         is_packed = self.cfg.data.packing == "documents"
         return PairRows(tokens, self.T, self.corpus.tokenizer.pad, is_packed)
 
-    def held(self) -> Iterator[Batch]:
+    def make_eval_batches(self) -> Iterator[Batch]:
         B = self.cfg.train.batch
-        total = -(-self.held_rows.size // B)
+        total = -(-self.held_out_rows.size // B)
         for number in range(min(total, self.cfg.train.eval_batches or total)):
-            yield self.held_rows.cut(np.arange(number * B, (number + 1) * B))
+            yield self.held_out_rows.gather(np.arange(number * B, (number + 1) * B))
 
 
 class PairRows:
@@ -274,62 +295,64 @@ class PairRows:
 
     Args:
         tokens: the stream.
-        T: tokens of a row, on either side.
-        pad: the token where there is none.
+        T: tokens of a row, for sources and for targets.
+        pad: the padding token.
         is_packed: several pairs share a row.
     """
 
     def __init__(self, tokens: Tokens, T: int, pad: int, is_packed: bool = False):
         self.tokens, self.T, self.pad = tokens, T, pad
         self.firsts = tokens.starts[:-1].reshape(-1, 2)  # [pairs 2]
-        # Of a target, the last token is not read, and the first one not written.
+        # The last token of a target is never an input, and the first never a target.
         self.sizes = np.minimum(T, np.diff(tokens.starts).reshape(-1, 2) - [0, 1])  # [pairs 2]
-        rows = first_fit(self.sizes, T) if is_packed else np.arange(len(self.sizes))
-        self.shelves = Shelves(rows)
-        self.size = self.shelves.size
-        shown = int(self.sizes.sum())
-        self.padding = 1 - shown / (2 * self.size * T) if is_packed else 0.0
+        rows = pack_first_fit(self.sizes, T) if is_packed else np.arange(len(self.sizes))
+        self.row_index = RowIndex(rows)
+        self.size = self.row_index.size
+        num_tokens = int(self.sizes.sum())
+        self.padding = 1 - num_tokens / (2 * self.size * T) if is_packed else 0.0
 
-    def draw(self, rng: np.random.Generator) -> np.ndarray:
-        """The numbers of the rows."""
+    def draw_order(self, rng: np.random.Generator) -> np.ndarray:
+        """Return the numbers of the rows in random order."""
         return rng.permutation(self.size)
 
-    def cut(self, rows: np.ndarray) -> Batch:
-        """The rows of these numbers, int64 [B]; empty ones beyond the last."""
-        source, target = self.lay(rows, 0), self.lay(rows, 1)
-        read = Source(source.tokens, source.positions, source.segments)
-        return Batch(*target[:4], (target.segments > 0).astype(np.float32), source=read)
+    def gather(self, rows: np.ndarray) -> Batch:
+        """Return the rows with these numbers, int64 [B]; rows beyond the last are empty."""
+        source, target = self.pack_side(rows, 0), self.pack_side(rows, 1)
+        inputs = EncoderInputs(source.tokens, source.positions, source.segment_ids)
+        weights = (target.segment_ids > 0).astype(np.float32)
+        return Batch(*target[:4], weights, encoder_inputs=inputs)
 
-    def lay(self, rows: np.ndarray, side: int) -> Laid:
-        """The sources (0) or targets (1) of these rows [B]."""
-        row, pair = self.shelves.take(rows)
+    def pack_side(self, rows: np.ndarray, side: int) -> PackedRows:
+        """Return the sources (side 0) or targets (side 1) of these rows [B]."""
+        row, pair = self.row_index.find_pieces(rows)
         firsts, sizes = self.firsts[pair, side], self.sizes[pair, side]
-        return lay(self.tokens, firsts, sizes, row, (rows.size, self.T), self.pad)
+        return pack_rows(self.tokens, firsts, sizes, row, (rows.size, self.T), self.pad)
 
 
-class Classify(Pairs):
-    """One text a row, and the number of its class: targets and weights are [B].
+class ClassifyTask(PairTask):
+    """One text per row, and the number of its class: targets and weights are [B].
 
     Raises:
-        ConfigError: the model tells another number of classes than there are.
+        ConfigError: `model.classes` is not the number of classes in the data.
     """
 
-    READS = 1
+    TEXTS_IN_CONTEXT = 1
 
     def __init__(self, cfg: Config, corpus: Corpus):
         super().__init__(cfg, corpus)
-        every = [*self.loader.rows, self.held_rows]
-        self.labels = sorted({name for rows in every for name in rows.names})
+        all_rows = [*self.loader.rows, self.held_out_rows]
+        self.labels = sorted({name for rows in all_rows for name in rows.class_names})
         if len(self.labels) != cfg.model.classes:
             few = ", ".join(map(repr, self.labels[:6])) + (", ..." if len(self.labels) > 6 else "")
             raise ConfigError(
                 f"model.classes={cfg.model.classes}, but data.source={cfg.data.source!r} has "
                 f"{len(self.labels)} classes ({few}): set model.classes={len(self.labels)}."
             )
-        for rows in every:
-            rows.classes = np.array([self.labels.index(name) for name in rows.names], np.int32)
+        for rows in all_rows:
+            classes = [self.labels.index(name) for name in rows.class_names]
+            rows.classes = np.array(classes, np.int32)
 
-    def rows(self, tokens: Tokens) -> "TextRows":
+    def make_rows(self, tokens: Tokens) -> "TextRows":
         return TextRows(tokens, self.T, self.corpus.tokenizer)
 
 
@@ -338,21 +361,23 @@ class TextRows(PairRows):
 
     Args:
         tokens, T: as for `PairRows`.
-        tokenizer: tells the name of the class.
+        tokenizer: decodes the name of the class.
     """
 
-    classes: np.ndarray  # int32 [texts], once all names are known
+    classes: np.ndarray  # int32 [texts], set once all class names are known
 
     def __init__(self, tokens: Tokens, T: int, tokenizer: Tokenizer):
         super().__init__(tokens, T, tokenizer.pad)
         lengths = np.diff(tokens.starts)[1::2].tolist()
         answers = zip(self.firsts[:, 1:], lengths, strict=True)
-        self.names = [tokenizer.decode(tokens.cut(first, size)[0]) for first, size in answers]
+        self.class_names = [
+            tokenizer.decode(tokens.gather_windows(first, size)[0]) for first, size in answers
+        ]
 
-    def cut(self, rows: np.ndarray) -> Batch:
-        """The texts of these numbers, int64 [B]; empty ones beyond the last."""
-        read = self.lay(rows, 0)
-        is_there = rows < self.size
-        classes = np.where(is_there, self.classes[np.minimum(rows, self.size - 1)], 0)
-        weights = is_there.astype(np.float32)
-        return Batch(read.tokens, classes, read.positions, read.segments, weights)
+    def gather(self, rows: np.ndarray) -> Batch:
+        """Return the texts with these numbers, int64 [B]; those beyond the last are empty."""
+        texts = self.pack_side(rows, 0)
+        is_text = rows < self.size
+        classes = np.where(is_text, self.classes[np.minimum(rows, self.size - 1)], 0)
+        weights = is_text.astype(np.float32)
+        return Batch(texts.tokens, classes, texts.positions, texts.segment_ids, weights)

@@ -17,68 +17,75 @@ from types import SimpleNamespace
 from typing import Any
 
 from jaxgpt.config import DataConfig
-from jaxgpt.data.units import Split, Texts, Unit, from_splits, stamp, texts
+from jaxgpt.data.units import (
+    RawDocuments,
+    SourceUnit,
+    Split,
+    extract_texts,
+    make_split_units,
+    read_stamp,
+)
 from jaxgpt.optional import require
 from jaxgpt.settings import ConfigError
 
 
-def units(cfg: DataConfig) -> list[Unit]:
-    """The data set that `cfg.source` names as tfds:name or tfds:name/config, in ranges of examples.
+def list_units(cfg: DataConfig) -> list[SourceUnit]:
+    """Return the units of the data set `cfg.source`, tfds:name or tfds:name/config: example ranges.
 
     Args:
-        cfg: `text_key` is the feature that holds the text, `target_key` the one that holds the
-            answer, if texts come in pairs: text, or the number of a class.
+        cfg: `text_key` is the feature with the text, `target_key` the one with the answer (text or
+            a class number) if texts come in pairs.
 
     Returns:
-        The units of `from_splits`, which says what is held out. The name of a document says its
-        split and place.
+        The units; see `make_split_units` for what is held out. The name of a document has its split
+        and index.
 
     Raises:
-        ConfigError: the package or the data set is missing, or preparing it failed. So does
-            reading, if the feature is missing.
+        ConfigError: the package or the data set is missing, or preparing it failed. Reading raises
+            it too, if the feature is missing.
     """
     builder, splits = _open_builder(cfg.source)
     folder = str(builder.data_dir)
-    stamps = [stamp(os.path.join(folder, name)) for name in sorted(os.listdir(folder))]
+    stamps = [read_stamp(os.path.join(folder, name)) for name in sorted(os.listdir(folder))]
     sizes = {name: int(info.num_bytes) for name, info in builder.info.splits.items()}
     found = {
-        # the inner partial makes (begin, end, part) -> () -> texts
-        name: Split(len(examples), sizes.get(name, 0), partial(partial, _range, cfg, name))
+        # partial(partial, ...) is (begin, end, part) -> reader of the range
+        name: Split(len(examples), sizes.get(name, 0), partial(partial, _read_range, cfg, name))
         for name, examples in splits.items()
     }
     facts = ["tfds", cfg.text_key, cfg.target_key, stamps]
-    return from_splits(cfg.source, found, facts)
+    return make_split_units(cfg.source, found, facts)
 
 
-def _range(cfg: DataConfig, split: str, begin: int, end: int, part: str) -> Texts:
+def _read_range(cfg: DataConfig, split: str, begin: int, end: int, part: str) -> RawDocuments:
     examples = _open_builder(cfg.source)[1][split]
     for index in range(begin, end):
         name = f"{cfg.source}/{split}/{index}"
-        content, target = texts(cfg, examples[index], name)
+        content, target = extract_texts(cfg, examples[index], name)
         yield name, content, part, target
 
 
 def _open_builder(source: str) -> tuple[Any, dict[str, Any]]:
-    """The builder, and random-access sequences of examples by the name of the split."""
+    """Return the builder, and random-access sequences of examples by split name."""
     tfds = require("tensorflow_datasets", f"data.source={source}")
-    builder = _builder(tfds, source)
-    with _file_functions(builder):
+    builder = _find_builder(tfds, source)
+    with _replace_tensorflow(builder):
         try:
             builder.download_and_prepare()
         except Exception as error:
-            raise ConfigError(_unprepared(source, builder, error)) from error
+            raise ConfigError(_describe_failure(source, builder, error)) from error
     try:
         splits = builder.as_data_source()
         return builder, {str(name): examples for name, examples in splits.items()}
     except Exception as error:  # prepared by someone else, in a format without random access
         raise ConfigError(
-            f"data.source={source!r} is in {builder.data_dir}, but can not be read from there: "
-            f"{_why(error)} It must be array_record: set TFDS_DATA_DIR to another folder, and it "
-            "is prepared again."
+            f"data.source={source!r} is in {builder.data_dir}, but cannot be read from there: "
+            f"{_summarize(error)} It must be array_record: set TFDS_DATA_DIR to another folder, "
+            "and it is prepared again."
         ) from error
 
 
-def _builder(tfds, source: str):
+def _find_builder(tfds, source: str):
     name = source.removeprefix("tfds:")
     try:
         # tfds reads the variable when it is imported, which may have been before it was set.
@@ -89,16 +96,17 @@ def _builder(tfds, source: str):
         near = difflib.get_close_matches(name.split("/")[0], known, n=1)
         hint = f" Did you mean tfds:{near[0]}?" if near else ""
         raise ConfigError(
-            f"data.source={source!r}: tensorflow-datasets {tfds.__version__} knows no such data "
+            f"data.source={source!r}: tensorflow-datasets {tfds.__version__} has no such data "
             f"set, and there is none in {folder or tfds.core.constants.DATA_DIR}.{hint}"
         ) from error
     except Exception as error:
         raise ConfigError(
-            f"data.source={source!r} must be tfds:name or tfds:name/config: {_why(error)}"
+            f"data.source={source!r} must be tfds:name or tfds:name/config: {_summarize(error)}"
         ) from error
 
 
-def _unprepared(source: str, builder, error: Exception) -> str:
+def _describe_failure(source: str, builder, error: Exception) -> str:
+    """Return the message of a failed preparation, with a command that prepares the data set."""
     lacks_tensorflow = isinstance(error, ImportError) and "tensorflow" in str(error)
     where = "tensorflow is installed" if lacks_tensorflow else "there is a network"
     what = "preparation needs tensorflow" if lacks_tensorflow else "download or preparation failed"
@@ -108,18 +116,19 @@ def _unprepared(source: str, builder, error: Exception) -> str:
         ".download_and_prepare()"
     )
     return (
-        f"data.source={source!r}: the {what}: {_why(error)} Prepare it once where {where}, with\n"
+        f"data.source={source!r}: the {what}: {_summarize(error)} "
+        f"Prepare it once where {where}, with\n"
         f'  python -c "{recipe}"\n'
         f"and copy the folder to {builder.data_dir}; or set data.source to a file with the text."
     )
 
 
-def _why(error: Exception) -> str:
+def _summarize(error: Exception) -> str:
     first = (str(error).strip().splitlines() or [""])[0][:300].rstrip(".")
     return f"{type(error).__name__}: {first}."
 
 
-# --- tensorflow's file functions, for builders that use nothing else of it ---
+# --- replacements of tensorflow's file functions, for builders that need nothing else of it ---
 
 
 def _open(path, mode: str = "r"):
@@ -140,12 +149,12 @@ _FILE_FUNCTIONS = SimpleNamespace(
 
 
 @contextlib.contextmanager
-def _file_functions(builder) -> Iterator[None]:
-    """Lends a builder the file functions for which alone it would import tensorflow.
+def _replace_tensorflow(builder) -> Iterator[None]:
+    """Give a builder file functions, if they are all for which it would import tensorflow.
 
-    Most builders of text, tiny_shakespeare among them, touch tensorflow only as `tf.io.gfile.GFile`
-    and the like, for which tensorflow-datasets 4.9.10 refuses to prepare them without it. Their
-    module's `tf` is replaced while they prepare, unless tensorflow is installed.
+    Most builders of text, tiny_shakespeare among them, use tensorflow only for `tf.io.gfile.GFile`
+    and the like; tensorflow-datasets 4.9.10 cannot prepare them without it. Their module's `tf` is
+    replaced during preparation, unless tensorflow is installed.
     """
     module = sys.modules.get(type(builder).__module__)
     lazy = getattr(module, "tf", None)

@@ -1,9 +1,9 @@
-"""Work that is done once and shared: by processes of this machine, and of others that see the disk.
+"""Jobs done once and shared by processes, on this machine or on others that see the same disk.
 
-A job leaves a record, a small JSON file that appears when everything else of the job is in place.
-Nobody hands out jobs: each process goes through all of them and takes those that have no record
-and that no other process holds the lock of. A killed process loses the job in its hands. Where
-locks do not work, two may do the same job, and write the same.
+A job leaves a record, a small JSON file that appears once all other output of the job is in place.
+There is no scheduler: each process goes through all jobs and takes those that have no record and
+whose lock is free. A killed process loses only the job it was running. On file systems without
+working locks, two processes may do the same job and write the same files.
 """
 
 import contextlib
@@ -25,13 +25,14 @@ try:
 except ImportError:  # Windows: no locks
     fcntl = None  # type: ignore[assignment]
 
-SMALL = 1 << 25  # bytes of work for which starting processes, a second each, does not pay
-EVERY = 2.0  # seconds between lines of progress, at first
-Say = Callable[[str], None]
+# Bytes of input below which starting processes, a second each, does not pay.
+MIN_PARALLEL_BYTES = 1 << 25
+MIN_LOG_SECONDS = 2.0  # between progress lines, at first
+LogFn = Callable[[str], None]
 
 
-def aloud(line: str):
-    """Says it on the terminal, at once."""
+def print_line(line: str):
+    """Print the line and flush it."""
     print(line, flush=True)
 
 
@@ -40,9 +41,9 @@ class Job(NamedTuple):
 
     Args:
         record: the path of its record; "" to make it anew every time, in the calling process.
-        facts: what it is made of, a string. A record of other facts does not count.
-        size: bytes to read, about.
-        make: makes it and gives the record, a JSON object; it can be pickled.
+        facts: a string that identifies its inputs. A record with other facts is stale.
+        size: approximate bytes to read.
+        make: makes it and returns the record, a JSON object; it can be pickled.
     """
 
     record: str
@@ -51,38 +52,38 @@ class Job(NamedTuple):
     make: Callable[[], dict[str, Any]]
 
 
-def share(jobs: Sequence[Job], workers: int, what: str, say: Say) -> list[dict[str, Any]]:
-    """Makes what is not there yet, together with whoever else is at it.
+def run_jobs(jobs: Sequence[Job], workers: int, title: str, log: LogFn) -> list[dict[str, Any]]:
+    """Run the jobs that have no record yet, sharing them with other processes that do the same.
 
     Args:
-        jobs: what is wanted.
-        workers: processes to start if the work is not small, 0 = one for each core.
-        what: names the work in lines of progress.
-        say: takes these lines. There are none if there is nothing to do, or it is quick.
+        jobs: all jobs.
+        workers: processes to start if there is much to read, 0 = one per core.
+        title: names the work in progress lines.
+        log: receives these lines. There are none if there is nothing to do, or it is quick.
 
     Returns:
         The records, in the order of the jobs.
 
     Raises:
-        ConfigError: a job refuses what it reads.
-        OSError: a record can not be written.
+        ConfigError: a job rejects its input.
+        OSError: a record cannot be written.
     """
-    records = [finished(job) for job in jobs]
+    records = [read_record(job) for job in jobs]
     missing = [n for n, record in enumerate(records) if record is None]
-    progress = _Progress(what, [job.size for job in jobs], missing, say)
-    count = min(workers or _cores(), len(missing))
-    if count > 1 and sum(jobs[n].size for n in missing) >= SMALL:
-        kept = [n for n in missing if jobs[n].record]
-        for place in _workers([jobs[n] for n in kept], count):
-            progress.done(kept[place])
-    for place, record in _work([jobs[n] for n in missing]):
-        records[missing[place]] = record
-        progress.done(missing[place])
+    progress = _Progress(title, [job.size for job in jobs], missing, log)
+    count = min(workers or _count_cores(), len(missing))
+    if count > 1 and sum(jobs[n].size for n in missing) >= MIN_PARALLEL_BYTES:
+        recorded = [n for n in missing if jobs[n].record]
+        for index in _run_in_workers([jobs[n] for n in recorded], count):
+            progress.mark_done(recorded[index])
+    for index, record in _run_jobs_here([jobs[n] for n in missing]):
+        records[missing[index]] = record
+        progress.mark_done(missing[index])
     return [record for record in records if record is not None]
 
 
-def finished(job: Job) -> dict[str, Any] | None:
-    """The job's record, if it is there, of these facts, and all the files that it names are."""
+def read_record(job: Job) -> dict[str, Any] | None:
+    """Return the job's record if it exists, has the job's facts, and all files it lists exist."""
     try:
         with open(job.record, encoding="utf-8") as file:
             record = json.load(file)
@@ -94,15 +95,15 @@ def finished(job: Job) -> dict[str, Any] | None:
         return None
 
 
-def write_json(path: str, content: Any):
-    """Writes the file whole or not at all."""
-    with replacing(path) as file:
+def write_json_atomically(path: str, content: Any):
+    """Write the file whole or not at all."""
+    with atomic_write(path) as file:
         file.write((json.dumps(content, indent=1) + "\n").encode())
 
 
 @contextlib.contextmanager
-def replacing(path: str) -> Iterator[Any]:
-    """A file of bytes to write; it gets its name when the context ends well."""
+def atomic_write(path: str) -> Iterator[Any]:
+    """Open a binary file for writing; it is renamed to `path` if the context exits normally."""
     temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -114,11 +115,11 @@ def replacing(path: str) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def alone(path: str, wait: bool = True) -> Iterator[bool]:
-    """Whether we have the lock. The system gives it up for a process that is killed.
+def file_lock(path: str, wait: bool = True) -> Iterator[bool]:
+    """Lock `path`.lock and yield whether we hold it. The system releases it if we are killed.
 
-    The file is removed while it is locked. Who then waits for the old one, or makes a new one,
-    finds the work done, or does it twice.
+    The file is removed while it is locked. A process that then waits for the removed file, or
+    creates a new one, finds the job done, or does it twice.
     """
     with open(path + ".lock", "wb") as file:
         try:
@@ -136,88 +137,94 @@ def alone(path: str, wait: bool = True) -> Iterator[bool]:
                 os.remove(path + ".lock")
 
 
-def _work(jobs: Sequence[Job], first: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Makes what nobody else is making, then waits for the rest: (place, record) of each job."""
-    places = [*range(first, len(jobs)), *range(first)]
+def _run_jobs_here(jobs: Sequence[Job], first: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Run the jobs that no other process is running, then wait for the rest.
+
+    Yields (index, record) of each job.
+    """
+    indexes = [*range(first, len(jobs)), *range(first)]
     for wait in (False, True):
-        left = []
-        for place in places:
-            record = _make(jobs[place], wait)
+        remaining = []
+        for index in indexes:
+            record = _run_job(jobs[index], wait)
             if record is None:
-                left.append(place)
+                remaining.append(index)
             else:
-                yield place, record
-        places = left
+                yield index, record
+        indexes = remaining
 
 
-def _make(job: Job, wait: bool) -> dict[str, Any] | None:
+def _run_job(job: Job, wait: bool) -> dict[str, Any] | None:
+    """Return the job's record, made if missing; None if another process is making it."""
     if not job.record:
         return job.make()
     os.makedirs(os.path.dirname(job.record), exist_ok=True)
-    if record := finished(job):
+    if record := read_record(job):
         return record
-    with alone(job.record, wait) as is_ours:
-        if not is_ours:
+    with file_lock(job.record, wait) as is_locked:
+        if not is_locked:
             return None
-        if record := finished(job):
+        if record := read_record(job):
             return record
         try:
             record = {"facts": job.facts} | job.make()
-            write_json(job.record, record)
-        except FileNotFoundError:  # swept away by who did the same, and finished, where locks lie
-            record = finished(job)
+            write_json_atomically(job.record, record)
+        except FileNotFoundError:
+            # Another process finished this job and removed the temporary file; locks are
+            # unreliable on some network file systems.
+            record = read_record(job)
             if record is None:
                 raise
         return record
 
 
-def _cores() -> int:
-    usable = getattr(os, "sched_getaffinity", None)
-    return len(usable(0)) if usable else os.cpu_count() or 1
+def _count_cores() -> int:
+    get_affinity = getattr(os, "sched_getaffinity", None)
+    return len(get_affinity(0)) if get_affinity else os.cpu_count() or 1
 
 
 class _Progress:
     """Lines such as "tokenizing: 12 of 340 pieces, 768 of 21760 MB, 35.2 MB/s, 9:56 left"."""
 
-    def __init__(self, what: str, sizes: list[int], missing: list[int], say: Say):
-        self.what, self.sizes, self.say = what, sizes, say
+    def __init__(self, title: str, sizes: list[int], missing: list[int], log: LogFn):
+        self.title, self.sizes, self.log = title, sizes, log
         self.missing = set(missing)
-        self.todo = self.left = sum(sizes[n] for n in missing)
-        self.began = self.said = time.monotonic()
+        self.total_todo = self.bytes_left = sum(sizes[n] for n in missing)
+        self.start_time = self.log_time = time.monotonic()
 
-    def done(self, number: int):
+    def mark_done(self, number: int):
         if number not in self.missing:
             return
         self.missing.discard(number)
-        self.left -= self.sizes[number]
+        self.bytes_left -= self.sizes[number]
         now = time.monotonic()
-        seconds = max(now - self.began, 1e-9)
-        # Rarer and rarer, so that logs stay short.
-        if not self.missing or now - self.said < max(EVERY, seconds / 20):
+        seconds = max(now - self.start_time, 1e-9)
+        # At growing intervals, so that logs stay short.
+        if not self.missing or now - self.log_time < max(MIN_LOG_SECONDS, seconds / 20):
             return
-        self.said = now
-        rate = max(self.todo - self.left, 1) / seconds
-        minutes, rest = divmod(int(self.left / rate), 60)
+        self.log_time = now
+        rate = max(self.total_todo - self.bytes_left, 1) / seconds
+        minutes, rest = divmod(int(self.bytes_left / rate), 60)
         pieces, total = len(self.sizes), sum(self.sizes)
-        self.say(
-            f"{self.what}: {pieces - len(self.missing)} of {pieces} pieces, "
-            f"{(total - self.left) / 1e6:.0f} of {total / 1e6:.0f} MB, {rate / 1e6:.1f} MB/s, "
-            f"{minutes}:{rest:02} left"
+        self.log(
+            f"{self.title}: {pieces - len(self.missing)} of {pieces} pieces, "
+            f"{(total - self.bytes_left) / 1e6:.0f} of {total / 1e6:.0f} MB, "
+            f"{rate / 1e6:.1f} MB/s, {minutes}:{rest:02} left"
         )
 
 
 # --- processes ---
 
 
-def _workers(jobs: Sequence[Job], count: int) -> Iterator[int]:
-    """Starts processes that do the jobs; gives the places of those done, maybe more than once.
+def _run_in_workers(jobs: Sequence[Job], count: int) -> Iterator[int]:
+    """Start processes that run the jobs; yield the index of each finished one, maybe repeatedly.
 
-    They are plain interpreters that import this package's data side only, neither jax nor the
-    program that called. All write short lines into one pipe, which ends when the last one has
-    ended. What a process that died has left undone is for the caller to do.
+    They are plain interpreters that import only this package's data modules, neither jax nor the
+    calling program. All write short lines into one pipe, which ends when the last process has
+    ended. The caller does what a process that died has left undone.
     """
     read, write = os.pipe()
-    started = []
+    processes = []
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         "RAYON_NUM_THREADS": "1",  # one core each
@@ -229,10 +236,11 @@ def _workers(jobs: Sequence[Job], count: int) -> Iterator[int]:
             pickle.dump(jobs, file)
         try:
             for number in range(count):
-                code = f"from jaxgpt.data.work import main; main({path!r}, {number / count})"
+                call = f"run_worker({path!r}, {number / count})"
+                code = f"from jaxgpt.data.work import run_worker; {call}"
                 command = [sys.executable, "-c", code]
-                started.append(
-                    # A session of its own: Ctrl-C is for the caller, who ends them.
+                processes.append(
+                    # A new session: the caller handles Ctrl-C and terminates the workers.
                     subprocess.Popen(
                         command, stdin=subprocess.DEVNULL, stdout=write, env=environment,
                         start_new_session=True,
@@ -240,26 +248,27 @@ def _workers(jobs: Sequence[Job], count: int) -> Iterator[int]:
                 )  # fmt: skip
             os.close(write)
             for line in lines:
-                place, error = json.loads(line)
+                index, error = json.loads(line)
                 if error:
                     raise ConfigError(error)
-                yield place
+                yield index
         finally:
-            for process in started:
+            for process in processes:
                 process.terminate()
                 process.wait()
 
 
-def main(path: str, first: float):
-    """What a worker does: all jobs, beginning at this share of them."""
+def run_worker(path: str, start: float):
+    """Run all jobs in a worker process, starting at this fraction of the list."""
     with open(path, "rb") as file:
         jobs = pickle.load(file)
     try:
-        for place, _ in _work(jobs, int(first * len(jobs))):
-            _tell(place, "")
+        for index, _ in _run_jobs_here(jobs, int(start * len(jobs))):
+            _report(index, "")
     except ConfigError as error:
-        _tell(-1, str(error)[:600])  # the caller's own words, one line that no other cuts in two
+        _report(-1, str(error)[:600])  # short enough for one atomic write to the pipe
 
 
-def _tell(place: int, error: str):
-    os.write(1, (json.dumps([place, error]) + "\n").encode())
+def _report(index: int, error: str):
+    """Send one line to the parent process."""
+    os.write(1, (json.dumps([index, error]) + "\n").encode())

@@ -1,36 +1,36 @@
-"""The Transformer: a handful of pure functions on arrays whose dimensions have letters.
+"""The Transformer: pure functions on arrays whose dimensions are named by letters.
 
-A block is wiring around two mixers: attention (or another of `mixers`) mixes tokens, the
-feed-forward mixes channels. Families put blocks together: decoder, encoder, encoder-decoder.
-Every variant is one function chosen by a name in `ModelConfig`, from the registry at the foot of
+A block wires norms and residuals around two mixers: attention (or another of `mixers`) mixes
+tokens, the feed-forward mixes channels. Families stack blocks: decoder, encoder, encoder-decoder.
+Every variant is one function chosen by a name in `ModelConfig`, from the registry at the end of
 its file.
 """
 
-from jaxgpt.model.heads import Head, head
+from jaxgpt.model.heads import Head, make_head
 from jaxgpt.model.masks import Coords
 from jaxgpt.model.transformer import (
     Cache,
-    Source,
+    EncoderInput,
     abstract_params,
     build,
+    compute_logits,
     count_params,
     init_cache,
     init_params,
-    layer_by_layer,
-    logits,
+    unstack_layers,
 )
 
 __all__ = [
     "Cache",
     "Coords",
+    "EncoderInput",
     "Head",
-    "Source",
     "abstract_params",
     "build",
+    "compute_logits",
     "count_params",
-    "head",
     "init_cache",
     "init_params",
-    "layer_by_layer",
-    "logits",
+    "make_head",
+    "unstack_layers",
 ]

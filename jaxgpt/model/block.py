@@ -1,4 +1,4 @@
-"""A block is wiring around mixers: where norms and residuals stand, and what they surround."""
+"""A Transformer block: norms and residual connections around its sublayers."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -8,50 +8,55 @@ import jax
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.model.feedforward import FEEDFORWARDS
-from jaxgpt.model.layers import ATTENDED, keeping
+from jaxgpt.model.layers import ATTENTION_OUTPUT, make_save_policy
 from jaxgpt.model.mixers import MIXERS
 from jaxgpt.model.mixers.attention import CrossAttention
-from jaxgpt.model.mixers.mixer import Sight
+from jaxgpt.model.mixers.mixer import LayerContext
 from jaxgpt.model.norms import NORMS
 from jaxgpt.sharding import constrain
 
-Part = Callable[[jax.Array], jax.Array]  # [B T D] -> [B T D]
-Parts = Mapping[str, Part]  # by the name of the site, in order
-Norm = Callable[[str, str], Part]  # (site, "in" or "out") -> a norm with its own parameters
+Sublayer = Callable[[jax.Array], jax.Array]  # [B T D] -> [B T D]
+Sublayers = Mapping[str, Sublayer]  # by sublayer name, in order
+MakeNorm = Callable[[str, str], Sublayer]  # (sublayer name, "in" or "out") -> a norm
 
 
-def pre(x: jax.Array, parts: Parts, norm: Norm) -> jax.Array:
-    """x + part(norm(x)): GPT-2, Llama (Xiong et al. 2020, arXiv:2002.04745)."""
-    for site, part in parts.items():
-        x = x + part(norm(site, "in")(x))
+def apply_pre_norm(x: jax.Array, sublayers: Sublayers, norm: MakeNorm) -> jax.Array:
+    """x + sublayer(norm(x)): GPT-2, Llama (Xiong et al. 2020, arXiv:2002.04745)."""
+    for site, sublayer in sublayers.items():
+        x = x + sublayer(norm(site, "in")(x))
     return x
 
 
-def post(x: jax.Array, parts: Parts, norm: Norm) -> jax.Array:
-    """norm(x + part(x)): the original Transformer, BERT."""
-    for site, part in parts.items():
-        x = norm(site, "out")(x + part(x))
+def apply_post_norm(x: jax.Array, sublayers: Sublayers, norm: MakeNorm) -> jax.Array:
+    """norm(x + sublayer(x)): the original Transformer, BERT."""
+    for site, sublayer in sublayers.items():
+        x = norm(site, "out")(x + sublayer(x))
     return x
 
 
-def sandwich(x: jax.Array, parts: Parts, norm: Norm) -> jax.Array:
-    """x + norm(part(norm(x))): Gemma 2 (Ding et al. 2021, arXiv:2105.13290, section 3.2)."""
-    for site, part in parts.items():
-        x = x + norm(site, "out")(part(norm(site, "in")(x)))
+def apply_sandwich_norm(x: jax.Array, sublayers: Sublayers, norm: MakeNorm) -> jax.Array:
+    """x + norm(sublayer(norm(x))): Gemma 2 (Ding et al. 2021, arXiv:2105.13290, section 3.2)."""
+    for site, sublayer in sublayers.items():
+        x = x + norm(site, "out")(sublayer(norm(site, "in")(x)))
     return x
 
 
-def parallel(x: jax.Array, parts: Parts, norm: Norm) -> jax.Array:
+def apply_parallel(x: jax.Array, sublayers: Sublayers, norm: MakeNorm) -> jax.Array:
     """x + a(norm(x)) + b(norm(x)): GPT-NeoX (Black et al. 2022, arXiv:2204.06745, section 2.1)."""
-    return x + sum(part(norm(site, "in")(x)) for site, part in parts.items())
+    return x + sum(sublayer(norm(site, "in")(x)) for site, sublayer in sublayers.items())
 
 
-WIRINGS = {"pre": pre, "post": post, "sandwich": sandwich, "parallel": parallel}
-NORMED = {"post"}  # wirings that need no norm after the last block
+WIRINGS = {
+    "pre": apply_pre_norm,
+    "post": apply_post_norm,
+    "sandwich": apply_sandwich_norm,
+    "parallel": apply_parallel,
+}
+WIRINGS_WITHOUT_FINAL_NORM = {"post"}
 
 
 class Dropout(nn.Module):
-    """Drops a share of the activations when the caller gives a "dropout" key, else none."""
+    """Zero a fraction of the activations if the caller passes a "dropout" key, else none."""
 
     rate: float
 
@@ -61,7 +66,7 @@ class Dropout(nn.Module):
 
 
 class Block(nn.Module):
-    """A token mixer, maybe cross-attention, and a channel mixer, wired to the stream x [B T D]."""
+    """A token mixer, optional cross-attention and a channel mixer on the residual stream."""
 
     cfg: ModelConfig
     mixer: str
@@ -69,67 +74,68 @@ class Block(nn.Module):
     direction: str
 
     @nn.compact
-    def __call__(self, x: jax.Array, state: dict | None, sight: Sight):
-        """`state` has that of each site which remembers something; None in training."""
+    def __call__(self, x: jax.Array, state: dict | None, layer_context: LayerContext):
+        """Return (x [B T D], new state). A state has one of each sublayer; None in training."""
         c = self.cfg
-        after = {}
+        new_states = {}
 
-        def remembering(site: str, module: nn.Module) -> Part:
-            def part(y):
-                if not getattr(module, "DIVIDES_ROWS", True):
+        def wrap_sublayer(site: str, module: nn.Module) -> Sublayer:
+            def sublayer(y):
+                if not getattr(module, "HAS_SEQUENCE_SHARDING", True):
                     y = constrain(y, "BSD")
-                y, new = module(y, sight, None if state is None else state[site])
-                after[site] = new
+                y, new = module(y, layer_context, None if state is None else state[site])
+                new_states[site] = new
                 return Dropout(c.dropout)(y)
 
-            return part
+            return sublayer
 
-        parts = {}
+        sublayers = {}
         mixer = MIXERS[self.mixer](c, self.pattern, self.direction, name="mixer")
-        parts["mixer"] = remembering("mixer", mixer)
-        if sight.memory_at is not None:
-            parts["cross"] = remembering("cross", CrossAttention(c, name="cross"))
-        channels = FEEDFORWARDS[c.feedforward]
-        if channels is not None:
-            ffn = channels(c, name="ffn")
-            parts["ffn"] = lambda y: Dropout(c.dropout)(ffn(y, sight.q_at))
+        sublayers["mixer"] = wrap_sublayer("mixer", mixer)
+        if layer_context.memory_coords is not None:
+            sublayers["cross"] = wrap_sublayer("cross", CrossAttention(c, name="cross"))
+        make_ffn = FEEDFORWARDS[c.feedforward]
+        if make_ffn is not None:
+            ffn = make_ffn(c, name="ffn")
+            sublayers["ffn"] = lambda y: Dropout(c.dropout)(ffn(y, layer_context.q_coords))
 
-        def norm(site: str, end: str) -> Part:
+        def norm(site: str, end: str) -> Sublayer:
             return NORMS[c.norm](c, name=f"{site}_norm_{end}")
 
-        x = WIRINGS[c.wiring](x, parts, norm)
-        return constrain(x, "BTD"), None if state is None else after
+        x = WIRINGS[c.wiring](x, sublayers, norm)
+        return constrain(x, "BTD"), None if state is None else new_states
 
 
-class Unit(nn.Module):
-    """The blocks that a stack repeats: one, or as many as `mixers` and `pattern` name in turn."""
+class LayerGroup(nn.Module):
+    """The blocks that a stack repeats: one cycle of `mixers` and `pattern`."""
 
     cfg: ModelConfig
     direction: str
 
     @nn.compact
-    def __call__(self, x: jax.Array, states: tuple | None, sight: Sight):
-        after = []
-        for i, (mixer, pattern) in enumerate(self.cfg.unit):
+    def __call__(self, x: jax.Array, states: tuple | None, layer_context: LayerContext):
+        new_states = []
+        for i, (mixer, pattern) in enumerate(self.cfg.layer_cycle):
             block = Block(self.cfg, mixer, pattern, self.direction, name=f"block_{i}")
-            x, state = block(x, None if states is None else states[i], sight)
-            after.append(state)
-        return x, None if states is None else tuple(after)
+            x, state = block(x, None if states is None else states[i], layer_context)
+            new_states.append(state)
+        return x, None if states is None else tuple(new_states)
 
 
-def keep_all(block, prevent_cse: bool):
+def skip_remat(block, prevent_cse: bool):
+    """Return the block unchanged: all activations are saved."""
     return block
 
 
-# What `dots` keeps: products with parameters, and what attention kernels make.
-COSTLY = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, keeping(ATTENDED)
+# What `dots` saves: products with parameters, and the outputs of attention kernels.
+SAVE_DOTS_AND_ATTENTION = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, make_save_policy(ATTENTION_OUTPUT)
 )
 
-# (block, prevent_cse) -> block. In a loop, what is computed again can not be merged with what was
-# computed before, and needs no guard against it.
-REMATS: dict[str, Callable] = {
-    "none": keep_all,
+# (block, prevent_cse) -> block. Inside a loop, common-subexpression elimination cannot merge the
+# recomputation with the forward pass, so that no guard against it is needed.
+REMAT_POLICIES: dict[str, Callable] = {
+    "none": skip_remat,
     "full": nn.remat,
-    "dots": partial(nn.remat, policy=COSTLY),
+    "dots": partial(nn.remat, policy=SAVE_DOTS_AND_ATTENTION),
 }

@@ -1,9 +1,10 @@
-"""Channel mixers: what happens to each token on its own.
+"""Feed-forward layers, which mix channels and treat each token independently.
 
-Each is (x [B T D], at [B T]) -> [B T D]; `at` tells which of the tokens are real. A single expert
-of a mixture (see experts.py) is one as well, on [N D] and tokens that are all real.
+Each is (x [B T D], coords [B T]) -> [B T D]; `coords` marks padding. A single expert of a mixture
+(see experts.py) is one as well, on [N D] without padding.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -13,32 +14,41 @@ import jax.numpy as jnp
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.model.experts import Experts
-from jaxgpt.model.layers import Linear, into_residual
+from jaxgpt.model.layers import Linear, make_residual_init
 from jaxgpt.model.masks import Coords
 from jaxgpt.sharding import constrain
+
+
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """x/2 (1 + tanh u) with u = √(2/π) (x + 0.044715 x³), as x σ(2u): one exponential, no tanh.
+
+    Source: Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2.
+    """
+    return x * jax.nn.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # So et al. 2021, arXiv:2109.08668
     "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": partial(jax.nn.gelu, approximate=True),  # GPT-2's
+    "gelu_tanh": gelu_tanh,  # GPT-2's
     "silu": jax.nn.silu,
 }
 
 
-class Plain(nn.Module):
+class PlainFeedForward(nn.Module):
     """down(activation(up(x))): the original feed-forward (Vaswani et al. 2017, equation 2)."""
 
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, at: Coords | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, coords: Coords | None = None) -> jax.Array:
         act = ACTIVATIONS[self.cfg.activation]
-        up = divided(Linear(self.cfg, "D>F", name="up")(x))
-        return Linear(self.cfg, "F>D", into_residual(self.cfg), name="down")(up, of=act)
+        up = constrain_hidden(Linear(self.cfg, "D>F", name="up")(x))
+        return Linear(self.cfg, "F>D", make_residual_init(self.cfg), name="down")(up, input_fn=act)
 
 
-class Gated(nn.Module):
+class GatedFeedForward(nn.Module):
     """down(activation(gate(x)) * up(x)): SwiGLU with silu, GeGLU with gelu, ReGLU with relu.
 
     Source: Shazeer 2020, arXiv:2002.05202, equation 6.
@@ -47,22 +57,23 @@ class Gated(nn.Module):
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, at: Coords | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, coords: Coords | None = None) -> jax.Array:
         act = ACTIVATIONS[self.cfg.activation]
-        gate, up = (divided(Linear(self.cfg, "D>F", name=name)(x)) for name in ("gate", "up"))
-        down = Linear(self.cfg, "F>D", into_residual(self.cfg), name="down")
-        return down(gate, up, of=lambda gate, up: act(gate) * up)
+        gate = constrain_hidden(Linear(self.cfg, "D>F", name="gate")(x))
+        up = constrain_hidden(Linear(self.cfg, "D>F", name="up")(x))
+        down = Linear(self.cfg, "F>D", make_residual_init(self.cfg), name="down")
+        return down(gate, up, input_fn=lambda gate, up: act(gate) * up)
 
 
-def divided(x: jax.Array) -> jax.Array:
-    """[B T F], or [T F] of an expert, as it lies on the mesh."""
+def constrain_hidden(x: jax.Array) -> jax.Array:
+    """Constrain the sharding of hidden activations, [B T F] or [T F] of an expert."""
     return constrain(x, "BTF"[-x.ndim :])
 
 
 FEEDFORWARDS: dict[str, Callable[..., nn.Module] | None] = {
-    "plain": Plain,
-    "gated": Gated,
-    "moe_plain": partial(Experts, expert=Plain),
-    "moe_gated": partial(Experts, expert=Gated),
-    "none": None,  # a block that only mixes tokens, as Mamba's
+    "plain": PlainFeedForward,
+    "gated": GatedFeedForward,
+    "moe_plain": partial(Experts, expert=PlainFeedForward),
+    "moe_gated": partial(Experts, expert=GatedFeedForward),
+    "none": None,  # a block without a feed-forward, as Mamba's
 }

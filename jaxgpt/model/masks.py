@@ -1,10 +1,10 @@
-"""Who may look at whom.
+"""Attention masks.
 
 A mask is a pure predicate on the coordinates of a query token and a key token. Causality,
-windows, strides, packing, padding and unfilled cache slots are all the same kind of thing, and `&`
-and `|` combine them. A dense kernel evaluates a mask once on [T, S]; a blockwise kernel evaluates
-the very same mask on one block of keys at a time; a fast kernel recognises the masks it knows,
-since they are values that can be compared.
+windows, strides, packing, padding and unfilled cache slots are all masks, and `&` and `|`
+combine them. A dense kernel evaluates a mask once on [T, S]; a blockwise kernel evaluates
+the same mask on one block of keys at a time; an accelerated kernel matches the masks that it
+supports, since masks are values that can be compared.
 """
 
 from dataclasses import dataclass
@@ -18,26 +18,26 @@ from jaxgpt.config import ModelConfig
 
 
 class Coords(NamedTuple):
-    """Where tokens stand."""
+    """Positions and segments of tokens."""
 
-    position: jax.Array  # int32 [B T], counted from the start of the token's document
-    document: jax.Array  # int32 [B T], which document; 0 = no token here
-    prefix: jax.Array | None = None  # int32 [B T], how many tokens of the document all may see
+    positions: jax.Array  # int32 [B T], counted from the start of the token's document
+    segment_ids: jax.Array  # int32 [B T], the document in its row; 0 = padding
+    prefix: jax.Array | None = None  # int32 [B T], length of the document's bidirectional prefix
 
     def check(self, tokens: jax.Array) -> "Coords":
-        """Asserts that there is one coordinate per token of [B T]."""
+        """Assert that there is one coordinate per token of [B T], and return self."""
         chex.assert_rank(tokens, 2)
         chex.assert_shape([x for x in self if x is not None], tokens.shape)
         return self
 
 
-def apart(q: Coords, k: Coords) -> jax.Array:
-    """How far a key lies behind a query: int32 [B T S]."""
-    return q.position[:, :, None] - k.position[:, None, :]
+def relative_position(q: Coords, k: Coords) -> jax.Array:
+    """Return by how much a key precedes a query: int32 [B T S]."""
+    return q.positions[:, :, None] - k.positions[:, None, :]
 
 
 class Mask:
-    """(q at [B T], k at [B S]) -> bool [B T S]."""
+    """(q coords [B T], k coords [B S]) -> bool [B T S], True where q may attend to k."""
 
     def __call__(self, q: Coords, k: Coords) -> jax.Array:
         raise NotImplementedError
@@ -51,7 +51,7 @@ class Mask:
 
 @dataclass(frozen=True)
 class And(Mask):
-    """What both allow."""
+    """The intersection of two masks."""
 
     a: Mask
     b: Mask
@@ -62,7 +62,7 @@ class And(Mask):
 
 @dataclass(frozen=True)
 class Or(Mask):
-    """What either allows."""
+    """The union of two masks."""
 
     a: Mask
     b: Mask
@@ -72,37 +72,37 @@ class Or(Mask):
 
 
 @dataclass(frozen=True)
-class SameDocument(Mask):
-    """Tokens see their own document, and nobody sees an empty slot."""
+class SameSegment(Mask):
+    """Attention within a document, and none to padding."""
 
     def __call__(self, q, k):
-        same = q.document[:, :, None] == k.document[:, None, :]
-        return same & (k.document[:, None, :] > 0)
+        is_same = q.segment_ids[:, :, None] == k.segment_ids[:, None, :]
+        return is_same & (k.segment_ids[:, None, :] > 0)
 
 
 @dataclass(frozen=True)
-class OneDocument(Mask):
-    """A row is one document, to which all of its tokens belong, and nobody sees an empty slot.
+class OneSegment(Mask):
+    """Attention to the whole row, which is treated as one document, and none to padding.
 
-    Slots are empty at the end of a row only, but in a cache. So positions are places in the row,
-    and where nobody looks ahead there is nothing to hide.
+    Outside a cache, only the end of a row is padding. So positions are row indices, and under a
+    causal mask nothing is left to mask.
     """
 
     def __call__(self, q, k):
-        return (k.document > 0)[:, None, :]
+        return (k.segment_ids > 0)[:, None, :]
 
 
 @dataclass(frozen=True)
 class Causal(Mask):
-    """Tokens see themselves and what came before."""
+    """Attention to the token itself and those before it."""
 
     def __call__(self, q, k):
-        return apart(q, k) >= 0
+        return relative_position(q, k) >= 0
 
 
 @dataclass(frozen=True)
 class Window(Mask):
-    """Tokens see less than `size` tokens away: with `Causal`, themselves and size - 1 before.
+    """Attention to tokens less than `size` away: with `Causal`, to itself and size - 1 before.
 
     Source: Beltagy et al. 2020 (Longformer), arXiv:2004.05150, section 3.1; Jiang et al. 2023
     (Mistral), arXiv:2310.06825, section 2.
@@ -111,12 +111,12 @@ class Window(Mask):
     size: int
 
     def __call__(self, q, k):
-        return jnp.abs(apart(q, k)) < self.size
+        return jnp.abs(relative_position(q, k)) < self.size
 
 
 @dataclass(frozen=True)
 class Strided(Mask):
-    """Tokens see every stride-th token, counted from themselves.
+    """Attention to every stride-th token, counted from the query.
 
     Source: Child et al. 2019 (Sparse Transformer), arXiv:1904.10509, section 4.3, A(2).
     """
@@ -124,22 +124,22 @@ class Strided(Mask):
     stride: int
 
     def __call__(self, q, k):
-        return apart(q, k) % self.stride == 0
+        return relative_position(q, k) % self.stride == 0
 
 
 @dataclass(frozen=True)
-class Blocks(Mask):
-    """Blocks of tokens see neighbouring blocks, the first ones, and a few at random.
+class BlockSparse(Mask):
+    """Block-sparse attention to neighboring blocks, the first ones, and a few random ones.
 
-    The random blocks are a fixed function of the number of the block; behind a causal mask they are
-    drawn from the blocks before, so that they are not wasted on what can not be seen.
+    The random blocks are a fixed function of the block index; under a causal mask they are drawn
+    from earlier blocks, so that none is wasted on blocks that are masked.
 
     Args:
-        size: tokens of a block.
-        near: blocks in the neighbourhood, with its own.
-        anchors: first blocks, which see all and which all see.
-        random: blocks drawn for each block.
-        total: blocks to draw from; 0 draws from those before.
+        size: tokens per block.
+        near: blocks in the neighborhood, including the query's own.
+        anchors: global blocks at the start, which attend to all and which all attend to.
+        random: blocks drawn per query block.
+        total: blocks to draw from; 0 draws from earlier blocks.
 
     Source: Zaheer et al. 2020 (BigBird), arXiv:2007.14062, section 2 and appendix D.
     """
@@ -151,19 +151,20 @@ class Blocks(Mask):
     total: int
 
     def __call__(self, q, k):
-        here, there = q.position[:, :, None] // self.size, k.position[:, None, :] // self.size
-        sees = jnp.abs(here - there) <= self.near // 2
-        sees |= (there < self.anchors) | (here < self.anchors)
+        q_block = q.positions[:, :, None] // self.size
+        k_block = k.positions[:, None, :] // self.size
+        is_visible = jnp.abs(q_block - k_block) <= self.near // 2
+        is_visible |= (k_block < self.anchors) | (q_block < self.anchors)
         for draw in range(self.random):
-            chosen = _scramble(here, draw) % (self.total or jnp.maximum(here, 1))
-            sees |= there == chosen
-        return sees
+            drawn = _hash(q_block, draw) % (self.total or jnp.maximum(q_block, 1))
+            is_visible |= k_block == drawn
+        return is_visible
 
 
-def _scramble(x: jax.Array, salt: int) -> jax.Array:
-    """Whole numbers into other ones that look random, int32 >= 0; the same everywhere.
+def _hash(x: jax.Array, salt: int) -> jax.Array:
+    """Hash integers to pseudo-random int32 >= 0, the same on every platform.
 
-    Source: the finaliser of MurmurHash3, by Austin Appleby.
+    Source: the finalizer of MurmurHash3, by Austin Appleby.
     """
     x = x.astype(jnp.uint32) + jnp.uint32((salt + 1) * 0x9E3779B9 & 0xFFFFFFFF)
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
@@ -173,65 +174,67 @@ def _scramble(x: jax.Array, salt: int) -> jax.Array:
 
 @dataclass(frozen=True)
 class InPrefix(Mask):
-    """All tokens see the prefix of their document.
+    """Attention to the prefix of the document.
 
     Source: Raffel et al. 2020 (T5), arXiv:1910.10683, section 3.2.1, "prefix LM".
     """
 
     def __call__(self, q, k):
         if k.prefix is None:
-            raise ValueError("model.pattern=prefix: Coords.prefix says how long the prefixes are.")
-        return (k.position < k.prefix)[:, None, :]
+            raise ValueError(
+                "model.pattern=prefix needs the prefix lengths in Coords.prefix, found None."
+            )
+        return (k.positions < k.prefix)[:, None, :]
 
 
-# --- patterns: (config, the mask of the stack's direction, None for both) -> what it allows -----
+# --- patterns: (config, the mask of the stack's direction, None for both) -> mask ---------------
 
 
-def full(cfg: ModelConfig, direction: Mask | None) -> Mask | None:
-    """All there is in the stack's direction."""
+def make_full_mask(cfg: ModelConfig, direction: Mask | None) -> Mask | None:
+    """Return the mask of full attention in the stack's direction."""
     return direction
 
 
-def window(cfg: ModelConfig, direction: Mask | None) -> Mask:
-    """The nearest tokens."""
-    return _both(direction, Window(cfg.sparse.window))
+def make_window_mask(cfg: ModelConfig, direction: Mask | None) -> Mask:
+    """Return the mask of sliding-window attention."""
+    return _intersect(direction, Window(cfg.sparse.window))
 
 
-def strided(cfg: ModelConfig, direction: Mask | None) -> Mask:
-    """The last `stride` tokens and every stride-th one: both heads of the paper in one."""
+def make_strided_mask(cfg: ModelConfig, direction: Mask | None) -> Mask:
+    """Return the last `stride` tokens and every stride-th one: both heads of the paper in one."""
     stride = cfg.sparse.stride
-    return _both(direction, Window(stride) | Strided(stride))
+    return _intersect(direction, Window(stride) | Strided(stride))
 
 
-def blocks(cfg: ModelConfig, direction: Mask | None) -> Mask:
-    """BigBird."""
+def make_block_sparse_mask(cfg: ModelConfig, direction: Mask | None) -> Mask:
+    """Return the mask of BigBird."""
     s = cfg.sparse
     total = 0 if direction else -(-cfg.context // s.block)
-    return _both(direction, Blocks(s.block, s.near, s.anchors, s.random, total))
+    return _intersect(direction, BlockSparse(s.block, s.near, s.anchors, s.random, total))
 
 
-def prefix(cfg: ModelConfig, direction: Mask | None) -> Mask:
-    """The prefix, and what came before."""
+def make_prefix_mask(cfg: ModelConfig, direction: Mask | None) -> Mask:
+    """Return the mask of a prefix LM: the prefix, and causal attention after it."""
     return Causal() | InPrefix()
 
 
-def _both(direction: Mask | None, mask: Mask) -> Mask:
+def _intersect(direction: Mask | None, mask: Mask) -> Mask:
     return direction & mask if direction else mask
 
 
 PATTERNS = {
-    "full": full,
-    "window": window,
-    "strided": strided,
-    "blocks": blocks,
-    "prefix": prefix,
+    "full": make_full_mask,
+    "window": make_window_mask,
+    "strided": make_strided_mask,
+    "blocks": make_block_sparse_mask,
+    "prefix": make_prefix_mask,
 }
 
 
-DOCUMENTS: dict[str, Mask] = {"apart": SameDocument(), "joined": OneDocument()}
+DOCUMENT_MASKS: dict[str, Mask] = {"separate": SameSegment(), "joined": OneSegment()}
 
 
-def layer_mask(cfg: ModelConfig, pattern: str, direction: str) -> Mask:
-    """What a layer sees: its pattern, inside its own document."""
+def make_layer_mask(cfg: ModelConfig, pattern: str, direction: str) -> Mask:
+    """Return a layer's attention mask: its pattern, within documents."""
     allowed = PATTERNS[pattern](cfg, Causal() if direction == "causal" else None)
-    return _both(allowed, DOCUMENTS[cfg.documents])
+    return _intersect(allowed, DOCUMENT_MASKS[cfg.documents])

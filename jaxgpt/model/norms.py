@@ -1,30 +1,33 @@
-"""Normalisations, computed in float32 whatever the compute dtype."""
+"""Normalizations, computed in float32 whatever the compute dtype."""
 
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.dims import weight
-from jaxgpt.model.layers import again, ones, zeros
+from jaxgpt.dims import declare_param
+from jaxgpt.model.layers import NORM_STATISTICS, ones, recompute, zeros
 
 
-@again
-def rms(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """x [... D], scale float32 [D] -> [... D]."""
+@recompute
+def apply_rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """Apply RMSNorm: x [... D], scale float32 [D] -> [... D]."""
     y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return (y * scale).astype(x.dtype)
+    rate = jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * checkpoint_name(rate, NORM_STATISTICS) * scale).astype(x.dtype)
 
 
-@again
-def layer(x: jax.Array, scale: jax.Array, bias: jax.Array | float, eps: float) -> jax.Array:
-    """x [... D], scale and bias float32 [D] -> [... D]."""
+@recompute
+def apply_layer_norm(
+    x: jax.Array, scale: jax.Array, bias: jax.Array | float, eps: float
+) -> jax.Array:
+    """Apply layer norm: x [... D], scale and bias float32 [D] -> [... D]."""
     y = x.astype(jnp.float32)
-    y = y - jnp.mean(y, axis=-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return (y * scale + bias).astype(x.dtype)
+    y = y - checkpoint_name(jnp.mean(y, axis=-1, keepdims=True), NORM_STATISTICS)
+    rate = jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * checkpoint_name(rate, NORM_STATISTICS) * scale + bias).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -39,12 +42,12 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # [... D] -> [... D]
         chex.assert_axis_dimension(x, -1, self.cfg.sizes[self.letter])
-        scale = weight(self, "scale", self.letter, self.cfg.sizes, ones)
-        return rms(x, scale, self.cfg.norm_eps)
+        scale = declare_param(self, "scale", self.letter, self.cfg.sizes, ones)
+        return apply_rms_norm(x, scale, self.cfg.norm_eps)
 
 
 class LayerNorm(nn.Module):
-    """(x - mean) / sqrt(var + eps) * scale, plus a bias where the config asks for biases.
+    """(x - mean) / sqrt(var + eps) * scale, plus a bias if `cfg.bias`.
 
     Source: Ba et al. 2016, arXiv:1607.06450, equation 4.
     """
@@ -55,9 +58,13 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # [... D] -> [... D]
         chex.assert_axis_dimension(x, -1, self.cfg.sizes[self.letter])
-        scale = weight(self, "scale", self.letter, self.cfg.sizes, ones)
-        bias = weight(self, "bias", self.letter, self.cfg.sizes, zeros) if self.cfg.bias else 0.0
-        return layer(x, scale, bias, self.cfg.norm_eps)
+        scale = declare_param(self, "scale", self.letter, self.cfg.sizes, ones)
+        bias = (
+            declare_param(self, "bias", self.letter, self.cfg.sizes, zeros)
+            if self.cfg.bias
+            else 0.0
+        )
+        return apply_layer_norm(x, scale, bias, self.cfg.norm_eps)
 
 
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}

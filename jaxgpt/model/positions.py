@@ -1,12 +1,12 @@
-"""How tokens know where they stand.
+"""Position encodings.
 
-Every scheme acts in exactly one of three places, so every scheme overrides one of three hooks:
+Every encoding acts in exactly one of three places, so every class overrides one of three hooks:
 
-    embed     adds to the residual stream, once       (sinusoidal, learned)
-    rotation  turns queries and keys, in every layer  (rope)
-    bias      adds to the attention logits            (alibi, t5)
+    embed          adds to the residual stream, once         (sinusoidal, learned)
+    make_rotation  rotates queries and keys, in every layer  (rope)
+    make_bias      adds to the attention logits              (alibi, t5)
 
-The base class is the identity in all three, which is the scheme "none".
+The base class is the identity in all three: the encoding "none".
 """
 
 import math
@@ -21,53 +21,55 @@ import numpy as np
 from jax.tree_util import Partial
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.dims import weight
+from jaxgpt.dims import declare_param
 from jaxgpt.model.layers import normal
-from jaxgpt.model.masks import Coords, apart
-from jaxgpt.sharding import platform
+from jaxgpt.model.masks import Coords, relative_position
+from jaxgpt.sharding import get_platform
 
 # --- pure functions --------------------------------------------------------------------------
 
 
-def sinusoidal(position: jax.Array, width: int) -> jax.Array:
-    """[B T] -> float32 [B T D]: sines in the even channels, cosines in the odd ones.
+def encode_sinusoidal(positions: jax.Array, width: int) -> jax.Array:
+    """Encode positions [B T] -> float32 [B T D]: even channels are sines, odd ones cosines.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.5.
     """
-    chex.assert_rank(position, 2)
+    chex.assert_rank(positions, 2)
     chex.assert_is_divisible(width, 2)
-    rate = 10_000.0 ** (-jnp.arange(0, width, 2) / width)
-    angle = position[..., None] * rate
-    return jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1).reshape(*position.shape, width)
+    frequency = 10_000.0 ** (-jnp.arange(0, width, 2) / width)
+    angle = positions[..., None] * frequency
+    return jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1).reshape(*positions.shape, width)
 
 
-def sines(rates: np.ndarray, loudness: float, position: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The sines and cosines of position * rates, times `loudness`: float32 [B T R/2] each.
+def compute_sin_cos(
+    frequencies: np.ndarray, attention_factor: float, positions: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return attention_factor * sin and cos of positions * frequencies: float32 [B T R/2] each.
 
     Args:
-        rates: [R/2] radians per token.
-        position: [B T].
+        frequencies: [R/2] in radians per token.
+        positions: [B T].
     """
-    chex.assert_rank(position, 2)
-    angle = position[..., None].astype(jnp.float32) * rates
+    chex.assert_rank(positions, 2)
+    angle = positions[..., None].astype(jnp.float32) * frequencies
 
     def wave(is_sine):
-        return loudness * jnp.where(is_sine, jnp.sin(angle), jnp.cos(angle))
+        return attention_factor * jnp.where(is_sine, jnp.sin(angle), jnp.cos(angle))
 
-    if platform() == "cpu":
-        # Else the compiler computes them anew wherever they are used, for each head of each layer.
-        # Out of a loop it moves nothing.
+    if get_platform() == "cpu":
+        # Otherwise XLA recomputes them at every use, for each head of each layer; it does not fuse
+        # out of a loop.
         sin, cos = jax.lax.map(wave, jnp.array([True, False]))
         return sin, cos
     return wave(True), wave(False)
 
 
-def rope(sin: jax.Array, cos: jax.Array, x: jax.Array) -> jax.Array:
-    """Turns each pair of channels (i, i + R/2) of the first R by the angle with this sine, cosine.
+def apply_rope(sin: jax.Array, cos: jax.Array, x: jax.Array) -> jax.Array:
+    """Rotate each pair of channels (i, i + R/2) of the first R by the angle of this sine, cosine.
 
     Args:
-        sin, cos: [B T R/2], see `sines`.
-        x: [B T H K] queries or keys; the channels from R on stay as they are.
+        sin, cos: [B T R/2], see `compute_sin_cos`.
+        x: [B T H K] queries or keys; channels from R on are not rotated.
 
     Source: Su et al. 2021, arXiv:2104.09864, equation 34 (pairs laid out as in GPT-NeoX).
     """
@@ -79,8 +81,8 @@ def rope(sin: jax.Array, cos: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1).astype(x.dtype)
 
 
-def slopes(heads: int) -> np.ndarray:
-    """ALiBi's slopes, float32 [H]: 2^(-8 i / H), interpolated where H is no power of two.
+def compute_alibi_slopes(heads: int) -> np.ndarray:
+    """Return ALiBi's slopes, float32 [H]: 2^(-8 i / H), interpolated if H is no power of two.
 
     Source: Press et al. 2022, arXiv:2108.12409, section 3, and its code for other H.
     """
@@ -90,180 +92,198 @@ def slopes(heads: int) -> np.ndarray:
     return np.concatenate([first, between]).astype(np.float32)
 
 
-def alibi(slope: jax.Array, q: Coords, k: Coords) -> jax.Array:
-    """A penalty that grows with the distance: float32 [B H T S].
+def compute_alibi_bias(slope: jax.Array, q: Coords, k: Coords) -> jax.Array:
+    """Return a penalty linear in the distance: float32 [B H T S].
 
-    Source: Press et al. 2022, arXiv:2108.12409, section 3; both ways alike in an encoder.
+    Source: Press et al. 2022, arXiv:2108.12409, section 3; symmetric in an encoder.
     """
-    return -slope[None, :, None, None] * jnp.abs(apart(q, k))[:, None].astype(jnp.float32)
+    return -slope[None, :, None, None] * jnp.abs(relative_position(q, k))[:, None].astype(
+        jnp.float32
+    )
 
 
-def bucket(behind: jax.Array, buckets: int, reach: int, is_causal: bool) -> jax.Array:
-    """Which of T5's distances a key is at, int32 in [0, buckets).
+def assign_bucket(
+    relative: jax.Array, buckets: int, max_distance: int, is_causal: bool
+) -> jax.Array:
+    """Return T5's bucket of a relative position, int32 in [0, buckets).
 
-    Half of the buckets are single distances, the others grow with the logarithm up to `reach`. In
-    an encoder, half of all are for keys that come after.
+    Half of the buckets are single distances, the others are logarithmic up to `max_distance`. In an
+    encoder, half of all are for keys after the query.
 
     Args:
-        behind: how far a key lies behind its query; negative if it comes after.
+        relative: by how much a key precedes its query; negative if it follows.
 
     Source: Raffel et al. 2020, arXiv:1910.10683, section 2.1, and its code.
     """
     after = jnp.int32(0)
     if not is_causal:
         buckets //= 2
-        after = jnp.where(behind < 0, buckets, 0)
-    distance = jnp.maximum(behind, 0) if is_causal else jnp.abs(behind)
+        after = jnp.where(relative < 0, buckets, 0)
+    distance = jnp.maximum(relative, 0) if is_causal else jnp.abs(relative)
     exact = buckets // 2
-    # Clipped below, since the logarithm of 0 would be cast to a whole number.
+    # Clipped below, since the logarithm of 0 would be cast to an integer.
     far = jnp.log(jnp.maximum(distance, exact).astype(jnp.float32) / exact)
-    far = exact + (far / math.log(reach / exact) * (buckets - exact)).astype(jnp.int32)
+    far = exact + (far / math.log(max_distance / exact) * (buckets - exact)).astype(jnp.int32)
     return after + jnp.where(distance < exact, distance, jnp.minimum(far, buckets - 1))
 
 
-def t5(buckets: int, reach: int, is_causal: bool, table: jax.Array, q: Coords, k: Coords):
-    """A learned number for every distance and head: [B H T S] from table [U H]."""
-    place = bucket(apart(q, k), buckets, reach, is_causal)
-    return jnp.moveaxis(table[place], -1, 1)
+def compute_t5_bias(
+    buckets: int, max_distance: int, is_causal: bool, table: jax.Array, q: Coords, k: Coords
+):
+    """Look up the learned bias of each distance and head: [B H T S] from table [U H]."""
+    index = assign_bucket(relative_position(q, k), buckets, max_distance, is_causal)
+    return jnp.moveaxis(table[index], -1, 1)
 
 
-# --- RoPE's wavelengths, and how they are stretched ------------------------------------------
-# Each takes the rates [R/2] in radians per token and gives those of the longer context, and how
-# much louder queries and keys become.
+# --- scaling of RoPE to longer contexts ------------------------------------------------------
+# Each takes the frequencies [R/2] in radians per token and returns those for the longer context,
+# and the attention factor by which queries and keys are multiplied.
 
-Stretched = tuple[np.ndarray, float]
-
-
-def unscaled(cfg: ModelConfig, rates: np.ndarray) -> Stretched:
-    """As trained."""
-    return rates, 1.0
+ScaledFrequencies = tuple[np.ndarray, float]
 
 
-def linear(cfg: ModelConfig, rates: np.ndarray) -> Stretched:
-    """Positions are divided by the factor.
+def keep_unscaled(cfg: ModelConfig, frequencies: np.ndarray) -> ScaledFrequencies:
+    """Return the frequencies of training."""
+    return frequencies, 1.0
+
+
+def scale_linear(cfg: ModelConfig, frequencies: np.ndarray) -> ScaledFrequencies:
+    """Divide positions by the factor (position interpolation).
 
     Source: Chen et al. 2023, arXiv:2306.15595, equation 4.
     """
-    return rates / cfg.rope.factor, 1.0
+    return frequencies / cfg.rope.factor, 1.0
 
 
-def ntk(cfg: ModelConfig, rates: np.ndarray) -> Stretched:
-    """A larger base: the longest wavelength grows by the factor, the shortest not at all.
+def scale_ntk(cfg: ModelConfig, frequencies: np.ndarray) -> ScaledFrequencies:
+    """Raise the base: the longest wavelength grows by the factor, the shortest not at all.
 
     Source: bloc97 2023, "NTK-aware scaled RoPE"; Peng et al. 2023, arXiv:2309.00071, equation 16.
     """
-    size = 2 * len(rates)
-    stretch = cfg.rope.factor ** (size / max(size - 2, 1))
-    return rates * stretch ** (-np.arange(len(rates)) / len(rates)), 1.0
+    size = 2 * len(frequencies)
+    base_scale = cfg.rope.factor ** (size / max(size - 2, 1))
+    return frequencies * base_scale ** (-np.arange(len(frequencies)) / len(frequencies)), 1.0
 
 
-def yarn(cfg: ModelConfig, rates: np.ndarray) -> Stretched:
-    """Short wavelengths stay, long ones are divided, a ramp between; and everything is louder.
+def scale_yarn(cfg: ModelConfig, frequencies: np.ndarray) -> ScaledFrequencies:
+    """Keep short wavelengths, scale long ones, with a ramp between; and scale the attention.
 
     Source: Peng et al. 2023, arXiv:2309.00071, section 3.2 and equation 21, with its α = 1 and
     β = 32.
     """
-    r, size = cfg.rope, 2 * len(rates)
+    r, size = cfg.rope, 2 * len(frequencies)
 
-    def channel(turns):  # where a wavelength fits `turns` times in the original context
-        return size * math.log(_original(cfg) / (turns * 2 * math.pi)) / (2 * math.log(r.theta))
+    def find_channel(turns):  # where a wavelength fits `turns` times in the original context
+        ratio = _original_context(cfg) / (turns * 2 * math.pi)
+        return size * math.log(ratio) / (2 * math.log(r.theta))
 
-    low, high = max(math.floor(channel(32)), 0), min(math.ceil(channel(1)), size - 1)
-    ramp = np.clip((np.arange(len(rates)) - low) / max(high - low, 1e-3), 0, 1)
-    return rates * (1 - ramp) + rates / r.factor * ramp, 0.1 * math.log(r.factor) + 1
+    low, high = max(math.floor(find_channel(32)), 0), min(math.ceil(find_channel(1)), size - 1)
+    ramp = np.clip((np.arange(len(frequencies)) - low) / max(high - low, 1e-3), 0, 1)
+    return frequencies * (1 - ramp) + frequencies / r.factor * ramp, 0.1 * math.log(r.factor) + 1
 
 
-def llama3(cfg: ModelConfig, rates: np.ndarray) -> Stretched:
-    """As YaRN without the loudness, and with a ramp in wavelengths between 1/4 and 1 of a context.
+def scale_llama3(cfg: ModelConfig, frequencies: np.ndarray) -> ScaledFrequencies:
+    """Scale as YaRN, without its attention factor, with a ramp at 1/4 to 1 context per turn.
 
     Source: the model code of Llama 3.1 (Dubey et al. 2024, arXiv:2407.21783).
     """
-    turns = _original(cfg) * rates / (2 * math.pi)  # of a channel in the original context
+    turns = _original_context(cfg) * frequencies / (2 * math.pi)  # in the original context
     ramp = np.clip((turns - 1) / (4 - 1), 0, 1)
-    return rates / cfg.rope.factor * (1 - ramp) + rates * ramp, 1.0
+    return frequencies / cfg.rope.factor * (1 - ramp) + frequencies * ramp, 1.0
 
 
-def _original(cfg: ModelConfig) -> float:
+def _original_context(cfg: ModelConfig) -> float:
     return cfg.rope.original or cfg.context / cfg.rope.factor
 
 
-SCALINGS: dict[str, Callable[[ModelConfig, np.ndarray], Stretched]] = {
-    "none": unscaled,
-    "linear": linear,
-    "ntk": ntk,
-    "yarn": yarn,
-    "llama3": llama3,
+SCALINGS: dict[str, Callable[[ModelConfig, np.ndarray], ScaledFrequencies]] = {
+    "none": keep_unscaled,
+    "linear": scale_linear,
+    "ntk": scale_ntk,
+    "yarn": scale_yarn,
+    "llama3": scale_llama3,
 }
 
 
-# --- the schemes -----------------------------------------------------------------------------
+# --- the encodings ---------------------------------------------------------------------------
 
 
-class Position(nn.Module):
-    """No positions: the identity in all three places."""
+class PositionEncoding(nn.Module):
+    """No position encoding: the identity in all three places."""
 
-    PLACE: ClassVar[str] = ""  # what the layers must do: "rotation", "bias" or nothing
+    ATTENTION_HOOK: ClassVar[str] = ""  # what attention must apply: "rotation", "bias" or nothing
 
     cfg: ModelConfig
     direction: str = "causal"
 
-    def embed(self, x: jax.Array, position: jax.Array) -> jax.Array:
-        """x [B T D], position [B T] -> [B T D]."""
+    def embed(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        """Add to embeddings: x [B T D], positions [B T] -> [B T D]."""
         return x
 
-    def rotation(self, position: jax.Array) -> Partial | None:
-        """position [B T] -> what turns x [B T H K] of these tokens."""
+    def make_rotation(self, positions: jax.Array) -> Partial | None:
+        """Return the rotation of queries or keys [B T H K] at positions [B T], or None."""
         return None
 
-    def bias(self) -> Partial | None:
-        """(q at [B T], k at [B S]) -> float32 [B H T S]."""
+    def make_bias(self) -> Partial | None:
+        """Return the bias (q coords [B T], k coords [B S]) -> float32 [B H T S], or None."""
         return None
 
 
-class Sinusoidal(Position):
-    def embed(self, x, position):
-        return x + sinusoidal(position, self.cfg.width).astype(x.dtype)
+class Sinusoidal(PositionEncoding):
+    """Fixed sines and cosines, added to the embedding."""
+
+    def embed(self, x, positions):
+        return x + encode_sinusoidal(positions, self.cfg.width).astype(x.dtype)
 
 
-class Learned(Position):
+class Learned(PositionEncoding):
+    """A learned row per position, added to the embedding."""
+
     def setup(self):
-        self.table = weight(self, "table", "C>D", self.cfg.sizes, normal)
+        self.table = declare_param(self, "table", "C>D", self.cfg.sizes, normal)
 
-    def embed(self, x, position):
-        return x + self.table[position].astype(x.dtype)
+    def embed(self, x, positions):
+        return x + self.table[positions].astype(x.dtype)
 
 
-class Rope(Position):
-    PLACE = "rotation"
+class Rope(PositionEncoding):
+    """Rotary position embedding of queries and keys."""
 
-    def rotation(self, position):
+    ATTENTION_HOOK = "rotation"
+
+    def make_rotation(self, positions):
         size = round(self.cfg.sizes["K"] * self.cfg.rope.share)
-        rates = self.cfg.rope.theta ** (-np.arange(0, size, 2) / size)
-        rates, loudness = SCALINGS[self.cfg.rope.scaling](self.cfg, rates)
-        return Partial(rope, *sines(rates.astype(np.float32), loudness, position))
+        frequencies = self.cfg.rope.theta ** (-np.arange(0, size, 2) / size)
+        frequencies, attention_factor = SCALINGS[self.cfg.rope.scaling](self.cfg, frequencies)
+        sin_cos = compute_sin_cos(frequencies.astype(np.float32), attention_factor, positions)
+        return Partial(apply_rope, *sin_cos)
 
 
-class Alibi(Position):
-    PLACE = "bias"
+class Alibi(PositionEncoding):
+    """A bias on the attention logits, linear in the distance."""
 
-    def bias(self):
-        return Partial(alibi, slopes(self.cfg.heads))
+    ATTENTION_HOOK = "bias"
+
+    def make_bias(self):
+        return Partial(compute_alibi_bias, compute_alibi_slopes(self.cfg.heads))
 
 
-class T5(Position):
-    PLACE = "bias"
+class T5(PositionEncoding):
+    """A learned bias on the attention logits per bucket of distances."""
+
+    ATTENTION_HOOK = "bias"
 
     def setup(self):
-        self.table = weight(self, "table", "U>H", self.cfg.sizes, normal)
+        self.table = declare_param(self, "table", "U>H", self.cfg.sizes, normal)
 
-    def bias(self):
+    def make_bias(self):
         c = self.cfg
-        fixed = (c.position_buckets, c.position_reach, self.direction == "causal")
-        return Partial(Partial(t5, *fixed), self.table.astype(jnp.float32))
+        static_args = (c.position_buckets, c.position_reach, self.direction == "causal")
+        return Partial(Partial(compute_t5_bias, *static_args), self.table.astype(jnp.float32))
 
 
-POSITIONS = {
-    "none": Position,
+POSITION_ENCODINGS = {
+    "none": PositionEncoding,
     "sinusoidal": Sinusoidal,
     "learned": Learned,
     "rope": Rope,

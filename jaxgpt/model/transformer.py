@@ -1,12 +1,12 @@
-"""Transformers out of one block, their parameters, and the cache they decode with.
+"""Transformer families built from one block, their parameters and their decoding cache.
 
-    model = build(cfg)                       a Flax module: names and makes the parameters
+    model = build(cfg)                       a Flax module: names and creates the parameters
     params, letters = init_params(cfg, key)  plain pytrees of the same structure
-    hidden, cache = model.apply({"params": params}, tokens, at, cache)
+    hidden, cache = model.apply({"params": params}, tokens, coords, cache)
 
 Training, prefill and decoding are this one call; they differ in whether a cache is given. The
-vocabulary is not part of it: `logits` (sampling) and `objectives` (training) score the hidden
-states, so that nobody holds [B T V] who does not need it.
+output projection is not part of it: `compute_logits` (sampling) and `objectives` (training) score
+the hidden states, so that [B T V] is allocated only where it is needed.
 """
 
 import functools
@@ -20,52 +20,58 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.dims import split, weight
-from jaxgpt.model.block import NORMED, REMATS, Dropout, Unit
-from jaxgpt.model.heads import HEADS, Classes, head
-from jaxgpt.model.layers import DTYPES, normal
+from jaxgpt.dims import declare_param, split
+from jaxgpt.model.block import REMAT_POLICIES, WIRINGS_WITHOUT_FINAL_NORM, Dropout, LayerGroup
+from jaxgpt.model.heads import HEADS, ClassifierHead, make_head
+from jaxgpt.model.layers import DTYPES, normal, prevent_cse
 from jaxgpt.model.masks import Coords
 from jaxgpt.model.mixers import MIXERS
 from jaxgpt.model.mixers.attention import Attention
-from jaxgpt.model.mixers.mixer import Sight, write
+from jaxgpt.model.mixers.mixer import LayerContext, update_slots
 from jaxgpt.model.norms import NORMS
-from jaxgpt.model.pipeline import pipeline, stages
-from jaxgpt.model.positions import POSITIONS
-from jaxgpt.sharding import constrain, is_one_cpu
+from jaxgpt.model.pipeline import count_stages, run_pipeline
+from jaxgpt.model.positions import POSITION_ENCODINGS
+from jaxgpt.sharding import constrain, get_platform, is_one_cpu
 
-FEW = 8  # repeats; see `unrolled`
+# Layer groups; see `count_unrolled`. 16 layers of Llama 3.2 1B compile in 29 s on an H200.
+MAX_UNROLLED_LAYERS, MAX_UNROLLED_LAYERS_ON_GPU = 8, 48
 
 
-class Source(NamedTuple):
-    """What an encoder-decoder reads before it writes."""
+class EncoderInput(NamedTuple):
+    """The source sequence of an encoder-decoder."""
 
     tokens: jax.Array  # int32 [B S]
-    at: Coords  # [B S]
+    coords: Coords  # [B S]
 
 
 @struct.dataclass
 class Cache:
-    """What was seen so far. Slots not yet written have document 0: nobody looks there."""
+    """Decoding cache. Empty slots have segment id 0, so that no query attends to them."""
 
-    states: tuple[dict[str, Any], ...]  # of each layer, its sites: written in place, one by one
-    at: Coords  # [B S] each
+    states: tuple[dict[str, Any], ...]  # per layer, by sublayer; each is updated in place
+    coords: Coords  # [B S] each
     cursor: jax.Array  # int32 [], the next free slot
-    memory_at: Coords | None = None  # of the source, [B S] each
+    memory_coords: Coords | None = None  # of the encoder input, [B S] each
 
 
-def unrolled(cfg: ModelConfig, repeats: int) -> int:
-    """How many repeats of the unit stand one by one in the program of a training step.
+def count_unrolled(cfg: ModelConfig, repeats: int) -> int:
+    """Return how many layer groups are unrolled per iteration of the loop in a training step.
 
-    A loop keeps what the backward pass needs in stacks. To fill them with zeros, write them and cut
-    them takes a CPU 3 to 9% of a step. More than a `FEW` would take long to compile, and without a
-    loop the compiler for CPUs undoes `model.remat`.
+    A loop stores the activations for the backward pass in stacked buffers. Zeroing, writing and
+    slicing them takes 3 to 9% of a step on a CPU, 9 to 12% on a GPU. More than
+    `MAX_UNROLLED_LAYERS` would take long to compile, and without a loop the CPU compiler undoes
+    `model.remat`.
     """
-    suits = is_one_cpu() and cfg.remat == "none" and repeats <= FEW
-    return cfg.unroll or (repeats if suits else 1)
+    if get_platform() == "gpu":
+        is_worthwhile = repeats <= MAX_UNROLLED_LAYERS_ON_GPU
+    else:
+        is_small = cfg.remat == "none" and repeats <= MAX_UNROLLED_LAYERS
+        is_worthwhile = is_one_cpu() and is_small
+    return cfg.unroll or (repeats if is_worthwhile else 1)
 
 
 class Stack(nn.Module):
-    """Embedded tokens in, hidden states out."""
+    """Map embedded tokens to hidden states."""
 
     cfg: ModelConfig
     direction: str = "causal"
@@ -75,55 +81,55 @@ class Stack(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        at: Coords,
+        coords: Coords,
         cache: Cache | None = None,
         memory: jax.Array | None = None,
-        memory_at: Coords | None = None,
+        memory_coords: Coords | None = None,
     ):
-        """x [B T D], at [B T], memory [B S D] of a source -> (hidden [B T D], cache)."""
+        """x [B T D], coords [B T], memory [B S D] of the encoder -> (hidden [B T D], cache)."""
         c = self.cfg
-        place = POSITIONS[c.position](c, self.direction, name="position")
+        encoding = POSITION_ENCODINGS[c.position](c, self.direction, name="position")
         if c.embed_scale:
             x = x * c.width**0.5
-        x = place.embed(x, at.position)
+        x = encoding.embed(x, coords.positions)
         if c.embed_norm:
             x = NORMS[c.norm](c, name="embed_norm")(x)
         x = constrain(Dropout(c.dropout)(x), "BTD")
-        k_at, cursor = at, None
+        k_coords, cursor = coords, None
         if cache is not None:
-            k_at, cursor = write(cache.at, at, cache.cursor), cache.cursor
-            memory_at = cache.memory_at if memory is None else memory_at
-        rotate, bias = place.rotation(at.position), place.bias()
-        sight = Sight(at, k_at, rotate, bias, cursor, memory, memory_at)
-        x, states = self.blocks(x, None if cache is None else cache.states, sight)
-        if c.wiring not in NORMED:
+            k_coords, cursor = update_slots(cache.coords, coords, cache.cursor), cache.cursor
+            memory_coords = cache.memory_coords if memory is None else memory_coords
+        rotate, bias = encoding.make_rotation(coords.positions), encoding.make_bias()
+        layer_context = LayerContext(coords, k_coords, rotate, bias, cursor, memory, memory_coords)
+        x, states = self.apply_layers(x, None if cache is None else cache.states, layer_context)
+        if c.wiring not in WIRINGS_WITHOUT_FINAL_NORM:
             x = NORMS[c.norm](c, name="norm")(x)
         if cache is not None and states is not None:
-            cache = Cache(states, k_at, cache.cursor + x.shape[1], memory_at)
+            cache = Cache(states, k_coords, cache.cursor + x.shape[1], memory_coords)
         return x, cache
 
-    def blocks(self, x: jax.Array, states: tuple | None, sight: Sight):
-        """All layers: one compiled unit whatever the depth, its parameters stacked along L."""
+    def apply_layers(self, x: jax.Array, states: tuple | None, layer_context: LayerContext):
+        """Apply all layers as a scan over one compiled group, with parameters stacked along L."""
         c = self.cfg
-        repeats = (self.layers or c.layers) // len(c.unit)
+        repeats = (self.layers or c.layers) // len(c.layer_cycle)
         if states is not None and x.shape[1] == 1:
-            return self.one_by_one(x, states, sight)
-        # Making parameters and reading prompts have no backward pass, so a loop costs them nothing.
-        is_pass = states is None and not self.is_initializing()
-        count = unrolled(c, repeats) if is_pass else 1
-        unit = REMATS[c.remat](Unit, prevent_cse=count == repeats)
-        if is_pass and stages(repeats) > 1:
+            return self.decode_blocks(x, states, layer_context)
+        # Initialization and prefill have no backward pass, so a loop costs them nothing.
+        is_training = states is None and not self.is_initializing()
+        count = count_unrolled(c, repeats) if is_training else 1
+        group = REMAT_POLICIES[c.remat](LayerGroup, prevent_cse=count == repeats)
+        if is_training and count_stages(repeats) > 1:
             key = self.make_rng("dropout") if self.has_rng("dropout") else None
 
-            def layer(params, x, sight, number):
+            def layer(params, x, layer_context, number):
                 rngs = {} if key is None else {"dropout": jax.random.fold_in(key, number)}
-                one = unit(c, self.direction, parent=None)
-                return one.apply({"params": params}, x, None, sight, rngs=rngs)[0]
+                module = group(c, self.direction, parent=None)
+                return module.apply({"params": params}, x, None, layer_context, rngs=rngs)[0]
 
             params = self.variables["params"]["layers"]
-            return pipeline(layer, params, x, sight, stages(repeats)), None
+            return run_pipeline(layer, params, x, layer_context, count_stages(repeats)), None
         scanned = nn.scan(
-            unit,
+            group,
             variable_axes={"params": 0, "losses": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast),
@@ -131,104 +137,110 @@ class Stack(nn.Module):
             unroll=count,
             metadata_params={"letter": "L"},
         )
-        stacked = states and _stacked(states, len(c.unit))
-        x, stacked = scanned(c, self.direction, name="layers")(x, stacked, sight)
-        return x, stacked and _apart(stacked)
+        stacked = states and _stack_states(states, len(c.layer_cycle))
+        # 4 to 11% of a step on a GPU, and a third of its memory; the CPU compiler ignores it.
+        with prevent_cse(is_training and count == repeats and get_platform() == "gpu"):
+            x, stacked = scanned(c, self.direction, name="layers")(x, stacked, layer_context)
+        return x, stacked and _unstack_states(stacked)
 
-    def one_by_one(self, x: jax.Array, states: tuple, sight: Sight):
-        """As `blocks`, for one token: a scan would copy a layer's weights and state to use them."""
-        unit: Any = Unit(self.cfg, self.direction, parent=None)
-        size, after = len(self.cfg.unit), ()
+    def decode_blocks(self, x: jax.Array, states: tuple, layer_context: LayerContext):
+        """As `apply_layers`, for one token: a scan would copy each layer's weights and state."""
+        group: Any = LayerGroup(self.cfg, self.direction, parent=None)
+        size, new_states = len(self.cfg.layer_cycle), ()
         layers = self.variables["params"]["layers"]
-        layers = layers if "0" in layers else _by_number(layers)
+        layers = layers if "0" in layers else _index_layers(layers)
         for n in range(len(layers)):
             state = states[n * size : (n + 1) * size]
-            x, new = unit.apply({"params": layers[str(n)]}, x, state, sight)
-            after += new
-        return x, after
+            x, new = group.apply({"params": layers[str(n)]}, x, state, layer_context)
+            new_states += new
+        return x, new_states
 
 
-def _layers(stacked) -> tuple:
-    """Of leaves [L ...], each of the L."""
+def _split_layers(stacked) -> tuple:
+    """Split leaves [L ...] into a tuple of L trees."""
     leaves, tree = jax.tree.flatten(stacked)
-    return tuple(jax.tree.unflatten(tree, one) for one in zip(*leaves, strict=True))
+    return tuple(jax.tree.unflatten(tree, layer) for layer in zip(*leaves, strict=True))
 
 
-def _by_number(stacked) -> dict:
-    """The layers as "0", "1", ...: jax sorts the keys of a dict, "10" before "2"."""
-    return {str(n): layer for n, layer in enumerate(_layers(stacked))}
+def _index_layers(stacked) -> dict:
+    """Return the layers by key "0", "1", ...: JAX sorts the keys of a dict, "10" before "2"."""
+    return {str(n): layer for n, layer in enumerate(_split_layers(stacked))}
 
 
 @jax.jit
-def layer_by_layer(params):
-    """Parameters for decoding: stack/layers/0, 1, ... in place of leaves [L ...], from which every
-    token would copy each layer's."""
+def unstack_layers(params):
+    """Return parameters for decoding: stack/layers/0, 1, ... in place of leaves [L ...].
+
+    From stacked leaves, every token would copy the parameters of each layer.
+    """
     stack = params["stack"]
-    return params | {"stack": stack | {"layers": _by_number(stack["layers"])}}
+    return params | {"stack": stack | {"layers": _index_layers(stack["layers"])}}
 
 
-def _stacked(states: tuple, size: int) -> tuple:
-    """States of all layers -> of the blocks of a unit of so many, their leaves [L ...]."""
-    return tuple(jax.tree.map(lambda *one: jnp.stack(one), *states[i::size]) for i in range(size))
+def _stack_states(states: tuple, size: int) -> tuple:
+    """Stack the states of all layers: per block of a group of `size`, with leaves [L ...]."""
+    return tuple(
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *states[i::size]) for i in range(size)
+    )
 
 
-def _apart(stacked: tuple) -> tuple:
-    """Undoes `_stacked`."""
-    return tuple(block for unit in _layers(stacked) for block in unit)
+def _unstack_states(stacked: tuple) -> tuple:
+    """Invert `_stack_states`."""
+    return tuple(block for group in _split_layers(stacked) for block in group)
 
 
-class Table(nn.Module):
-    """A row of D numbers for every token."""
+class Embedding(nn.Module):
+    """Embedding table: one row [D] per token id."""
 
     cfg: ModelConfig
     letters: str = "V>D"
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:  # [B T] -> [B T D]
-        table = weight(self, "table", self.letters, self.cfg.sizes, normal)
-        # Gather the width before looking up, else the partitioner replicates the lookup.
+        table = declare_param(self, "table", self.letters, self.cfg.sizes, normal)
+        # All-gather the width before the lookup, else the partitioner replicates the lookup.
         table = constrain(table.astype(DTYPES[self.cfg.dtype]), f"{self.letters[0]}.")
         return constrain(table[tokens], "BTD")
 
 
 class Family(nn.Module):
-    """What all families have: tables that embed tokens and score them."""
+    """Base of all families: the embedding and, if untied, the output embedding."""
 
-    DIRECTIONS: ClassVar[tuple[str, ...]] = ("causal",)  # in which its stacks look
+    DIRECTIONS: ClassVar[tuple[str, ...]] = ("causal",)  # attention directions of its stacks
 
     cfg: ModelConfig
 
     def setup(self):
         c = self.cfg
-        self.embed = Table(c)
+        self.embed = Embedding(c)
         if not c.tie:
-            self.head = Table(c)
+            self.head = Embedding(c)
         if HEADS[c.head] is not None:
             self.transform = HEADS[c.head](c)
 
-    def out(self, tokens: jax.Array, hidden: jax.Array) -> jax.Array:
-        """Hidden states [B T D] as they are scored."""
+    def transform_hidden(self, tokens: jax.Array, hidden: jax.Array) -> jax.Array:
+        """Return the hidden states [B T D] that the head scores."""
         if not self.cfg.tie and self.is_initializing():
-            self.head(tokens[:, :1])  # the head is only declared here; see heads.head
+            self.head(tokens[:, :1])  # only creates its parameters; see heads.make_head
         return hidden if HEADS[self.cfg.head] is None else self.transform(hidden)
 
 
 class Decoder(Family):
-    """The GPT: every token sees itself and what came before in its document."""
+    """GPT: causal attention within each document."""
 
     def setup(self):
         super().setup()
         self.stack = Stack(self.cfg)
 
-    def __call__(self, tokens: jax.Array, at: Coords, cache: Cache | None = None):
-        """tokens int32 [B T], at [B T] -> (hidden [B T D] in the compute dtype, cache)."""
-        at.check(tokens)
-        hidden, cache = self.stack(self.embed(tokens), at, cache)
-        return self.out(tokens, hidden), cache
+    def __call__(self, tokens: jax.Array, coords: Coords, cache: Cache | None = None):
+        """tokens int32 [B T], coords [B T] -> (hidden [B T D] in the compute dtype, cache)."""
+        coords.check(tokens)
+        hidden, cache = self.stack(self.embed(tokens), coords, cache)
+        return self.transform_hidden(tokens, hidden), cache
 
 
 class Encoder(Family):
-    """BERT: every token sees its whole document."""
+    """BERT: bidirectional attention within each document."""
 
     DIRECTIONS = ("both",)
 
@@ -237,32 +249,32 @@ class Encoder(Family):
         c = self.cfg
         self.stack = Stack(c, "both")
         if c.types:
-            self.types = Table(c, "Y>D")
+            self.types = Embedding(c, "Y>D")
         if c.classes:
-            self.classes = Classes(c)
+            self.classes = ClassifierHead(c)
 
-    def encode(self, tokens: jax.Array, at: Coords, types: jax.Array | None = None):
-        """tokens, at, types [B T] -> hidden [B T D]. Without types, all are of kind 0."""
-        at.check(tokens)
+    def encode(self, tokens: jax.Array, coords: Coords, types: jax.Array | None = None):
+        """tokens, coords, types [B T] -> hidden [B T D]. Token types default to 0."""
+        coords.check(tokens)
         x = self.embed(tokens)
         if self.cfg.types:
             x = x + self.types(jnp.zeros_like(tokens) if types is None else types)
-        return self.stack(x, at)[0]
+        return self.stack(x, coords)[0]
 
-    def classify(self, tokens: jax.Array, at: Coords, types: jax.Array | None = None):
-        """-> scores of classes, float32 [B A], of rows that are one text each."""
-        return self.classes(self.encode(tokens, at, types))
+    def classify(self, tokens: jax.Array, coords: Coords, types: jax.Array | None = None):
+        """Return class logits, float32 [B A], of rows that hold one text each."""
+        return self.classes(self.encode(tokens, coords, types))
 
-    def __call__(self, tokens: jax.Array, at: Coords, types: jax.Array | None = None):
-        """-> (hidden [B T D], None)."""
-        hidden = self.encode(tokens, at, types)
+    def __call__(self, tokens: jax.Array, coords: Coords, types: jax.Array | None = None):
+        """Return (hidden [B T D], None)."""
+        hidden = self.encode(tokens, coords, types)
         if self.cfg.classes and self.is_initializing():
             self.classes(hidden)
-        return self.out(tokens, hidden), None
+        return self.transform_hidden(tokens, hidden), None
 
 
 class EncoderDecoder(Family):
-    """The original Transformer, T5, BART: a decoder that also sees what an encoder made."""
+    """The original Transformer, T5, BART: a decoder with cross-attention to an encoder."""
 
     DIRECTIONS = ("both", "causal")
 
@@ -274,48 +286,50 @@ class EncoderDecoder(Family):
     def __call__(
         self,
         tokens: jax.Array,
-        at: Coords,
+        coords: Coords,
         cache: Cache | None = None,
-        source: Source | None = None,
+        source: EncoderInput | None = None,
     ):
-        """tokens, at [B T] -> (hidden [B T D], cache).
+        """tokens, coords [B T] -> (hidden [B T D], cache).
 
-        The source is read once: a cache keeps what the decoder needs of it.
+        The source is encoded once: a cache keeps its cross-attention keys and values.
         """
-        at.check(tokens)
+        coords.check(tokens)
         if source is None and self.is_initializing():
-            source = Source(tokens, at)
-        memory, memory_at = None, None
+            source = EncoderInput(tokens, coords)
+        memory, memory_coords = None, None
         if source is not None:
-            memory_at = source.at.check(source.tokens)
-            memory, _ = self.encoder(self.embed(source.tokens), memory_at)
+            memory_coords = source.coords.check(source.tokens)
+            memory, _ = self.encoder(self.embed(source.tokens), memory_coords)
         elif cache is None:
-            raise ValueError("an encoder_decoder needs a source, or a cache that has read one.")
-        hidden, cache = self.stack(self.embed(tokens), at, cache, memory, memory_at)
-        return self.out(tokens, hidden), cache
+            raise ValueError(
+                "an encoder_decoder needs a source, or a cache that was filled from one."
+            )
+        hidden, cache = self.stack(self.embed(tokens), coords, cache, memory, memory_coords)
+        return self.transform_hidden(tokens, hidden), cache
 
 
 FAMILIES = {"decoder": Decoder, "encoder": Encoder, "encoder_decoder": EncoderDecoder}
 
 
 def build(cfg: ModelConfig) -> Any:
-    """The module of a config. It holds no arrays: parameters are passed to `apply`."""
+    """Return the module of a config. It holds no arrays: parameters are passed to `apply`."""
     return FAMILIES[cfg.family](cfg)
 
 
-def logits(cfg: ModelConfig, params, hidden: jax.Array) -> jax.Array:
-    """hidden [... D] -> float32 [... V]."""
-    return head(cfg, params)(hidden)
+def compute_logits(cfg: ModelConfig, params, hidden: jax.Array) -> jax.Array:
+    """Return the logits, float32 [... V], of hidden states [... D]."""
+    return make_head(cfg, params)(hidden)
 
 
 def _init(cfg: ModelConfig, key: jax.Array):
-    one = jnp.zeros((1, 1), jnp.int32)
-    prefix = one if "prefix" in cfg.pattern else None
-    return build(cfg).init({"params": key}, one, Coords(one, one + 1, prefix))["params"]
+    token = jnp.zeros((1, 1), jnp.int32)
+    prefix = token if "prefix" in cfg.pattern else None
+    return build(cfg).init({"params": key}, token, Coords(token, token + 1, prefix))["params"]
 
 
 def init_params(cfg: ModelConfig, key: jax.Array) -> tuple:
-    """Fresh float32 parameters and, in a tree of the same structure, their letters."""
+    """Return initial float32 parameters and, in a tree of the same structure, their letters."""
     return split(_init(cfg, key))
 
 
@@ -325,8 +339,8 @@ def abstract_params(cfg: ModelConfig) -> tuple:
     return split(jax.eval_shape(lambda key: _init(cfg, key), jax.random.key(0)))
 
 
-# The first of these words in a parameter's path says which part it belongs to.
-PARTS = {
+# Component of the model by the first of these keys in a parameter's path.
+COMPONENTS = {
     "position": "position",
     "types": "position",
     "head": "head",
@@ -339,37 +353,38 @@ PARTS = {
 }
 
 
-def part_of(path) -> str:
-    """The part of the model that a path in the tree of parameters leads to."""
-    words = [key.key for key in path]
-    return next((PARTS[word] for word in words if word in PARTS), "norms")
+def find_component(path) -> str:
+    """Return the component of the model that a path in the parameter tree belongs to."""
+    keys = [key.key for key in path]
+    return next((COMPONENTS[key] for key in keys if key in COMPONENTS), "norms")
 
 
 def count_params(cfg: ModelConfig) -> dict[str, int]:
-    """Number of parameters by part, and their "total". Nothing is allocated."""
+    """Return the number of parameters by component, and in "total". Nothing is allocated."""
     shapes, _ = abstract_params(cfg)
     names = ("embedding", "position", "attention", "feedforward", "norms", "head")
     count = dict.fromkeys(names, 0)
     for path, x in jax.tree.leaves_with_path(shapes):
-        count[part_of(path)] += math.prod(x.shape)
+        count[find_component(path)] += math.prod(x.shape)
     return count | {"total": sum(count.values())}
 
 
 def init_cache(cfg: ModelConfig, batch: int, slots: int, source: int = 0) -> Cache:
-    """An empty cache for `batch` rows of up to `slots` tokens, and `source` tokens of a source."""
+    """Return an empty cache for `batch` rows of `slots` tokens, with `source` encoder tokens."""
     chex.assert_scalar_positive(batch)
     chex.assert_scalar_positive(slots)
 
-    def state(mixer: str):
-        cross = {"cross": Attention.state(cfg, batch, source)} if source else {}
-        return {"mixer": MIXERS[mixer].state(cfg, batch, slots)} | cross
+    def init_layer(mixer: str):
+        cross = {"cross": Attention.init_state(cfg, batch, source)} if source else {}
+        return {"mixer": MIXERS[mixer].init_state(cfg, batch, slots)} | cross
 
-    nowhere = jnp.zeros((batch, slots), jnp.int32)
-    prefix = nowhere if "prefix" in cfg.pattern else None
-    beyond = jnp.zeros((batch, source), jnp.int32)
+    no_tokens = jnp.zeros((batch, slots), jnp.int32)
+    prefix = no_tokens if "prefix" in cfg.pattern else None
+    no_source = jnp.zeros((batch, source), jnp.int32)
+    repeats = cfg.layers // len(cfg.layer_cycle)
     return Cache(
-        states=tuple(state(mixer) for mixer, _ in cfg.unit * (cfg.layers // len(cfg.unit))),
-        at=Coords(nowhere, nowhere, prefix),
+        states=tuple(init_layer(mixer) for mixer, _ in cfg.layer_cycle * repeats),
+        coords=Coords(no_tokens, no_tokens, prefix),
         cursor=jnp.int32(0),
-        memory_at=Coords(beyond, beyond) if source else None,
+        memory_coords=Coords(no_source, no_source) if source else None,
     )

@@ -1,4 +1,4 @@
-"""Training: the state, the pure step, and the loop around it that has all the side effects."""
+"""Training: the state, the pure step, and the loop around it with all the side effects."""
 
 from jaxgpt.trainer.checkpoint import Progress, load_run, read_config
 from jaxgpt.trainer.loop import DivergedError, evaluate, train

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard, the loss curve, and lines for people."""
+"""Logging: metrics.jsonl, TensorBoard, plots, and console output."""
 
 import json
 import os
@@ -13,17 +13,17 @@ from jaxgpt.optional import is_installed
 
 
 class MetricsFile:
-    """Numbers for machines: one JSON object a line, and the same in TensorBoard.
+    """Metrics in metrics.jsonl, one JSON object per line, and in TensorBoard.
 
-    A run that resumes at step s forgets what it had written about later steps, so that every
-    step stands in the file once. Of several processes the first one writes.
+    A run that resumes at step s drops the records of later steps, so that every step is in the
+    file once. Only process 0 writes.
     """
 
-    @hosts.once
+    @hosts.run_on_first
     def __init__(self, run_folder: str, step: int):
         self.path = os.path.join(run_folder, "metrics.jsonl")
-        kept = [line for line in _lines(self.path) if _step_of(line) <= step]
-        write_whole(self.path, "".join(kept))
+        kept = [line for line in _read_lines(self.path) if _parse_step(line) <= step]
+        write_text_atomically(self.path, "".join(kept))
         self._file = open(self.path, "a", buffering=1)  # noqa: SIM115
         self._board = None
         if is_installed("tensorboardX"):
@@ -32,49 +32,49 @@ class MetricsFile:
             board = os.path.join(run_folder, "tensorboard")
             self._board = SummaryWriter(board, purge_step=step + 1 if step else None)
 
-    @hosts.once
+    @hosts.run_on_first
     def write(self, kind: str, step: int, values: Mapping[str, float]):
-        """kind: "train" or "eval"; the figures carry their unit in their name."""
-        record = {"kind": kind, "step": step} | {k: _short(v) for k, v in values.items()}
+        """Write the metrics of a step. kind: "train" or "eval"; units are in the names."""
+        record = {"kind": kind, "step": step} | {k: _round_value(v) for k, v in values.items()}
         self._file.write(json.dumps(record) + "\n")
         if self._board is None:
             return
         for name, value in values.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
 
-    @hosts.once
+    @hosts.run_on_first
     def close(self):
         self._file.close()
         if self._board:
             self._board.close()
 
 
-def _lines(path: str) -> list[str]:
+def _read_lines(path: str) -> list[str]:
     if not os.path.exists(path):
         return []
     with open(path) as file:
-        return [line for line in file if line.endswith("\n")]  # a kill can cut the last one
+        return [line for line in file if line.endswith("\n")]  # a kill can truncate the last one
 
 
-def _step_of(line: str) -> float:
+def _parse_step(line: str) -> float:
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError):
         return float("inf")
 
 
-def _short(value: float) -> float | int:
+def _round_value(value: float) -> float | int:
     return value if isinstance(value, int) else float(f"{value:.6g}")
 
 
 def read_metrics(run_folder: str) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl, in order."""
-    return [json.loads(line) for line in _lines(os.path.join(run_folder, "metrics.jsonl"))]
+    """Return the records of metrics.jsonl, in order."""
+    return [json.loads(line) for line in _read_lines(os.path.join(run_folder, "metrics.jsonl"))]
 
 
-@hosts.once
-def write_whole(path: str, text: str):
-    """Writes a file, and its folder, so that it is there whole or not at all."""
+@hosts.run_on_first
+def write_text_atomically(path: str, text: str):
+    """Write a file atomically, and create its folder."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = f"{path}.tmp"
     with open(temporary, "w", encoding="utf-8") as file:
@@ -82,20 +82,25 @@ def write_whole(path: str, text: str):
     os.replace(temporary, path)
 
 
-@hosts.once
+@hosts.run_on_first
 def plot_curves(run_folder: str, title: str, unit: str = "token"):
-    """Draws plots/loss.png, and plots/accuracy.png of what classifies texts, from metrics.jsonl:
-    training and held out over the steps."""
+    """Plot training and held-out metrics over the steps, from metrics.jsonl.
+
+    Writes plots/loss.png, and for text classification plots/accuracy.png; nothing without
+    matplotlib.
+    """
     if not is_installed("matplotlib"):
         return
     records = read_metrics(run_folder)
-    _plot(records, run_folder, title, "loss", ("nats", "loss"), f"loss (nats per {unit})")
+    _plot_metric(records, run_folder, title, "loss", ("nats", "loss"), f"loss (nats per {unit})")
     if unit == "text":
-        _plot(records, run_folder, title, "accuracy", ("accuracy", "accuracy"), "accuracy")
+        _plot_metric(records, run_folder, title, "accuracy", ("accuracy", "accuracy"), "accuracy")
 
 
-def _plot(records, run_folder: str, title: str, name: str, keys: tuple[str, str], what: str):
-    """One curve for training and one for what is held out."""
+def _plot_metric(
+    records, run_folder: str, title: str, name: str, keys: tuple[str, str], label: str
+):
+    """Plot one metric: a curve for training and one for held-out data."""
     from matplotlib.figure import Figure
 
     train = [(r["step"], r[keys[0]]) for r in records if r["kind"] == "train"]
@@ -109,16 +114,16 @@ def _plot(records, run_folder: str, title: str, name: str, keys: tuple[str, str]
         axes.annotate(
             f"{held[-1][1]:.3f}", held[-1], (0, 7), textcoords="offset points", ha="right"
         )
-    axes.set(xlabel="step", ylabel=what, title=title)
+    axes.set(xlabel="step", ylabel=label, title=title)
     axes.grid(alpha=0.3)
     if train or held:
         axes.legend(frameon=False)
-    _print(figure, run_folder, name)
+    _save_figure(figure, run_folder, name)
 
 
-@hosts.once
+@hosts.run_on_first
 def plot_confusion(run_folder: str, labels: Sequence[str], rows: Sequence[Sequence[int]]):
-    """Draws plots/confusion.png: how many texts of each class (rows) were taken for which."""
+    """Plot the confusion matrix, true classes in rows, in plots/confusion.png."""
     if not is_installed("matplotlib"):
         return
     from matplotlib.figure import Figure
@@ -127,18 +132,18 @@ def plot_confusion(run_folder: str, labels: Sequence[str], rows: Sequence[Sequen
                     layout="constrained")  # fmt: skip
     axes = figure.subplots()
     axes.imshow([[n / max(sum(row), 1) for n in row] for row in rows], cmap="Blues", vmin=0, vmax=1)
-    places = range(len(labels))
-    axes.set(xticks=places, yticks=places, xlabel="taken for", ylabel="class")
+    ticks = range(len(labels))
+    axes.set(xticks=ticks, yticks=ticks, xlabel="predicted class", ylabel="true class")
     axes.set_xticklabels(labels, rotation=45 if len(labels) > 4 else 0)
     axes.set_yticklabels(labels)
     for i, row in enumerate(rows):
         for j, n in enumerate(row):
-            dark = n > 0.5 * sum(row)
-            axes.text(j, i, f"{n:,}", ha="center", va="center", color="white" if dark else "black")
-    _print(figure, run_folder, "confusion")
+            color = "white" if n > 0.5 * sum(row) else "black"
+            axes.text(j, i, f"{n:,}", ha="center", va="center", color=color)
+    _save_figure(figure, run_folder, "confusion")
 
 
-def _print(figure, run_folder: str, name: str):
+def _save_figure(figure, run_folder: str, name: str):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     path = os.path.join(run_folder, "plots", f"{name}.png")
@@ -148,7 +153,7 @@ def _print(figure, run_folder: str, name: str):
 
 
 class Console:
-    """Lines for people: a progress bar on a terminal, plain lines elsewhere."""
+    """Console output: a progress bar on a terminal, plain lines elsewhere."""
 
     def __init__(self, steps: int, step: int, is_quiet: bool = False):
         self._steps, self._is_quiet = steps, is_quiet
@@ -157,7 +162,7 @@ class Console:
             layout = "{percentage:3.0f}%|{bar:10}| step {n_fmt}/{total_fmt}{postfix}"
             self._bar = tqdm(total=steps, initial=step, bar_format=layout, dynamic_ncols=True)
 
-    def say(self, text: str = ""):
+    def log(self, text: str = ""):
         if self._is_quiet:
             return
         if self._bar is None:
@@ -165,16 +170,16 @@ class Console:
         else:
             self._bar.write(text)
 
-    def step(self, step: int, values: Mapping[str, float]):
-        """values: loss and lr; tokens_per_second, mfu and eta_seconds where they are known."""
+    def log_step(self, step: int, values: Mapping[str, float]):
+        """Show a step's loss and lr; tokens_per_second, mfu and eta_seconds where known."""
         text = f"loss {values['loss']:.3f}  lr {values['lr']:.2e}"
         if "mfu" in values:
             text += (
                 f"  {values['tokens_per_second']:,.0f} tokens/s  MFU {values['mfu']:.0%}  "
-                f"ETA {duration(values['eta_seconds'])}"
+                f"ETA {format_duration(values['eta_seconds'])}"
             )
         if self._bar is None:
-            self.say(f"step {step:>{len(str(self._steps))}}/{self._steps}  {text}")
+            self.log(f"step {step:>{len(str(self._steps))}}/{self._steps}  {text}")
         else:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(step - self._bar.n)
@@ -184,11 +189,11 @@ class Console:
             self._bar.close()
 
 
-def duration(seconds: float) -> str:
-    """12s, 3m05s, 2h07m."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+def format_duration(seconds: float) -> str:
+    """Format a duration as 12s, 3m05s or 2h07m."""
+    total = round(seconds)
+    if total < 60:
+        return f"{total}s"
+    if total < 3600:
+        return f"{total // 60}m{total % 60:02d}s"
+    return f"{total // 3600}h{total % 3600 // 60:02d}m"

@@ -1,7 +1,7 @@
-"""The training loop: the one place with side effects (time, files, prints, signals).
+"""The training loop: the one place with side effects (time, files, output, signals).
 
-`open_run` builds everything from the config, or restores it; `train` turns the crank; the small
-functions between them are what happens every so many steps.
+`open_run` builds everything from the config, or restores it; `train` runs the steps; the small
+functions between them do what is due every so many steps.
 """
 
 import json
@@ -21,46 +21,45 @@ from jaxgpt import config as configs
 from jaxgpt import hosts
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.config import Config
-from jaxgpt.data import Batch, Corpus, prepare, read_ahead
+from jaxgpt.data import Batch, Corpus, prefetch_batches, prepare
 from jaxgpt.data.tasks import Task
-from jaxgpt.data.work import aloud
+from jaxgpt.data.work import print_line
 from jaxgpt.model import abstract_params, build, count_params
 from jaxgpt.objectives import Sums
 from jaxgpt.optimizer import build as build_optimizer
 from jaxgpt.optional import describe_missing
-from jaxgpt.predict import ask
-from jaxgpt.predict import check as check_prompt
+from jaxgpt.predict import check_prompts, predict
 from jaxgpt.settings import ConfigError
-from jaxgpt.sharding import check_fits, make_mesh, undivided
+from jaxgpt.sharding import check_fits, list_unsharded_dims, make_mesh
 from jaxgpt.trainer.checkpoint import (
     Checkpoints,
-    OtherShapesError,
     Progress,
+    ShapeMismatchError,
     latest_step,
     read_config,
 )
 from jaxgpt.trainer.logging import (
     Console,
     MetricsFile,
-    duration,
+    format_duration,
     plot_confusion,
     plot_curves,
-    write_whole,
+    write_text_atomically,
 )
-from jaxgpt.trainer.memory import keep_freed
+from jaxgpt.trainer.memory import retain_freed_memory
 from jaxgpt.trainer.speed import Clock, flops_per_token, peak_flops
 from jaxgpt.trainer.state import TrainState, abstract_state, make_state
 from jaxgpt.trainer.step import Metrics, make_eval_step, make_train_step
-from jaxgpt.trainer.stop import Stop, listen
+from jaxgpt.trainer.stop import StopSignal, make_stop_signal
 
 
 class DivergedError(RuntimeError):
-    """The loss is no longer a number."""
+    """The loss or the parameters are infinite or NaN."""
 
 
 @dataclass
 class Run:
-    """A run in progress: what was built from its config, and where it stands."""
+    """A run in progress: what was built from its config, its state and its progress."""
 
     cfg: Config
     mesh: jax.sharding.Mesh
@@ -73,114 +72,116 @@ class Run:
     saver: Checkpoints
     metrics: MetricsFile
     console: Console
-    peak: float  # FLOP/s of all devices
+    peak_flops: float  # FLOP/s of all devices
     clock: Clock = field(default_factory=Clock)
 
-    def place(self, batch: Batch) -> Batch:
-        """Puts a batch [B T], or this process's rows of it, on the devices."""
-        return hosts.place(batch, self.mesh, self.cfg.train.batch)
+    def place_batch(self, batch: Batch) -> Batch:
+        """Put a batch [B T], or this process's rows of it, on the devices."""
+        return hosts.place_batch(batch, self.mesh, self.cfg.train.batch)
 
 
 def train(cfg: Config, *, is_quiet: bool = False) -> Progress:
-    """Trains the model of `cfg`, or goes on training it, and returns where it got to.
+    """Train the model of `cfg`, or resume its training, and return the progress.
 
-    Everything it makes lies in `cfg.run_folder`. Called again with the same config after any kind
-    of stop, it continues bit for bit as if it had not stopped.
+    All output is in `cfg.run_folder`. Called again with the same config after any kind of stop,
+    it continues bit for bit as if it had not stopped.
 
     Raises:
-        ConfigError: the config, the data and the devices do not fit together, or the folder
-            holds a run that learned something else.
+        ConfigError: the config, the data and the devices are incompatible, or the folder holds
+            a run with other settings or data.
         DivergedError: the loss became infinite or NaN.
     """
-    keep_freed()
-    run = open_run(cfg, is_quiet or hosts.index() > 0)
+    retain_freed_memory()
+    run = open_run(cfg, is_quiet or hosts.process_index() > 0)
     progress = run.progress
     with closing(run.console), closing(run.metrics), closing(run.saver):
         if progress.is_done or progress.step >= cfg.train.steps:
-            run.console.say(f"This run is complete.{_invitation(cfg)}")
+            run.console.log(f"This run is complete.{_format_sample_hint(cfg)}")
             return progress
         with (
-            hosts.guarded(DivergedError),
+            hosts.abort_on_error(DivergedError),
             jax.set_mesh(run.mesh),
-            listen(progress.step) as stop,
+            make_stop_signal(progress.step) as stop,
         ):
-            loop(run, stop)
+            run_steps(run, stop)
             run.saver.wait()
-        run.console.say(_farewell(cfg, progress, stop.name))
+        run.console.log(_format_summary(cfg, progress, stop.name))
     return progress
 
 
-def loop(run: Run, stop: Stop):
-    """Steps until the end, an early stop or a signal."""
-    cfg, progress, every = run.cfg, run.progress, run.cfg.train
-    mine = hosts.rows(run.mesh, every.batch)
-    batches = read_ahead(run.task, progress.step, mine, cfg.data.prefetch)
-    due = None  # figures of an earlier step: fetched once the next step is under way
+def run_steps(run: Run, stop: StopSignal):
+    """Run training steps until the end, an early stop or a signal."""
+    cfg, progress, train_cfg = run.cfg, run.progress, run.cfg.train
+    local_rows = hosts.find_local_rows(run.mesh, train_cfg.batch)
+    batches = prefetch_batches(run.task, progress.step, local_rows, cfg.data.prefetch)
+    pending = None  # metrics of an earlier step, fetched once the next step has been dispatched
     first = progress.step + 1
     run.clock.start(progress.step)
     with closing(batches):
-        while progress.step < every.steps and not progress.is_done and not stop.name:
-            run.state, metrics = run.train_step(run.state, run.place(next(batches)))
+        while progress.step < train_cfg.steps and not progress.is_done and not stop.name:
+            run.state, metrics = run.train_step(run.state, run.place_batch(next(batches)))
             progress.step += 1
-            progress.tokens += run.task.tokens
-            step, is_last = progress.step, progress.step == every.steps
+            progress.tokens += run.task.tokens_per_batch
+            step, is_last = progress.step, progress.step == train_cfg.steps
             if step == first:
                 jax.block_until_ready(metrics)
-                run.console.say(
-                    f"compiled, and made one step, in {duration(run.clock.start(step))}"
+                run.console.log(
+                    f"compiled, and made one step, in {format_duration(run.clock.start(step))}"
                 )
-            if due:
-                log(run, *due)
-                due = None
-            if step % every.log_every == 0 or is_last:
-                due = (step, metrics)
+            if pending:
+                log_metrics(run, *pending)
+                pending = None
+            if step % train_cfg.log_every == 0 or is_last:
+                pending = (step, metrics)
 
-            is_eval = is_last or step % every.eval_every == 0
-            is_sample = is_last or (every.sample_every and step % every.sample_every == 0)
-            is_save = is_last or stop.reached(step) or step % every.save_every == 0
+            is_eval = is_last or step % train_cfg.eval_every == 0
+            is_sample = is_last or (train_cfg.sample_every and step % train_cfg.sample_every == 0)
+            is_save = is_last or stop.is_last_step(step) or step % train_cfg.save_every == 0
             if not (is_eval or is_sample or is_save):
                 continue
-            if due:
-                log(run, *due)
-                due = None
+            if pending:
+                log_metrics(run, *pending)
+                pending = None
             _check_finite(run, step, "loss", float(metrics.loss))
             progress.seconds += run.clock.pause()
             if is_eval:
-                look(run)
+                run_eval(run)
             if is_sample:
-                speak(run)
+                log_sample(run)
             if is_save or progress.is_done:
                 save(run)
             run.clock.start(step)
-    if due:
-        log(run, *due)
-    save(run)  # if a signal came while the loop was busy elsewhere
+    if pending:
+        log_metrics(run, *pending)
+    save(run)  # in case a signal arrived outside of the training step
 
 
-# --- what happens every so many steps --------------------------------------------------------
+# --- every so many steps ---------------------------------------------------------------------
 
 
-def log(run: Run, step: int, metrics: Metrics):
-    """Writes and shows the figures of a training step."""
+def log_metrics(run: Run, step: int, metrics: Metrics):
+    """Write and print the metrics of a training step."""
     values = {name: float(value) for name, value in metrics._asdict().items()}
     _check_finite(run, step, "loss", values["loss"])
     cfg, seconds = run.cfg, run.clock.seconds_per_step(step)
-    if seconds:  # not of the first step, which compiles
-        rate = run.task.tokens / seconds
+    if seconds:  # not known for the first step, which compiles
+        rate = run.task.tokens_per_batch / seconds
         values |= {
             "tokens_per_second": rate,
-            "mfu": rate * flops_per_token(cfg.model) / run.peak,
+            "mfu": rate * flops_per_token(cfg.model) / run.peak_flops,
             "eta_seconds": (cfg.train.steps - step) * seconds,
         }
     run.metrics.write("train", step, values)
-    run.console.step(step, values)
+    run.console.log_step(step, values)
 
 
-def look(run: Run):
-    """Evaluates on the held-out text, keeps the best model, and may end the run early."""
+def run_eval(run: Run):
+    """Evaluate on the held-out text, save the best model, and end the run early if it is due."""
     cfg, progress = run.cfg, run.progress
     lengths = run.corpus.tokenizer.lengths if cfg.objective.is_text else None
-    values = evaluate(run.eval_step, run.state.params, run.task.held(), lengths, run.place)
+    values = evaluate(
+        run.eval_step, run.state.params, run.task.make_eval_batches(), lengths, run.place_batch
+    )
     confusion = values.pop("confusion", None)
     _check_finite(run, progress.step, "held-out loss", values["loss"])
     run.metrics.write("eval", progress.step, values)
@@ -191,18 +192,19 @@ def look(run: Run):
     else:
         progress.stale += 1
         progress.is_done = bool(cfg.train.patience) and progress.stale >= cfg.train.patience
-    rank = "(best)" if is_best else f"(best {progress.best_loss:.4f})"
-    run.console.say(f"step {progress.step}  {_figures(values, cfg.objective.unit)}  {rank}")
-    plot_curves(cfg.run_folder, cfg.name, cfg.objective.unit)
+    best = "(best)" if is_best else f"(best {progress.best_loss:.4f})"
+    figures = _format_eval(values, cfg.objective.loss_unit)
+    run.console.log(f"step {progress.step}  {figures}  {best}")
+    plot_curves(cfg.run_folder, cfg.name, cfg.objective.loss_unit)
     if confusion is not None:
-        run.console.say(_table(confusion, run.task.labels))
-        kept = {"step": progress.step, "labels": run.task.labels, "rows": confusion}
-        write_whole(_in(cfg, "confusion.json"), json.dumps(kept) + "\n")
+        run.console.log(_format_confusion(confusion, run.task.labels))
+        record = {"step": progress.step, "labels": run.task.labels, "rows": confusion}
+        write_text_atomically(_join_run_path(cfg, "confusion.json"), json.dumps(record) + "\n")
         plot_confusion(cfg.run_folder, run.task.labels, confusion)
 
 
-def _figures(values: dict[str, float], unit: str) -> str:
-    """Those of an evaluation, for people."""
+def _format_eval(values: dict[str, float], unit: str) -> str:
+    """Format the metrics of an evaluation for the console."""
     text = f"held-out loss {values['loss']:.4f} nats/{unit}  "
     if unit == "text":
         return text + f"accuracy {values['accuracy']:.2%} of {values['tokens']:,} texts"
@@ -212,8 +214,8 @@ def _figures(values: dict[str, float], unit: str) -> str:
     return text + f"accuracy {values['accuracy']:.1%}"
 
 
-def _table(confusion: list[list[int]], labels: Sequence[str]) -> str:
-    """Which class (rows) was taken for which (columns)."""
+def _format_confusion(confusion: list[list[int]], labels: Sequence[str]) -> str:
+    """Format a confusion matrix: true classes in rows, predicted classes in columns."""
     names = [name[:12] for name in labels]
     wide = max(8, *(len(name) for name in names)) + 2
     head = " " * wide + "".join(f"{'-> ' + name:>{wide + 3}}" for name in names)
@@ -229,26 +231,27 @@ def evaluate(
     params,
     batches: Iterable[Batch],
     lengths: np.ndarray | None = None,
-    place: Callable[[Batch], Batch] = jax.device_put,
+    place_batch: Callable[[Batch], Batch] = jax.device_put,
 ) -> dict[str, Any]:
-    """Figures over held-out batches [B T].
+    """Compute the metrics of a model over held-out batches [B T].
 
     Args:
-        lengths: int32 [V], bytes of each token, to count bits per byte; None where targets are not
-            a text.
-        place: puts a batch on the devices.
+        lengths: int32 [V], bytes of each token, for bits per byte; None if targets are not text.
+        place_batch: puts a batch on the devices.
 
     Returns:
         loss (nats per token or text), perplexity, bits_per_byte (with lengths), accuracy, tokens
-        (or texts), and confusion (of classes: a row for each true one).
+        (or texts), and confusion (for classification: one row per true class).
     """
-    told, size = [], 0
+    batch_sums, total_bytes = [], 0
     for batch in batches:
-        told.append(eval_step(params, place(batch)))
+        batch_sums.append(eval_step(params, place_batch(batch)))
         if lengths is not None:
-            size += int(lengths[batch.targets][batch.weights > 0].sum())
-    # In float64, since a float32 stops counting at 2**24 tokens.
-    sums = jax.tree.map(lambda *x: np.sum(np.array(x, np.float64), axis=0), *hosts.fetch(told))
+            total_bytes += int(lengths[batch.targets][batch.weights > 0].sum())
+    # In float64: float32 cannot count beyond 2**24 tokens.
+    sums = jax.tree.map(
+        lambda *x: np.sum(np.array(x, np.float64), axis=0), *hosts.fetch(batch_sums)
+    )
     weight = max(float(sums.weight), 1.0)
     nats = float(sums.nats) / weight
     values = {
@@ -258,93 +261,95 @@ def evaluate(
         "tokens": int(weight),
     }
     if lengths is not None:
-        values["bits_per_byte"] = float(sums.nats) / math.log(2) / max(size, 1)
+        values["bits_per_byte"] = float(sums.nats) / math.log(2) / max(total_bytes, 1)
     if sums.confusion is not None:
         values["confusion"] = sums.confusion.astype(int).tolist()
     return values
 
 
-def speak(run: Run):
-    """Shows what the model would say now, and keeps it in samples/."""
+def log_sample(run: Run):
+    """Generate a sample from the current model, print it, and save it in samples/."""
     cfg, prompt = run.cfg, run.cfg.sample.prompt
-    if not _is_asked(cfg):
+    if not _can_sample(cfg):
         return
     is_continued = cfg.model.family == "decoder"
-    answer = ask(cfg, run.state.params, run.corpus.tokenizer, [prompt], run.task.labels)
+    answer = predict(cfg, run.state.params, run.corpus.tokenizer, [prompt], run.task.labels)
     text = prompt + ("" if is_continued else "\n") + "".join(piece for (piece,) in answer)
     folder = os.path.join(cfg.run_folder, "samples")
-    write_whole(os.path.join(folder, f"step_{run.progress.step:06d}.txt"), text)
+    write_text_atomically(os.path.join(folder, f"step_{run.progress.step:06d}.txt"), text)
     title = f"--- sample at step {run.progress.step} "
-    run.console.say(f"{title:-<72}\n{text}\n{'':-<72}")
+    run.console.log(f"{title:-<72}\n{text}\n{'':-<72}")
 
 
-def _is_asked(cfg: Config) -> bool:
-    """Only a decoder has something to say to an empty prompt."""
+def _can_sample(cfg: Config) -> bool:
+    """Return whether the run can sample: only a decoder can with an empty prompt."""
     return bool(cfg.sample.prompt) or cfg.model.family == "decoder"
 
 
-_norm = jax.jit(optax.tree.norm)
+_compute_norm = jax.jit(optax.tree.norm)
 
 
 def save(run: Run):
-    """Begins to save all that the run needs to go on."""
-    norm = float(_norm(run.state.params))  # the loss is of the parameters before
+    """Start saving a checkpoint, after a check that the parameters are finite."""
+    norm = float(_compute_norm(run.state.params))  # the loss is that of the parameters before
     _check_finite(run, run.progress.step, "norm of the parameters", norm)
     run.saver.save(run.state, run.progress)
 
 
-def _check_finite(run: Run, step: int, what: str, value: float):
+def _check_finite(run: Run, step: int, quantity: str, value: float):
     if math.isfinite(value):
         return
-    last, how = run.saver.latest_step(), run.cfg.optimizer
-    rest = f"the last checkpoint is of step {last}" if last else "there is no checkpoint yet"
-    clip = f"clip harder than optimizer.clip={how.clip}" if how.clip else "set optimizer.clip=1"
+    last, cfg = run.saver.latest_step(), run.cfg.optimizer
+    checkpoint = f"the last checkpoint is of step {last}" if last else "there is no checkpoint yet"
+    clip = f"clip harder than optimizer.clip={cfg.clip}" if cfg.clip else "set optimizer.clip=1"
     raise DivergedError(
-        f"the {what} is {value} at step {step} ({rest}): lower optimizer.lr={how.lr}, "
-        f"lengthen optimizer.warmup={how.warmup}, or {clip}."
+        f"the {quantity} is {value} at step {step} ({checkpoint}): lower optimizer.lr={cfg.lr}, "
+        f"lengthen optimizer.warmup={cfg.warmup}, or {clip}."
     )
 
 
-# --- beginning and ending --------------------------------------------------------------------
+# --- start and end of a run ------------------------------------------------------------------
 
 
-class Material(NamedTuple):
-    """What a run is made of, once it is known that its parts fit together."""
+class RunInputs(NamedTuple):
+    """The inputs of a run, checked to be compatible with each other."""
 
     mesh: jax.sharding.Mesh
     corpus: Corpus
     task: Task
-    resumes: int | None  # from the checkpoint of this step
+    resume_step: int | None  # of the checkpoint to restore
 
 
-# What a run goes without where an optional package is missing.
+# What is disabled if an optional package is missing.
 OPTIONAL_USES = {
     "matplotlib": "plots/*.png",
     "tensorboardX": "tensorboard/",
-    "grain": "batches made ahead of time",
+    "grain": "prefetching",
 }
 
 
 def open_run(cfg: Config, is_quiet: bool = False) -> Run:
-    """Builds everything that `cfg` describes, or restores it from the run's folder."""
-    hosts.agree({key: configs.get(cfg, key) for key in configs.flat_fields(Config)})
-    mesh, corpus, task, resumes = hosts.together(lambda: _gather(cfg, is_quiet))
-    hosts.agree({"text": corpus.fingerprint, f"latest checkpoint in {cfg.run_folder}": resumes})
+    """Build everything that `cfg` describes, or restore it from the run folder."""
+    hosts.check_equal({key: configs.get(cfg, key) for key in configs.list_fields(Config)})
+    mesh, corpus, task, resume_step = hosts.run_on_all(lambda: _prepare_inputs(cfg, is_quiet))
+    hosts.check_equal(
+        {"text": corpus.fingerprint, f"latest checkpoint in {cfg.run_folder}": resume_step}
+    )
 
     saver = Checkpoints(cfg.run_folder, cfg.train.keep)
     _, letters = abstract_params(cfg.model)
     optimizer, schedule = build_optimizer(cfg.optimizer, cfg.train.steps, letters)
     abstract = abstract_state(cfg.model, optimizer, cfg.seed, mesh)
-    if resumes is None:
+    if resume_step is None:
         state = make_state(cfg.model, optimizer, cfg.seed, abstract)
         progress = Progress(data=corpus.fingerprint)
-        saver.forget_best()  # of a run that was killed before its first checkpoint
+        saver.delete_best()  # of a run that was killed before its first checkpoint
     else:
-        state, progress = hosts.together(lambda: _restore(cfg, corpus, saver, abstract))
-    _write_facts(cfg, corpus, task, is_new=resumes is None)
+        state, progress = hosts.run_on_all(lambda: _restore(cfg, corpus, saver, abstract))
+    _write_run_files(cfg, corpus, task, is_new=resume_step is None)
 
     model = build(cfg.model)
-    where = jax.tree.map(lambda x: x.sharding, abstract)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
     train_step = make_train_step(cfg, model, optimizer, schedule)
     peak, peak_source = peak_flops(mesh.local_devices)
     run = Run(
@@ -354,40 +359,42 @@ def open_run(cfg: Config, is_quiet: bool = False) -> Run:
         task=task,
         state=state,
         progress=progress,
-        train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(where, None)),
+        train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)),
         eval_step=jax.jit(make_eval_step(cfg, model)),
         saver=saver,
         metrics=MetricsFile(cfg.run_folder, progress.step),
         console=Console(cfg.train.steps, progress.step, is_quiet),
-        peak=peak * hosts.count(),
+        peak_flops=peak * hosts.process_count(),
     )
-    run.console.say(_introduction(run, peak_source))
+    run.console.log(_format_header(run, peak_source))
     if missing := describe_missing(OPTIONAL_USES):
-        run.console.say(missing)
+        run.console.log(missing)
     return run
 
 
-def _gather(cfg: Config, is_quiet: bool) -> Material:
-    """All that can be refused before the first array is made."""
+def _prepare_inputs(cfg: Config, is_quiet: bool) -> RunInputs:
+    """Load and check all inputs of a run, before the first array is created."""
     mesh = make_mesh(cfg.mesh)
     check_fits(cfg, mesh)
-    resumes = latest_step(os.path.join(cfg.run_folder, "checkpoints"))
-    if resumes is not None:
+    resume_step = latest_step(os.path.join(cfg.run_folder, "checkpoints"))
+    if resume_step is not None:
         _check_same_config(cfg)
-    if not is_quiet:  # the first reading of a large text takes a while
-        aloud(f"reading {cfg.data.source}, and tokenizing what is not in {cfg.data.cache}")
-    known = None if resumes is None else tokenizers.load(_in(cfg, "tokenizer.json"))
+    if not is_quiet:  # the first pass over a large text takes a while
+        print_line(f"reading {cfg.data.source}, and tokenizing what is not in {cfg.data.cache}")
+    tokenizer = (
+        None if resume_step is None else tokenizers.load(_join_run_path(cfg, "tokenizer.json"))
+    )
     corpus = prepare(
         cfg.data,
-        cfg.model.vocab - cfg.objective.task.reserved(cfg),
-        tokenizer=known,
+        cfg.model.vocab - cfg.objective.task.count_mask_tokens(cfg),
+        tokenizer=tokenizer,
         is_paired=cfg.objective.task.IS_PAIRED,
-        say=(lambda line: None) if is_quiet else aloud,
+        log=(lambda line: None) if is_quiet else print_line,
     )
     task = cfg.objective.task(cfg, corpus)
-    if _is_asked(cfg):
-        check_prompt(cfg, corpus.tokenizer, [cfg.sample.prompt])
-    return Material(mesh, corpus, task, resumes)
+    if _can_sample(cfg):
+        check_prompts(cfg, corpus.tokenizer, [cfg.sample.prompt])
+    return RunInputs(mesh, corpus, task, resume_step)
 
 
 def _restore(
@@ -395,92 +402,93 @@ def _restore(
 ) -> tuple[TrainState, Progress]:
     try:
         state, progress = saver.restore(abstract)
-    except OtherShapesError as error:
-        changed = "\n  ".join(configs.differences(read_config(cfg.run_folder), cfg))
+    except ShapeMismatchError as error:
+        changed = "\n  ".join(configs.list_differences(read_config(cfg.run_folder), cfg))
         raise ConfigError(
-            f"{error}\nSettings that differ from the run's:\n  {changed}\nresume=force goes on "
-            "only where the parameters and the optimizer keep their shapes: give the new run its "
+            f"{error}\nSettings that differ from the run's:\n  {changed}\nresume=force works only "
+            "if the parameters and the optimizer state keep their shapes: give the new run its "
             "own name=..."
         ) from None
     if progress.data != corpus.fingerprint and cfg.resume != "force":
         raise ConfigError(
             f"data.source={cfg.data.source!r} has changed since {cfg.run_folder} was started, so "
-            "its place in the data means nothing any more. Give the new run its own name=..., or "
-            "go on with the new data by resume=force."
+            "its position in the data is no longer valid. Give the new run its own name=..., or "
+            "continue with the new data by resume=force."
         )
     return state, progress
 
 
-@hosts.once
-def _write_facts(cfg: Config, corpus: Corpus, task: Task, is_new: bool):
-    """What stands in the run's folder from its beginning."""
+@hosts.run_on_first
+def _write_run_files(cfg: Config, corpus: Corpus, task: Task, is_new: bool):
+    """Write the config of the run, and for a new run its tokenizer and labels."""
     if is_new:
-        corpus.tokenizer.save(_in(cfg, "tokenizer.json"))
+        corpus.tokenizer.save(_join_run_path(cfg, "tokenizer.json"))
         if task.labels:
-            write_whole(_in(cfg, "labels.json"), json.dumps(task.labels) + "\n")
-    write_whole(_in(cfg, "config.json"), configs.to_json(cfg))
+            labels = json.dumps(task.labels) + "\n"
+            write_text_atomically(_join_run_path(cfg, "labels.json"), labels)
+    write_text_atomically(_join_run_path(cfg, "config.json"), configs.to_json(cfg))
 
 
-def _in(cfg: Config, name: str) -> str:
+def _join_run_path(cfg: Config, name: str) -> str:
     return os.path.join(cfg.run_folder, name)
 
 
 def _check_same_config(cfg: Config):
-    changed = configs.differences(read_config(cfg.run_folder), cfg)
+    changed = configs.list_differences(read_config(cfg.run_folder), cfg)
     if changed and cfg.resume != "force":
         lines = "\n  ".join(changed)
         raise ConfigError(
             f"{cfg.run_folder} holds a run with other settings:\n  {lines}\nGive the new run its "
-            f"own name=..., go on with the new settings by resume=force, or delete the folder."
+            f"own name=..., continue with the new settings by resume=force, or delete the folder."
         )
 
 
-def _introduction(run: Run, peak_source: str) -> str:
+def _format_header(run: Run, peak_source: str) -> str:
     cfg, corpus, progress = run.cfg, run.corpus, run.progress
     parts = count_params(cfg.model)
     total = parts.pop("total")
     shown = ", ".join(f"{name} {size:,}" for name, size in parts.items() if size)
     grid = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items() if size > 1)
     shapes, letters = abstract_params(cfg.model)
-    whole = ", ".join(undivided(shapes, letters, run.mesh))
-    state = f"going on from step {progress.step}" if progress.step else "new"
+    unsharded = ", ".join(list_unsharded_dims(shapes, letters, run.mesh))
+    state = f"resuming from step {progress.step}" if progress.step else "new"
     return "\n".join([
         f"jaxgpt {jaxgpt.__version__} on jax {jax.__version__}, {run.mesh.size} "
         f"{run.mesh.devices.flat[0].platform} device(s){f' ({grid})' if grid else ''}",
         f"run    {cfg.run_folder} ({state})",
         f"data   {corpus.source}: {corpus.train_bytes / 1e6:,.1f} MB in {corpus.train.documents:,} "
         f"documents, {corpus.train.ids.size:,} tokens; held out by {corpus.rule}: "
-        f"{corpus.held_bytes / 1e6:,.2f} MB, {corpus.held.ids.size:,} tokens; "
+        f"{corpus.held_out_bytes / 1e6:,.2f} MB, {corpus.held_out.ids.size:,} tokens; "
         f"{corpus.bytes_per_token:.2f} bytes per token" + (run.task.note and f"; {run.task.note}"),
-        f"model  {total:,} parameters: {shown}" + (whole and f"; not divided: {whole}"),
+        f"model  {total:,} parameters: {shown}" + (unsharded and f"; not sharded: {unsharded}"),
         f"plan   {cfg.train.steps:,} steps of {cfg.train.batch} x {run.task.T} tokens, "
         f"{cfg.optimizer.name} at {cfg.optimizer.lr:g}",
-        f"speed  peak {run.peak / 1e12:.3g} TFLOP/s ({peak_source}); "
+        f"speed  peak {run.peak_flops / 1e12:.3g} TFLOP/s ({peak_source}); "
         f"{flops_per_token(cfg.model) / 1e6:,.1f} MFLOP per token",
     ])  # fmt: skip
 
 
-def _invitation(cfg: Config) -> str:
+def _format_sample_hint(cfg: Config) -> str:
     return f" Sample from it:\n  jaxgpt sample {cfg.run_folder}"
 
 
-def _curve(cfg: Config) -> str:
+def _format_plot_hint(cfg: Config) -> str:
     path = os.path.join(cfg.run_folder, "plots", "loss.png")
     return f"; curve in {path}" if os.path.isfile(path) else ""
 
 
-def _farewell(cfg: Config, progress: Progress, signal_name: str) -> str:
-    time_spent = f"{progress.step:,} steps, {duration(progress.seconds)} of training"
+def _format_summary(cfg: Config, progress: Progress, signal_name: str) -> str:
+    time_spent = f"{progress.step:,} steps, {format_duration(progress.seconds)} of training"
     if signal_name:
         return (
             f"Stopped by {signal_name} after {time_spent}; saved. "
-            "The same command goes on from here."
+            "The same command resumes from here."
         )
     why = f", stopped early: no better for {progress.stale} evaluations" if progress.is_done else ""
     return (
         f"Done: {time_spent}{why}. Best held-out loss {progress.best_loss:.4f} nats/"
-        f"{cfg.objective.unit} at step "
-        f"{progress.best_step}{_curve(cfg)}." + _invitation(cfg)
+        f"{cfg.objective.loss_unit} at step "
+        f"{progress.best_step}{_format_plot_hint(cfg)}." + _format_sample_hint(cfg)
     )
 
 

@@ -1,30 +1,30 @@
-"""What a CPU's memory is asked to do for the next step."""
+"""Memory allocation of training steps on a CPU."""
 
 import ctypes
 import platform
 
 import jax
 
-# mallopt(3)
-TRIM_THRESHOLD, NEVER = -1, -1
-MMAP_MAX, NONE = -4, 0
+# Options of mallopt(3), with their values
+M_TRIM_THRESHOLD, MASKED_LOGIT = -1, -1
+M_MMAP_MAX, NONE = -4, 0
 
 
-def keep_freed():
-    """What a training step on one CPU frees stays with the process, for the next step.
+def retain_freed_memory():
+    """Make the process retain the memory that a training step on one CPU frees, for the next step.
 
-    XLA allocates a step's temporary memory for each step, and glibc returns large blocks to the
-    system as soon as they are free. The system then clears every page once more: 105,000 of them
-    for a step of gpt_mini, 4% of its time. glibc can keep large blocks only in the heap of the main
-    thread, so that is where computations are made to run.
+    XLA allocates temporary memory anew for each step, and glibc returns large blocks to the
+    system as soon as they are freed. The system then zeroes every page again: 105,000 pages per
+    step of gpt_mini, 4% of its time. glibc can retain large blocks only in the heap of the main
+    thread, so computations are dispatched synchronously, which runs them there.
 
-    Call it before anything touches a device: later, computations stay where they run. With another
-    C library it does nothing, and with another device, or several, it changes nothing for them.
+    Call it before any device is used: later, dispatch cannot be changed. It does nothing with
+    another C library, and has no effect on other devices, or several.
     """
     if platform.libc_ver()[0] != "glibc":
         return
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     if jax.default_backend() == "cpu" and jax.device_count() == 1:
         libc = ctypes.CDLL(None)
-        libc.mallopt(MMAP_MAX, NONE)
-        libc.mallopt(TRIM_THRESHOLD, NEVER)
+        libc.mallopt(M_MMAP_MAX, NONE)
+        libc.mallopt(M_TRIM_THRESHOLD, MASKED_LOGIT)

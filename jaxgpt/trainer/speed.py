@@ -1,12 +1,12 @@
-"""How fast training could be, and how fast it is.
+"""Training speed: model FLOPs, peak FLOP/s and model FLOPs utilization (MFU).
 
     MFU = tokens/s * FLOPs per token / peak FLOP/s of all devices
-    FLOPs per token = 6 * (parameters that multiply) + 12 * L * H * K * T
+    FLOPs per token = 6 * (parameters in matrix products) + 12 * L * H * K * T
 
 Every weight of a matrix costs a multiplication and an addition, once forward and twice backward;
-attention adds two products of [T K] by [K T] per head, counted as if it were not causal, so that
-figures compare with the literature. Of experts only those count that a token goes to; in an
-encoder-decoder a token passes one of the two stacks.
+attention adds two products of [T K] by [K T] per head, counted without the causal mask so that
+figures compare with the literature. Only the experts to which a token is routed count; in an
+encoder-decoder a token passes through one of the two stacks.
 
 Source: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B.
 """
@@ -23,8 +23,8 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.model import count_params
 from jaxgpt.model.mixers import MIXERS
 
-# Dense bfloat16 FLOP/s of a chip, from the vendors' data sheets, by words of its device_kind.
-PEAK = {
+# Dense bfloat16 FLOP/s of a chip, from the vendors' data sheets, by a word of its device_kind.
+PEAK_FLOPS = {
     "H200": 989e12,
     "H100": 989e12,
     "A100": 312e12,
@@ -42,35 +42,38 @@ PEAK = {
 }
 
 
-@functools.cache  # it traces the model to count, and every line of the log asks
+@functools.cache  # it traces the model to count, and is called for every line of the log
 def flops_per_token(cfg: ModelConfig) -> float:
-    """FLOPs of one training step per token, forward and backward."""
+    """Return the FLOPs of one training step per token, forward and backward."""
     count = count_params(cfg)
     stacks = 2 if cfg.family == "encoder_decoder" else 1
-    vocabulary = 0 if cfg.classes else cfg.vocab * cfg.width  # scores every token, tied or not
-    share = cfg.moe.active / cfg.moe.experts if cfg.has_experts else 1
-    multiply = (count["attention"] + share * count["feedforward"] + vocabulary) / stacks
-    looks = sum("pattern" in MIXERS[name].USES for name, _ in cfg.unit) / len(cfg.unit)
+    vocabulary = 0 if cfg.classes else cfg.vocab * cfg.width  # logits of every token, tied or not
+    active_fraction = cfg.moe.active / cfg.moe.experts if cfg.has_experts else 1
+    feedforward = active_fraction * count["feedforward"]
+    matmul_params = (count["attention"] + feedforward + vocabulary) / stacks
+    attention_layers = sum("pattern" in MIXERS[name].USES for name, _ in cfg.layer_cycle)
+    attention_fraction = attention_layers / len(cfg.layer_cycle)
     heads = cfg.sizes["H"] * cfg.sizes["K"]
-    return 6 * multiply + 12 * looks * cfg.layers * heads * cfg.context
+    return 6 * matmul_params + 12 * attention_fraction * cfg.layers * heads * cfg.context
 
 
 def peak_flops(devices) -> tuple[float, str]:
-    """Peak FLOP/s of all devices together, and where the number comes from.
+    """Return the total peak FLOP/s of these devices, and the source of the number.
 
-    A chip that is not in the table (a CPU, most often) is measured with a product of two
-    matrices; virtual devices share one CPU, so it is counted once.
+    A chip that is not in the table (most often a CPU) is measured with a product of two matrices;
+    virtual devices share one CPU, so it is counted once.
     """
     kind = devices[0].device_kind
-    for name, peak in PEAK.items():
+    for name, peak in PEAK_FLOPS.items():
         if re.search(rf"\b{name}\b", kind):
             return peak * len(devices), f"{len(devices)} x {kind}, data sheet, bfloat16"
-    real = 1 if devices[0].platform == "cpu" else len(devices)
-    return matmul_rate(devices[0]) * real, f"{kind}, measured float32 matrix product"
+    device_count = 1 if devices[0].platform == "cpu" else len(devices)
+    peak = measure_matmul_flops(devices[0]) * device_count
+    return peak, f"{kind}, measured float32 matrix product"
 
 
-def matmul_rate(device, size: int = 2048, repeats: int = 4) -> float:
-    """The best FLOP/s of a [size size] float32 product, over a few tries."""
+def measure_matmul_flops(device, size: int = 2048, repeats: int = 4) -> float:
+    """Measure the best FLOP/s of a [size size] float32 product over a few repeats."""
     numbers = np.random.default_rng(0).standard_normal((size, size), np.float32)
     x = jax.device_put(numbers, device)
     product = jax.jit(jnp.matmul)
@@ -84,26 +87,26 @@ def matmul_rate(device, size: int = 2048, repeats: int = 4) -> float:
 
 
 class Clock:
-    """Seconds of training: evaluation, samples and saving stop it."""
+    """Training time, without the time of evaluation, sampling and saving."""
 
     def __init__(self):
-        self._since = self._mark_time = time.perf_counter()
+        self._start_time = self._mark_time = time.perf_counter()
         self._mark_step = 0
 
     def start(self, step: int) -> float:
-        """Counts from now, with `step` steps done. Returns the seconds since the last count."""
+        """Start counting, with `step` steps done; return the seconds since the last reading."""
         seconds = self.pause()
-        self._mark_time, self._mark_step = self._since, step
+        self._mark_time, self._mark_step = self._start_time, step
         return seconds
 
     def pause(self) -> float:
-        """Seconds not asked for before."""
+        """Return the seconds since the last reading."""
         now = time.perf_counter()
-        seconds, self._since = now - self._since, now
+        seconds, self._start_time = now - self._start_time, now
         return seconds
 
     def seconds_per_step(self, step: int) -> float | None:
-        """The mean since this was last asked, or since the start; None if no step was counted."""
+        """Return the mean since the last call or the start, or None if no step was counted."""
         now, steps = time.perf_counter(), step - self._mark_step
         seconds = now - self._mark_time
         self._mark_time, self._mark_step = now, step

@@ -1,4 +1,4 @@
-"""One step of training, one step of evaluation: pure functions of (state, batch)."""
+"""The training step and the evaluation step: pure functions of (state, batch)."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,29 +14,31 @@ from jaxgpt.objectives import OBJECTIVES, Sums
 from jaxgpt.sharding import constrain, is_one_cpu
 from jaxgpt.trainer.state import TrainState
 
-# Tokens. A CPU works faster on parts that stay near it, and needs less memory for them; but the
-# gradients of every part are added up. Small models have more room for tokens.
-PART, PART_OF_SMALL = 1024, 2048
-SMALL = 2**22  # parameters
+# A CPU is faster on microbatches that fit its caches, and needs less memory for them; but every
+# microbatch adds to the gradients. Small models leave more cache for tokens.
+MIN_MICROBATCH_TOKENS, MIN_SMALL_MODEL_MICROBATCH_TOKENS = 1024, 2048
+MAX_SMALL_MODEL_PARAMS = 2**22
 
 
 class Metrics(NamedTuple):
-    """What a training step tells, float32 [] each."""
+    """The metrics of a training step, float32 [] each."""
 
-    loss: jax.Array  # nats per token (or text), as minimised
-    nats: jax.Array  # nats per token, without smoothing, z-loss and balance
-    accuracy: jax.Array  # share of tokens guessed right
-    tokens: jax.Array  # tokens that counted
+    loss: jax.Array  # nats per token (or text), as minimized
+    nats: jax.Array  # nats per token, without label smoothing, z-loss and load balancing
+    accuracy: jax.Array  # fraction of tokens predicted correctly
+    tokens: jax.Array  # tokens with a weight in the loss
     grad_norm: jax.Array  # before clipping
     lr: jax.Array
 
 
-def gradient(model: nn.Module, cfg: TrainConfig, params, batch: Batch, rng: jax.Array | None):
-    """The gradient of the *summed* loss of a batch, and its sums.
+def compute_gradient(
+    model: nn.Module, cfg: TrainConfig, params, batch: Batch, rng: jax.Array | None
+):
+    """Compute the gradient of the *summed* loss of a batch, and its sums.
 
     Args:
         batch: arrays [B T].
-        rng: key for dropout, or None for none.
+        rng: key for dropout, or None for no dropout.
 
     Returns:
         (gradient like params, Sums).
@@ -50,34 +52,36 @@ def gradient(model: nn.Module, cfg: TrainConfig, params, batch: Batch, rng: jax.
     return grads, sums
 
 
-def parts_of(cfg: Config, params, B: int, T: int) -> int:
-    """How many parts a batch [B T] is divided in, where `train.accumulate` leaves it open."""
-    # Experts are asked to be evenly busy in every part, so that parts would change what is learned.
+def choose_microbatch_count(cfg: Config, params, B: int, T: int) -> int:
+    """Choose the number of microbatches of a batch [B T], if `train.accumulate` does not set it."""
+    # Expert load is balanced within each microbatch, so their number would change the loss.
     if not is_one_cpu() or cfg.model.has_experts:
         return 1
-    least = PART if optax.tree.size(params) > SMALL else PART_OF_SMALL
-    return max(p for p in range(1, B + 1) if B % p == 0 and (p == 1 or B // p * T >= least))
+    is_small = optax.tree.size(params) <= MAX_SMALL_MODEL_PARAMS
+    min_tokens = MIN_SMALL_MODEL_MICROBATCH_TOKENS if is_small else MIN_MICROBATCH_TOKENS
+    return max(p for p in range(1, B + 1) if B % p == 0 and (p == 1 or B // p * T >= min_tokens))
 
 
-def accumulated_gradient(
-    parts: int, model, cfg: TrainConfig, params, batch: Batch, rng: jax.Array | None
+def accumulate_gradient(
+    microbatch_count: int, model, cfg: TrainConfig, params, batch: Batch, rng: jax.Array | None
 ):
-    """As `gradient`, over so many parts one after the other: memory of one part."""
-    if parts == 1:
-        return gradient(model, cfg, params, batch, rng)
+    """Compute `compute_gradient` over microbatches in sequence, with the memory of one of them."""
+    if microbatch_count == 1:
+        return compute_gradient(model, cfg, params, batch, rng)
 
-    def cut(x):  # part i takes rows i::parts, so that each part lies on all devices
-        return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+    def split(x):  # microbatch i has rows i::microbatch_count, so each one spans all devices
+        return x.reshape(-1, microbatch_count, *x.shape[1:]).swapaxes(0, 1)
 
-    def add(total, part):
-        index, piece = part
-        piece = jax.tree.map(lambda x: constrain(x, "BT"[: x.ndim]), piece)
+    def add_microbatch(total, indexed_microbatch):
+        index, microbatch = indexed_microbatch
+        microbatch = jax.tree.map(lambda x: constrain(x, "BT"[: x.ndim]), microbatch)
         key = None if rng is None else jax.random.fold_in(rng, index)
-        grads, sums = gradient(model, cfg, params, piece, key)
+        grads, sums = compute_gradient(model, cfg, params, microbatch, key)
         return jax.tree.map(jnp.add, total, grads), sums
 
     zeros = jax.tree.map(jnp.zeros_like, params)
-    total, sums = jax.lax.scan(add, zeros, (jnp.arange(parts), jax.tree.map(cut, batch)))
+    indexed = (jnp.arange(microbatch_count), jax.tree.map(split, batch))
+    total, sums = jax.lax.scan(add_microbatch, zeros, indexed)
     return total, jax.tree.map(lambda x: jnp.sum(x, 0), sums)
 
 
@@ -87,12 +91,16 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: Callable[[Any], Any],
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The pure function (state, batch [B T]) -> (state, metrics); jit it with the state donated."""
+    """Return the pure function (state, batch [B T]) -> (state, metrics). Donate the state."""
 
     def train_step(state: TrainState, batch: Batch):
         rng = jax.random.fold_in(state.rng, state.step) if cfg.model.dropout else None
-        parts = cfg.train.accumulate or parts_of(cfg, state.params, *batch.tokens.shape)
-        grads, sums = accumulated_gradient(parts, model, cfg.train, state.params, batch, rng)
+        microbatch_count = cfg.train.accumulate or choose_microbatch_count(
+            cfg, state.params, *batch.tokens.shape
+        )
+        grads, sums = accumulate_gradient(
+            microbatch_count, model, cfg.train, state.params, batch, rng
+        )
         weight = jnp.maximum(sums.weight, 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -111,7 +119,7 @@ def make_train_step(
 
 
 def make_eval_step(cfg: Config, model: nn.Module) -> Callable[[Any, Batch], Sums]:
-    """The pure function (params, batch [B T]) -> Sums, without dropout."""
+    """Return the pure function (params, batch [B T]) -> Sums, without dropout."""
 
     def eval_step(params, batch: Batch) -> Sums:
         return cfg.objective.loss(model, params, batch, {}, cfg.train)[1]

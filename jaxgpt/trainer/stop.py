@@ -1,8 +1,8 @@
-"""Ctrl-C and SIGTERM: the run ends after the step in hand, the same step in every process.
+"""Ctrl-C and SIGTERM: the run ends after the current step, the same step in every process.
 
-Where there are several processes, the one that hears a signal tells the others, and each says in
-which step it is. They stop after the one that follows the furthest of them. JAX's preemption
-service does the same, but swallows SIGTERM outside of the loop, and does not know Ctrl-C.
+With several processes, the one that receives a signal broadcasts it, and all of them all-gather
+their current steps. They stop one step after the maximum. JAX's preemption service does the same,
+but swallows SIGTERM outside of the training loop, and does not handle Ctrl-C.
 """
 
 import signal
@@ -13,54 +13,54 @@ from typing import Any
 from jaxgpt import hosts
 
 
-class Stop:
-    """Hears the signals. The first one is kept in `name`; a second one is obeyed."""
+class StopSignal:
+    """Signal handlers. The first signal is recorded in `name`; a second has its usual effect."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self):
-        self.name = ""  # of the signal that the run stops for
-        self._before: dict[int, Any] = {}
+        self.name = ""  # of the signal for which the run stops
+        self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self):
-        with suppress(ValueError):  # only the main thread may listen
-            self._before = {s: signal.signal(s, self._hear) for s in self.SIGNALS}
+        with suppress(ValueError):  # only the main thread may set handlers
+            self._previous_handlers = {s: signal.signal(s, self._handle) for s in self.SIGNALS}
         return self
 
-    def _hear(self, number, frame):
-        self.heard(signal.Signals(number).name)
-        self._deaf()
+    def _handle(self, number, frame):
+        self.record_signal(signal.Signals(number).name)
+        self._restore_handlers()
 
-    def _deaf(self):
-        for number, handler in self._before.items():
+    def _restore_handlers(self):
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
     def __exit__(self, *_):
-        self._deaf()
+        self._restore_handlers()
 
-    def heard(self, name: str):
-        """A signal has come to this process."""
+    def record_signal(self, name: str):
+        """Record a signal that this process has received."""
         self.name = name
 
-    def reached(self, step: int) -> bool:
-        """Whether to stop after this step, which has been begun. To be asked at every step."""
+    def is_last_step(self, step: int) -> bool:
+        """Return whether to stop after this step, already dispatched. Call it at every step."""
         return bool(self.name)
 
 
-class StopTogether(Stop):
-    """As `Stop`, for several processes: `name` is set in the step in which all of them stop.
+class SyncedStopSignal(StopSignal):
+    """`StopSignal` for several processes: `name` is set in the step after which all of them stop.
 
-    No process waits for the devices of another here. The thread that exchanges the steps holds the
-    lock meanwhile, so no process begins more than one step after it has told its own.
+    No process waits for the devices of another. The thread that all-gathers the steps holds the
+    lock meanwhile, so no process starts more than one step after it has sent its own.
     """
 
     def __init__(self, step: int):
         super().__init__()
-        self._heard = ""
-        self._step, self._last, self._why = step, -1, ""
+        self._received = ""
+        self._step, self._last_step, self._agreed_name = step, -1, ""
         self._lock = threading.Lock()
-        self._call = hosts.Call("stop")
-        self._thread = threading.Thread(target=self._agree, name="stop", daemon=True)
+        self._broadcast = hosts.Broadcast("stop")
+        self._thread = threading.Thread(target=self._agree_on_last_step, name="stop", daemon=True)
 
     def __enter__(self):
         self._thread.start()
@@ -68,30 +68,30 @@ class StopTogether(Stop):
 
     def __exit__(self, kind, *_):
         super().__exit__()
-        if kind is None:  # otherwise the others may never come
-            self._call.say("")
+        if kind is None:  # after an error, the peers may never reach this point
+            self._broadcast.send("")
             self._thread.join()
 
-    def heard(self, name: str):
-        self._heard = name
+    def record_signal(self, name: str):
+        self._received = name
 
-    def reached(self, step: int) -> bool:
-        if self._heard:
-            self._call.say(self._heard)
-            self._heard = ""
+    def is_last_step(self, step: int) -> bool:
+        if self._received:
+            self._broadcast.send(self._received)
+            self._received = ""
         with self._lock:
             self._step = step
-            if step == self._last:
-                self.name = self._why
+            if step == self._last_step:
+                self.name = self._agreed_name
         return bool(self.name)
 
-    def _agree(self):
-        why = self._call.wait()
+    def _agree_on_last_step(self):
+        name = self._broadcast.wait()
         with self._lock:
-            steps = hosts.exchange("stop after", str(self._step))
-            self._last, self._why = max(map(int, steps)) + 1, why
+            steps = hosts.all_gather_text("stop after", str(self._step))
+            self._last_step, self._agreed_name = max(map(int, steps)) + 1, name
 
 
-def listen(step: int) -> Stop:
-    """What hears signals for a run that has done so many steps: use it in a `with`."""
-    return StopTogether(step) if hosts.count() > 1 else Stop()
+def make_stop_signal(step: int) -> StopSignal:
+    """Return the context manager that handles signals, for a run that has done `step` steps."""
+    return SyncedStopSignal(step) if hosts.process_count() > 1 else StopSignal()

@@ -5,24 +5,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import forward, random_params, random_tokens, tiny, whole
+from helpers import forward, random_params, random_tokens, single_document_coords, tiny
 
 from jaxgpt.architecture import ExpertsConfig
 from jaxgpt.dims import split
 from jaxgpt.model import Coords, build
-from jaxgpt.model.experts import BLOCK, balance
+from jaxgpt.model.experts import MAX_BLOCK_TOKENS, compute_balance_loss
 from jaxgpt.model.feedforward import FEEDFORWARDS
 
 E, ACTIVE, B, T = 4, 2, 2, 23
 MIXTURES = ["moe_plain", "moe_gated"]
 
 
-def mixture(name, capacity=0.0, **changes):
-    """(cfg, module, random parameters of it)."""
+def make_mixture(name, capacity=0.0, **changes):
+    """Return (cfg, module, its random parameters)."""
     cfg = tiny(feedforward=name, moe=ExpertsConfig(E, ACTIVE, capacity), **changes)
     module = FEEDFORWARDS[name](cfg)
-    x, at = inputs(cfg)
-    shapes, _ = split(jax.eval_shape(lambda: module.init(jax.random.key(0), x, at)["params"]))
+    x, coords = inputs(cfg)
+    shapes, _ = split(jax.eval_shape(lambda: module.init(jax.random.key(0), x, coords)["params"]))
     rng = np.random.default_rng(1)
     draw = lambda x: jnp.asarray(0.4 * rng.normal(size=x.shape), jnp.float32)  # noqa: E731
     return cfg, module, jax.tree.map(draw, shapes)
@@ -30,11 +30,11 @@ def mixture(name, capacity=0.0, **changes):
 
 def inputs(cfg, length=T):
     x = np.random.default_rng(0).normal(size=(B, length, cfg.width)).astype(np.float32)
-    return x, whole(np.zeros((B, length), np.int32))
+    return x, single_document_coords(np.zeros((B, length), np.int32))
 
 
-def by_loop(cfg, name, params, x, is_real, capacity=np.inf):
-    """Token by token in float64: first choices of all tokens, then second ones, until full."""
+def compute_by_loop(cfg, name, params, x, is_real, capacity=np.inf):
+    """Route token by token in float64: first choices of all tokens, then second ones."""
     params = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
     x = x.astype(np.float64)
     e = params["experts"]
@@ -47,129 +47,141 @@ def by_loop(cfg, name, params, x, is_real, capacity=np.inf):
         return (up / (1 + np.exp(-up))) @ e["down"]["w"][i]
 
     out = np.zeros_like(x)
-    taken = np.zeros(E, int)
+    load = np.zeros(E, int)
     for choice in range(ACTIVE):
         for n, y in enumerate(x):
             if not is_real[n]:
                 continue
             p = np.exp(y @ params["router"]["w"])
             p /= p.sum()
-            best = np.argsort(-p)[:ACTIVE]
-            i = best[choice]
-            if taken[i] < capacity:
-                out[n] += p[i] / p[best].sum() * expert(i, y)
-            taken[i] += 1
-    return out, taken
+            top = np.argsort(-p)[:ACTIVE]
+            i = top[choice]
+            if load[i] < capacity:
+                out[n] += p[i] / p[top].sum() * expert(i, y)
+            load[i] += 1
+    return out, load
 
 
 @pytest.mark.parametrize("name", MIXTURES)
 @pytest.mark.parametrize("capacity", [0.0, 0.5, 1.0, float(E)])
 def test_a_mixture_equals_a_loop_over_tokens(name, capacity):
-    cfg, module, params = mixture(name, capacity)
-    x, at = inputs(cfg)
-    at = at._replace(document=at.document.at[0, :5].set(0))  # padding takes nobody's place
-    out = jax.jit(module.apply)({"params": params}, x, at)
+    cfg, module, params = make_mixture(name, capacity)
+    x, coords = inputs(cfg)
+    coords = coords._replace(
+        segment_ids=coords.segment_ids.at[0, :5].set(0)
+    )  # padding uses no capacity
+    out = jax.jit(module.apply)({"params": params}, x, coords)
     limit = np.ceil(capacity * B * T * ACTIVE / E) if capacity else np.inf
-    is_real = np.asarray(at.document).reshape(-1) > 0
-    wanted, taken = by_loop(cfg, name, params, x.reshape(B * T, -1), is_real, limit)
-    assert taken.min() > 0
-    assert (taken.max() > limit) == (capacity in (0.5, 1.0))  # some are really left out
+    is_real = np.asarray(coords.segment_ids).reshape(-1) > 0
+    wanted, load = compute_by_loop(cfg, name, params, x.reshape(B * T, -1), is_real, limit)
+    assert load.min() > 0
+    assert (load.max() > limit) == (capacity in (0.5, 1.0))  # some are dropped
     out = np.asarray(out).reshape(B * T, -1)
     # float32 sums of 24 products of order 1.
     np.testing.assert_allclose(out[is_real], wanted[is_real], atol=2e-5)
 
 
-def by_all(cfg, params, x, limit):
-    """Every expert computes every token, and those that it does not take count nothing."""
+def compute_densely(cfg, params, x, limit):
+    """Compute every token with every expert, with gate 0 for those it does not take."""
     tokens = x.reshape(-1, cfg.width)
     probability = jax.nn.softmax(tokens @ params["router"]["w"])
-    best, chosen = jax.lax.top_k(probability, ACTIVE)
-    picked = jax.nn.one_hot(chosen.T.reshape(-1), E)  # first choices first
-    picked = (picked * (jnp.cumsum(picked, axis=0) <= limit)).reshape(ACTIVE, -1, E)
-    share = jnp.einsum("AN,ANE->NE", (best / best.sum(axis=-1, keepdims=True)).T, picked)
-    one = FEEDFORWARDS[cfg.feedforward.removeprefix("moe_")](cfg)
-    every = jax.vmap(lambda w: one.apply({"params": w}, tokens))(params["experts"])
-    return jnp.einsum("NE,END->ND", share, every).reshape(x.shape)
+    top, chosen = jax.lax.top_k(probability, ACTIVE)
+    one_hot = jax.nn.one_hot(chosen.T.reshape(-1), E)  # first choices first
+    one_hot = (one_hot * (jnp.cumsum(one_hot, axis=0) <= limit)).reshape(ACTIVE, -1, E)
+    gate = jnp.einsum("AN,ANE->NE", (top / top.sum(axis=-1, keepdims=True)).T, one_hot)
+    expert_0 = FEEDFORWARDS[cfg.feedforward.removeprefix("moe_")](cfg)
+    outputs = jax.vmap(lambda w: expert_0.apply({"params": w}, tokens))(params["experts"])
+    return jnp.einsum("NE,END->ND", gate, outputs).reshape(x.shape)
 
 
 @pytest.mark.parametrize("name", MIXTURES)
 @pytest.mark.parametrize("capacity", [0.0, 0.5])
 def test_gradients_equal_those_of_every_expert_computing_every_token(name, capacity):
-    cfg, module, params = mixture(name, capacity, bias=True)
-    x, at = inputs(cfg, 3 * BLOCK)  # so that experts have several blocks
-    weigh = np.random.default_rng(2).normal(size=x.shape)
-    limit = capacity * 3 * BLOCK * B * ACTIVE / E or np.inf
+    cfg, module, params = make_mixture(name, capacity, bias=True)
+    x, coords = inputs(cfg, 3 * MAX_BLOCK_TOKENS)  # so that experts have several blocks
+    weights = np.random.default_rng(2).normal(size=x.shape)
+    limit = capacity * 3 * MAX_BLOCK_TOKENS * B * ACTIVE / E or np.inf
 
     def gradients(run):
-        return jax.jit(jax.grad(lambda p, x: jnp.sum(weigh * run(p, x)), (0, 1)))(params, x)
+        return jax.jit(jax.grad(lambda p, x: jnp.sum(weights * run(p, x)), (0, 1)))(params, x)
 
-    ours = gradients(lambda p, x: module.apply({"params": p}, x, at))
-    wanted = gradients(lambda p, x: by_all(cfg, p, x, limit))
+    ours = gradients(lambda p, x: module.apply({"params": p}, x, coords))
+    wanted = gradients(lambda p, x: compute_densely(cfg, p, x, limit))
     # Sums over 400 tokens of terms of order 1, in another order.
     chex.assert_trees_all_close(ours, wanted, atol=2e-3, rtol=1e-4)
     assert min(float(jnp.abs(g).max()) for g in jax.tree.leaves(wanted)) > 0.1
 
 
 def test_gradients_in_bfloat16_are_near_those_in_float32():
-    cfg, module, params = mixture("moe_gated")
-    x, at = inputs(cfg)
-    loss = lambda p, x: jnp.sum(module.apply({"params": p}, x, at).astype(jnp.float32))  # noqa: E731
+    cfg, module, params = make_mixture("moe_gated")
+    x, coords = inputs(cfg)
+    loss = lambda p, x: jnp.sum(module.apply({"params": p}, x, coords).astype(jnp.float32))  # noqa: E731
     low, high = (
         jax.jit(jax.grad(loss))(params, jnp.asarray(x, d)) for d in ("bfloat16", "float32")
     )
     chex.assert_trees_all_equal_dtypes(low, high)
     for a, b in zip(jax.tree.leaves(low), jax.tree.leaves(high), strict=True):
-        # Three significant digits; tokens near a border may go to another expert.
+        # Three significant digits; tokens near a routing boundary may go to another expert.
         assert jnp.linalg.norm(a - b) < 0.05 * jnp.linalg.norm(b)
 
 
 def test_biases_belong_to_each_expert():
-    cfg, module, params = mixture("moe_gated", bias=True)
+    cfg, module, params = make_mixture("moe_gated", bias=True)
     assert params["experts"]["up"]["b"].shape == (E, cfg.ffn)
     assert "b" not in params["router"]
-    x, at = inputs(cfg)
-    out = jax.jit(module.apply)({"params": params}, x, at)
-    more = jax.tree.map(lambda p: p, params)
-    more["experts"]["down"]["b"] += 1.0  # shares sum to 1
-    np.testing.assert_allclose(jax.jit(module.apply)({"params": more}, x, at) - out, 1.0, atol=1e-5)
+    x, coords = inputs(cfg)
+    out = jax.jit(module.apply)({"params": params}, x, coords)
+    shifted = jax.tree.map(lambda p: p, params)
+    shifted["experts"]["down"]["b"] += 1.0  # gates sum to 1
+    np.testing.assert_allclose(
+        jax.jit(module.apply)({"params": shifted}, x, coords) - out, 1.0, atol=1e-5
+    )
 
 
-def test_the_balance_is_one_if_even_and_their_number_if_one_expert_gets_all():
+def test_the_balance_loss_is_one_if_even_and_the_number_of_experts_if_one_gets_all():
     even = jnp.full((8, E), 1 / E)
-    picked = jax.nn.one_hot(jnp.arange(8) % E, E, dtype=jnp.int32)
+    one_hot = jax.nn.one_hot(jnp.arange(8) % E, E, dtype=jnp.int32)
     real = jnp.ones(8, bool)
-    np.testing.assert_allclose(balance(even, picked, real), 1.0, rtol=1e-6)
-    one = jax.nn.one_hot(jnp.zeros(8, int), E)
-    np.testing.assert_allclose(balance(one, one.astype(int), real), E, rtol=1e-6)
-    # Padding counts neither among the probabilities nor among the picks.
+    np.testing.assert_allclose(compute_balance_loss(even, one_hot, real), 1.0, rtol=1e-6)
+    expert_0 = jax.nn.one_hot(jnp.zeros(8, int), E)
+    np.testing.assert_allclose(
+        compute_balance_loss(expert_0, expert_0.astype(int), real), E, rtol=1e-6
+    )
+    # Padding counts neither among the probabilities nor among the choices.
     half = real.at[4:].set(False)
-    mixed = even.at[4:].set(one[4:])
-    np.testing.assert_allclose(balance(mixed, picked * half[:, None], half), 1.0, rtol=1e-6)
+    mixed = even.at[4:].set(expert_0[4:])
+    np.testing.assert_allclose(
+        compute_balance_loss(mixed, one_hot * half[:, None], half), 1.0, rtol=1e-6
+    )
 
 
-def test_every_layer_tells_its_balance():
+def test_every_layer_stores_its_balance_loss():
     cfg = tiny(feedforward="moe_gated", moe=ExpertsConfig(E, ACTIVE))
     params, tokens = random_params(cfg), random_tokens(cfg, 0, B, T)
-    run = jax.jit(lambda p, t: build(cfg).apply({"params": p}, t, whole(t), mutable=["losses"]))
-    _, told = run(params, tokens)
-    (values,) = jax.tree.leaves(told["losses"])
+    run = jax.jit(
+        lambda p, t: build(cfg).apply(
+            {"params": p}, t, single_document_coords(t), mutable=["losses"]
+        )
+    )
+    _, collections = run(params, tokens)
+    (values,) = jax.tree.leaves(collections["losses"])
     assert values.shape == (cfg.layers,)
     assert (values >= 1).all()
     assert (values < E).all()
 
 
-def test_a_mixture_without_capacity_hears_only_the_past():
+def test_a_mixture_without_capacity_is_causal():
     cfg = tiny(feedforward="moe_gated", moe=ExpertsConfig(E, ACTIVE))
     params, tokens = random_params(cfg), random_tokens(cfg, 0, 1, 12)
     changed = tokens.at[0, 7].add(1) % cfg.vocab
-    a, b = (forward(cfg, params, t, whole(t))[0][0] for t in (tokens, changed))
+    a, b = (forward(cfg, params, t, single_document_coords(t))[0][0] for t in (tokens, changed))
     np.testing.assert_allclose(a[:7], b[:7], atol=1e-6)
     assert np.abs(a[7:] - b[7:]).max() > 0.1
 
 
 def test_all_padding_gives_no_nan():
-    cfg, module, params = mixture("moe_gated")
-    x, at = inputs(cfg)
-    nowhere = Coords(at.position, jnp.zeros_like(at.document))
-    run = jax.jit(lambda p: module.apply({"params": p}, x, nowhere, mutable=["losses"]))
+    cfg, module, params = make_mixture("moe_gated")
+    x, coords = inputs(cfg)
+    padding = Coords(coords.positions, jnp.zeros_like(coords.segment_ids))
+    run = jax.jit(lambda p: module.apply({"params": p}, x, padding, mutable=["losses"]))
     chex.assert_tree_all_finite(run(params))

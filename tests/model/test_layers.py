@@ -1,4 +1,4 @@
-"""A linear map spelled in letters is the einsum of its letters."""
+"""Linear maps against the einsum of their letters."""
 
 from functools import partial
 
@@ -10,13 +10,13 @@ import pytest
 from helpers import tiny
 
 from jaxgpt.dims import split
-from jaxgpt.model.layers import DTYPES, Linear, flat_product, into_residual, wide_product
+from jaxgpt.model.layers import DTYPES, Linear, einsum_float32, make_residual_init, matmul_2d
 
 B, T = 2, 5
 
 
-def mapped(letters, bias=False, dtype=jnp.float32):
-    """(x, w, b, Linear's outcome) with random values."""
+def apply_random_linear(letters, bias=False, dtype=jnp.float32):
+    """Return (x, w, b, output of Linear) with random values."""
     cfg = tiny(bias=bias)
     inputs, outputs = letters.split(">")
     rng = np.random.default_rng(0)
@@ -32,53 +32,58 @@ def mapped(letters, bias=False, dtype=jnp.float32):
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_linear_map_is_the_einsum_of_its_letters(letters, bias):
     inputs, outputs = letters.split(">")
-    x, w, b, y = mapped(letters, bias)
+    x, w, b, y = apply_random_linear(letters, bias)
     x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
     wanted = np.einsum(f"BT{inputs},{inputs}{outputs}->BT{outputs}", x, w) + np.asarray(b)
     # float32 sums of up to 24 products of order 1.
     np.testing.assert_allclose(y, wanted, atol=2e-5)
 
 
-def test_the_outcome_has_the_dtype_of_the_input_and_the_weight_stays_float32():
-    _, w, b, y = mapped("D>HK", bias=True, dtype=jnp.bfloat16)
+def test_the_output_has_the_dtype_of_the_input_and_the_weight_stays_float32():
+    _, w, b, y = apply_random_linear("D>HK", bias=True, dtype=jnp.bfloat16)
     assert (w.dtype, b.dtype, y.dtype) == (jnp.float32, jnp.float32, jnp.bfloat16)
 
 
-def test_a_map_of_a_function_is_that_of_what_it_gives_in_values_and_gradients():
+def test_input_fn_equals_mapping_its_output_in_values_and_gradients():
     module = Linear(tiny(), "F>D")
     rng = np.random.default_rng(0)
     gate, up, out = (jnp.asarray(rng.normal(size=(B, T, n)), jnp.float32) for n in (24, 24, 16))
     params = split(module.init(jax.random.key(0), gate)["params"])[0]
 
-    def inside(params, gate, up):
-        return jnp.vdot(out, module.apply({"params": params}, gate, up, of=lambda a, b: a**2 * b))
+    def compute_with_input_fn(params, gate, up):
+        return jnp.vdot(
+            out, module.apply({"params": params}, gate, up, input_fn=lambda a, b: a**2 * b)
+        )
 
-    def outside(params, gate, up):
+    def compute_directly(params, gate, up):
         return jnp.vdot(out, gate**2 * up @ params["w"])
 
-    found, wanted = (jax.value_and_grad(f, (0, 1, 2))(params, gate, up) for f in (inside, outside))
+    found, wanted = (
+        jax.value_and_grad(f, (0, 1, 2))(params, gate, up)
+        for f in (compute_with_input_fn, compute_directly)
+    )
     # float32 sums of products of order 1, in another order.
     chex.assert_trees_all_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(3, 8), (8, 3)])
-def test_a_flat_product_has_the_gradient_of_a_product(inputs, outputs):
+def test_matmul_2d_has_the_gradient_of_a_product(inputs, outputs):
     rng = np.random.default_rng(0)
     x, w, d_y = (rng.normal(size=s) for s in ((5, inputs), (inputs, outputs), (5, outputs)))
-    y, pull = jax.vjp(flat_product, jnp.float32(x), jnp.float32(w))
+    y, pull = jax.vjp(matmul_2d, jnp.float32(x), jnp.float32(w))
     # float32 sums of up to 8 products of order 1.
     chex.assert_trees_all_close((y, *pull(jnp.float32(d_y))), (x @ w, d_y @ w.T, x.T @ d_y),
                                 atol=5e-6)  # fmt: skip
 
 
 @pytest.mark.parametrize("letters", ["BTD,VD->BTV", "BD,VD->BV", "BD,DV->BV", "BGMTK,BGSK->BGMTS"])
-def test_a_wide_product_rounds_what_comes_back_and_nothing_else(letters):
+def test_einsum_float32_rounds_only_the_incoming_gradient(letters):
     left, right, out = letters.replace("->", ",").split(",")
     sizes = dict(zip("BTDVGMSK", (2, 5, 16, 7, 2, 3, 5, 8), strict=True))
     rng = np.random.default_rng(0)
     a, b, d_out = (rng.normal(size=[sizes[c] for c in part]) for part in (left, right, out))
     a, b, d_out = jnp.bfloat16(a), jnp.float32(b), jnp.float32(d_out)
-    found, pull = jax.vjp(partial(wide_product, letters), a, b)
+    found, pull = jax.vjp(partial(einsum_float32, letters), a, b)
     d_a, d_b = pull(d_out)
     assert [x.dtype for x in (found, d_a, d_b)] == [jnp.float32, jnp.bfloat16, jnp.float32]
 
@@ -92,12 +97,12 @@ def test_a_wide_product_rounds_what_comes_back_and_nothing_else(letters):
     np.testing.assert_allclose(np.float64(d_a), wanted, rtol=2**-8, atol=2e-5)  # rounded once
 
 
-def test_the_dtypes_are_called_by_their_own_names():
+def test_the_keys_of_dtypes_are_their_names():
     assert {name: jnp.dtype(kind).name for name, kind in DTYPES.items()} == {n: n for n in DTYPES}
 
 
 @pytest.mark.parametrize("layers", [1, 8])
-def test_maps_into_the_residual_stream_begin_smaller_the_deeper_the_model(layers):
-    x = into_residual(tiny(layers=layers))(jax.random.key(0), (300, 300))
+def test_projections_into_the_residual_stream_start_smaller_in_deeper_models(layers):
+    x = make_residual_init(tiny(layers=layers))(jax.random.key(0), (300, 300))
     # Of 90,000 draws the standard deviation is known to 0.24%: 1% is four of these.
     np.testing.assert_allclose(x.std(), 0.02 / np.sqrt(2 * layers), rtol=0.01)

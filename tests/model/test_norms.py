@@ -1,4 +1,4 @@
-"""Norms against float64 twins."""
+"""Norms against float64 references."""
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,8 @@ from jaxgpt.model.norms import NORMS
 EPS = 1e-3  # large, so that a forgotten one shows
 
 
-def normed(name, x, bias=False):
-    """(outcome, scale, bias) with random parameters."""
+def apply_random_norm(name, x, bias=False):
+    """Return (output, scale, bias) with random parameters."""
     module = NORMS[name](tiny(width=x.shape[-1], norm=name, norm_eps=EPS, bias=bias))
     params, _ = split(module.init(jax.random.key(0), x)["params"])
     rng = np.random.default_rng(7)
@@ -22,39 +22,39 @@ def normed(name, x, bias=False):
     return y, params["scale"].astype(np.float64), params.get("bias", 0.0)
 
 
-def rms(x, scale, bias):
+def rms_reference(x, scale, bias):
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + EPS) * scale
 
 
-def layer(x, scale, bias):
+def layer_reference(x, scale, bias):
     mean, var = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
     return (x - mean) / np.sqrt(var + EPS) * scale + bias
 
 
-TWINS = {"rms": rms, "layer": layer}
+REFERENCES = {"rms": rms_reference, "layer": layer_reference}
 
 
-def rows(seed=0):
+def make_rows(seed=0):
     return (np.random.default_rng(seed).normal(size=(3, 5, 24)) * 0.1 + 0.3).astype(np.float32)
 
 
-def test_every_norm_has_a_twin():
-    assert TWINS.keys() == NORMS.keys()
+def test_every_norm_has_a_reference():
+    assert REFERENCES.keys() == NORMS.keys()
 
 
 @pytest.mark.parametrize("name", NORMS)
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_norm_equals_its_formula_in_float64(name, bias):
-    x = rows()
-    y, scale, b = normed(name, x, bias)
+    x = make_rows()
+    y, scale, b = apply_random_norm(name, x, bias)
     # float32: relative error of some 1e-6 on values of order 1.
-    np.testing.assert_allclose(y, TWINS[name](x.astype(np.float64), scale, b), atol=1e-5)
+    np.testing.assert_allclose(y, REFERENCES[name](x.astype(np.float64), scale, b), atol=1e-5)
 
 
-def test_only_layer_norm_has_a_bias_and_only_where_the_config_asks():
+def test_only_layer_norm_has_a_bias_and_only_if_the_config_has():
     has = {
         (name, bias): "bias"
-        in NORMS[name](tiny(bias=bias)).init(jax.random.key(0), rows()[..., :16])["params"]
+        in NORMS[name](tiny(bias=bias)).init(jax.random.key(0), make_rows()[..., :16])["params"]
         for name in NORMS
         for bias in (False, True)
     }
@@ -63,26 +63,26 @@ def test_only_layer_norm_has_a_bias_and_only_where_the_config_asks():
 
 @pytest.mark.parametrize("name", NORMS)
 def test_a_norm_of_bfloat16_is_computed_in_float32(name):
-    x = jnp.asarray(rows() * 100, jnp.bfloat16)
-    y, scale, b = normed(name, x)
-    exact = TWINS[name](np.asarray(x, np.float64), scale, b)
+    x = jnp.asarray(make_rows() * 100, jnp.bfloat16)
+    y, scale, b = apply_random_norm(name, x)
+    exact = REFERENCES[name](np.asarray(x, np.float64), scale, b)
     assert y.dtype == jnp.bfloat16
-    # Only the outcome is rounded: half a unit of 8 bits, and float32's error beside it.
+    # Only the result is rounded: half a unit of 8 bits, and float32's error beside it.
     np.testing.assert_allclose(np.asarray(y, np.float64), exact, rtol=2**-8, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", NORMS)
 def test_a_row_of_zeros_stays_finite(name):
-    y, _, _ = normed(name, np.zeros((1, 1, 24), np.float32))
+    y, _, _ = apply_random_norm(name, np.zeros((1, 1, 24), np.float32))
     np.testing.assert_array_equal(y, np.zeros((1, 1, 24)))
 
 
 @pytest.mark.parametrize("name", NORMS)
 def test_a_norm_of_heads_has_a_scale_for_each_channel_of_a_head(name):
     module = NORMS[name](tiny(head_width=6, bias=True), "K")
-    x = rows()[..., :6]
+    x = make_rows()[..., :6]
     params, letters = split(module.init(jax.random.key(0), x)["params"])
     assert {x.shape for x in params.values()} == {(6,)}
     assert set(letters.values()) == {"K"}
     with pytest.raises(AssertionError):
-        module.init(jax.random.key(0), rows())
+        module.init(jax.random.key(0), make_rows())

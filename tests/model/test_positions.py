@@ -1,4 +1,4 @@
-"""Position schemes against their formulas, in float64 NumPy."""
+"""Position encodings against their formulas, in float64 NumPy."""
 
 import math
 from functools import partial
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import forward, random_params, random_tokens, tiny, whole
+from helpers import forward, random_params, random_tokens, single_document_coords, tiny
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.t5.modeling_t5 import T5Attention
 
@@ -17,52 +17,57 @@ from jaxgpt.architecture import RopeConfig
 from jaxgpt.dims import split
 from jaxgpt.model.masks import Coords
 from jaxgpt.model.positions import (
-    POSITIONS,
+    POSITION_ENCODINGS,
     SCALINGS,
-    alibi,
-    bucket,
-    rope,
-    sines,
-    sinusoidal,
-    slopes,
+    apply_rope,
+    assign_bucket,
+    compute_alibi_bias,
+    compute_alibi_slopes,
+    compute_sin_cos,
+    encode_sinusoidal,
 )
 
 B, T, H, K, THETA = 2, 9, 3, 8, 500.0
 
 
-def rates(theta: float, size: int) -> np.ndarray:
+def make_frequencies(theta: float, size: int) -> np.ndarray:
     return theta ** (-2 * np.arange(size // 2) / size)
 
 
-@partial(jax.jit, static_argnames=("loudness", "size"))
-def turn(x, position, loudness=1.0, size=K):
-    """x, its first `size` channels turned by THETA's rates."""
-    return rope(*sines(rates(THETA, size).astype(np.float32), loudness, position), x)
+@partial(jax.jit, static_argnames=("attention_factor", "size"))
+def rotate(x, position, attention_factor=1.0, size=K):
+    """Rotate the first `size` channels of x by the frequencies of THETA."""
+    return apply_rope(
+        *compute_sin_cos(
+            make_frequencies(THETA, size).astype(np.float32), attention_factor, position
+        ),
+        x,
+    )
 
 
 def normal(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def hooks(name: str, **changes):
-    """Inputs of `embed`, x [B T D] and position [B T], then the parameters, then the scheme."""
+def make_inputs(name: str, **changes):
+    """Return (x [B T D], position [B T], parameters, bound module)."""
     cfg = tiny(position=name, **changes)
-    place = POSITIONS[name](cfg)
+    encoding = POSITION_ENCODINGS[name](cfg)
     x, position = normal(0, B, T, cfg.width), np.random.default_rng(1).integers(0, 20, (B, T))
-    at = (jnp.asarray(x), jnp.asarray(position))
-    params, _ = split(place.init(jax.random.key(0), *at, method="embed").get("params", {}))
-    bound = place.bind({"params": params})
+    coords = (jnp.asarray(x), jnp.asarray(position))
+    params, _ = split(encoding.init(jax.random.key(0), *coords, method="embed").get("params", {}))
+    bound = encoding.bind({"params": params})
     return x, position, params, bound
 
 
 def test_rope_is_multiplication_by_a_complex_number():
     x = normal(0, B, T, H, K)
     position = np.random.default_rng(1).integers(0, 50, (B, T))
-    unit = np.exp(1j * position[:, :, None, None] * rates(THETA, K))
-    turned = (x[..., : K // 2] + 1j * x[..., K // 2 :]) * unit
-    wanted = np.concatenate([turned.real, turned.imag], axis=-1)
+    phase = np.exp(1j * position[:, :, None, None] * make_frequencies(THETA, K))
+    rotated = (x[..., : K // 2] + 1j * x[..., K // 2 :]) * phase
+    wanted = np.concatenate([rotated.real, rotated.imag], axis=-1)
     # Angles up to 50 in float32 are off by 50 * 6e-8 = 3e-6 at most.
-    np.testing.assert_allclose(turn(x, position), wanted, atol=2e-5)
+    np.testing.assert_allclose(rotate(x, position), wanted, atol=2e-5)
 
 
 @pytest.mark.parametrize("shift", [1, 40])
@@ -72,90 +77,90 @@ def test_rope_scores_depend_only_on_the_distance(shift):
 
     @jax.jit
     def scores(position):
-        return jnp.einsum("BTHK,BSHK->BHTS", turn(q, position), turn(k, position))
+        return jnp.einsum("BTHK,BSHK->BHTS", rotate(q, position), rotate(k, position))
 
     near, far = scores(position), scores(position + shift)
     np.testing.assert_allclose(far, near, atol=1e-4)  # sums of 8 products at angles to 50
     assert np.abs(near - jnp.einsum("BTHK,BSHK->BHTS", q, k)).max() > 0.1
 
 
-def test_rope_keeps_the_dtype_and_turns_in_float32():
+def test_rope_keeps_the_dtype_and_rotates_in_float32():
     x = jnp.asarray(normal(0, B, T, H, K), jnp.bfloat16)
     position = jnp.full((B, T), 1000)  # in bfloat16 1001 would be 1000 as well
-    turned = turn(x, position + 1)
-    assert turned.dtype == jnp.bfloat16
-    exact = turn(x.astype(jnp.float32), position + 1)
-    # Rounding the outcome to bfloat16: 2^-9 of values up to 4.
-    np.testing.assert_allclose(turned.astype(jnp.float32), exact, atol=4 * 2**-8)
+    rotated = rotate(x, position + 1)
+    assert rotated.dtype == jnp.bfloat16
+    exact = rotate(x.astype(jnp.float32), position + 1)
+    # Rounding the result to bfloat16: 2^-9 of values up to 4.
+    np.testing.assert_allclose(rotated.astype(jnp.float32), exact, atol=4 * 2**-8)
 
 
-def test_the_rope_scheme_turns_by_the_theta_of_the_config():
-    _, position, params, place = hooks("rope", rope=RopeConfig(theta=THETA))
+def test_rope_uses_the_theta_of_the_config():
+    _, position, params, encoding = make_inputs("rope", rope=RopeConfig(theta=THETA))
     assert params == {}
     y = normal(3, B, T, H, 4)  # heads of `tiny`
-    wanted = turn(y, position, size=4)
-    np.testing.assert_array_equal(place.rotation(position)(y), wanted)
-    assert place.bias() is None
+    wanted = rotate(y, position, size=4)
+    np.testing.assert_array_equal(encoding.make_rotation(position)(y), wanted)
+    assert encoding.make_bias() is None
 
 
 def test_sinusoidal_is_the_papers_formula():
     width, position = 12, np.array([[0, 1, 2, 30, 99]])
     wanted = np.empty((1, 5, width))
-    for t, place in enumerate(position[0]):
+    for t, encoding in enumerate(position[0]):
         for i in range(width // 2):
-            angle = place / 10_000 ** (2 * i / width)
+            angle = encoding / 10_000 ** (2 * i / width)
             wanted[0, t, 2 * i] = np.sin(angle)
             wanted[0, t, 2 * i + 1] = np.cos(angle)
     # Angles up to 99 in float32 are off by 99 * 6e-8 = 6e-6 each way.
-    np.testing.assert_allclose(sinusoidal(jnp.asarray(position), width), wanted, atol=3e-5)
+    np.testing.assert_allclose(encode_sinusoidal(jnp.asarray(position), width), wanted, atol=3e-5)
 
 
-def test_the_sinusoidal_scheme_adds_to_the_embedding_only():
-    x, position, params, place = hooks("sinusoidal")
+def test_sinusoidal_adds_to_the_embedding_only():
+    x, position, params, encoding = make_inputs("sinusoidal")
     assert params == {}
-    added = place.embed(x, position) - x
-    np.testing.assert_allclose(added, sinusoidal(position, x.shape[-1]), atol=1e-6)
-    assert place.rotation(position) is None
-    assert place.bias() is None
+    added = encoding.embed(x, position) - x
+    np.testing.assert_allclose(added, encode_sinusoidal(position, x.shape[-1]), atol=1e-6)
+    assert encoding.make_rotation(position) is None
+    assert encoding.make_bias() is None
 
 
-def test_the_learned_scheme_adds_its_row_for_the_position():
-    x, position, params, place = hooks("learned")
+def test_learned_adds_its_row_for_the_position():
+    x, position, params, encoding = make_inputs("learned")
     assert params["table"].shape == (32, 16)  # context, width
     wanted = x + np.asarray(params["table"])[position]
-    np.testing.assert_array_equal(place.embed(x, position), wanted)
-    assert place.rotation(position) is None
-    assert place.bias() is None
+    np.testing.assert_array_equal(encoding.embed(x, position), wanted)
+    assert encoding.make_rotation(position) is None
+    assert encoding.make_bias() is None
 
 
-def test_the_scheme_none_is_the_identity_in_all_three_places():
-    x, position, params, place = hooks("none")
+def test_none_is_the_identity_in_all_three_places():
+    x, position, params, encoding = make_inputs("none")
     assert params == {}
-    np.testing.assert_array_equal(place.embed(x, position), x)
-    assert place.rotation(position) is None
-    assert place.bias() is None
+    np.testing.assert_array_equal(encoding.embed(x, position), x)
+    assert encoding.make_rotation(position) is None
+    assert encoding.make_bias() is None
 
 
-# --- the rotation, in part and stretched -------------------------------------------------------
+# --- partial and scaled rotation ---------------------------------------------------------------
 
 
-def test_rope_turns_only_its_share_of_a_head_and_leaves_the_rest():
+def test_rope_rotates_only_its_fraction_of_a_head():
     cfg = tiny(head_width=8, rope=RopeConfig(THETA, share=0.5))
     y, position = normal(0, B, T, H, 8), np.random.default_rng(1).integers(0, 50, (B, T))
-    found = POSITIONS["rope"](cfg).bind({}).rotation(position)(y)
-    wanted = turn(y[..., :4], position, size=4)
+    found = POSITION_ENCODINGS["rope"](cfg).bind({}).make_rotation(position)(y)
+    wanted = rotate(y[..., :4], position, size=4)
     np.testing.assert_array_equal(found[..., :4], wanted)
     np.testing.assert_array_equal(found[..., 4:], y[..., 4:])
 
 
-def test_loudness_multiplies_what_is_turned():
+def test_the_attention_factor_multiplies_rotated_channels():
     x, position = normal(0, B, T, H, K), np.random.default_rng(1).integers(0, 50, (B, T))
-    loud = turn(x, position, loudness=1.7)
-    np.testing.assert_allclose(loud, 1.7 * turn(x, position), atol=1e-5)
+    scaled = rotate(x, position, attention_factor=1.7)
+    np.testing.assert_allclose(scaled, 1.7 * rotate(x, position), atol=1e-5)
 
 
 # Llama 3.1's numbers; those of Code Llama and of YaRN's own Llama 2; a small head.
-STRETCHED = [
+SCALED = [
     ("none", RopeConfig(), 128),
     ("linear", RopeConfig(factor=4.0), 128),
     ("ntk", RopeConfig(factor=8.0), 128),
@@ -166,49 +171,51 @@ STRETCHED = [
 ]
 
 
-def stretch(name, r: RopeConfig, size, **changes):
+def scale_frequencies(name, r: RopeConfig, size, **changes):
     cfg = tiny(
         head_width=size, rope=RopeConfig(r.theta, 1.0, name, r.factor, r.original), **changes
     )
-    return SCALINGS[name](cfg, rates(r.theta, size))
+    return SCALINGS[name](cfg, make_frequencies(r.theta, size))
 
 
-@pytest.mark.parametrize(("name", "r", "size"), STRETCHED)
-def test_rope_is_stretched_as_in_transformers(name, r, size):
-    # "dynamic" there takes the factor from the length of the text: ours is for one such length.
-    asked = dict(rope_theta=r.theta, factor=1.0 if name == "ntk" else r.factor)
-    asked |= dict(rope_type={"ntk": "dynamic", "none": "linear"}.get(name, name))
-    asked |= dict(low_freq_factor=1.0, high_freq_factor=4.0) if name == "llama3" else {}
-    asked |= dict(original_max_position_embeddings=r.original) if r.original else {}
+@pytest.mark.parametrize(("name", "r", "size"), SCALED)
+def test_rope_is_scaled_as_in_transformers(name, r, size):
+    # "dynamic" there derives the factor from the length of the text: ours is for one such length.
+    parameters = dict(rope_theta=r.theta, factor=1.0 if name == "ntk" else r.factor)
+    parameters |= dict(rope_type={"ntk": "dynamic", "none": "linear"}.get(name, name))
+    parameters |= dict(low_freq_factor=1.0, high_freq_factor=4.0) if name == "llama3" else {}
+    parameters |= dict(original_max_position_embeddings=r.original) if r.original else {}
     theirs = transformers.LlamaConfig(
-        head_dim=size, max_position_embeddings=4096, rope_parameters=asked
+        head_dim=size, max_position_embeddings=4096, rope_parameters=parameters
     )
-    compute = ROPE_INIT_FUNCTIONS[asked["rope_type"]]
-    wanted, loudness = compute(theirs, torch.device("cpu"), seq_len=int(4096 * r.factor))
-    found = stretch(name, r, size)
+    compute = ROPE_INIT_FUNCTIONS[parameters["rope_type"]]
+    wanted, attention_factor = compute(theirs, torch.device("cpu"), seq_len=int(4096 * r.factor))
+    found = scale_frequencies(name, r, size)
     np.testing.assert_allclose(found[0], wanted.numpy(), rtol=1e-5)  # theirs are float32
-    np.testing.assert_allclose(found[1], loudness, rtol=1e-6)
+    np.testing.assert_allclose(found[1], attention_factor, rtol=1e-6)
     if name != "none":
-        assert np.max(rates(r.theta, size) / found[0]) > 0.9 * r.factor
+        assert np.max(make_frequencies(r.theta, size) / found[0]) > 0.9 * r.factor
 
 
 def test_every_scaling_is_compared():
-    assert {name for name, _, _ in STRETCHED} == SCALINGS.keys()
+    assert {name for name, _, _ in SCALED} == SCALINGS.keys()
 
 
 @pytest.mark.parametrize("name", ["yarn", "llama3"])
-def test_the_original_context_is_the_context_over_the_factor_if_not_given(name):
-    asked = stretch(name, RopeConfig(100.0, factor=4.0, original=64), 32)
+def test_the_original_context_defaults_to_the_context_over_the_factor(name):
+    parameters = scale_frequencies(name, RopeConfig(100.0, factor=4.0, original=64), 32)
     for found, wanted in zip(
-        stretch(name, RopeConfig(100.0, factor=4.0), 32, context=256), asked, strict=True
+        scale_frequencies(name, RopeConfig(100.0, factor=4.0), 32, context=256),
+        parameters,
+        strict=True,
     ):
         np.testing.assert_array_equal(found, wanted)
 
 
 @pytest.mark.parametrize("name", ["ntk", "yarn", "llama3"])
 def test_short_wavelengths_stay_and_long_ones_grow_by_the_factor(name):
-    before, factor = rates(1e4, 128), 8.0
-    found, _ = stretch(name, RopeConfig(1e4, factor=factor, original=512), 128)
+    before, factor = make_frequencies(1e4, 128), 8.0
+    found, _ = scale_frequencies(name, RopeConfig(1e4, factor=factor, original=512), 128)
     np.testing.assert_allclose(found[0], before[0])
     np.testing.assert_allclose(found[-1], before[-1] / factor)
     assert np.all(np.diff(found) < 0)
@@ -228,11 +235,11 @@ def test_short_wavelengths_stay_and_long_ones_grow_by_the_factor(name):
     ],
 )
 def test_the_slopes_of_alibi(heads, wanted):
-    np.testing.assert_allclose(slopes(heads), wanted, rtol=1e-6)
+    np.testing.assert_allclose(compute_alibi_slopes(heads), wanted, rtol=1e-6)
 
 
-def ends(seed=0):
-    """Coordinates of queries [B T] and of keys [B S]."""
+def make_q_and_k_coords(seed=0):
+    """Return coordinates of queries [B T] and of keys [B S]."""
     rng = np.random.default_rng(seed)
     return tuple(
         Coords(jnp.asarray(rng.integers(0, 60, (B, n))), jnp.ones((B, n), jnp.int32))
@@ -241,23 +248,23 @@ def ends(seed=0):
 
 
 def test_alibi_is_minus_the_slope_times_the_distance():
-    q, k = ends()
-    place = POSITIONS["alibi"](tiny(position="alibi")).bind({})
-    found = place.bias()(q, k)
+    q, k = make_q_and_k_coords()
+    encoding = POSITION_ENCODINGS["alibi"](tiny(position="alibi")).bind({})
+    found = encoding.make_bias()(q, k)
     for b, h, t, s in np.ndindex(B, 4, T, 5):
-        wanted = -(2.0 ** (-2 * (h + 1))) * abs(int(q.position[b, t]) - int(k.position[b, s]))
+        wanted = -(2.0 ** (-2 * (h + 1))) * abs(int(q.positions[b, t]) - int(k.positions[b, s]))
         np.testing.assert_allclose(found[b, h, t, s], wanted, rtol=1e-6)
-    assert place.rotation(q.position) is None
-    np.testing.assert_array_equal(found, alibi(slopes(4), q, k))
+    assert encoding.make_rotation(q.positions) is None
+    np.testing.assert_array_equal(found, compute_alibi_bias(compute_alibi_slopes(4), q, k))
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
-@pytest.mark.parametrize(("buckets", "reach"), [(32, 128), (8, 20), (16, 100)])
-def test_the_buckets_of_t5_are_those_of_transformers(is_causal, buckets, reach):
-    behind = np.arange(-300, 301)
-    found = bucket(jnp.asarray(behind), buckets, reach, is_causal)
+@pytest.mark.parametrize(("buckets", "max_distance"), [(32, 128), (8, 20), (16, 100)])
+def test_the_buckets_of_t5_are_those_of_transformers(is_causal, buckets, max_distance):
+    relative = np.arange(-300, 301)
+    found = assign_bucket(jnp.asarray(relative), buckets, max_distance, is_causal)
     wanted = T5Attention._relative_position_bucket(
-        torch.tensor(-behind), not is_causal, buckets, reach
+        torch.tensor(-relative), not is_causal, buckets, max_distance
     )
     np.testing.assert_array_equal(found, wanted)
     assert set(np.asarray(found).tolist()) == set(range(buckets)) - (
@@ -266,24 +273,24 @@ def test_the_buckets_of_t5_are_those_of_transformers(is_causal, buckets, reach):
 
 
 @pytest.mark.parametrize("direction", ["causal", "both"])
-def test_t5_looks_the_bucket_of_the_distance_up_in_its_table(direction):
-    cfg, (q, k) = tiny(position="t5", position_buckets=8, position_reach=20), ends()
+def test_the_bias_of_t5_is_the_table_row_of_the_distances_bucket(direction):
+    cfg, (q, k) = tiny(position="t5", position_buckets=8, position_reach=20), make_q_and_k_coords()
     table = normal(3, 8, 4)
-    place = POSITIONS["t5"](cfg, direction).bind({"params": {"table": table}})
-    found = place.bias()(q, k)
+    encoding = POSITION_ENCODINGS["t5"](cfg, direction).bind({"params": {"table": table}})
+    found = encoding.make_bias()(q, k)
     assert found.dtype == jnp.float32
     for b, h, t, s in np.ndindex(B, 4, T, 5):
-        behind = q.position[b, t] - k.position[b, s]
-        u = bucket(behind, 8, 20, direction == "causal")
+        relative = q.positions[b, t] - k.positions[b, s]
+        u = assign_bucket(relative, 8, 20, direction == "causal")
         assert found[b, h, t, s] == table[u, h]
-    assert place.rotation(q.position) is None
+    assert encoding.make_rotation(q.positions) is None
 
 
 # --- in a whole model --------------------------------------------------------------------------
 
 
-def by_hand(cfg, params, tokens):
-    """The hidden states of one layer of attention alone on one text, in float64 loops."""
+def compute_by_hand(cfg, params, tokens):
+    """Compute the hidden states of one attention layer on one text, in float64 loops."""
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     block = jax.tree.map(lambda x: x[0], p["stack"]["layers"]["block_0"])
     mixer, n = block["mixer"], len(tokens)
@@ -293,39 +300,39 @@ def by_hand(cfg, params, tokens):
 
     x = p["embed"]["table"][tokens]
     if cfg.position == "sinusoidal":
-        angle = np.arange(n)[:, None] * rates(1e4, cfg.width)
+        angle = np.arange(n)[:, None] * make_frequencies(1e4, cfg.width)
         x = x + np.stack([np.sin(angle), np.cos(angle)], -1).reshape(n, -1)
     y = norm(x, block["mixer_norm_in"]["scale"])
     q, k, v = (np.einsum("td,dhk->thk", y, mixer[name]["w"]) for name in "qkv")
     if cfg.position == "rope":
-        unit = np.exp(1j * np.arange(n)[:, None, None] * rates(1e4, 4))
-        q, k = ((z[..., :2] + 1j * z[..., 2:]) * unit for z in (q, k))
+        phase = np.exp(1j * np.arange(n)[:, None, None] * make_frequencies(1e4, 4))
+        q, k = ((z[..., :2] + 1j * z[..., 2:]) * phase for z in (q, k))
         q, k = (np.concatenate([z.real, z.imag], -1) for z in (q, k))
     out = np.zeros((n, 4, 4))
     for h, t in np.ndindex(4, n):
         scores = k[: t + 1, h] @ q[t, h] / 2
-        behind = t - np.arange(t + 1)
+        relative = t - np.arange(t + 1)
         if cfg.position == "alibi":
-            scores = scores - 2.0 ** (-2 * (h + 1)) * behind
+            scores = scores - 2.0 ** (-2 * (h + 1)) * relative
         if cfg.position == "t5":
-            scores = scores + p["stack"]["position"]["table"][distances_of_t5(behind), h]
+            scores = scores + p["stack"]["position"]["table"][find_t5_buckets(relative), h]
         weights = np.exp(scores - scores.max())
         out[t, h] = weights / weights.sum() @ v[: t + 1, h]
     return norm(x + np.einsum("thk,hkd->td", out, mixer["o"]["w"]), p["stack"]["norm"]["scale"])
 
 
-def distances_of_t5(behind):
-    """Raffel et al. 2020: 16 of 32 buckets are exact, the others logarithmic up to 128."""
+def find_t5_buckets(relative):
+    """Return buckets by Raffel et al. 2020: 16 of 32 are exact, the others logarithmic to 128."""
     return [
         d if d < 16 else min(16 + int(math.log(d / 16) / math.log(128 / 16) * 16), 31)
-        for d in behind.tolist()
+        for d in relative.tolist()
     ]
 
 
-@pytest.mark.parametrize("name", sorted(POSITIONS.keys() - {"learned"}))
-def test_positions_go_on_beyond_the_context_of_training(name):
+@pytest.mark.parametrize("name", sorted(POSITION_ENCODINGS.keys() - {"learned"}))
+def test_positions_extrapolate_beyond_the_training_context(name):
     cfg = tiny(position=name, layers=1, kv_heads=4, feedforward="none", context=16)
     params, tokens = random_params(cfg), random_tokens(cfg, 0, 1, 2 * cfg.context)
-    found, _ = forward(cfg, params, tokens, whole(tokens))
+    found, _ = forward(cfg, params, tokens, single_document_coords(tokens))
     # Sums of 32 values of order 1 in float32, at angles up to 32.
-    np.testing.assert_allclose(found[0], by_hand(cfg, params, tokens[0]), atol=1e-4)
+    np.testing.assert_allclose(found[0], compute_by_hand(cfg, params, tokens[0]), atol=1e-4)

@@ -1,4 +1,4 @@
-"""Published models have exactly their number of parameters here: no array is made for it."""
+"""Published models have exactly their published number of parameters; no array is allocated."""
 
 import ast
 import functools
@@ -14,7 +14,7 @@ from jaxgpt.model import count_params
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
-# As published: by the papers and their code, or counted in the weights that were given out.
+# As published: in the papers and their code, or counted in the released weights.
 PUBLISHED = {
     "gpt2_124m": 124_439_808,
     "gpt2_355m": 354_823_168,
@@ -44,13 +44,13 @@ PUBLISHED = {
 }
 
 
-def model_of(name: str):
+def load_model_config(name: str):
     return load(str(CONFIGS / f"{name}.py")).model
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_model_has_exactly_its_number_of_parameters(name):
-    assert count_params(model_of(name))["total"] == PUBLISHED[name]
+    assert count_params(load_model_config(name))["total"] == PUBLISHED[name]
 
 
 # --- the same, counted in transformers -----------------------------------------------------------
@@ -105,38 +105,38 @@ KINDS = {
 }
 
 
-def sizes_of_theirs(kind, config) -> dict[str, int]:
+def count_in_transformers(kind, config) -> dict[str, int]:
     with torch.device("meta"):  # shapes alone
         return {name: x.numel() for name, x in kind(config).named_parameters()}
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if name != "gpt3_175b"])
-def test_transformers_counts_as_many(name):
-    c = model_of(name)
+def test_transformers_has_the_same_number_of_parameters(name):
+    c = load_model_config(name)
     kind = next(kind for prefix, kind in KINDS.items() if name.startswith(prefix))
-    theirs = sum(sizes_of_theirs(*kind(c)).values())
-    if c.family == "encoder_decoder" and not c.tie:  # transformers ties what it makes anew
+    theirs = sum(count_in_transformers(*kind(c)).values())
+    if c.family == "encoder_decoder" and not c.tie:  # transformers ties newly created models
         theirs += c.vocab * c.width
     assert count_params(c)["total"] == theirs
 
 
-def test_gpt3_has_the_number_that_its_table_of_sizes_gives():
+def test_gpt3_has_the_number_that_follows_from_its_sizes():
     V, C, D, L = 50257, 2048, 12288, 96
     block = 4 * (D * D + D) + (D * 4 * D + 4 * D) + (4 * D * D + D) + 2 * 2 * D
     total = V * D + C * D + L * block + 2 * D
-    assert count_params(model_of("gpt3_175b"))["total"] == total
+    assert count_params(load_model_config("gpt3_175b"))["total"] == total
     assert round(total / 1e9) == 175  # as the paper calls it
 
 
 @pytest.mark.parametrize(
     ("name", "published"), [("bert_base", 109_482_240), ("bert_large", 335_141_888)]
 )
-def test_bert_without_its_head_and_with_its_pooler_is_the_published_one(name, published):
-    c = model_of(name)
+def test_bert_without_its_head_and_with_its_pooler_has_the_published_number(name, published):
+    c = load_model_config(name)
     count = count_params(c)
     pooler = c.width**2 + c.width
     assert count["total"] - count["head"] + pooler == published
-    sizes = sizes_of_theirs(*bert(c, transformers.BertModel))
+    sizes = count_in_transformers(*bert(c, transformers.BertModel))
 
     def theirs(*words):
         return sum(n for name, n in sizes.items() if all(word in name for word in words))
@@ -148,7 +148,7 @@ def test_bert_without_its_head_and_with_its_pooler_is_the_published_one(name, pu
         "attention": theirs("attention") - theirs("attention", "LayerNorm"),
         "feedforward": theirs(".layer.", "dense") - theirs(".layer.", "attention", "dense"),
         "norms": norms,
-        # The transform: a linear map, a norm and a number for each word.
+        # The transform: a linear map, a norm and a bias per vocabulary entry.
         "head": pooler + 2 * c.width + c.vocab,
         "total": PUBLISHED[name],
     }
@@ -160,4 +160,4 @@ def test_the_number_of_parameters_in_a_configs_docstring_is_right(name):
     text = ast.get_docstring(ast.parse((CONFIGS / f"{name}.py").read_text()))
     stated = re.findall(r"([\d,]+)\sparameters", text)
     assert stated or name not in PUBLISHED
-    assert stated in ([], [f"{count_params(model_of(name))['total']:,}"])
+    assert stated in ([], [f"{count_params(load_model_config(name))['total']:,}"])

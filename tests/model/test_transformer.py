@@ -1,4 +1,4 @@
-"""The whole model: its size, who hears of whom, its cache, and what changes nothing."""
+"""The whole model: its size, dependences between tokens, its cache, and neutral settings."""
 
 import dataclasses
 import pathlib
@@ -9,7 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import forward, logits, random_params, random_tokens, tiny, whole
+from helpers import (
+    compute_logits,
+    forward,
+    random_params,
+    random_tokens,
+    single_document_coords,
+    tiny,
+)
 
 from jaxgpt.config import MeshConfig, ModelConfig
 from jaxgpt.model import (
@@ -17,13 +24,13 @@ from jaxgpt.model import (
     abstract_params,
     build,
     count_params,
-    head,
     init_cache,
     init_params,
+    make_head,
 )
-from jaxgpt.model.block import REMATS, WIRINGS, Dropout
-from jaxgpt.model.positions import POSITIONS
-from jaxgpt.model.transformer import unrolled
+from jaxgpt.model.block import REMAT_POLICIES, WIRINGS, Dropout
+from jaxgpt.model.positions import POSITION_ENCODINGS
+from jaxgpt.model.transformer import count_unrolled
 from jaxgpt.sharding import make_mesh
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
@@ -33,13 +40,13 @@ KEY = jax.random.key(0)
 # layers differ by some 1e-6.
 CLOSE = dict(atol=1e-5, rtol=1e-5)
 
-every_position = pytest.mark.parametrize("position", POSITIONS)
+every_position = pytest.mark.parametrize("position", POSITION_ENCODINGS)
 
 
 # --- size ---
 
 
-def test_the_mini_gpt_has_exactly_its_number_of_parameters_in_every_part():
+def test_the_mini_gpt_has_exactly_its_number_of_parameters_in_every_component():
     assert count_params(ModelConfig()) == {
         "embedding": 3_145_728,
         "position": 0,
@@ -51,7 +58,7 @@ def test_the_mini_gpt_has_exactly_its_number_of_parameters_in_every_part():
     }
 
 
-def test_parts_are_counted_where_they_are():
+def test_parameters_are_counted_by_component():
     count = count_params(tiny(position="learned", tie=False, bias=True, norm="layer"))
     assert count == {
         "embedding": 61 * 16,
@@ -71,7 +78,7 @@ def test_shapes_are_known_without_allocating():
     assert letters == same
 
 
-# --- the beginning ---
+# --- initialization ---
 
 
 @pytest.mark.parametrize(
@@ -85,7 +92,7 @@ def test_the_letters_of_every_parameter_spell_its_shape(changes):
     assert spelled == jax.tree.map(lambda x: x.shape, params)
 
 
-def test_weights_begin_as_gpt2s_do():
+def test_weights_are_initialized_as_gpt2s():
     cfg = tiny(width=128, ffn=256, layers=8, vocab=512, tie=False, bias=True, position="learned")
     params, _ = init_params(cfg, KEY)
     for path, x in jax.tree.leaves_with_path(params):
@@ -93,8 +100,8 @@ def test_weights_begin_as_gpt2s_do():
         if name.endswith(("scale", ".b")):
             np.testing.assert_array_equal(x, name.endswith("scale"))
             continue
-        into_residual = name.endswith(("o.w", "down.w"))
-        std = 0.02 / np.sqrt(2 * cfg.layers) if into_residual else 0.02
+        is_residual = name.endswith(("o.w", "down.w"))
+        std = 0.02 / np.sqrt(2 * cfg.layers) if is_residual else 0.02
         # Of at least 4096 draws the standard deviation is known to 1.1%, the mean to 1.6% of it.
         np.testing.assert_allclose(x.std(), std, rtol=0.05, err_msg=name)
         np.testing.assert_allclose(x.mean(), 0, atol=0.08 * std, err_msg=name)
@@ -107,40 +114,46 @@ def test_parameters_are_float32_whatever_the_compute_dtype():
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
 
 
-# --- who hears of whom ---
+# --- dependences between tokens ---
 
 
 @partial(jax.jit, static_argnames="cfg")
-def hearing(cfg, params, at):
-    """[T S]: how much the hidden state of token t changes with the embedding of token s."""
-    T = at.position.shape[1]
+def measure_dependence(cfg, params, coords):
+    """Return [T S]: how much hidden state t changes with the embedding of token s."""
+    T = coords.positions.shape[1]
     tokens = jnp.arange(T)[None]  # all different, so that row s of the table is token s
     direction = jax.random.normal(jax.random.key(9), (cfg.width,))
 
-    def read(table):
-        hidden, _ = build(cfg).apply({"params": params | {"embed": {"table": table}}}, tokens, at)
+    def project_hidden(table):
+        hidden, _ = build(cfg).apply(
+            {"params": params | {"embed": {"table": table}}}, tokens, coords
+        )
         return hidden[0] @ direction
 
-    return jnp.abs(jax.jacrev(read)(params["embed"]["table"])[:, :T]).max(-1)
+    return jnp.abs(jax.jacrev(project_hidden)(params["embed"]["table"])[:, :T]).max(-1)
 
 
 @every_position
-def test_a_token_hears_of_itself_and_all_before_and_of_nothing_after(position):
+def test_a_hidden_state_depends_on_its_token_and_those_before_only(position):
     cfg = tiny(position=position)
-    heard = hearing(cfg, random_params(cfg), whole(jnp.zeros((1, 8), jnp.int32)))
-    np.testing.assert_array_equal(heard > 1e-6, np.tri(8))
-    np.testing.assert_array_equal(heard[np.triu_indices(8, 1)], 0)
+    dependence = measure_dependence(
+        cfg, random_params(cfg), single_document_coords(jnp.zeros((1, 8), jnp.int32))
+    )
+    np.testing.assert_array_equal(dependence > 1e-6, np.tri(8))
+    np.testing.assert_array_equal(dependence[np.triu_indices(8, 1)], 0)
 
 
 @pytest.mark.parametrize("wiring", WIRINGS)
-def test_a_token_hears_only_of_its_own_document(wiring):
+def test_a_hidden_state_depends_only_on_its_own_document(wiring):
     cfg = tiny(wiring=wiring)
-    at = Coords(jnp.array([[0, 1, 2, 0, 1, 0, 0, 0]]), jnp.array([[1, 1, 1, 2, 2, 3, 0, 0]]))
-    heard = hearing(cfg, random_params(cfg), at)
-    same = np.equal.outer(at.document[0], at.document[0]) & (np.asarray(at.document[0]) > 0)
-    real = np.asarray(at.document[0]) > 0
-    np.testing.assert_array_equal((heard > 1e-6)[real], (np.tri(8) * same)[real])
-    np.testing.assert_array_equal(heard[real][~(np.tri(8) * same)[real].astype(bool)], 0)
+    coords = Coords(jnp.array([[0, 1, 2, 0, 1, 0, 0, 0]]), jnp.array([[1, 1, 1, 2, 2, 3, 0, 0]]))
+    dependence = measure_dependence(cfg, random_params(cfg), coords)
+    same = np.equal.outer(coords.segment_ids[0], coords.segment_ids[0]) & (
+        np.asarray(coords.segment_ids[0]) > 0
+    )
+    real = np.asarray(coords.segment_ids[0]) > 0
+    np.testing.assert_array_equal((dependence > 1e-6)[real], (np.tri(8) * same)[real])
+    np.testing.assert_array_equal(dependence[real][~(np.tri(8) * same)[real].astype(bool)], 0)
 
 
 @every_position
@@ -149,23 +162,31 @@ def test_changing_the_future_does_not_change_the_past(position):
     params = random_params(cfg)
     a = random_tokens(cfg, 0, 2, 10)
     b = a.at[:, 6:].set((a[:, 6:] + 1) % cfg.vocab)
-    (x, _), (y, _) = (forward(cfg, params, tokens, whole(a)) for tokens in (a, b))
+    (x, _), (y, _) = (forward(cfg, params, tokens, single_document_coords(a)) for tokens in (a, b))
     np.testing.assert_array_equal(x[:, :6], y[:, :6])
     assert np.abs(x[:, 6:] - y[:, 6:]).min(axis=-1).max() > 1e-3
 
 
 @every_position
-def test_packed_documents_equal_the_same_documents_alone(position):
+def test_packed_documents_equal_the_same_documents_in_separate_rows(position):
     cfg = tiny(position=position)
     params = random_params(cfg)
     a, b = random_tokens(cfg, 0, 1, 7), random_tokens(cfg, 1, 1, 5)
-    at = Coords(
-        jnp.concatenate([whole(a).position, whole(b).position], 1),
-        jnp.concatenate([whole(a).document, 2 * whole(b).document], 1),
+    coords = Coords(
+        jnp.concatenate(
+            [single_document_coords(a).positions, single_document_coords(b).positions], 1
+        ),
+        jnp.concatenate(
+            [single_document_coords(a).segment_ids, 2 * single_document_coords(b).segment_ids], 1
+        ),
     )
-    packed, _ = forward(cfg, params, jnp.concatenate([a, b], 1), at)
-    np.testing.assert_allclose(packed[:, :7], forward(cfg, params, a, whole(a))[0], **CLOSE)
-    np.testing.assert_allclose(packed[:, 7:], forward(cfg, params, b, whole(b))[0], **CLOSE)
+    packed, _ = forward(cfg, params, jnp.concatenate([a, b], 1), coords)
+    np.testing.assert_allclose(
+        packed[:, :7], forward(cfg, params, a, single_document_coords(a))[0], **CLOSE
+    )
+    np.testing.assert_allclose(
+        packed[:, 7:], forward(cfg, params, b, single_document_coords(b))[0], **CLOSE
+    )
 
 
 @every_position
@@ -175,30 +196,37 @@ def test_padding_on_either_side_does_not_matter(position):
     params = random_params(cfg)
     tokens = random_tokens(cfg, 0, 2, 6)
     pad = lambda x, by: jnp.pad(x, ((0, 0), sides), constant_values=by)  # noqa: E731
-    at = whole(tokens)
-    wide, _ = forward(cfg, params, pad(tokens, 7), Coords(pad(at.position, 3), pad(at.document, 0)))
-    alone, _ = forward(cfg, params, tokens, at)
-    np.testing.assert_allclose(wide[:, sides[0] : sides[0] + 6], alone, **CLOSE)
+    coords = single_document_coords(tokens)
+    wide, _ = forward(
+        cfg, params, pad(tokens, 7), Coords(pad(coords.positions, 3), pad(coords.segment_ids, 0))
+    )
+    separate, _ = forward(cfg, params, tokens, coords)
+    np.testing.assert_allclose(wide[:, sides[0] : sides[0] + 6], separate, **CLOSE)
     chex.assert_tree_all_finite(wide)
 
 
-def test_rows_do_not_hear_of_each_other():
+def test_rows_are_independent():
     cfg = tiny()
     params = random_params(cfg)
     tokens = random_tokens(cfg, 0, 3, 6)
-    together, _ = forward(cfg, params, tokens, whole(tokens))
+    batched, _ = forward(cfg, params, tokens, single_document_coords(tokens))
     for row in range(3):
-        alone, _ = forward(cfg, params, tokens[row : row + 1], whole(tokens[:1]))
-        np.testing.assert_allclose(together[row : row + 1], alone, **CLOSE)
+        separate, _ = forward(
+            cfg, params, tokens[row : row + 1], single_document_coords(tokens[:1])
+        )
+        np.testing.assert_allclose(batched[row : row + 1], separate, **CLOSE)
 
 
 def test_without_positions_only_the_set_of_earlier_tokens_counts():
     swapped = {}
-    for position in POSITIONS:
+    for position in POSITION_ENCODINGS:
         cfg = tiny(position=position, layers=1)
         params = random_params(cfg)
         a = jnp.array([[5, 9, 2, 7]])
-        x, y = (forward(cfg, params, t, whole(t))[0][0, -1] for t in (a, a[:, [1, 0, 2, 3]]))
+        x, y = (
+            forward(cfg, params, t, single_document_coords(t))[0][0, -1]
+            for t in (a, a[:, [1, 0, 2, 3]])
+        )
         swapped[position] = float(jnp.abs(x - y).max())
     assert {name for name, change in swapped.items() if change < 1e-5} == {"none"}
 
@@ -208,41 +236,41 @@ def test_without_positions_only_the_set_of_earlier_tokens_counts():
 
 @pytest.mark.parametrize(
     ("position", "kv_heads"),  # GQA with every position; MHA, GQA and MQA with one
-    [*((position, 2) for position in POSITIONS), ("rope", 4), ("rope", 1)],
+    [*((position, 2) for position in POSITION_ENCODINGS), ("rope", 4), ("rope", 1)],
 )
 def test_cached_decoding_equals_uncached(position, kv_heads):
     cfg = tiny(position=position, kv_heads=kv_heads, bias=True)
     params = random_params(cfg)
     tokens = random_tokens(cfg, 0, 2, 11)
-    at = whole(tokens)
-    wanted, none = forward(cfg, params, tokens, at)
+    coords = single_document_coords(tokens)
+    wanted, none = forward(cfg, params, tokens, coords)
     assert none is None
     cache = init_cache(cfg, batch=2, slots=14)
     found, begin = [], 0
     for end in (5, *range(6, 12)):  # a prefill of 5, then token by token
-        here = jax.tree.map(lambda x, a=begin, b=end: x[:, a:b], at)
+        here = jax.tree.map(lambda x, a=begin, b=end: x[:, a:b], coords)
         hidden, cache = forward(cfg, params, tokens[:, begin:end], here, cache)
         found.append(hidden)
         begin = end
     np.testing.assert_allclose(jnp.concatenate(found, 1), wanted, **CLOSE)
     assert cache.cursor == 11
-    np.testing.assert_array_equal(cache.at.document[0], [1] * 11 + [0] * 3)
+    np.testing.assert_array_equal(cache.coords.segment_ids[0], [1] * 11 + [0] * 3)
 
 
-@pytest.mark.parametrize("documents", ["apart", "joined"])
+@pytest.mark.parametrize("documents", ["separate", "joined"])
 def test_rows_of_different_length_share_a_cache_by_padding_on_the_left(documents):
     cfg = tiny(documents=documents)
     params = random_params(cfg)
     short, more = random_tokens(cfg, 0, 1, 4), jnp.array([[3]])
-    at = Coords(jnp.array([[0, 0, 0, 1, 2, 3]]), jnp.array([[0, 0, 1, 1, 1, 1]]))
+    coords = Coords(jnp.array([[0, 0, 0, 1, 2, 3]]), jnp.array([[0, 0, 1, 1, 1, 1]]))
     _, cache = forward(
-        cfg, params, jnp.pad(short, ((0, 0), (2, 0))), at, init_cache(cfg, batch=1, slots=8)
+        cfg, params, jnp.pad(short, ((0, 0), (2, 0))), coords, init_cache(cfg, batch=1, slots=8)
     )
     next_at = Coords(jnp.array([[4]]), jnp.array([[1]]))
     found, _ = forward(cfg, params, more, next_at, cache)
     row = jnp.concatenate([short, more], 1)
     np.testing.assert_allclose(
-        found[0, 0], forward(cfg, params, row, whole(row))[0][0, -1], **CLOSE
+        found[0, 0], forward(cfg, params, row, single_document_coords(row))[0][0, -1], **CLOSE
     )
 
 
@@ -252,11 +280,11 @@ def test_the_cache_has_the_compute_dtype_and_only_the_kv_heads():
         assert (x.shape, x.dtype) == ((3, 1, 5, 4), jnp.bfloat16)
 
 
-# --- what changes nothing ---
+# --- settings that change no result ---
 
 
 @pytest.mark.parametrize("pattern", ["full", "window"])
-def test_rows_of_one_document_learn_the_same_whether_documents_are_apart_or_joined(pattern):
+def test_rows_of_one_document_have_equal_gradients_with_separate_or_joined_documents(pattern):
     cfg = tiny(kernel="strips", pattern=(pattern,))
     params, tokens = random_params(cfg), random_tokens(cfg, 0, 2, 20)
     joined = dataclasses.replace(cfg, documents="joined")
@@ -268,7 +296,7 @@ def test_rows_of_one_document_learn_the_same_whether_documents_are_apart_or_join
 @partial(jax.jit, static_argnames="cfg")
 def loss_and_gradients(cfg, params, tokens):
     def loss(params):
-        hidden, _ = build(cfg).apply({"params": params}, tokens, whole(tokens))
+        hidden, _ = build(cfg).apply({"params": params}, tokens, single_document_coords(tokens))
         return jnp.mean(jnp.sin(3 * hidden.astype(jnp.float32)))
 
     return jax.value_and_grad(loss)(params)
@@ -276,7 +304,7 @@ def loss_and_gradients(cfg, params, tokens):
 
 @pytest.mark.parametrize(
     "changes",
-    [dict(unroll=2), *(dict(remat=name) for name in REMATS if name != "none")],
+    [dict(unroll=2), *(dict(remat=name) for name in REMAT_POLICIES if name != "none")],
     ids=str,
 )
 def test_unrolling_and_recomputing_change_neither_value_nor_gradients(changes):
@@ -299,19 +327,19 @@ def test_unrolling_and_recomputing_change_neither_value_nor_gradients(changes):
     ],
     ids=str,
 )
-def test_a_cpu_takes_few_layers_out_of_the_loop(changes, count):
+def test_a_cpu_unrolls_few_layers(changes, count):
     cfg = dataclasses.replace(ModelConfig(heads=4), **changes)
-    repeats = cfg.layers // len(cfg.unit)
-    assert unrolled(cfg, repeats) == count
+    repeats = cfg.layers // len(cfg.layer_cycle)
+    assert count_unrolled(cfg, repeats) == count
     mesh = make_mesh(MeshConfig(data=2), jax.devices()[:2])
     with jax.set_mesh(mesh):
-        assert unrolled(cfg, repeats) == (cfg.unroll or 1)
+        assert count_unrolled(cfg, repeats) == (cfg.unroll or 1)
 
 
-@pytest.mark.parametrize("remat", [name for name in REMATS if name != "none"])
+@pytest.mark.parametrize("remat", [name for name in REMAT_POLICIES if name != "none"])
 @pytest.mark.parametrize("unroll", [1, 2])
-def test_what_is_computed_again_is_guarded_where_there_is_no_loop(remat, unroll):
-    # Without it XLA takes what was computed before, and no memory is saved.
+def test_recomputation_is_guarded_against_cse_without_a_loop(remat, unroll):
+    # Without it XLA reuses the forward pass, and no memory is saved.
     cfg = tiny(remat=remat, unroll=unroll, layers=2)
     params, tokens = random_params(cfg), random_tokens(cfg, 0, 2, 8)
     program = str(jax.make_jaxpr(partial(loss_and_gradients, cfg))(params, tokens))
@@ -322,8 +350,8 @@ def test_bfloat16_is_near_float32():
     cfg = tiny()
     params = random_params(cfg, std=0.1)
     tokens = random_tokens(cfg, 0, 2, 8)
-    exact, _ = forward(cfg, params, tokens, whole(tokens))
-    low, _ = forward(tiny(dtype="bfloat16"), params, tokens, whole(tokens))
+    exact, _ = forward(cfg, params, tokens, single_document_coords(tokens))
+    low, _ = forward(tiny(dtype="bfloat16"), params, tokens, single_document_coords(tokens))
     assert low.dtype == jnp.bfloat16
     # Values of order 1 after some ten roundings of 2^-9 each.
     np.testing.assert_allclose(low.astype(jnp.float32), exact, atol=0.1)
@@ -335,42 +363,46 @@ def test_every_parameter_has_a_gradient(wiring, norm):
     cfg = tiny(wiring=wiring, norm=norm, bias=True, position="learned")
     params, tokens = random_params(cfg), random_tokens(cfg, 0, 2, 8)
     _, gradients = loss_and_gradients(cfg, params, tokens)
-    still = [
+    without_gradient = [
         jax.tree_util.keystr(path)
         for path, g in jax.tree.leaves_with_path(gradients)
         if not np.abs(g).max() > 1e-6 and "['k']['b']" not in jax.tree_util.keystr(path)
-    ]  # a bias of the keys adds the same to all scores of a query: softmax does not see it
-    assert still == []
+    ]  # a bias of the keys adds the same to all scores of a query: softmax is invariant to it
+    assert without_gradient == []
 
 
 # --- dropout ---
 
 
 @partial(jax.jit, static_argnames="cfg")
-def dropped(cfg, params, tokens, key=None):
+def run_with_dropout(cfg, params, tokens, key=None):
     rngs = {} if key is None else {"dropout": key}
-    return build(cfg).apply({"params": params}, tokens, whole(tokens), rngs=rngs)[0]
+    return build(cfg).apply({"params": params}, tokens, single_document_coords(tokens), rngs=rngs)[
+        0
+    ]
 
 
 def test_without_a_key_nothing_is_dropped():
     cfg = tiny(dropout=0.5)
     params, tokens = random_params(cfg), random_tokens(cfg, 0, 2, 8)
-    np.testing.assert_array_equal(dropped(cfg, params, tokens), dropped(tiny(), params, tokens))
+    np.testing.assert_array_equal(
+        run_with_dropout(cfg, params, tokens), run_with_dropout(tiny(), params, tokens)
+    )
 
 
 def test_the_key_decides_what_is_dropped():
     cfg = tiny(dropout=0.5)
     params, tokens = random_params(cfg), random_tokens(cfg, 0, 2, 8)
-    a, again, b = (dropped(cfg, params, tokens, jax.random.key(i)) for i in (1, 1, 2))
-    np.testing.assert_array_equal(a, again)
+    a, repeated, b = (run_with_dropout(cfg, params, tokens, jax.random.key(i)) for i in (1, 1, 2))
+    np.testing.assert_array_equal(a, repeated)
     assert np.abs(a - b).max() > 0.1
-    assert np.abs(a - dropped(cfg, params, tokens)).max() > 0.1
+    assert np.abs(a - run_with_dropout(cfg, params, tokens)).max() > 0.1
 
 
-def test_dropout_drops_its_share_and_keeps_the_expectation():
+def test_dropout_zeroes_its_fraction_and_keeps_the_expectation():
     n, rate = 100_000, 0.3
     y = Dropout(rate).apply({}, jnp.ones(n), rngs={"dropout": KEY})
-    # The share dropped has a standard deviation of sqrt(.3 x .7 / n) = 0.0014; 5 of them.
+    # The fraction dropped has a standard deviation of sqrt(.3 x .7 / n) = 0.0014; 5 of them.
     np.testing.assert_allclose(np.mean(y == 0), rate, atol=0.0075)
     np.testing.assert_allclose(y[y != 0], 1 / (1 - rate), rtol=1e-6)
 
@@ -378,32 +410,32 @@ def test_dropout_drops_its_share_and_keeps_the_expectation():
 # --- the head ---
 
 
-def test_a_tied_model_scores_with_its_embedding():
+def test_a_tied_model_computes_logits_with_its_embedding():
     cfg = tiny()
     params = random_params(cfg)
     assert "head" not in params
-    assert head(cfg, params).table is params["embed"]["table"]
+    assert make_head(cfg, params).table is params["embed"]["table"]
 
 
-def test_an_untied_model_scores_with_a_table_of_its_own():
+def test_an_untied_model_computes_logits_with_a_table_of_its_own():
     cfg = tiny(tie=False)
     params, tokens = random_params(cfg), random_tokens(cfg, 0, 1, 6)
-    hidden, _ = forward(cfg, params, tokens, whole(tokens))
-    found = logits(cfg, params, tokens, whole(tokens))
+    hidden, _ = forward(cfg, params, tokens, single_document_coords(tokens))
+    found = compute_logits(cfg, params, tokens, single_document_coords(tokens))
     np.testing.assert_allclose(found, hidden @ params["head"]["table"].T, atol=1e-4)
     assert np.abs(params["head"]["table"] - params["embed"]["table"]).max() > 0.1
 
 
-def test_scores_are_float32_whatever_the_compute_dtype():
+def test_logits_are_float32_whatever_the_compute_dtype():
     cfg = tiny(dtype="bfloat16")
     params, tokens = random_params(cfg), random_tokens(cfg, 0, 1, 6)
-    assert logits(cfg, params, tokens, whole(tokens)).dtype == jnp.float32
+    assert compute_logits(cfg, params, tokens, single_document_coords(tokens)).dtype == jnp.float32
 
 
 # --- wiring ---
 
 
-def test_wirings_have_their_norms_where_their_names_say():
+def test_wirings_have_the_norms_of_their_names():
     stacks = {w: abstract_params(tiny(wiring=w))[0]["stack"] for w in WIRINGS}
     names = {w: set(stack["layers"]["block_0"]) for w, stack in stacks.items()}
     assert names["pre"] == {"mixer", "ffn", "mixer_norm_in", "ffn_norm_in"}

@@ -1,13 +1,13 @@
-"""Where each of our weights lies in the models of transformers: a table a model.
+"""Maps from the weights of transformers models to jaxgpt's: one table per model.
 
-A row is (ours, theirs, rearrange, leaves), of a layer, a norm or a table of vectors. `rearrange`
-takes their array to ours; it is linear but for a constant, so that it serves values and gradients.
-Within `layers`, ours is a path in one block and theirs one in one layer. A row that a model does
-not have is left out, and a test sees to it that nothing is left over on either side; so models of
-one kind share a table.
+A row is (path, hf_name, rearrange, leaves), of a layer, a norm or an embedding table. `rearrange`
+maps the array of transformers to jaxgpt's; it is affine, so that it applies to values and (without
+its constant) to gradients. Within `layers`, path is relative to one block and hf_name to one layer.
+Rows that a model does not have are skipped, and a test asserts that no weight of either side is
+left over; so similar models share a table.
 
-Linear maps of torch are [out in]; GPT-2's Conv1D are [in out], as ours. The halves that RoPE turns
-lie alike in both.
+Linear maps of torch are [out in]; GPT-2's Conv1D are [in out], as in jaxgpt. The halves that RoPE
+rotates have the same layout in both.
 """
 
 from collections.abc import Callable
@@ -18,66 +18,66 @@ import numpy as np
 
 from jaxgpt.config import ModelConfig
 
-# --- rearrangements: (a weight or a bias, config) -> ours --------------------------------------
+# --- rearrangements: (weight or bias, config) -> jaxgpt --------------------------------------
 
 
-def same(x, cfg: ModelConfig):
+def keep(x, cfg: ModelConfig):
     return x
 
 
-def plus_one(x, cfg: ModelConfig):  # Gemma keeps the scales of norms less 1
+def add_one(x, cfg: ModelConfig):  # Gemma stores norm scales minus 1
     return x + 1
 
 
-def transposed(x, cfg: ModelConfig):  # "D>F", and "F" as it is
+def transpose(x, cfg: ModelConfig):  # "D>F", and "F" unchanged
     return x.T
 
 
-def into_heads(x, cfg: ModelConfig):  # "D>HK", "HK"
+def split_heads(x, cfg: ModelConfig):  # "D>HK", "HK"
     return x.T.reshape(*x.T.shape[:-1], -1, cfg.sizes["K"])
 
 
-def out_of_heads(x, cfg: ModelConfig):  # "HK>D", and "D" as it is
+def merge_heads(x, cfg: ModelConfig):  # "HK>D", and "D" unchanged
     return x if x.ndim == 1 else x.T.reshape(cfg.heads, cfg.sizes["K"], cfg.width)
 
 
-def heads_first(x, cfg: ModelConfig):  # "HK>D" of a Conv1D
+def merge_heads_conv1d(x, cfg: ModelConfig):  # "HK>D" of a Conv1D
     return x if x.ndim == 1 else x.reshape(cfg.heads, cfg.sizes["K"], cfg.width)
 
 
-def third(i: int) -> Callable:
-    """q, k or v of what is fused as [3 H K in], or as [in 3 H K] in a Conv1D."""
+def take_third(i: int) -> Callable:
+    """Return the rearrangement to q, k or v of a fused [3 H K in], or [in 3 H K] in a Conv1D."""
 
-    def cut(x, cfg: ModelConfig):
+    def rearrange(x, cfg: ModelConfig):
         x = x if x.shape[0] == cfg.width else x.T
         return np.split(x, 3, axis=-1)[i].reshape(*x.shape[:-1], cfg.heads, cfg.sizes["K"])
 
-    return cut
+    return rearrange
 
 
-def third_of_each_head(i: int) -> Callable:
-    """q, k or v of what is fused as [H 3 K in]."""
+def take_third_of_heads(i: int) -> Callable:
+    """Return the rearrangement to q, k or v of a fused [H 3 K in]."""
 
-    def cut(x, cfg: ModelConfig):
+    def rearrange(x, cfg: ModelConfig):
         return x.T.reshape(*x.T.shape[:-1], cfg.heads, 3, cfg.sizes["K"])[..., i, :]
 
-    return cut
+    return rearrange
 
 
-def after_two_rows(x, cfg: ModelConfig):  # BART's first two positions are for padding
+def skip_two_rows(x, cfg: ModelConfig):  # BART's first two positions are reserved for padding
     return x[2:]
 
 
-def half_of_experts(i: int) -> Callable:
-    """The gates or the ups, "ED>F", of what is fused as [E 2F D]."""
+def take_half_of_experts(i: int) -> Callable:
+    """Return the rearrangement to gate or up, "ED>F", of a fused [E 2F D]."""
 
-    def cut(x, cfg: ModelConfig):
+    def rearrange(x, cfg: ModelConfig):
         return np.split(x, 2, axis=1)[i].swapaxes(1, 2)
 
-    return cut
+    return rearrange
 
 
-def experts_transposed(x, cfg: ModelConfig):
+def transpose_experts(x, cfg: ModelConfig):
     return x.swapaxes(1, 2)
 
 
@@ -85,45 +85,45 @@ def experts_transposed(x, cfg: ModelConfig):
 
 
 class Row(NamedTuple):
-    ours: str
-    theirs: str
+    path: str
+    hf_name: str
     rearrange: Callable
-    leaves: dict[str, str]  # ours -> theirs
+    leaves: dict[str, str]  # jaxgpt -> transformers
 
 
-def linear(ours, theirs, rearrange=transposed) -> Row:
-    return Row(ours, theirs, rearrange, {"w": ".weight", "b": ".bias"})
+def linear(path, hf_name, rearrange=transpose) -> Row:
+    return Row(path, hf_name, rearrange, {"w": ".weight", "b": ".bias"})
 
 
-def norm(ours, theirs, rearrange=same) -> Row:
-    return Row(ours, theirs, rearrange, {"scale": ".weight", "bias": ".bias"})
+def norm(path, hf_name, rearrange=keep) -> Row:
+    return Row(path, hf_name, rearrange, {"scale": ".weight", "bias": ".bias"})
 
 
-def table(ours, theirs, rearrange=same) -> Row:
-    return Row(ours, theirs, rearrange, {"table": ".weight"})
+def table(path, hf_name, rearrange=keep) -> Row:
+    return Row(path, hf_name, rearrange, {"table": ".weight"})
 
 
-def bare(ours, theirs, rearrange=same) -> Row:
-    """A parameter that is no layer's in theirs."""
-    path, _, leaf = ours.rpartition(".")
-    return Row(path, theirs, rearrange, {leaf: ""})
+def parameter(path, hf_name, rearrange=keep) -> Row:
+    """Make the row of a parameter that is not in a layer in transformers."""
+    path, _, leaf = path.rpartition(".")
+    return Row(path, hf_name, rearrange, {leaf: ""})
 
 
-def layers(ours: str, theirs: str, *rows: Row) -> list[Row]:
-    """Rows of every block: * is its place in the unit, {} its number in theirs."""
+def layers(path: str, hf_name: str, *rows: Row) -> list[Row]:
+    """Repeat rows for every block: * is its index in the layer cycle, {} the transformers layer."""
     return [
-        row._replace(ours=f"{ours}.layers.block_*.{row.ours}", theirs=f"{theirs}.{row.theirs}")
+        row._replace(path=f"{path}.layers.block_*.{row.path}", hf_name=f"{hf_name}.{row.hf_name}")
         for row in rows
     ]
 
 
-def qkv(ours: str, theirs: str, names: str, rearrange=into_heads) -> list[Row]:
-    """Three maps whose names in theirs are `names` with q, k, v in place of {}."""
-    return [linear(f"{ours}.{x}", f"{theirs}.{names.format(x)}", rearrange) for x in "qkv"]
+def qkv(path: str, hf_name: str, names: str, rearrange=split_heads) -> list[Row]:
+    """Make rows of three maps, named `names` in transformers, with q, k, v in place of {}."""
+    return [linear(f"{path}.{x}", f"{hf_name}.{names.format(x)}", rearrange) for x in "qkv"]
 
 
-def fused(ours: str, theirs: str, part: Callable) -> list[Row]:
-    return [linear(f"{ours}.{x}", theirs, part(i)) for i, x in enumerate("qkv")]
+def fused(path: str, hf_name: str, rearrange_part: Callable) -> list[Row]:
+    return [linear(f"{path}.{x}", hf_name, rearrange_part(i)) for i, x in enumerate("qkv")]
 
 
 # --- tables ------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def fused(ours: str, theirs: str, part: Callable) -> list[Row]:
 _LLAMA_EMBEDDINGS = [table("embed", "model.embed_tokens"), table("head", "lm_head")]
 _LLAMA_ATTENTION = [
     *qkv("mixer", "self_attn", "{}_proj"),
-    linear("mixer.o", "self_attn.o_proj", out_of_heads),
+    linear("mixer.o", "self_attn.o_proj", merge_heads),
 ]
 _LLAMA_GATED = [linear(f"ffn.{x}", f"mlp.{x}_proj") for x in ("gate", "up", "down")]
 
@@ -148,22 +148,22 @@ LLAMA = [  # and Mistral, Qwen 3, Mixtral
         norm("mixer.k_norm", "self_attn.k_norm"),
         *_LLAMA_GATED,
         linear("ffn.router", "mlp.gate"),
-        bare("ffn.experts.gate.w", "mlp.experts.gate_up_proj", half_of_experts(0)),
-        bare("ffn.experts.up.w", "mlp.experts.gate_up_proj", half_of_experts(1)),
-        bare("ffn.experts.down.w", "mlp.experts.down_proj", experts_transposed),
+        parameter("ffn.experts.gate.w", "mlp.experts.gate_up_proj", take_half_of_experts(0)),
+        parameter("ffn.experts.up.w", "mlp.experts.gate_up_proj", take_half_of_experts(1)),
+        parameter("ffn.experts.down.w", "mlp.experts.down_proj", transpose_experts),
     ),
 ]
 
 GEMMA2 = [
     *_LLAMA_EMBEDDINGS,
-    norm("stack.norm", "model.norm", plus_one),
+    norm("stack.norm", "model.norm", add_one),
     *layers(
         "stack",
         "model.layers.{}",
-        norm("mixer_norm_in", "input_layernorm", plus_one),
-        norm("mixer_norm_out", "post_attention_layernorm", plus_one),
-        norm("ffn_norm_in", "pre_feedforward_layernorm", plus_one),
-        norm("ffn_norm_out", "post_feedforward_layernorm", plus_one),
+        norm("mixer_norm_in", "input_layernorm", add_one),
+        norm("mixer_norm_out", "post_attention_layernorm", add_one),
+        norm("ffn_norm_in", "pre_feedforward_layernorm", add_one),
+        norm("ffn_norm_out", "post_feedforward_layernorm", add_one),
         *_LLAMA_ATTENTION,
         *_LLAMA_GATED,
     ),
@@ -178,10 +178,10 @@ GPT2 = [
         "transformer.h.{}",
         norm("mixer_norm_in", "ln_1"),
         norm("ffn_norm_in", "ln_2"),
-        *fused("mixer", "attn.c_attn", third),
-        linear("mixer.o", "attn.c_proj", heads_first),
-        linear("ffn.up", "mlp.c_fc", same),
-        linear("ffn.down", "mlp.c_proj", same),
+        *fused("mixer", "attn.c_attn", take_third),
+        linear("mixer.o", "attn.c_proj", merge_heads_conv1d),
+        linear("ffn.up", "mlp.c_fc", keep),
+        linear("ffn.down", "mlp.c_proj", keep),
     ),
 ]
 
@@ -194,8 +194,8 @@ GPT_NEOX = [
         "gpt_neox.layers.{}",
         norm("mixer_norm_in", "input_layernorm"),
         norm("ffn_norm_in", "post_attention_layernorm"),
-        *fused("mixer", "attention.query_key_value", third_of_each_head),
-        linear("mixer.o", "attention.dense", out_of_heads),
+        *fused("mixer", "attention.query_key_value", take_third_of_heads),
+        linear("mixer.o", "attention.dense", merge_heads),
         linear("ffn.up", "mlp.dense_h_to_4h"),
         linear("ffn.down", "mlp.dense_4h_to_h"),
     ),
@@ -210,8 +210,8 @@ BLOOM = [
         "transformer.h.{}",
         norm("mixer_norm_in", "input_layernorm"),
         norm("ffn_norm_in", "post_attention_layernorm"),
-        *fused("mixer", "self_attention.query_key_value", third_of_each_head),
-        linear("mixer.o", "self_attention.dense", out_of_heads),
+        *fused("mixer", "self_attention.query_key_value", take_third_of_heads),
+        linear("mixer.o", "self_attention.dense", merge_heads),
         linear("ffn.up", "mlp.dense_h_to_4h"),
         linear("ffn.down", "mlp.dense_4h_to_h"),
     ),
@@ -225,8 +225,8 @@ MPT = [
         "transformer.blocks.{}",
         norm("mixer_norm_in", "norm_1"),
         norm("ffn_norm_in", "norm_2"),
-        *fused("mixer", "attn.Wqkv", third),
-        linear("mixer.o", "attn.out_proj", out_of_heads),
+        *fused("mixer", "attn.Wqkv", take_third),
+        linear("mixer.o", "attn.out_proj", merge_heads),
         linear("ffn.up", "ffn.up_proj"),
         linear("ffn.down", "ffn.down_proj"),
     ),
@@ -240,10 +240,10 @@ BERT = [
     *layers(
         "stack",
         "bert.encoder.layer.{}",
-        linear("mixer.q", "attention.self.query", into_heads),
-        linear("mixer.k", "attention.self.key", into_heads),
-        linear("mixer.v", "attention.self.value", into_heads),
-        linear("mixer.o", "attention.output.dense", out_of_heads),
+        linear("mixer.q", "attention.self.query", split_heads),
+        linear("mixer.k", "attention.self.key", split_heads),
+        linear("mixer.v", "attention.self.value", split_heads),
+        linear("mixer.o", "attention.output.dense", merge_heads),
         norm("mixer_norm_out", "attention.output.LayerNorm"),
         linear("ffn.up", "intermediate.dense"),
         linear("ffn.down", "output.dense"),
@@ -251,25 +251,25 @@ BERT = [
     ),
     linear("transform.dense", "cls.predictions.transform.dense"),
     norm("transform.norm", "cls.predictions.transform.LayerNorm"),
-    bare("transform.bias", "cls.predictions.bias"),
+    parameter("transform.bias", "cls.predictions.bias"),
     linear("classes.pooler", "bert.pooler.dense"),
     linear("classes.scores", "classifier"),
 ]
 
 
-def _t5(ours: str, theirs: str, ffn: int, *cross: Row) -> list[Row]:
-    """One stack of T5, whose feed-forward is number `ffn` of its sublayers."""
+def _t5(path: str, hf_name: str, ffn: int, *cross: Row) -> list[Row]:
+    """Make the table of one stack of T5, whose feed-forward is sublayer `ffn`."""
     return [
         table(
-            f"{ours}.position", f"{theirs}.block.0.layer.0.SelfAttention.relative_attention_bias"
+            f"{path}.position", f"{hf_name}.block.0.layer.0.SelfAttention.relative_attention_bias"
         ),
-        norm(f"{ours}.norm", f"{theirs}.final_layer_norm"),
+        norm(f"{path}.norm", f"{hf_name}.final_layer_norm"),
         *layers(
-            ours,
-            theirs + ".block.{}",
+            path,
+            hf_name + ".block.{}",
             norm("mixer_norm_in", "layer.0.layer_norm"),
             *qkv("mixer", "layer.0.SelfAttention", "{}"),
-            linear("mixer.o", "layer.0.SelfAttention.o", out_of_heads),
+            linear("mixer.o", "layer.0.SelfAttention.o", merge_heads),
             *cross,
             norm("ffn_norm_in", f"layer.{ffn}.layer_norm"),
             linear("ffn.up", f"layer.{ffn}.DenseReluDense.wi"),
@@ -290,20 +290,20 @@ T5 = [
         2,
         norm("cross_norm_in", "layer.1.layer_norm"),
         *qkv("cross", "layer.1.EncDecAttention", "{}"),
-        linear("cross.o", "layer.1.EncDecAttention.o", out_of_heads),
+        linear("cross.o", "layer.1.EncDecAttention.o", merge_heads),
     ),
 ]
 
 
-def _bart(ours: str, theirs: str, *cross: Row) -> list[Row]:
+def _bart(path: str, hf_name: str, *cross: Row) -> list[Row]:
     return [
-        table(f"{ours}.position", f"{theirs}.embed_positions", after_two_rows),
-        norm(f"{ours}.embed_norm", f"{theirs}.layernorm_embedding"),
+        table(f"{path}.position", f"{hf_name}.embed_positions", skip_two_rows),
+        norm(f"{path}.embed_norm", f"{hf_name}.layernorm_embedding"),
         *layers(
-            ours,
-            theirs + ".layers.{}",
+            path,
+            hf_name + ".layers.{}",
             *qkv("mixer", "self_attn", "{}_proj"),
-            linear("mixer.o", "self_attn.out_proj", out_of_heads),
+            linear("mixer.o", "self_attn.out_proj", merge_heads),
             norm("mixer_norm_out", "self_attn_layer_norm"),
             *cross,
             linear("ffn.up", "fc1"),
@@ -320,44 +320,44 @@ BART = [
         "stack",
         "model.decoder",
         *qkv("cross", "encoder_attn", "{}_proj"),
-        linear("cross.o", "encoder_attn.out_proj", out_of_heads),
+        linear("cross.o", "encoder_attn.out_proj", merge_heads),
         norm("cross_norm_out", "encoder_attn_layer_norm"),
     ),
 ]
 
 
-# --- reading them ------------------------------------------------------------------------------
+# --- conversion ------------------------------------------------------------------------------
 
 
-def places(rows: list[Row], names, cfg: ModelConfig):
-    """(path of ours, [names in theirs], rearrange, whether stacked) of all that theirs has."""
-    unit = len(cfg.unit)
-    for ours, theirs, rearrange, leaves in rows:
+def locate_weights(rows: list[Row], names, cfg: ModelConfig):
+    """Yield (path, [names in transformers], whether stacked, rearrange) for the given names."""
+    cycle = len(cfg.layer_cycle)
+    for path, hf_name, rearrange, leaves in rows:
         for leaf, ending in leaves.items():
-            if "*" not in ours:
-                found = [(f"{ours}.{leaf}", [theirs + ending], False)]
+            if "*" not in path:
+                locations = [(f"{path}.{leaf}", [hf_name + ending], False)]
             else:
                 count = cfg.encoder_layers or cfg.layers
-                count = count if ours.startswith("encoder") else cfg.layers
-                found = [
+                count = count if path.startswith("encoder") else cfg.layers
+                locations = [
                     (
-                        f"{ours.replace('*', str(block))}.{leaf}",
-                        [theirs.format(i) + ending for i in range(block, count, unit)],
+                        f"{path.replace('*', str(block))}.{leaf}",
+                        [hf_name.format(i) + ending for i in range(block, count, cycle)],
                         True,
                     )
-                    for block in range(unit)
+                    for block in range(cycle)
                 ]
-            yield from ((*place, rearrange) for place in found if place[1][0] in names)
+            yield from ((*location, rearrange) for location in locations if location[1][0] in names)
 
 
-def as_ours(rows: list[Row], arrays: dict[str, np.ndarray], cfg: ModelConfig) -> dict:
-    """Their arrays by name as our tree."""
+def convert_arrays(rows: list[Row], arrays: dict[str, np.ndarray], cfg: ModelConfig) -> dict:
+    """Convert arrays of transformers, by name, to a parameter tree of jaxgpt."""
     tree: dict = {}
-    for ours, theirs, is_stacked, rearrange in places(rows, arrays, cfg):
-        values = [rearrange(arrays[name], cfg) for name in theirs]
+    for path, hf_names, is_stacked, rearrange in locate_weights(rows, arrays, cfg):
+        values = [rearrange(arrays[name], cfg) for name in hf_names]
         node = tree
-        *path, leaf = ours.split(".")
-        for name in path:
+        *parents, leaf = path.split(".")
+        for name in parents:
             node = node.setdefault(name, {})
         node[leaf] = jnp.asarray(np.stack(values) if is_stacked else values[0])
     return tree

@@ -1,4 +1,4 @@
-"""Every objective through train.py's own loop: it learns, goes on after a stop, and answers."""
+"""Every objective in the training loop: it learns, resumes after a stop, and predicts."""
 
 import json
 import os
@@ -7,11 +7,11 @@ import sys
 
 import numpy as np
 import pytest
-from tiny_runs import alone, assert_same_bits, run_config, saved
+from tiny_runs import assert_same_bits, restore_latest, run_config, single_device_env
 
 from jaxgpt import trainer
 from jaxgpt.config import override
-from jaxgpt.predict import ask
+from jaxgpt.predict import predict
 from jaxgpt.settings import ConfigError
 from jaxgpt.trainer import train
 from jaxgpt.trainer.checkpoint import load_run, read_labels
@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def settings(folder, name, *more):
+def make_config(folder, name, *more):
     given = [s.format(pairs=folder / "pairs.jsonl") for s in SETTINGS[name]]
     return run_config(
         folder, f"name={name}", f"train.objective={name}", "model.vocab=300", "train.steps=60",
@@ -50,12 +50,12 @@ def settings(folder, name, *more):
 
 @pytest.fixture(scope="module")
 def trained(folder):
-    """A run of each objective, made when it is asked for."""
+    """Return a function that trains an objective once."""
     done = {}
 
     def run(name):
         if name not in done:
-            cfg = settings(folder, name)
+            cfg = make_config(folder, name)
             train(cfg, is_quiet=True)
             done[name] = cfg
         return done[name]
@@ -64,24 +64,24 @@ def trained(folder):
 
 
 @every_objective
-def test_it_learns(trained, name):
+def test_an_objective_is_learned(trained, name):
     cfg = trained(name)
     records = read_metrics(cfg.run_folder)
     held = [r["loss"] for r in records if r["kind"] == "eval"]
     first = next(r["nats"] for r in records if r["kind"] == "train")
     assert len(held) == 3
-    # From about the logarithm of the vocabulary, or of two classes, downwards.
+    # Starts near the logarithm of the vocabulary, or of two classes.
     assert held[-1] < 0.75 * first
 
 
 @pytest.mark.parametrize("name", ["masked", "pairs"])  # one of windows, one of pairs
-def test_a_stopped_run_goes_on_bit_for_bit(trained, folder, name, monkeypatch):
+def test_a_stopped_run_resumes_bit_for_bit(trained, folder, name, monkeypatch):
     whole = trained(name)
-    cfg = override(whole, [f"name={name}_again"])
-    saver = trainer.loop.save
+    cfg = override(whole, [f"name={name}_resumed"])
+    save = trainer.loop.save
 
     def stop_at_40(run):
-        saver(run)
+        save(run)
         if run.progress.step == 40:
             run.saver.wait()
             raise KeyboardInterrupt
@@ -89,22 +89,22 @@ def test_a_stopped_run_goes_on_bit_for_bit(trained, folder, name, monkeypatch):
     monkeypatch.setattr(trainer.loop, "save", stop_at_40)
     with pytest.raises(KeyboardInterrupt):
         train(cfg, is_quiet=True)
-    monkeypatch.setattr(trainer.loop, "save", saver)
+    monkeypatch.setattr(trainer.loop, "save", save)
     train(cfg, is_quiet=True)
-    assert_same_bits(saved(cfg)[0], saved(whole)[0])
+    assert_same_bits(restore_latest(cfg)[0], restore_latest(whole)[0])
 
 
-def answers(cfg, prompts, *more):
+def predict_answers(cfg, prompts, *more):
     config, tokenizer, params, _ = load_run(cfg.run_folder)
     config = override(config, [f"sample.{s}" for s in more])
-    pieces = ask(config, params, tokenizer, prompts, read_labels(cfg.run_folder))
+    pieces = predict(config, params, tokenizer, prompts, read_labels(cfg.run_folder))
     return ["".join(answer) for answer in zip(*pieces, strict=True)]
 
 
-def test_a_classifier_tells_classes_and_counts_its_mistakes(trained):
+def test_a_classifier_predicts_classes_and_writes_its_confusion_matrix(trained):
     cfg = trained("classify")
-    said = answers(cfg, ["3 cat 9", "1 elm 4"])
-    assert [s.split()[0] for s in said] == ["animal", "tree"]
+    outputs = predict_answers(cfg, ["3 cat 9", "1 elm 4"])
+    assert [s.split()[0] for s in outputs] == ["animal", "tree"]
     assert read_labels(cfg.run_folder) == ["animal", "tree"]
     with open(os.path.join(cfg.run_folder, "confusion.json")) as file:
         confusion = json.load(file)
@@ -116,14 +116,16 @@ def test_a_classifier_tells_classes_and_counts_its_mistakes(trained):
         assert os.path.getsize(os.path.join(cfg.run_folder, "plots", f"{name}.png")) > 5000
 
 
-def test_pairs_are_answered(trained):
-    said = answers(trained("pairs"), ["2 dog 11", "5 oak 1"], "tokens=8", "temperature=0")
-    assert said == ["animal", "tree"]
+def test_targets_of_pairs_are_predicted(trained):
+    outputs = predict_answers(
+        trained("pairs"), ["2 dog 11", "5 oak 1"], "tokens=8", "temperature=0"
+    )
+    assert outputs == ["animal", "tree"]
 
 
 def test_masks_are_filled_with_probabilities(trained):
-    (said,) = answers(trained("masked"), ["the c<mask>t<mask>"], "top_k=3")
-    lines = said.split("\n")
+    (outputs,) = predict_answers(trained("masked"), ["the c<mask>t<mask>"], "top_k=3")
+    lines = outputs.split("\n")
     assert len(lines) == 2
     for line in lines:
         odds = [float(x.rstrip("%")) for x in line.split() if x.endswith("%")]
@@ -132,43 +134,45 @@ def test_masks_are_filled_with_probabilities(trained):
         assert 0 < sum(odds) <= 100.1
 
 
-def test_a_prompt_without_a_mask_is_refused(trained):
+def test_a_prompt_without_a_mask_is_rejected(trained):
     with pytest.raises(ConfigError, match="has no <mask> to fill"):
-        answers(trained("masked"), ["nothing hidden"])
+        predict_answers(trained("masked"), ["nothing hidden"])
 
 
 @pytest.mark.parametrize("name", ["masked", "classify", "span"])
-def test_a_question_longer_than_the_context_is_refused(trained, name):
+def test_a_prompt_longer_than_the_context_is_rejected(trained, name):
     with pytest.raises(ConfigError, match=r"prompt has \d+ tokens.*model.context=16"):
-        answers(trained(name), ["<mask>" + "a long question " * 3])
+        predict_answers(trained(name), ["<mask>" + "a long question " * 3])
 
 
-def test_spans_are_written_mask_by_mask(trained):
-    (said,) = answers(trained("span"), ["the c<mask> sat"], "tokens=12", "temperature=0")
-    assert said.startswith("<0>")
+def test_spans_are_generated_mask_by_mask(trained):
+    (outputs,) = predict_answers(trained("span"), ["the c<mask> sat"], "tokens=12", "temperature=0")
+    assert outputs.startswith("<0>")
 
 
-def test_more_masks_than_were_learned_are_refused(trained):
+def test_more_masks_than_the_model_has_are_rejected(trained):
     cfg = trained("span")
-    known = cfg.objective.task.reserved(cfg)
-    with pytest.raises(ConfigError, match=f"masks; the model knows {known}"):
-        answers(cfg, ["<mask>" * (known + 1)])
+    known = cfg.objective.task.count_mask_tokens(cfg)
+    with pytest.raises(ConfigError, match=f"masks; the model has {known}"):
+        predict_answers(cfg, ["<mask>" * (known + 1)])
 
 
-def test_a_prompt_that_can_not_be_asked_is_refused_before_training(folder):
+def test_an_invalid_prompt_is_rejected_before_training(folder):
     with pytest.raises(ConfigError, match="has no <mask> to fill"):
-        train(settings(folder, "masked", "sample.prompt=the", "name=never"), is_quiet=True)
+        train(make_config(folder, "masked", "sample.prompt=the", "name=never"), is_quiet=True)
     assert not os.path.exists(folder / "runs" / "never" / "metrics.jsonl")
 
 
 @pytest.mark.parametrize(
-    ("name", "prompt", "shown"),
+    ("name", "prompt", "expected"),
     [("classify", "3 cat 9", "animal"), ("pairs", "3 cat 9", "3 cat 9\nanimal"),
      ("masked", "the <mask>at", "<mask>  '")],
 )  # fmt: skip
-def test_sample_py_answers_as_the_objective_wants(trained, name, prompt, shown):
+def test_sample_py_prints_the_output_of_the_objective(trained, name, prompt, expected):
     command = [sys.executable, "sample.py", trained(name).run_folder, "--prompt", prompt,
                "temperature=0", "tokens=9"]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, env=alone(), capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env=single_device_env(), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(shown)
+    assert done.stdout.startswith(expected)

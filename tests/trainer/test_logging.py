@@ -9,10 +9,10 @@ from jaxgpt.trainer import logging
 from jaxgpt.trainer.logging import (
     Console,
     MetricsFile,
-    duration,
+    format_duration,
     plot_curves,
     read_metrics,
-    write_whole,
+    write_text_atomically,
 )
 
 FIGURES = dict(loss=2.5, lr=1e-3, tokens_per_second=12345.6, mfu=0.42, eta_seconds=65.0)
@@ -35,7 +35,7 @@ def steps(folder):
     return [record["step"] for record in read_metrics(folder)]
 
 
-def test_figures_come_back_with_six_digits(folder):
+def test_metrics_are_read_back_with_six_digits(folder):
     assert read_metrics(folder)[2] == dict(
         kind="train", step=3, loss=0.333333, nats=0.333333, tokens=3
     )
@@ -48,19 +48,19 @@ def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path):
     file.close()
 
 
-def test_a_run_that_goes_on_forgets_later_steps(folder):
+def test_a_resumed_run_drops_later_steps(folder):
     MetricsFile(folder, 2).close()
     assert steps(folder) == [1, 2]
 
 
-def test_a_run_that_goes_on_writes_after_what_it_kept(folder):
+def test_a_resumed_run_appends_to_the_steps_before(folder):
     file = MetricsFile(folder, 3)
     file.write("train", 4, {"loss": 9.0})
     file.close()
     assert [r["loss"] for r in read_metrics(folder)] == [1.0, 0.5, 0.333333, 9.0]
 
 
-def test_a_line_that_a_kill_cut_short_is_dropped(folder):
+def test_a_line_truncated_by_a_kill_is_dropped(folder):
     with open(f"{folder}/metrics.jsonl", "a") as file:
         file.write('{"kind": "train", "st')
     file = MetricsFile(folder, 4)
@@ -71,67 +71,67 @@ def test_a_line_that_a_kill_cut_short_is_dropped(folder):
         assert len([json.loads(line) for line in file]) == 5
 
 
-def test_a_new_run_begins_with_an_empty_file(folder):
+def test_a_new_run_starts_with_an_empty_file(folder):
     MetricsFile(folder, 0).close()
     assert steps(folder) == []
 
 
-def test_a_file_is_replaced_whole(tmp_path):
+def test_a_file_is_replaced_atomically(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
-    write_whole(str(path), "new")
+    write_text_atomically(str(path), "new")
     assert path.read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_the_loss_curve_is_a_picture(folder):
+def test_the_loss_curve_is_a_png(folder):
     plot_curves(folder, "title")
     with open(f"{folder}/plots/loss.png", "rb") as file:
         assert file.read(8) == b"\x89PNG\r\n\x1a\n"
 
 
-def test_a_run_without_figures_yet_has_an_empty_picture(tmp_path):
+def test_a_run_without_metrics_has_an_empty_plot(tmp_path):
     plot_curves(str(tmp_path), "title")
     assert (tmp_path / "plots" / "loss.png").exists()
 
 
-# --- lines for people ---
+# --- console ---
 
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """terminal() is from then on where errors go."""
+    """terminal() makes stderr a terminal."""
 
     class Terminal(io.StringIO):
         def isatty(self):
             return True
 
-    def begin():
+    def set_terminal():
         monkeypatch.setattr(sys, "stderr", Terminal())
         monkeypatch.setattr(logging, "tqdm", functools.partial(logging.tqdm, ncols=120, nrows=40))
         return sys.stderr
 
-    return begin
+    return set_terminal
 
 
 def test_without_a_terminal_every_step_is_a_plain_line(capsys):
     console = Console(1000, 0)
-    console.step(50, FIGURES)
+    console.log_step(50, FIGURES)
     console.close()
     out, err = capsys.readouterr()
     assert out == ("step   50/1000  loss 2.500  lr 1.00e-03  12,346 tokens/s  MFU 42%  ETA 1m05s\n")
     assert err == ""
 
 
-def test_a_line_leaves_out_what_is_not_known_yet(capsys):
-    Console(10, 0).step(1, {"loss": 2.5, "lr": 1e-3})
+def test_a_line_omits_unknown_values(capsys):
+    Console(10, 0).log_step(1, {"loss": 2.5, "lr": 1e-3})
     assert capsys.readouterr().out == "step  1/10  loss 2.500  lr 1.00e-03\n"
 
 
-def test_on_a_terminal_the_figures_stand_beside_a_bar(capsys, terminal):
+def test_on_a_terminal_the_metrics_are_beside_a_bar(capsys, terminal):
     screen = terminal()
     console = Console(1000, 0)
-    console.step(500, FIGURES)
+    console.log_step(500, FIGURES)
     console.close()
     assert capsys.readouterr().out == ""
     last = screen.getvalue().rstrip().split("\r")[-1]
@@ -139,27 +139,27 @@ def test_on_a_terminal_the_figures_stand_beside_a_bar(capsys, terminal):
     assert last.endswith("ETA 1m05s")
 
 
-def test_on_a_terminal_a_run_that_goes_on_has_its_bar_where_it_was(terminal):
+def test_on_a_terminal_the_bar_of_a_resumed_run_starts_at_its_step(terminal):
     screen = terminal()
     Console(1000, 250).close()
     assert " 25%|##5       | step 250/1000" in screen.getvalue()
 
 
-def test_on_a_terminal_what_is_said_stands_above_the_bar(capsys, terminal):
+def test_on_a_terminal_lines_are_printed_above_the_bar(capsys, terminal):
     screen = terminal()
     console = Console(1000, 0)
-    console.say("held-out loss 2.0")
+    console.log("held-out loss 2.0")
     console.close()
     assert capsys.readouterr().out == "held-out loss 2.0\n"
     assert "step 0/1000" in screen.getvalue().rstrip().split("\r")[-1]
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])
-def test_quiet_is_quiet(is_terminal, capsys, terminal):
+def test_a_quiet_console_prints_nothing(is_terminal, capsys, terminal):
     screen = terminal() if is_terminal else None
     console = Console(1000, 0, is_quiet=True)
-    console.say("hello")
-    console.step(50, FIGURES)
+    console.log("hello")
+    console.log_step(50, FIGURES)
     console.close()
     assert capsys.readouterr() == ("", "")
     assert not (screen and screen.getvalue())
@@ -177,5 +177,5 @@ def test_quiet_is_quiet(is_terminal, capsys, terminal):
         (360_000, "100h00m"),
     ],
 )
-def test_durations_are_short(seconds, text):
-    assert duration(seconds) == text
+def test_durations_are_formatted_in_short_units(seconds, text):
+    assert format_duration(seconds) == text

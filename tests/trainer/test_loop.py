@@ -1,4 +1,4 @@
-"""Whole runs: what they leave on disk, and that stopping a run changes nothing."""
+"""Whole runs: their files, and that stopping and resuming a run changes nothing."""
 
 import math
 import os
@@ -13,12 +13,12 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
-from tiny_runs import assert_same_bits, run_config, saved
+from tiny_runs import assert_same_bits, restore_latest, run_config
 
 from jaxgpt import config as configs
 from jaxgpt.config import override
-from jaxgpt.data import Loader, eval_batches, prepare
-from jaxgpt.model import Coords, build, logits
+from jaxgpt.data import Loader, make_eval_batches, prepare
+from jaxgpt.model import Coords, build, compute_logits
 from jaxgpt.settings import ConfigError
 from jaxgpt.trainer import DivergedError, load_run, loop, read_config, train
 from jaxgpt.trainer.checkpoint import latest_step
@@ -26,7 +26,7 @@ from jaxgpt.trainer.logging import read_metrics
 from jaxgpt.trainer.loop import evaluate
 from jaxgpt.trainer.step import make_eval_step
 
-# Everything that a run could lose track of: dropout, parts, an order of windows, evaluations.
+# Everything that resuming must restore: dropout, microbatches, the order of windows, evaluations.
 # 12 steps of 16 windows are more than one epoch of this text.
 SETTINGS = [
     "model.dropout=0.1",
@@ -41,7 +41,7 @@ SETTINGS = [
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once(tmp_path_factory):
-    """Runs with the same config share what is compiled, also with a process of their own."""
+    """Share the compilation cache between runs, also with those in their own process."""
     settings = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
@@ -62,30 +62,30 @@ def known_peak(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("loop")
 
 
 @pytest.fixture(scope="module")
-def straight(place):
-    """A run without a stop."""
-    cfg = run_config(place, "name=straight", *SETTINGS)
+def uninterrupted_run(folder):
+    """A run that is never stopped."""
+    cfg = run_config(folder, "name=straight", *SETTINGS)
     train(cfg, is_quiet=True)
     return cfg
 
 
 @contextmanager
-def at_step(number, act):
-    """Calls `act` when the figures of a step are logged, which is one step later."""
+def call_at_step(number, action):
+    """Call `action` when the metrics of a step are logged, which is one step later."""
     with pytest.MonkeyPatch.context() as patch:
-        log = loop.log
+        log_metrics = loop.log_metrics
 
         def log_and_act(run, step, metrics):
-            log(run, step, metrics)
+            log_metrics(run, step, metrics)
             if step == number:
-                act()
+                action()
 
-        patch.setattr(loop, "log", log_and_act)
+        patch.setattr(loop, "log_metrics", log_and_act)
         yield
 
 
@@ -93,8 +93,8 @@ def raise_signal(number):
     return lambda: os.kill(os.getpid(), number)
 
 
-def copy_of(cfg, name):
-    """The same run under another name."""
+def copy_run(cfg, name):
+    """Copy a run under another name."""
     new = override(cfg, [f"name={name}"])
     shutil.copytree(cfg.run_folder, new.run_folder)
     path = os.path.join(new.run_folder, "config.json")
@@ -103,30 +103,30 @@ def copy_of(cfg, name):
     return new
 
 
-def story(cfg):
-    """What metrics.jsonl tells, without the times."""
+def read_records(cfg):
+    """Return the records of metrics.jsonl, without times."""
     return [(r["kind"], r["step"], r["loss"], r["accuracy"]) for r in read_metrics(cfg.run_folder)]
 
 
 def assert_same_run(a, b):
-    (state_a, progress_a), (state_b, progress_b) = saved(a), saved(b)
+    (state_a, progress_a), (state_b, progress_b) = restore_latest(a), restore_latest(b)
     assert_same_bits(state_a, state_b)
     progress_a.seconds = progress_b.seconds = 0.0
     assert progress_a == progress_b
-    assert sorted(story(a)) == sorted(story(b))
+    assert sorted(read_records(a)) == sorted(read_records(b))
 
 
-# --- what a run leaves ---
+# --- the files of a run ---
 
 
-def test_all_steps_but_the_first_which_compiles_tell_their_speed(straight):
-    told = [r for r in read_metrics(straight.run_folder) if r["kind"] == "train"]
-    assert [r["step"] for r in told if "mfu" not in r] == [1]
-    assert all(r["mfu"] > 0 and r["eta_seconds"] >= 0 for r in told[1:])
+def test_all_steps_but_the_first_have_a_speed(uninterrupted_run):
+    records = [r for r in read_metrics(uninterrupted_run.run_folder) if r["kind"] == "train"]
+    assert [r["step"] for r in records if "mfu" not in r] == [1]
+    assert all(r["mfu"] > 0 and r["eta_seconds"] >= 0 for r in records[1:])
 
 
-def test_a_run_leaves_its_files(straight):
-    folder = straight.run_folder
+def test_a_run_writes_its_files(uninterrupted_run):
+    folder = uninterrupted_run.run_folder
     assert sorted(os.listdir(folder)) == [
         "best", "checkpoints", "config.json", "metrics.jsonl", "plots", "samples", "tensorboard",
         "tokenizer.json",
@@ -135,122 +135,126 @@ def test_a_run_leaves_its_files(straight):
     assert os.listdir(os.path.join(folder, "samples")) == ["step_000012.txt"]
 
 
-def test_a_sample_begins_with_its_prompt(straight):
-    path = os.path.join(straight.run_folder, "samples", "step_000012.txt")
+def test_a_sample_begins_with_its_prompt(uninterrupted_run):
+    path = os.path.join(uninterrupted_run.run_folder, "samples", "step_000012.txt")
     with open(path, encoding="utf-8", errors="replace") as file:
         assert file.read().startswith("the ")
 
 
-def test_the_config_is_read_back(straight):
-    assert read_config(straight.run_folder) == straight
+def test_the_config_is_read_back(uninterrupted_run):
+    assert read_config(uninterrupted_run.run_folder) == uninterrupted_run
 
 
-def test_every_step_and_evaluation_is_told_once(straight):
-    told = [(kind, step) for kind, step, *_ in story(straight)]
-    assert sorted(told) == [("eval", s) for s in (4, 8, 12)] + [("train", s) for s in range(1, 13)]
+def test_every_step_and_evaluation_is_recorded_once(uninterrupted_run):
+    records = [(kind, step) for kind, step, *_ in read_records(uninterrupted_run)]
+    assert sorted(records) == [("eval", s) for s in (4, 8, 12)] + [
+        ("train", s) for s in range(1, 13)
+    ]
 
 
-def test_the_model_learns(straight):
-    losses = [loss for kind, _, loss, _ in story(straight) if kind == "train"]
-    assert losses[0] == pytest.approx(math.log(260), abs=0.3)  # knows nothing yet
+def test_the_model_learns(uninterrupted_run):
+    losses = [loss for kind, _, loss, _ in read_records(uninterrupted_run) if kind == "train"]
+    assert losses[0] == pytest.approx(math.log(260), abs=0.3)  # untrained
     assert losses[-1] < losses[0] - 1
 
 
-def test_progress_counts_steps_and_tokens(straight):
-    progress = saved(straight)[1]
+def test_progress_counts_steps_and_tokens(uninterrupted_run):
+    progress = restore_latest(uninterrupted_run)[1]
     assert (progress.step, progress.tokens) == (12, 12 * 16 * 16)
     assert progress.seconds > 0
 
 
-def test_training_begins_with_the_loaders_first_batch(straight, monkeypatch):
-    # The loader is asked for the steps from the first on, each once.
-    cfg = override(straight, ["name=asked", "train.steps=2"])
-    asked = []
-    batch = Loader.batch
+def test_training_starts_with_the_first_batch_of_the_loader(uninterrupted_run, monkeypatch):
+    # Each step is requested from the loader once, from the first step on.
+    cfg = override(uninterrupted_run, ["name=asked", "train.steps=2"])
+    requested_steps = []
+    make_batch = Loader.make_batch
     monkeypatch.setattr(
-        Loader, "batch", lambda self, step, rows: asked.append(step) or batch(self, step, rows)
+        Loader,
+        "make_batch",
+        lambda self, step, rows: requested_steps.append(step) or make_batch(self, step, rows),
     )
     train(cfg, is_quiet=True)
-    assert sorted(asked)[:2] == [0, 1]  # threads may take them in another order
+    assert sorted(requested_steps)[:2] == [0, 1]  # threads may take them in another order
 
 
-def test_evaluations_do_not_disturb_training(straight):
-    cfg = override(straight, ["name=blind", "train.eval_every=12", "train.save_every=12"])
+def test_evaluations_do_not_disturb_training(uninterrupted_run):
+    cfg = override(uninterrupted_run, ["name=blind", "train.eval_every=12", "train.save_every=12"])
     train(cfg, is_quiet=True)
-    assert_same_bits(saved(cfg)[0], saved(straight)[0])
+    assert_same_bits(restore_latest(cfg)[0], restore_latest(uninterrupted_run)[0])
 
 
-def test_each_step_is_compiled_once_in_a_run_and_once_in_its_continuation(straight, caplog):
-    cfg = override(straight, ["name=counted"])
+def test_each_step_is_compiled_once_in_a_run_and_once_after_resuming(uninterrupted_run, caplog):
+    cfg = override(uninterrupted_run, ["name=counted"])
     compiled = []
-    for act in (raise_signal(signal.SIGTERM), lambda: None):
+    for action in (raise_signal(signal.SIGTERM), lambda: None):
         caplog.clear()
-        with at_step(5, act), jax.log_compiles():
+        with call_at_step(5, action), jax.log_compiles():
             train(cfg, is_quiet=True)
         names = re.findall(r"Compiling jit\((\w+_step)\)", caplog.text)
         compiled.append(sorted(names))
     assert compiled == [["eval_step", "train_step"]] * 2
 
 
-def test_the_loop_gives_its_old_state_away(straight):
-    cfg = override(straight, ["name=given"])
-    seen = []
+def test_the_loop_donates_its_old_state(uninterrupted_run):
+    cfg = override(uninterrupted_run, ["name=given"])
+    states = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "speak", lambda run: None)
-        patch.setattr(loop, "log", lambda run, step, metrics: seen.append(run.state))
+        patch.setattr(loop, "log_sample", lambda run: None)
+        patch.setattr(loop, "log_metrics", lambda run, step, metrics: states.append(run.state))
         train(cfg, is_quiet=True)
-    old = jax.tree.leaves((seen[0].params, seen[0].opt_state))
+    old = jax.tree.leaves((states[0].params, states[0].opt_state))
     assert all(x.is_deleted() for x in old)
 
 
-# --- stopping and going on ---
+# --- stopping and resuming ---
 
 
 @pytest.fixture(scope="module")
-def stopped(straight):
-    """(config of a run that SIGTERM stopped and that then went on, progress at the stop)."""
-    cfg = override(straight, ["name=stopped"])
-    with at_step(6, raise_signal(signal.SIGTERM)):
+def stopped_run(uninterrupted_run):
+    """(config of a run stopped by SIGTERM and then resumed, progress at the stop)."""
+    cfg = override(uninterrupted_run, ["name=stopped"])
+    with call_at_step(6, raise_signal(signal.SIGTERM)):
         progress = train(cfg, is_quiet=True)
     stopped_at = progress.step, latest_step(os.path.join(cfg.run_folder, "checkpoints"))
     train(cfg, is_quiet=True)
     return cfg, stopped_at
 
 
-def test_sigterm_saves_the_step_in_hand_and_ends(stopped):
-    assert stopped[1] == (7, 7)
+def test_sigterm_saves_the_current_step_and_ends(stopped_run):
+    assert stopped_run[1] == (7, 7)
 
 
-def test_a_run_that_was_stopped_equals_one_that_was_not(straight, stopped):
-    assert_same_run(straight, stopped[0])
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(uninterrupted_run, stopped_run):
+    assert_same_run(uninterrupted_run, stopped_run[0])
 
 
-def test_ctrl_c_in_an_evaluation_saves_and_ends(straight, monkeypatch):
-    cfg = override(straight, ["name=ctrl_c"])
-    look = loop.look
+def test_ctrl_c_in_an_evaluation_saves_and_ends(uninterrupted_run, monkeypatch):
+    cfg = override(uninterrupted_run, ["name=ctrl_c"])
+    run_eval = loop.run_eval
 
     def interrupted(run):
-        look(run)
+        run_eval(run)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(loop, "look", interrupted)
+    monkeypatch.setattr(loop, "run_eval", interrupted)
     assert train(cfg, is_quiet=True).step == 4
     assert latest_step(os.path.join(cfg.run_folder, "checkpoints")) == 4
 
 
-def test_a_second_ctrl_c_is_obeyed(straight, monkeypatch):
-    cfg = override(straight, ["name=twice"])
+def test_a_second_ctrl_c_interrupts_at_once(uninterrupted_run, monkeypatch):
+    cfg = override(uninterrupted_run, ["name=twice"])
 
     def twice(run):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(loop, "look", twice)
+    monkeypatch.setattr(loop, "run_eval", twice)
     with pytest.raises(KeyboardInterrupt):
         train(cfg, is_quiet=True)
 
 
-def test_signals_are_heard_as_before_when_the_run_has_ended(stopped):
+def test_signal_handlers_are_restored_at_the_end_of_a_run(stopped_run):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
@@ -260,14 +264,14 @@ import os, signal, sys
 import test_loop
 from jaxgpt.config import from_json
 from jaxgpt.trainer import train
-with test_loop.at_step(9, test_loop.raise_signal(signal.SIGKILL)):
+with test_loop.call_at_step(9, test_loop.raise_signal(signal.SIGKILL)):
     train(from_json(sys.stdin.read()), is_quiet=True)
 """
 
 
-def test_a_run_that_was_killed_equals_one_that_was_not(straight, compiled_once):
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(uninterrupted_run, compiled_once):
     # Saved every 2 steps, each begun when the one before is whole: 6 is on disk, 8 may be.
-    cfg = override(straight, ["name=killed", "train.save_every=2"])
+    cfg = override(uninterrupted_run, ["name=killed", "train.save_every=2"])
     tests = os.path.dirname(os.path.dirname(__file__))
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([tests, os.path.dirname(__file__)]),
@@ -279,46 +283,51 @@ def test_a_run_that_was_killed_equals_one_that_was_not(straight, compiled_once):
     assert killed.returncode == -signal.SIGKILL
     assert latest_step(os.path.join(cfg.run_folder, "checkpoints")) in (6, 8)
     with open(os.path.join(cfg.run_folder, "metrics.jsonl"), "a") as file:
-        file.write('{"kind": "train", "st')  # a line that the kill cut short
+        file.write('{"kind": "train", "st')  # a line truncated by the kill
     train(cfg, is_quiet=True)
-    assert_same_run(straight, cfg)
+    assert_same_run(uninterrupted_run, cfg)
 
 
-def test_a_run_that_is_complete_says_so_and_changes_nothing(straight, capsys):
-    before = story(straight)
-    progress = train(straight)
+def test_a_complete_run_reports_that_and_changes_nothing(uninterrupted_run, capsys):
+    before = read_records(uninterrupted_run)
+    progress = train(uninterrupted_run)
     assert progress.step == 12
     out = capsys.readouterr().out
-    assert f"This run is complete. Sample from it:\n  jaxgpt sample {straight.run_folder}" in out
-    assert story(straight) == before
+    assert (
+        f"This run is complete. Sample from it:\n  jaxgpt sample {uninterrupted_run.run_folder}"
+        in out
+    )
+    assert read_records(uninterrupted_run) == before
 
 
-# --- refusals ---
+# --- errors ---
 
 
-def test_other_settings_are_refused_with_their_keys(straight):
-    changed = override(straight, ["optimizer.lr=0.5", "model.width=64", "train.log_every=3"])
-    with pytest.raises(ConfigError) as refusal:
+def test_other_settings_are_rejected_with_their_keys(uninterrupted_run):
+    changed = override(
+        uninterrupted_run, ["optimizer.lr=0.5", "model.width=64", "train.log_every=3"]
+    )
+    with pytest.raises(ConfigError) as error:
         train(changed, is_quiet=True)
-    lines = str(refusal.value).splitlines()
+    lines = str(error.value).splitlines()
     assert lines[1:-1] == ["  model.width: 32 -> 64", "  optimizer.lr: 0.01 -> 0.5"]
     assert "resume=force" in lines[-1]
-    assert read_config(straight.run_folder) == straight
+    assert read_config(uninterrupted_run.run_folder) == uninterrupted_run
 
 
-def test_other_settings_are_accepted_by_force(straight):
-    cfg = copy_of(straight, "forced")
+def test_other_settings_are_accepted_by_force(uninterrupted_run):
+    cfg = copy_run(uninterrupted_run, "forced")
     longer = override(cfg, ["train.steps=14", "optimizer.lr=0.02", "resume=force"])
     assert train(longer, is_quiet=True).step == 14
     assert read_config(cfg.run_folder).optimizer.lr == 0.02
 
 
 @pytest.mark.parametrize("setting", ["model.width=64", "optimizer.name=lion"])
-def test_force_does_not_go_on_with_arrays_of_other_shapes(straight, setting):
-    changed = override(straight, ["resume=force", "train.steps=14", setting])
-    with pytest.raises(ConfigError) as refusal:
+def test_force_does_not_resume_with_arrays_of_other_shapes(uninterrupted_run, setting):
+    changed = override(uninterrupted_run, ["resume=force", "train.steps=14", setting])
+    with pytest.raises(ConfigError) as error:
         train(changed, is_quiet=True)
-    text = str(refusal.value)
+    text = str(error.value)
     key, value = setting.split("=")
     assert "checkpoints/12 is of another model or optimizer:" in text
     assert f"\n  {key}: " in text
@@ -326,15 +335,15 @@ def test_force_does_not_go_on_with_arrays_of_other_shapes(straight, setting):
     assert text.endswith("give the new run its own name=...")
 
 
-def test_settings_that_change_nothing_learned_may_change(straight):
-    cfg = copy_of(straight, "free")
+def test_settings_without_effect_on_the_result_may_change(uninterrupted_run):
+    cfg = copy_run(uninterrupted_run, "free")
     free = override(cfg, ["train.log_every=3", "train.keep=2", "mesh.data=4", "mesh.fsdp=2"])
     assert train(free, is_quiet=True).step == 12
 
 
-def test_other_data_is_refused(straight, tmp_path):
+def test_other_data_is_rejected(uninterrupted_run, tmp_path):
     cfg = override(run_config(tmp_path, *SETTINGS), ["name=moved"])
-    shutil.copytree(straight.run_folder, cfg.run_folder)
+    shutil.copytree(uninterrupted_run.run_folder, cfg.run_folder)
     with open(os.path.join(cfg.run_folder, "config.json"), "w") as file:
         file.write(configs.to_json(cfg))
     (tmp_path / "text" / "00.txt").write_text("Something else, and long enough. " * 20)
@@ -342,37 +351,39 @@ def test_other_data_is_refused(straight, tmp_path):
         train(cfg, is_quiet=True)
 
 
-def test_a_batch_that_the_devices_can_not_divide_is_refused_before_anything_is_written(straight):
-    cfg = override(straight, ["name=odd", "train.batch=12"])
+def test_a_batch_that_the_devices_cannot_divide_is_rejected_before_anything_is_written(
+    uninterrupted_run,
+):
+    cfg = override(uninterrupted_run, ["name=odd", "train.batch=12"])
     with pytest.raises(ConfigError, match=r"train.batch=12 .* use train.batch=16"):
         train(cfg, is_quiet=True)
     assert not os.path.exists(cfg.run_folder)
 
 
-def test_too_little_text_is_refused_before_anything_is_written(straight):
-    cfg = override(straight, ["name=short", "model.context=100000"])
+def test_too_little_text_is_rejected_before_anything_is_written(uninterrupted_run):
+    cfg = override(uninterrupted_run, ["name=short", "model.context=100000"])
     with pytest.raises(ConfigError, match=r"data.source gives \d+ tokens .* model.context=100000"):
         train(cfg, is_quiet=True)
     assert not os.path.exists(cfg.run_folder)
 
 
-def test_data_that_is_not_there_is_refused_before_anything_is_written(straight):
-    cfg = override(straight, ["name=lost", "data.source=no/such/folder"])
+def test_missing_data_is_rejected_before_anything_is_written(uninterrupted_run):
+    cfg = override(uninterrupted_run, ["name=lost", "data.source=no/such/folder"])
     with pytest.raises(ConfigError, match=r"data.source|no/such/folder"):
         train(cfg, is_quiet=True)
     assert not os.path.exists(cfg.run_folder)
 
 
-# --- the best one, early stopping ---
+# --- best checkpoint, early stopping ---
 
 SCRIPTED = [3.0, 2.0, 2.5, 2.1, 1.0]
 
 
 @pytest.fixture(scope="module")
-def patient(straight):
+def early_stopped_run(uninterrupted_run):
     """A run of which the held-out losses are known: (config, progress it returned)."""
     cfg = override(
-        straight,
+        uninterrupted_run,
         [
             "name=patient",
             "train.patience=2",
@@ -388,24 +399,24 @@ def patient(straight):
         return cfg, train(cfg, is_quiet=True)
 
 
-def test_a_run_without_progress_stops_early(patient):
-    assert patient[1].step == 4
-    assert patient[1].stale == 2
+def test_a_run_without_progress_stops_early(early_stopped_run):
+    assert early_stopped_run[1].step == 4
+    assert early_stopped_run[1].stale == 2
 
 
-def test_a_run_that_has_stopped_early_stays_so(patient, capsys):
-    assert train(patient[0]).step == 4
+def test_an_early_stopped_run_does_not_resume(early_stopped_run, capsys):
+    assert train(early_stopped_run[0]).step == 4
     assert "This run is complete" in capsys.readouterr().out
 
 
-def test_the_best_checkpoint_is_the_one_with_the_least_held_out_loss(patient):
-    cfg, progress = patient
+def test_the_best_checkpoint_has_the_lowest_held_out_loss(early_stopped_run):
+    cfg, progress = early_stopped_run
     *_, step = load_run(cfg.run_folder)
     assert (step, progress.best_step, progress.best_loss) == (2, 2, 2.0)
 
 
-def test_the_best_checkpoint_has_the_parameters_of_its_step(patient):
-    cfg = copy_of(patient[0], "rewound")
+def test_the_best_checkpoint_has_the_parameters_of_its_step(early_stopped_run):
+    cfg = copy_run(early_stopped_run[0], "rewound")
     folder = os.path.join(cfg.run_folder, "checkpoints")
     for step in (3, 4):
         shutil.rmtree(os.path.join(folder, str(step)))
@@ -417,28 +428,28 @@ def test_the_best_checkpoint_has_the_parameters_of_its_step(patient):
 
 
 @pytest.mark.parametrize("save_every", [1, 100])
-def test_a_run_that_diverges_says_what_to_lower_and_saves_nothing_bad(straight, save_every):
+def test_a_diverged_run_advises_a_remedy_and_saves_no_bad_state(uninterrupted_run, save_every):
     wild = ["optimizer.lr=1e30", "optimizer.clip=0", "train.eval_every=6"]
     name = f"name=diverged_{save_every}"
-    cfg = override(straight, [name, f"train.save_every={save_every}", *wild])
+    cfg = override(uninterrupted_run, [name, f"train.save_every={save_every}", *wild])
     with pytest.raises(DivergedError, match=r"lower optimizer.lr=1e\+30.*set optimizer.clip=1"):
         train(cfg, is_quiet=True)
     for name in ("checkpoints", "best"):
         assert latest_step(os.path.join(cfg.run_folder, name)) is None
 
 
-def test_a_run_that_diverges_later_keeps_the_checkpoint_before(straight, monkeypatch):
-    cfg = override(straight, ["name=late"])
-    log = loop.log
+def test_a_run_that_diverges_later_keeps_its_last_good_checkpoint(uninterrupted_run, monkeypatch):
+    cfg = override(uninterrupted_run, ["name=late"])
+    log_metrics = loop.log_metrics
 
     def poison(run, step, metrics):
         loss = metrics.loss * (math.nan if step == 7 else 1)
-        log(run, step, metrics._replace(loss=loss))
+        log_metrics(run, step, metrics._replace(loss=loss))
 
-    monkeypatch.setattr(loop, "log", poison)
+    monkeypatch.setattr(loop, "log_metrics", poison)
     with pytest.raises(DivergedError, match=r"nan at step 7 \(the last checkpoint is of step 5\)"):
         train(cfg, is_quiet=True)
-    state, progress = saved(cfg)
+    state, progress = restore_latest(cfg)
     assert progress.step == 5
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
 
@@ -447,26 +458,26 @@ def test_a_run_that_diverges_later_keeps_the_checkpoint_before(straight, monkeyp
 
 
 @pytest.fixture(scope="module")
-def held(straight):
+def held_out_scores(uninterrupted_run):
     """The held-out text of a trained model, scored token by token: (figures, nats, weights)."""
-    corpus = prepare(straight.data, straight.model.vocab)
-    _, _, params, _ = load_run(straight.run_folder, "latest")
-    model, T = build(straight.model), straight.model.context
-    batches = list(eval_batches(corpus.held, 16, T, pad=corpus.tokenizer.pad))
-    step = jax.jit(make_eval_step(straight, model))
+    corpus = prepare(uninterrupted_run.data, uninterrupted_run.model.vocab)
+    _, _, params, _ = load_run(uninterrupted_run.run_folder, "latest")
+    model, T = build(uninterrupted_run.model), uninterrupted_run.model.context
+    batches = list(make_eval_batches(corpus.held_out, 16, T, pad=corpus.tokenizer.pad))
+    step = jax.jit(make_eval_step(uninterrupted_run, model))
     figures = evaluate(step, params, batches, corpus.tokenizer.lengths)
 
     @jax.jit
     def score(tokens, position, document):
         hidden, _ = model.apply({"params": params}, tokens, Coords(position, document))
-        return logits(straight.model, params, hidden)
+        return compute_logits(uninterrupted_run.model, params, hidden)
 
-    ids, starts = np.array(corpus.held.ids, np.int32), set(corpus.held.starts.tolist())
+    ids, starts = np.array(corpus.held_out.ids, np.int32), set(corpus.held_out.starts.tolist())
     nats = []
     for first in range(0, len(ids) - 1, T):
         places = np.arange(first, min(first + T, len(ids) - 1))
-        document = np.searchsorted(corpus.held.starts, places, side="right")
-        begin = np.maximum(corpus.held.starts[document - 1], first)
+        document = np.searchsorted(corpus.held_out.starts, places, side="right")
+        begin = np.maximum(corpus.held_out.starts[document - 1], first)
         rows = [np.zeros((1, T), np.int32) for _ in range(3)]
         for row, values in zip(rows, (ids[places], places - begin, document), strict=True):
             row[0, : len(places)] = values
@@ -478,29 +489,33 @@ def held(straight):
     return figures, nats, corpus
 
 
-def test_held_out_loss_is_the_mean_over_every_token(held):
-    figures, nats, corpus = held
-    assert figures["tokens"] == len(nats) == corpus.held.ids.size - corpus.held.documents
+def test_held_out_loss_is_the_mean_over_every_token(held_out_scores):
+    figures, nats, corpus = held_out_scores
+    assert figures["tokens"] == len(nats) == corpus.held_out.ids.size - corpus.held_out.documents
     assert figures["loss"] == pytest.approx(np.mean(nats), rel=1e-5)  # float32 scores
     assert figures["perplexity"] == pytest.approx(np.exp(np.mean(nats)), rel=1e-4)
 
 
-def test_bits_are_told_per_byte_of_the_whole_held_out_text(held):
-    figures, nats, corpus = held
-    expected = np.sum(nats) / math.log(2) / corpus.held_bytes
+def test_bits_per_byte_count_the_whole_held_out_text(held_out_scores):
+    figures, nats, corpus = held_out_scores
+    expected = np.sum(nats) / math.log(2) / corpus.held_out_bytes
     assert figures["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_run_tells_the_held_out_loss_of_its_last_step(held, straight):
-    losses = [loss for kind, step, loss, _ in story(straight) if (kind, step) == ("eval", 12)]
-    assert losses == [pytest.approx(np.mean(held[1]), rel=1e-5)]
+def test_a_run_records_the_held_out_loss_of_its_last_step(held_out_scores, uninterrupted_run):
+    losses = [
+        loss
+        for kind, step, loss, _ in read_records(uninterrupted_run)
+        if (kind, step) == ("eval", 12)
+    ]
+    assert losses == [pytest.approx(np.mean(held_out_scores[1]), rel=1e-5)]
 
 
-# --- what people see ---
+# --- console output ---
 
 
-def test_a_run_introduces_itself_and_says_goodbye(straight, capsys):
-    cfg = override(straight, ["name=seen", "train.steps=4", "train.log_every=2"])
+def test_a_run_prints_a_header_and_a_summary(uninterrupted_run, capsys):
+    cfg = override(uninterrupted_run, ["name=seen", "train.steps=4", "train.log_every=2"])
     train(cfg)
     out, err = capsys.readouterr()
     assert err == ""
@@ -519,15 +534,17 @@ def test_a_run_introduces_itself_and_says_goodbye(straight, capsys):
         r"^step 2/4  loss \d\.\d{3}  lr \S+  [\d,]+ tokens/s  MFU \d+%  ETA", out, re.M
     )
     assert re.search(
-        r"^step 4  held-out loss \d\.\d{4} nats/token  perplexity .* bits/byte", out, re.M
+        r"^step 4  held-out loss \d\.\d{4} nats/token  perplexity .* bits/byte",
+        out,
+        re.M,
     )
     assert "--- sample at step 4 ---" in out
     assert lines[-2].startswith("Done: 4 steps, ")
     assert lines[-1] == f"  jaxgpt sample {cfg.run_folder}"
 
 
-def test_a_run_that_is_stopped_says_how_to_go_on(straight, capsys):
-    cfg = override(straight, ["name=told"])
-    with at_step(1, raise_signal(signal.SIGTERM)):
+def test_a_stopped_run_prints_how_to_resume(uninterrupted_run, capsys):
+    cfg = override(uninterrupted_run, ["name=told"])
+    with call_at_step(1, raise_signal(signal.SIGTERM)):
         train(cfg)
     assert "Stopped by SIGTERM after 2 steps" in capsys.readouterr().out

@@ -9,10 +9,10 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.model import abstract_params, build
 from jaxgpt.trainer import speed
 from jaxgpt.trainer.speed import Clock, flops_per_token, peak_flops
-from jaxgpt.trainer.step import gradient
+from jaxgpt.trainer.step import compute_gradient
 
 
-def test_a_small_model_is_counted_by_hand():
+def test_flops_of_a_small_model_equal_a_count_by_hand():
     # Per layer: queries and out 4*4 each, keys and values 4*2 each, three maps of 4*6; the scores
     # 5*4; attention 2 products of [1 4] with [4 T] a layer; 6 and 12 for forward and backward.
     cfg = ModelConfig(
@@ -22,12 +22,12 @@ def test_a_small_model_is_counted_by_hand():
     assert flops_per_token(cfg) == 6 * matrices + 12 * 3 * 4 * 8
 
 
-def test_a_head_of_its_own_costs_what_a_tied_one_does():
+def test_untied_and_tied_heads_have_the_same_flops():
     cfg = config().model
     assert flops_per_token(cfg) == flops_per_token(dataclasses.replace(cfg, tie=False))
 
 
-def test_the_count_is_about_what_the_compiler_counts():
+def test_flops_are_close_to_the_compilers_count():
     # One layer, since the compiler counts the body of a scan once. It also counts the softmax,
     # norms and masks, which we leave out, and both masked halves of attention, which we keep:
     # at width 64 the elementwise part is some tenths of the products.
@@ -35,7 +35,9 @@ def test_the_count_is_about_what_the_compiler_counts():
     params, _ = abstract_params(cfg.model)
     batch = jax.tree.map(jnp.asarray, random_batch())
     model = build(cfg.model)
-    compiled = jax.jit(lambda p, b: gradient(model, cfg.train, p, b, None)).lower(params, batch)
+    compiled = jax.jit(lambda p, b: compute_gradient(model, cfg.train, p, b, None)).lower(
+        params, batch
+    )
     counted = compiled.compile().cost_analysis()["flops"] / batch.tokens.size
     assert 0.95 < counted / flops_per_token(cfg.model) < 1.3
 
@@ -60,25 +62,25 @@ class Chip:
         ("TPU v4", 275e12),
     ],
 )
-def test_known_chips_are_looked_up(kind, peak):
+def test_known_chips_have_the_peak_of_the_table(kind, peak):
     assert peak_flops([Chip(kind)] * 4)[0] == 4 * peak
 
 
 def test_virtual_devices_of_one_cpu_are_counted_once(monkeypatch):
-    monkeypatch.setattr(speed, "matmul_rate", lambda device: 7e9)
+    monkeypatch.setattr(speed, "measure_matmul_flops", lambda device: 7e9)
     rate, source = peak_flops(jax.devices())
     assert rate == 7e9
     assert "measured" in source
 
 
 def test_an_unknown_accelerator_is_measured_and_multiplied(monkeypatch):
-    monkeypatch.setattr(speed, "matmul_rate", lambda device: 7e9)
+    monkeypatch.setattr(speed, "measure_matmul_flops", lambda device: 7e9)
     assert peak_flops([Chip("Novel 9000")] * 4)[0] == 28e9
 
 
 @pytest.fixture
-def time(monkeypatch):
-    """time(s) lets s seconds pass."""
+def advance(monkeypatch):
+    """advance(s) advances the clock by s seconds."""
     now = [100.0]
     monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
 
@@ -88,26 +90,26 @@ def time(monkeypatch):
     return forward
 
 
-def test_the_clock_counts_no_pause(time):
+def test_the_clock_does_not_count_pauses(advance):
     clock = Clock()
     clock.start(0)
-    time(6.0)
+    advance(6.0)
     assert clock.pause() == 6.0
-    time(50.0)  # an evaluation
+    advance(50.0)  # an evaluation
     clock.start(3)
-    time(4.0)
+    advance(4.0)
     assert clock.pause() == 4.0
 
 
-def test_the_clock_gives_the_mean_of_the_steps_since_it_was_asked(time):
+def test_the_clock_returns_the_mean_of_the_steps_since_the_last_call(advance):
     clock = Clock()
     clock.start(0)
-    time(6.0)
+    advance(6.0)
     assert clock.seconds_per_step(3) == 2.0
-    time(5.0)
+    advance(5.0)
     assert clock.seconds_per_step(8) == 1.0
-    time(50.0)
+    advance(50.0)
     clock.start(8)
-    time(3.0)
+    advance(3.0)
     assert clock.seconds_per_step(9) == 3.0
     assert clock.seconds_per_step(9) is None

@@ -4,14 +4,14 @@
     k: [B S G K]   keys: G = H is MHA, G = 1 is MQA, between is GQA
     v: [B S G K]   values
 
-`dense` is the truth: the others must equal it for every query that sees something.
+`dense` is the reference: the others must equal it for every query with a visible key.
 
-On a mesh a kernel runs on every device for itself, on whole rows of some heads if heads can be
-divided over `context` as well as over `tensor`, and otherwise on some tokens of a row and the keys
-and values of all of it. The first way swaps what a device holds, tokens of all heads for heads of
-all tokens (DeepSpeed-Ulysses, Jacobs et al. 2023, arXiv:2309.14509): it sends less from 4 devices
-on, divides the work of a causal mask evenly, and lets every kernel work. The second gathers keys
-and values (as Llama 3: Dubey et al. 2024, arXiv:2407.21783, section 3.3.2).
+On a mesh a kernel runs independently on every device: on whole rows of some heads if heads can be
+sharded over `context` as well as over `tensor`, otherwise on some query tokens and the keys and
+values of the whole row. The first way is an all-to-all from tokens of all heads to heads of all
+tokens (DeepSpeed-Ulysses, Jacobs et al. 2023, arXiv:2309.14509): it sends less from 4 devices on,
+balances the work of a causal mask, and supports every kernel. The second all-gathers keys and
+values (as Llama 3: Dubey et al. 2024, arXiv:2407.21783, section 3.3.2).
 """
 
 import functools
@@ -29,129 +29,142 @@ from jax.sharding import PartitionSpec
 from jaxgpt.model.kernels import cudnn, splash
 from jaxgpt.model.kernels.blockwise import blockwise
 from jaxgpt.model.kernels.dense import dense
-from jaxgpt.model.kernels.score import NEVER, Kernel, Score
+from jaxgpt.model.kernels.score import MASKED_LOGIT, Kernel, ScoreMod
 from jaxgpt.model.kernels.strips import strips
-from jaxgpt.model.layers import RECEIVED
+from jaxgpt.model.layers import COMMUNICATED
 from jaxgpt.model.masks import Coords
-from jaxgpt.sharding import constrain, is_divided, mesh_in_force, on_parts, platform, spec
+from jaxgpt.sharding import (
+    constrain,
+    get_active_mesh,
+    get_platform,
+    is_sharded,
+    make_spec,
+    map_shards,
+)
 
-__all__ = ["KERNELS", "LIMITS", "NEVER", "Score", "attend"]
+__all__ = ["KERNELS", "LIMITS", "MASKED_LOGIT", "ScoreMod", "attend"]
 
 # Forward and backward on a CPU with two cores, in ms, by (dense, strips, blockwise): 64 rows of 16
 # and 4 heads of width 32 take (1.5, 1.7, 2.2), 12 rows of 64 (3.9, 2.5, 3.5); 6 heads of width 64
 # take (203, 123, 171) for 16 rows of 256, (-, 304, 254) for one of 2048.
-FEW = 32  # queries; decoding has one
-WHOLE = 1024 * 1024  # T·S that strips are good for
-# Elsewhere a turn of a loop is a few launches, so that the whole is left only for want of memory.
-# Not measured yet.
-WHOLE_ELSEWHERE = 2048 * 2048
-WORTHWHILE = 256 * 256  # T·S from which on an accelerated kernel is taken
+MIN_STRIP_QUERIES = 32  # fewer are computed by `dense`; decoding has one
+MAX_STRIP_SCORES = 1024 * 1024  # T·S; above, `blockwise` is faster
+# On other devices a loop iteration costs a few kernel launches, so that `blockwise` only serves to
+# save memory. Not measured yet.
+MAX_DENSE_SCORES = 2048 * 2048  # T·S
+MIN_ACCELERATED_SCORES = 256 * 256  # T·S from which an accelerated kernel is used
 
-HEADS = ("tensor", "context")  # mesh axes that heads are divided over
+HEAD_AXES = ("tensor", "context")  # mesh axes that heads are sharded over
 
-Obstacle = Callable[[jax.Array, jax.Array, Score], str | None]
+ExplainUnavailable = Callable[[jax.Array, jax.Array, ScoreMod], str | None]
 
-# Kernels of one kind of device, and why they can not do what is asked, if they can not.
-ACCELERATED: dict[str, tuple[Kernel, Obstacle]] = {
-    "cudnn": (cudnn.cudnn, cudnn.obstacle),
-    "splash": (splash.splash, splash.obstacle),
+# Kernels for one kind of device, each with a function that explains why it is unavailable, if so.
+ACCELERATED: dict[str, tuple[Kernel, ExplainUnavailable]] = {
+    "cudnn": (cudnn.cudnn, cudnn.explain_unavailable),
+    "splash": (splash.splash, splash.explain_unavailable),
 }
 
 
-def attend(name: str, q, k, v, q_at: Coords, k_at: Coords, score: Score) -> jax.Array:
-    """Runs the kernel called `name`. Arrays as above; returns [B T H K]."""
+def attend(
+    name: str, q, k, v, q_coords: Coords, k_coords: Coords, score_mod: ScoreMod
+) -> jax.Array:
+    """Run the kernel `name` on arrays as above. Returns [B T H K]."""
     (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
     chex.assert_shape([k, v], (B, S, G, K))
     chex.assert_is_divisible(H, G)
-    chex.assert_shape([q_at.position, q_at.document], (B, T))
-    chex.assert_shape([k_at.position, k_at.document], (B, S))
-    mesh = mesh_in_force()
+    chex.assert_shape([q_coords.positions, q_coords.segment_ids], (B, T))
+    chex.assert_shape([k_coords.positions, k_coords.segment_ids], (B, S))
+    mesh = get_active_mesh()
     if mesh is None:
-        return KERNELS[name](q, k, v, q_at, k_at, score)
-    return over_devices(mesh, KERNELS[name], q, k, v, q_at, k_at, score)
+        return KERNELS[name](q, k, v, q_coords, k_coords, score_mod)
+    return attend_on_mesh(mesh, KERNELS[name], q, k, v, q_coords, k_coords, score_mod)
 
 
-def over_devices(
-    mesh, kernel: Kernel, q, k, v, q_at: Coords, k_at: Coords, score: Score
+def attend_on_mesh(
+    mesh, kernel: Kernel, q, k, v, q_coords: Coords, k_coords: Coords, score_mod: ScoreMod
 ) -> jax.Array:
-    """Runs the kernel on every device of the mesh, on its part of q."""
+    """Run the kernel on every device of the mesh, on its shard of q. Returns [B T H K]."""
     (B, T, H, _), G = q.shape, k.shape[2]
-    rows, tokens = spec((B, T), "BT", mesh)
+    rows, tokens = make_spec((B, T), "BT", mesh)
 
-    def keys(axes) -> int:  # a key serves heads of one device only: else it is repeated
+    def count_kv_heads(
+        axes,
+    ) -> int:  # a key head is repeated if query heads of several devices use it
         return math.lcm(G, math.prod(mesh.shape[axis] for axis in axes))
 
-    ways = [HEADS, HEADS[:1]] if tokens else [HEADS[:1]]
-    fit: tuple[str, ...] = next((axes for axes in ways if H % keys(axes) == 0), ())
-    heads = tuple(axis for axis in fit if mesh.shape[axis] > 1)
-    k, v = (jnp.repeat(x, keys(heads) // G, axis=2) for x in (k, v))
+    candidates = [HEAD_AXES, HEAD_AXES[:1]] if tokens else [HEAD_AXES[:1]]
+    fitting = (axes for axes in candidates if H % count_kv_heads(axes) == 0)
+    usable: tuple[str, ...] = next(fitting, ())
+    heads = tuple(axis for axis in usable if mesh.shape[axis] > 1)
+    k, v = (jnp.repeat(x, count_kv_heads(heads) // G, axis=2) for x in (k, v))
     if tokens in heads:
         tokens = None
     elif tokens:
-        score = replace(score, is_self=False)
-    ours, theirs = PartitionSpec(rows, tokens, heads), PartitionSpec(rows, None, heads)
-    by_head = jax.tree.map(lambda x: PartitionSpec(*[None] * (x.ndim - 1), heads), score)
-    at = PartitionSpec(rows, tokens), PartitionSpec(rows)
+        score_mod = replace(score_mod, is_self=False)
+    q_spec, kv_spec = PartitionSpec(rows, tokens, heads), PartitionSpec(rows, None, heads)
+    score_spec = jax.tree.map(lambda x: PartitionSpec(*[None] * (x.ndim - 1), heads), score_mod)
+    coords_specs = PartitionSpec(rows, tokens), PartitionSpec(rows)
 
-    # What was received is kept by name: it need not be sent again for the backward pass.
-    def here(q, k, v, *rest):
-        return kernel(*(checkpoint_name(x, RECEIVED) for x in (q, k, v)), *rest)
+    # Saved by name, so that the backward pass does not repeat the communication.
+    def run_local(q, k, v, *rest):
+        return kernel(*(checkpoint_name(x, COMMUNICATED) for x in (q, k, v)), *rest)
 
-    run = on_parts(here, (ours, theirs, theirs, *at, by_head), ours, has_kernel=True)
-    out = constrain(run(q, k, v, q_at, k_at, score), "BTHK")
-    return checkpoint_name(out, RECEIVED) if is_divided("T", T) else out
+    in_specs = (q_spec, kv_spec, kv_spec, *coords_specs, score_spec)
+    run = map_shards(run_local, in_specs, q_spec, has_kernel=True)
+    out = constrain(run(q, k, v, q_coords, k_coords, score_mod), "BTHK")
+    return checkpoint_name(out, COMMUNICATED) if is_sharded("T", T) else out
 
 
-def anywhere(q, k) -> str:
-    """The fastest of the kernels that run on every device."""
+def choose_portable(q, k) -> str:
+    """Return the name of the fastest kernel that runs on every kind of device."""
     T, S = q.shape[1], k.shape[1]
-    if platform() != "cpu":
-        return "dense" if T * S < WHOLE_ELSEWHERE else "blockwise"
-    if T < FEW:
+    if get_platform() != "cpu":
+        return "dense" if T * S < MAX_DENSE_SCORES else "blockwise"
+    if T < MIN_STRIP_QUERIES:
         return "dense"
-    return "strips" if T * S <= WHOLE else "blockwise"
+    return "strips" if T * S <= MAX_STRIP_SCORES else "blockwise"
 
 
-def auto(q, k, v, q_at: Coords, k_at: Coords, score: Score) -> jax.Array:
-    """The fastest that this device has for the shapes at hand."""
-    accelerated = ACCELERATED.values() if q.shape[1] * k.shape[1] >= WORTHWHILE else ()
-    fit = (kernel for kernel, obstacle in accelerated if not obstacle(q, k, score))
-    kernel = next(fit, None) or KERNELS[anywhere(q, k)]
-    return kernel(q, k, v, q_at, k_at, score)
+def run_auto(q, k, v, q_coords: Coords, k_coords: Coords, score_mod: ScoreMod) -> jax.Array:
+    """Run the fastest kernel available for these shapes on this device."""
+    accelerated = ACCELERATED.values() if q.shape[1] * k.shape[1] >= MIN_ACCELERATED_SCORES else ()
+    usable = (kernel for kernel, explain in accelerated if not explain(q, k, score_mod))
+    kernel = next(usable, None) or KERNELS[choose_portable(q, k)]
+    return kernel(q, k, v, q_coords, k_coords, score_mod)
 
 
-def asked_for(name: str) -> Kernel:
-    """The accelerated kernel of this name; where it can not be, another one, and a line says so."""
-    kernel, obstacle = ACCELERATED[name]
+def make_accelerated(name: str) -> Kernel:
+    """Return the accelerated kernel, with a portable fallback and a warning if unavailable."""
+    kernel, explain_unavailable = ACCELERATED[name]
 
-    def run(q, k, v, q_at: Coords, k_at: Coords, score: Score) -> jax.Array:
-        why = obstacle(q, k, score)
-        if why is None:
-            return kernel(q, k, v, q_at, k_at, score)
-        instead = anywhere(q, k)
-        say(f"model.kernel={name}: {why}; using {instead} instead.")
-        return KERNELS[instead](q, k, v, q_at, k_at, score)
+    def run(q, k, v, q_coords: Coords, k_coords: Coords, score_mod: ScoreMod) -> jax.Array:
+        reason = explain_unavailable(q, k, score_mod)
+        if reason is None:
+            return kernel(q, k, v, q_coords, k_coords, score_mod)
+        portable = choose_portable(q, k)
+        warn_once(f"model.kernel={name}: {reason}; using {portable} instead.")
+        return KERNELS[portable](q, k, v, q_coords, k_coords, score_mod)
 
     return run
 
 
 @functools.cache
-def say(line: str) -> None:
-    """Every line once."""
+def warn_once(line: str) -> None:
+    """Log a warning, each distinct line once."""
     logging.getLogger(__name__).warning(line)
 
 
 KERNELS: dict[str, Kernel] = {
-    "auto": auto,
+    "auto": run_auto,
     "dense": dense,
     "strips": strips,
     "blockwise": blockwise,
-    "cudnn": asked_for("cudnn"),
-    "splash": asked_for("splash"),
+    "cudnn": make_accelerated("cudnn"),
+    "splash": make_accelerated("splash"),
 }
 
-# What a kernel can never do, and why; asking for it is refused when the config is read.
+# What a kernel never supports, and why; such a config is refused when it is read.
 LIMITS: dict[str, dict[str, str]] = {
-    "cudnn": {"softcap": cudnn.LIMIT},
-    "splash": {"bias": splash.LIMIT},
+    "cudnn": {"softcap": cudnn.UNSUPPORTED_SOFTCAP},
+    "splash": {"bias": splash.UNSUPPORTED_BIAS},
 }

@@ -1,8 +1,8 @@
 """cuDNN's fused attention on NVIDIA GPUs, through `jax.nn.dot_product_attention`.
 
-It knows causality and windows by place in the row and then computes half, or a band, of the
-blocks. All other masks are given to it as an array of 0 and -2^41, which it adds to the logits:
-documents too, unless a row is one (`model.documents=joined`).
+It supports causal masks and windows by row index, and then computes half, or a band, of the blocks.
+All other masks are passed as an array of 0 and -2^41 that is added to the logits: documents too,
+unless a row is one (`model.documents=joined`).
 """
 
 from functools import reduce
@@ -12,60 +12,62 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxgpt.model.kernels.score import Score, behind, windows
-from jaxgpt.model.masks import Causal, Coords, Mask, OneDocument
-from jaxgpt.sharding import platform
+from jaxgpt.model.kernels.score import ScoreMod, find_lookback, select_windows
+from jaxgpt.model.masks import Causal, Coords, Mask, OneSegment
+from jaxgpt.sharding import get_platform
 
-MODERN = 9.0  # compute capability of Hopper
-LIMIT = "cuDNN's kernel has no soft cap"
+ASSUMED_CAPABILITY = 9.0  # Hopper's, where the device does not report one
+UNSUPPORTED_SOFTCAP = "cuDNN's kernel has no soft cap"
 
 
-def obstacle(q, k, score: Score) -> str | None:
-    """Why `cudnn` can not do it here, or None."""
+def explain_unavailable(q, k, score_mod: ScoreMod) -> str | None:
+    """Return why `cudnn` cannot run here, or None."""
     device = jax.devices()[0]
-    is_other = device.platform == "gpu" and "cuda" not in device.client.platform_version
-    if platform() != "gpu" or is_other:
+    is_not_cuda = device.platform == "gpu" and "cuda" not in device.client.platform_version
+    if get_platform() != "gpu" or is_not_cuda:
         return "there is no NVIDIA GPU here"
-    # A program may be traced for a GPU that is not here, of which nothing is known.
-    return misfit(q, k, score, float(getattr(device, "compute_capability", MODERN)))
+    # A program may be traced for a GPU that is not present, whose capability is unknown.
+    capability = float(getattr(device, "compute_capability", ASSUMED_CAPABILITY))
+    return explain_unsupported(q, k, score_mod, capability)
 
 
-def misfit(q, k, score: Score, capability: float) -> str | None:
-    """Why `cudnn` could not do it on a GPU of this compute capability, or None.
+def explain_unsupported(q, k, score_mod: ScoreMod, capability: float) -> str | None:
+    """Return why `cudnn` does not support this on a GPU of this capability, or None.
 
     Source: jax/_src/cudnn/fused_attention_stablehlo.py, check_layout, check_is_flash_attention.
     """
     T, S, K = q.shape[1], k.shape[1], q.shape[3]
-    widest = 256 if capability >= 9.0 else 128
+    max_head_width = 256 if capability >= 9.0 else 128
     reasons = {
-        LIMIT: score.softcap is not None,
+        UNSUPPORTED_SOFTCAP: score_mod.softcap is not None,
         "it needs compute capability 8.0 (Ampere) or later": capability < 8.0,
         f"it computes in bfloat16, not in {q.dtype}": q.dtype not in (jnp.bfloat16, jnp.float16),
-        f"head width {K} is no multiple of 8 up to {widest}": K % 8 != 0 or widest < K,
+        f"head width {K} is no multiple of 8 up to {max_head_width}": K % 8 != 0
+        or max_head_width < K,
         f"it needs even numbers of queries and keys, not {T} and {S}": (T % 2 or S % 2) != 0,
     }
-    return next((why for why, is_so in reasons.items() if is_so), None)
+    return next((reason for reason, is_so in reasons.items() if is_so), None)
 
 
-def cudnn(q, k, v, q_at: Coords, k_at: Coords, score: Score) -> jax.Array:
+def cudnn(q, k, v, q_coords: Coords, k_coords: Coords, score_mod: ScoreMod) -> jax.Array:
     """As `dense`, with masks and biases rounded to the dtype of q. Returns [B T H K]."""
-    known, rest = _by_place(score)
-    bias = None if score.bias is None else score.bias(q_at, k_at).astype(q.dtype)
-    mask = rest(q_at, k_at)[:, None] if rest else None
+    kwargs, rest = _split_mask(score_mod)
+    bias = None if score_mod.bias is None else score_mod.bias(q_coords, k_coords).astype(q.dtype)
+    mask = rest(q_coords, k_coords)[:, None] if rest else None
     return jax.nn.dot_product_attention(
-        q, k, v, bias, mask, scale=score.scale, implementation="cudnn", **known
+        q, k, v, bias, mask, scale=score_mod.scale, implementation="cudnn", **kwargs
     )
 
 
-def _by_place(score: Score) -> tuple[dict, Mask | None]:
-    """What can be said by places in the row, and the mask that is left."""
-    masks = score.by_place
+def _split_mask(score_mod: ScoreMod) -> tuple[dict, Mask | None]:
+    """Split the mask: (keyword arguments for the part by row index, the remaining mask)."""
+    masks = score_mod.index_masks
     if Causal() not in masks:
-        return {}, score.mask
-    known: dict[str, Any] = dict(is_causal=True)
-    back = behind(masks)
-    if back is not None:
-        # (before, after); cuDNN has no window that looks ahead.
-        known["local_window_size"] = (back, 0)
-    rest = masks - windows(masks) - {Causal(), OneDocument()}
-    return known, reduce(and_, rest) if rest else None
+        return {}, score_mod.mask
+    kwargs: dict[str, Any] = dict(is_causal=True)
+    lookback = find_lookback(masks)
+    if lookback is not None:
+        # (before, after); cuDNN supports no window after the query.
+        kwargs["local_window_size"] = (lookback, 0)
+    rest = masks - select_windows(masks) - {Causal(), OneSegment()}
+    return kwargs, reduce(and_, rest) if rest else None

@@ -1,9 +1,10 @@
-"""Exact attention in strips: some queries at a time meet all the keys that they may see.
+"""Exact attention in strips: a chunk of queries at a time attends to all its visible keys.
 
-The weights of a strip [t S] are used while they are near the processor, and since all keys of a
-query are there, its softmax is the plain one. A strip ends where a causal mask does, and begins
-where a window does, so that half of a long causal row is never computed. The backward pass computes
-each strip again. Strips stand in the program one after the other, so rows should not be too long.
+The weights of a strip [t S] are used while they are in the processor's cache, and since all keys
+of a query are present, its softmax is the plain one. The keys of a strip end where a causal mask
+does and begin where a window does, so that half of a long causal row is never computed. The
+backward pass recomputes each strip. The loop over strips is unrolled in the program, so rows should
+not be too long.
 """
 
 from collections.abc import Iterator
@@ -13,66 +14,70 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxgpt.model.kernels.score import Score, behind
-from jaxgpt.model.layers import ATTENDED, columns
+from jaxgpt.model.kernels.score import ScoreMod, find_lookback
+from jaxgpt.model.layers import ATTENTION_OUTPUT, transpose_copy
 from jaxgpt.model.masks import Causal, Coords
 
 
-def height(T: int) -> int:
-    """How many of T queries make a strip.
+def choose_strip_size(T: int) -> int:
+    """Return the number of queries per strip, for T queries.
 
-    Fewer waste less on a causal mask, more are quicker. On a CPU 32 was the fastest for T = 64, 64
-    for 128 and 256, and 128 for 1024, and a root goes through these.
+    Fewer waste less on a causal mask, more are faster each. On a CPU 32 was the fastest for T = 64,
+    64 for 128 and 256, and 128 for 1024: about a square root.
     """
     return 4 << (T.bit_length() // 2)
 
 
-def strips(q, k, v, q_at: Coords, k_at: Coords, score: Score, size: int | None = None) -> jax.Array:
-    """As `dense`, in strips of `size` queries, else of `height`. Returns [B T H K].
+def strips(
+    q, k, v, q_coords: Coords, k_coords: Coords, score_mod: ScoreMod, size: int | None = None
+) -> jax.Array:
+    """As `dense`, in strips of `size` or `choose_strip_size(T)` queries. Returns [B T H K].
 
-    A query that sees nothing gets the average of the values of its strip.
+    A query without visible keys gets the average of the values of its strip.
 
     Source: Rabe & Staats 2021, arXiv:2112.05682, with all keys in one chunk.
     """
     (B, T, H, K), G = q.shape, k.shape[2]
-    shared = () if G == H else (H // G,)
-    # Heads before tokens, as in `dense`. Where no heads share a key there is no dimension for it:
-    # of four dimensions XLA makes one fused loop on CPU, from the logits to the average of values.
-    q = jnp.moveaxis(score.queries(q).reshape(B, T, G, *shared, K), 1, -2)  # [B G M T K]
+    group = () if G == H else (H // G,)
+    # Heads before tokens, as in `dense`. Without grouped heads their dimension is dropped: on four
+    # dimensions XLA emits one fused CPU loop, from the logits to the average of values.
+    q = jnp.moveaxis(score_mod.scale_queries(q).reshape(B, T, G, *group, K), 1, -2)  # [B G M T K]
     k, v = (x.swapaxes(1, 2) for x in (k, v))  # [B G S K]
-    out = _attention(size or height(T), score, q, k, v, q_at, k_at)
+    out = _attention(size or choose_strip_size(T), score_mod, q, k, v, q_coords, k_coords)
     return jnp.moveaxis(out, -2, 1).reshape(B, T, H, K)
 
 
-def spans(score: Score, T: int, S: int, size: int) -> Iterator[tuple[slice, slice]]:
-    """The queries of each strip, and the keys that they may see."""
-    known = score.by_place
-    back = behind(known)
-    back = S if back is None else back
-    ahead = 0 if Causal() in known else back
+def iterate_strips(score_mod: ScoreMod, T: int, S: int, size: int) -> Iterator[tuple[slice, slice]]:
+    """Yield the queries of each strip and the range of keys that they may attend to."""
+    masks = score_mod.index_masks
+    lookback = find_lookback(masks)
+    lookback = S if lookback is None else lookback
+    lookahead = 0 if Causal() in masks else lookback
     for start in range(0, T, size):
         end = min(start + size, T)
-        yield slice(start, end), slice(max(0, start - back), min(S, end + ahead))
+        yield slice(start, end), slice(max(0, start - lookback), min(S, end + lookahead))
 
 
-def _at(at: Coords, span: slice) -> Coords:
-    return jax.tree.map(lambda x: x[:, span], at)
+def _slice_coords(coords: Coords, span: slice) -> Coords:
+    return jax.tree.map(lambda x: x[:, span], coords)
 
 
-def _scored(at: tuple[Coords, Coords], score: Score, logits: jax.Array) -> jax.Array:
-    return score(logits, *at)
+def _apply_score_mod(
+    coords: tuple[Coords, Coords], score_mod: ScoreMod, logits: jax.Array
+) -> jax.Array:
+    return score_mod(logits, *coords)
 
 
-def _added(x: jax.Array, keys: slice, more: jax.Array) -> jax.Array:
-    """x [B G K S] with `more` added at some keys.
+def _add_at_keys(x: jax.Array, keys: slice, more: jax.Array) -> jax.Array:
+    """Add `more` to x [B G K S] at some keys.
 
-    `x.at[...].add` is a scatter, on which jaxlib 0.11 dies inside `shard_map` on CPUs.
+    `x.at[...].add` is a scatter, on which jaxlib 0.11 crashes inside `shard_map` on CPUs.
     """
     return jax.lax.dynamic_update_slice_in_dim(x, x[..., keys] + more, keys.start, axis=3)
 
 
-def _rows(x: jax.Array) -> jax.Array:
-    """x [B G M T K] -> [B G M*T K]."""
+def _merge_query_heads(x: jax.Array) -> jax.Array:
+    """Reshape x [B G M T K] -> [B G M*T K]."""
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
@@ -82,55 +87,62 @@ def _dot(letters: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(letters, a, b, preferred_element_type=jnp.float32)
 
 
-def _weights(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Weights [... T S] of the softmax, times their sums, and the sums [... T 1]."""
+def _softmax_terms(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the unnormalized softmax weights [... T S] and their sums [... T 1]."""
     weights = jnp.exp(logits - logits.max(-1, keepdims=True))
     return weights, weights.sum(-1, keepdims=True)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(size: int, score: Score, q, k, v, q_at: Coords, k_at: Coords) -> jax.Array:
+def _attention(
+    size: int, score_mod: ScoreMod, q, k, v, q_coords: Coords, k_coords: Coords
+) -> jax.Array:
     """q [B G M T K], k and v [B G S K] -> [B G M T K]."""
-    k_columns, out = columns(k), []
-    for queries, keys in spans(score, q.shape[-2], k.shape[-2], size):
+    k_columns, out = transpose_copy(k), []
+    for queries, keys in iterate_strips(score_mod, q.shape[-2], k.shape[-2], size):
         logits = _dot("BGMTK,BGKS->BGMTS", q[..., queries, :], k_columns[..., keys])
-        weights, total = _weights(score(logits, _at(q_at, queries), _at(k_at, keys)))
+        coords = _slice_coords(q_coords, queries), _slice_coords(k_coords, keys)
+        weights, total = _softmax_terms(score_mod(logits, *coords))
         values = _dot("BGMTS,BGSK->BGMTK", weights.astype(v.dtype), v[:, :, keys])
         out.append((values / total).astype(v.dtype))
     return jnp.concatenate(out, -2)
 
 
-def _forward(size, *given):
-    return checkpoint_name(_attention(size, *given), ATTENDED), given
+def _forward(size, *inputs):
+    return checkpoint_name(_attention(size, *inputs), ATTENTION_OUTPUT), inputs
 
 
 def _backward(size, saved, d_out):
-    """Gradients of the score's own arrays, and of q, k and v.
+    """Return gradients of the arrays of `score_mod`, and of q, k and v.
 
-    Products are fused with sums over their rows, so the softmax has its total and its gradient's
-    inner product taken where they are needed, rather than once for all strips.
+    Products are fused with sums over their rows, so the softmax's sum and its gradient's inner
+    product are computed where they are needed, rather than once for all strips.
     """
-    score, q, k, v, q_at, k_at = saved
-    k_columns, v_columns = columns(k), columns(v)
-    d_score = jax.tree.map(jnp.zeros_like, score)
+    score_mod, q, k, v, q_coords, k_coords = saved
+    k_columns, v_columns = transpose_copy(k), transpose_copy(v)
+    d_score = jax.tree.map(jnp.zeros_like, score_mod)
     d_q, (d_k, d_v) = [], (jnp.zeros(x.shape, jnp.float32) for x in (k_columns, v_columns))
-    for queries, keys in spans(score, q.shape[-2], k.shape[-2], size):
+    for queries, keys in iterate_strips(score_mod, q.shape[-2], k.shape[-2], size):
         q_i, d_out_i = q[..., queries, :], d_out[..., queries, :]
-        at = _at(q_at, queries), _at(k_at, keys)
+        coords = _slice_coords(q_coords, queries), _slice_coords(k_coords, keys)
         logits = _dot("BGMTK,BGKS->BGMTS", q_i, k_columns[..., keys])
-        logits, back = jax.vjp(partial(_scored, at), score, logits)
-        weights, total = _weights(logits)
+        logits, pull = jax.vjp(partial(_apply_score_mod, coords), score_mod, logits)
+        weights, total = _softmax_terms(logits)
         weights = weights / total
         d_weights = _dot("BGMTK,BGKS->BGMTS", d_out_i, v_columns[..., keys])
         inner = jnp.sum(weights * d_weights, -1, keepdims=True)
-        d_score_i, d_logits = back(weights * (d_weights - inner))
+        d_score_i, d_logits = pull(weights * (d_weights - inner))
         d_logits = d_logits.astype(q.dtype)
         d_score = jax.tree.map(jnp.add, d_score, d_score_i)
         d_q.append(_dot("BGMTS,BGSK->BGMTK", d_logits, k[:, :, keys]).astype(q.dtype))
-        weights, d_logits = _rows(weights.astype(v.dtype)), _rows(d_logits)
-        d_k = _added(d_k, keys, _dot("BGKT,BGTS->BGKS", columns(_rows(q_i)), d_logits))
-        d_v = _added(d_v, keys, _dot("BGKT,BGTS->BGKS", columns(_rows(d_out_i)), weights))
-    d_k, d_v = (columns(x.astype(k.dtype)) for x in (d_k, d_v))
+        weights, d_logits = (
+            _merge_query_heads(weights.astype(v.dtype)),
+            _merge_query_heads(d_logits),
+        )
+        q_i, d_out_i = (transpose_copy(_merge_query_heads(x)) for x in (q_i, d_out_i))
+        d_k = _add_at_keys(d_k, keys, _dot("BGKT,BGTS->BGKS", q_i, d_logits))
+        d_v = _add_at_keys(d_v, keys, _dot("BGKT,BGTS->BGKS", d_out_i, weights))
+    d_k, d_v = (transpose_copy(x.astype(k.dtype)) for x in (d_k, d_v))
     return d_score, jnp.concatenate(d_q, -2), d_k, d_v, None, None
 
 

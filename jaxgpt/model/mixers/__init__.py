@@ -1,4 +1,4 @@
-"""Token mixers: what makes tokens hear of each other. Each fits the same block; see `Mixer`."""
+"""Token mixers: attention and its alternatives, with one interface; see `Mixer`."""
 
 from jaxgpt.model.mixers.attention import Attention
 from jaxgpt.model.mixers.linformer import CausalLinformer, Linformer

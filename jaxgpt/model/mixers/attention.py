@@ -1,31 +1,31 @@
-"""Attention: projections around a kernel."""
+"""Softmax attention: the projections around an attention kernel."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.model.kernels import Score, attend
-from jaxgpt.model.layers import DTYPES, Linear, into_residual
-from jaxgpt.model.masks import SameDocument, layer_mask
-from jaxgpt.model.mixers.mixer import KV, Mixer, Sight, recall
+from jaxgpt.model.kernels import ScoreMod, attend
+from jaxgpt.model.layers import DTYPES, Linear, make_residual_init
+from jaxgpt.model.masks import SameSegment, make_layer_mask
+from jaxgpt.model.mixers.mixer import KV, LayerContext, Mixer, update_kv_cache
 from jaxgpt.model.norms import NORMS
 from jaxgpt.sharding import constrain
 
 
 class Attention(Mixer):
-    """Multi-head attention of x to itself and to the tokens in the cache."""
+    """Multi-head self-attention, which includes the tokens in the cache."""
 
     USES = ("rotation", "bias", "pattern", "softcap", "qk_norm")
-    DIVIDES_ROWS = True
+    HAS_SEQUENCE_SHARDING = True
 
     @staticmethod
-    def state(cfg: ModelConfig, batch: int, slots: int) -> KV:
+    def init_state(cfg: ModelConfig, batch: int, slots: int) -> KV:
         shape = (batch, cfg.sizes["G"], slots, cfg.sizes["K"])
         return KV(*(jnp.zeros(shape, DTYPES[cfg.dtype]) for _ in KV._fields))
 
     @nn.compact
-    def __call__(self, x: jax.Array, sight: Sight, state: KV | None):
+    def __call__(self, x: jax.Array, layer_context: LayerContext, state: KV | None):
         c = self.cfg
         q = Linear(c, "D>HK", name="q")(x)
         k = Linear(c, "D>GK", name="k")(x)
@@ -33,44 +33,52 @@ class Attention(Mixer):
         if c.qk_norm:
             q = NORMS[c.norm](c, "K", name="q_norm")(q)
             k = NORMS[c.norm](c, "K", name="k_norm")(k)
-        q, k = sight.rotated(q), sight.rotated(k)
+        q, k = layer_context.apply_rotation(q), layer_context.apply_rotation(k)
         if state is not None:
-            (k, v), state = recall(state, KV(k, v), sight.cursor)
-        mask = layer_mask(c, self.pattern, self.direction)
-        score = Score(mask, sight.bias, c.attention_scale, c.softcap, is_self=state is None)
+            (k, v), state = update_kv_cache(state, KV(k, v), layer_context.cursor)
+        mask = make_layer_mask(c, self.pattern, self.direction)
+        score = ScoreMod(
+            mask, layer_context.bias, c.attention_scale, c.softcap, is_self=state is None
+        )
         q, k, v = constrain(q, "BTHK"), constrain(k, "BTGK"), constrain(v, "BTGK")
 
-        def attended(q, k, v):
-            return attend(c.kernel, q, k, v, sight.q_at, sight.k_at, score)
+        def attend_heads(q, k, v):
+            return attend(c.kernel, q, k, v, layer_context.q_coords, layer_context.k_coords, score)
 
-        return Linear(c, "HK>D", into_residual(c), name="o")(q, k, v, of=attended), state
+        return Linear(c, "HK>D", make_residual_init(c), name="o")(
+            q, k, v, input_fn=attend_heads
+        ), state
 
 
 class CrossAttention(nn.Module):
-    """Attention of x [B T D] to what the encoder made of the source, `sight.memory` [B S D].
+    """Attention of x [B T D] to the hidden states of the encoder, `layer_context.memory` [B S D].
 
-    The keys and values of the source are made once: where there is no memory, `state` has them.
+    Keys and values of the source are computed once: without a memory they are read from `state`.
     """
 
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, sight: Sight, state: KV | None):
+    def __call__(self, x: jax.Array, layer_context: LayerContext, state: KV | None):
         c = self.cfg
         q = Linear(c, "D>HK", name="q")(x)
-        if sight.memory is not None:
-            k = Linear(c, "D>GK", name="k")(sight.memory)
-            v = Linear(c, "D>GK", name="v")(sight.memory)
-            kept = KV(k, v).turned()
-            state = state and KV(*(x.astype(old.dtype) for x, old in zip(kept, state, strict=True)))
+        if layer_context.memory is not None:
+            k = Linear(c, "D>GK", name="k")(layer_context.memory)
+            v = Linear(c, "D>GK", name="v")(layer_context.memory)
+            new = KV(k, v).transposed()
+            state = state and KV(*(x.astype(old.dtype) for x, old in zip(new, state, strict=True)))
         else:
-            assert state is not None, "without a memory there is a state that has read it"
-            k, v = state.turned()
-        assert sight.memory_at is not None
-        score = Score(SameDocument(), scale=c.attention_scale)
+            assert state is not None, "without a memory, `state` must hold keys and values"
+            k, v = state.transposed()
+        assert layer_context.memory_coords is not None
+        score = ScoreMod(SameSegment(), scale=c.attention_scale)
         q, k, v = constrain(q, "BTHK"), constrain(k, "BTGK"), constrain(v, "BTGK")
 
-        def attended(q, k, v):
-            return attend(c.kernel, q, k, v, sight.q_at, sight.memory_at, score)
+        def attend_heads(q, k, v):
+            return attend(
+                c.kernel, q, k, v, layer_context.q_coords, layer_context.memory_coords, score
+            )
 
-        return Linear(c, "HK>D", into_residual(c), name="o")(q, k, v, of=attended), state
+        return Linear(c, "HK>D", make_residual_init(c), name="o")(
+            q, k, v, input_fn=attend_heads
+        ), state

@@ -1,8 +1,9 @@
-"""Rows of tokens cut into chunks, so that the cost grows with the length and not with its square.
+"""Rows of tokens split into chunks, so that the cost is linear in the length, not quadratic.
 
-A chunk looks at itself and at its neighbours (`around`), or is told in a few numbers what stands
-outside of it (`carried`). Chunks know nothing of documents: one may begin in the middle of a chunk
-and end in the middle of another. n is the number of chunks, Q the tokens of one.
+A chunk attends to itself and its neighbors (`gather_neighbors`), or receives a summary of fixed
+size of the tokens outside it (`carry_across_chunks`). Chunks are independent of documents: one may
+begin in the middle of a chunk and end in the middle of another. n is the number of chunks, Q the
+tokens of one.
 """
 
 from collections.abc import Callable
@@ -16,96 +17,103 @@ from jaxgpt.model.masks import Coords, Mask
 
 
 @dataclass(frozen=True)
-class Spans(Mask):
-    """Documents are cut into spans of `size` tokens, from their start; tokens see the spans which
-    begin `nearest` to `farthest` spans before their own. None: as far as there are any."""
+class BlockBand(Mask):
+    """A block-banded mask: documents are split into blocks of `size` tokens, from their start, and
+    a token attends to the blocks `nearest` to `farthest` before its own (None = no limit)."""
 
     size: int
     nearest: int
     farthest: int | None
 
     def __call__(self, q, k):
-        here, there = q.position[:, :, None] // self.size, k.position[:, None, :] // self.size
-        sees = here - there >= self.nearest
-        return sees if self.farthest is None else sees & (here - there <= self.farthest)
+        q_block, k_block = (
+            q.positions[:, :, None] // self.size,
+            k.positions[:, None, :] // self.size,
+        )
+        distance = q_block - k_block
+        mask = distance >= self.nearest
+        return mask if self.farthest is None else mask & (distance <= self.farthest)
 
 
-def cut(tree, size: int):
-    """Leaves [B T ...] -> [B n Q ...]. The last chunk is filled with 0, which is no token."""
+def split_chunks(tree, size: int):
+    """Split leaves [B T ...] into chunks [B n Q ...]; the last is padded with 0 (no token)."""
 
-    def one(x):
+    def split(x):
         n = -(-x.shape[1] // size)
-        wide = [(0, 0), (0, n * size - x.shape[1])] + [(0, 0)] * (x.ndim - 2)
-        return jnp.pad(x, wide).reshape(x.shape[0], n, size, *x.shape[2:])
+        padding = [(0, 0), (0, n * size - x.shape[1])] + [(0, 0)] * (x.ndim - 2)
+        return jnp.pad(x, padding).reshape(x.shape[0], n, size, *x.shape[2:])
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(split, tree)
 
 
-def join(x: jax.Array, tokens: int) -> jax.Array:
-    """[B n Q ...] -> [B T ...]: undoes `cut`."""
+def join_chunks(x: jax.Array, tokens: int) -> jax.Array:
+    """Join chunks [B n Q ...] to rows [B T ...], the inverse of `split_chunks`."""
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :tokens]
 
 
-def around(tree, before: int, after: int = 0):
-    """Leaves [B n Q ...] -> [B n (before + 1 + after)·Q ...]: chunks with their neighbours."""
+def gather_neighbors(tree, before: int, after: int = 0):
+    """Extend chunks [B n Q ...] by their neighbors: [B n (before + 1 + after)·Q ...]."""
 
-    def one(x):
+    def gather(x):
         n = x.shape[1]
-        wide = jnp.pad(x, [(0, 0), (before, after)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.concatenate([wide[:, i : i + n] for i in range(before + 1 + after)], axis=2)
+        padded = jnp.pad(x, [(0, 0), (before, after)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.concatenate([padded[:, i : i + n] for i in range(before + 1 + after)], axis=2)
 
-    return jax.tree.map(one, tree)
-
-
-def seen(mask: Mask, q: Coords, k: Coords) -> jax.Array:
-    """A mask chunk by chunk: coordinates [B n T] and [B n S] -> bool [B n T S]."""
-    rows = jax.vmap(mask, in_axes=1, out_axes=1)
-    return rows(q, k)
+    return jax.tree.map(gather, tree)
 
 
-def segments(at: Coords) -> jax.Array:
-    """int32 [B n Q]: how many documents began in the row up to here; 0 is one begun before it."""
-    begins = (at.position == 0) & (at.document > 0)
-    return jnp.cumsum(begins.reshape(len(begins), -1), axis=1).reshape(begins.shape)
+def mask_chunks(mask: Mask, q: Coords, k: Coords) -> jax.Array:
+    """Evaluate a mask per chunk: coordinates [B n T] and [B n S] -> bool [B n T S]."""
+    return jax.vmap(mask, in_axes=1, out_axes=1)(q, k)
 
 
-def edge(segment: jax.Array, reverse: bool = False) -> jax.Array:
-    """[B n Q] -> [B n]: the document on that side of a chunk from which the next one goes on."""
-    return segment[:, :, 0 if reverse else -1]
+def index_documents(coords: Coords) -> jax.Array:
+    """Number the documents of a row from 1: int32 [B n Q]; 0 = one that began before the row."""
+    is_first = (coords.positions == 0) & (coords.segment_ids > 0)
+    return jnp.cumsum(is_first.reshape(len(is_first), -1), axis=1).reshape(is_first.shape)
 
 
-def carried(
-    parts: Any,
-    segment: jax.Array,
+def select_edge(document_index: jax.Array, reverse: bool = False) -> jax.Array:
+    """Select the document at the last (reverse: first) token of each chunk: [B n Q] -> [B n]."""
+    return document_index[:, :, 0 if reverse else -1]
+
+
+def carry_across_chunks(
+    summaries: Any,
+    document_index: jax.Array,
     merge: Callable[[Any, Any], Any],
     empty: Any,
     start: Any = None,
     reverse: bool = False,
 ):
-    """What each chunk is told of the tokens before it (reverse: after it) of one document.
+    """Summarize, for each chunk, the tokens of one document before it (reverse: after it).
 
     Args:
-        parts: leaves [B n ...], what each chunk tells of its tokens of the document at its `edge`.
-        segment: [B n Q], see `segments`.
-        merge: what two chunks of the same document tell together.
-        empty: leaves [B ...], what is told of no token.
-        start: leaves [B ...], what is told of document 0 before the row; None = `empty`.
+        summaries: leaves [B n ...], of each chunk's tokens of the document at its edge, see
+            `select_edge`.
+        document_index: [B n Q], see `index_documents`.
+        merge: combines the summaries of two chunks of the same document.
+        empty: leaves [B ...], the summary of no tokens.
+        start: leaves [B ...], the summary of document 0 before the row; None = `empty`.
 
     Returns:
-        (told, of, end): leaves [B n ...], the documents [B n] they tell of, and what is told
-        after the last chunk, leaves [B ...].
+        (carries, documents, end): the summaries, leaves [B n ...], the index [B n] of the document
+        that each summarizes, and the summary after the last chunk, leaves [B ...].
     """
 
-    def step(before, now):
-        (memory, of), (part, here) = before, now
+    def step(carry, chunk):
+        (carried, document), (summary, next_document) = carry, chunk
 
         def keep(x, none):
-            return jnp.where((of == here).reshape(-1, *[1] * (x.ndim - 1)), x, none)
+            is_same = (document == next_document).reshape(-1, *[1] * (x.ndim - 1))
+            return jnp.where(is_same, x, none)
 
-        return (merge(jax.tree.map(keep, memory, empty), part), here), before
+        merged = merge(jax.tree.map(keep, carried, empty), summary)
+        return (merged, next_document), carry
 
-    first = (empty if start is None else start, jnp.zeros_like(segment[:, 0, 0]))
-    each = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (parts, edge(segment, reverse)))
-    (end, _), told = jax.lax.scan(step, first, each, reverse=reverse)
-    told, of = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), told)
-    return told, of, end
+    first = (empty if start is None else start, jnp.zeros_like(document_index[:, 0, 0]))
+    chunks = (summaries, select_edge(document_index, reverse))
+    chunks = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), chunks)
+    (end, _), carries = jax.lax.scan(step, first, chunks, reverse=reverse)
+    carries, documents = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), carries)
+    return carries, documents, end

@@ -1,4 +1,4 @@
-"""What a token mixer is: the part of a block in which tokens hear of each other."""
+"""The interface of a token mixer: the part of a block that moves information between tokens."""
 
 from typing import Any, ClassVar, NamedTuple
 
@@ -10,83 +10,87 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.model.masks import Coords
 
 
-class Sight(NamedTuple):
-    """What every layer of a stack is told, and no layer changes."""
+class LayerContext(NamedTuple):
+    """The inputs that all layers of a stack share and no layer changes."""
 
-    q_at: Coords  # of the tokens at hand, [B T]
-    k_at: Coords  # of the tokens in the cache, [B S]; without a cache, the same as q_at
-    rotate: Partial | None = None  # queries or keys of these tokens, [B T H K] -> [B T H K]
-    bias: Partial | None = None  # (q at [B T], k at [B S]) -> float32 [B H T S]
+    q_coords: Coords  # of the current tokens, [B T]
+    k_coords: Coords  # of the tokens in the cache, [B S]; without a cache, the same as q_coords
+    rotate: Partial | None = None  # rotary embedding of queries or keys, [B T H K] -> [B T H K]
+    bias: Partial | None = None  # (q_coords [B T], k_coords [B S]) -> float32 [B H T S]
     cursor: Any = None  # int32 [], the next free slot of the cache, the same for every row
-    memory: jax.Array | None = None  # what the encoder made of the source, [B S D]
-    memory_at: Coords | None = None  # [B S]
+    memory: jax.Array | None = None  # hidden states of the encoder, [B S D]
+    memory_coords: Coords | None = None  # [B S]
 
-    def rotated(self, x: jax.Array) -> jax.Array:
-        """x [B T H K], turned where positions do that."""
+    def apply_rotation(self, x: jax.Array) -> jax.Array:
+        """Rotate queries or keys x [B T H K] if the position encoding is rotary."""
         return x if self.rotate is None else self.rotate(x)
 
 
 class Mixer(nn.Module):
-    """A token mixer: (x [B T D], sight, state) -> (y [B T D], state).
+    """A token mixer: (x [B T D], layer_context, state) -> (y [B T D], state).
 
-    A new document begins where `sight.q_at.position` is 0, and is not to hear of the one before it.
-    Where `sight.q_at.document` is 0 there is no token: nobody hears of it, and what comes out
-    there does not matter.
+    A new document begins where `layer_context.q_coords.positions` is 0; its output must not depend
+    on the document before it. Where `layer_context.q_coords.segment_ids` is 0 there is no token: no
+    output depends on it, and the output there is arbitrary.
 
-    `state` is what the mixer remembers of the tokens before those at hand, for decoding. It is
-    None in training, where a row begins with nothing before it; else it comes from `state`, and
-    goes on to the next call. A call with a state may be given any number of tokens.
+    `state` holds the earlier tokens, for decoding. It is None in training, where a row begins with
+    no earlier tokens; otherwise it comes from `init_state` and is passed on from call to call. A
+    call with a state accepts any number of tokens.
     """
 
-    # What it does of what can be asked for: "rotation" and "bias" (of positions), "pattern" (of
-    # masks), "softcap", "qk_norm".
+    # The optional features that the mixer supports: "rotation" and "bias" (position encodings),
+    # "pattern" (of the attention mask), "softcap", "qk_norm".
     USES: ClassVar[tuple[str, ...]] = ()
     DIRECTIONS: ClassVar[tuple[str, ...]] = ("causal", "both")
     HAS_HEADS: ClassVar[bool] = True
-    # Whether the tokens of a row may lie on several devices; else each gets the whole row.
-    DIVIDES_ROWS: ClassVar[bool] = False
+    # Whether a row may be sharded over devices (context parallelism); else each gets the whole row.
+    HAS_SEQUENCE_SHARDING: ClassVar[bool] = False
 
     cfg: ModelConfig
     pattern: str = "full"
     direction: str = "causal"
 
     @staticmethod
-    def state(cfg: ModelConfig, batch: int, slots: int) -> Any:
-        """The empty state of one layer for `batch` rows of up to `slots` tokens."""
+    def init_state(cfg: ModelConfig, batch: int, slots: int) -> Any:
+        """Return the empty state of one layer for `batch` rows of up to `slots` tokens."""
         raise NotImplementedError
 
-    def __call__(self, x: jax.Array, sight: Sight, state: Any) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x: jax.Array, layer_context: LayerContext, state: Any
+    ) -> tuple[jax.Array, Any]:
         raise NotImplementedError
 
 
 class KV(NamedTuple):
     """Keys and values of one layer, [B S G K]; as a state [B G S K].
 
-    One token is multiplied by a state as it lies. For 8 rows of 192 slots, 6 heads of width 64, a
-    CPU takes 90 us for its attention, and 1,430 us if it must turn [B S G K] first.
+    In this layout a state is multiplied by one token without a transposition. For 8 rows of 192
+    slots, 6 heads of width 64, attention takes a CPU 90 us, and 1,430 us if it must transpose
+    [B S G K] first.
     """
 
     k: jax.Array
     v: jax.Array
 
-    def turned(self) -> "KV":
-        """Heads before tokens, or tokens before heads again."""
+    def transposed(self) -> "KV":
+        """Swap the axes of heads and tokens."""
         return KV(self.k.swapaxes(1, 2), self.v.swapaxes(1, 2))
 
 
-def write(old, new, cursor: jax.Array, axis: int = 1):
-    """Writes new entries [B T ...] into old ones [B S ...] from slot `cursor` on, leaf by leaf."""
+def update_slots(old, new, cursor: jax.Array, axis: int = 1):
+    """Write new entries [B T ...] into old ones [B S ...] from slot `cursor` on, leaf by leaf."""
 
-    def put(o, n):
-        return jax.lax.dynamic_update_slice_in_dim(o, n.astype(o.dtype), cursor, axis)
+    def write(old, new):
+        return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), cursor, axis)
 
-    return jax.tree.map(put, old, new)
+    return jax.tree.map(write, old, new)
 
 
-def recall(state: KV, new: KV, cursor: jax.Array) -> tuple[KV, KV]:
-    """Keys and values of all slots [B S G K], after new ones [B T G K] are written, and the state.
+def update_kv_cache(state: KV, new: KV, cursor: jax.Array) -> tuple[KV, KV]:
+    """Write new keys and values [B T G K] into the state [B G S K].
 
-    A state is [B G S K].
+    Returns:
+        The keys and values of all slots [B S G K], and the new state.
     """
-    state = write(state, new.turned(), cursor, axis=2)
-    return state.turned(), state
+    state = update_slots(state, new.transposed(), cursor, axis=2)
+    return state.transposed(), state

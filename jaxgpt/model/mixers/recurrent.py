@@ -1,10 +1,10 @@
-"""Recurrent mixers: what a token hears of those before it is a state of fixed size.
+"""Recurrent mixers: a state of fixed size summarizes the tokens before.
 
     state_t = cell(x_t, state_{t-1})
 
-A document begins with an empty state, and where there is no token the state stays as it is. States
-are float32 whatever the compute dtype. Here are what all such mixers share, and the gated cells of
-old; Mamba and S4, whose states move linearly, have modules of their own.
+A document begins with a state of zeros, and where there is no token the state is unchanged. States
+are float32 whatever the compute dtype. This module has what all recurrent mixers share, and the
+gated cells; Mamba and S4, whose recurrences are linear, have modules of their own.
 """
 
 import math
@@ -16,60 +16,61 @@ import jax
 import jax.numpy as jnp
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.dims import weight
-from jaxgpt.model.layers import Linear, into_residual, normal, ones, zeros
+from jaxgpt.dims import declare_param
+from jaxgpt.model.layers import Linear, make_residual_init, normal, ones, zeros
 from jaxgpt.model.masks import Coords
-from jaxgpt.model.mixers.chunks import cut, join
-from jaxgpt.model.mixers.mixer import Mixer, Sight
+from jaxgpt.model.mixers.chunks import join_chunks, split_chunks
+from jaxgpt.model.mixers.mixer import LayerContext, Mixer
 
-# --- what all mixers with a state share ---
+# --- shared by all recurrent mixers ---
 
 
-class Moment(NamedTuple):
-    """What a token does to the state."""
+class TokenFlags(NamedTuple):
+    """How slots affect the state: a first token resets it, a slot without a token does nothing."""
 
-    begins: jax.Array  # bool [B T], it is the first of a document
+    is_first: jax.Array  # bool [B T], whether it is the first of its document
     is_token: jax.Array  # bool [B T]
 
 
-def moments(at: Coords) -> Moment:
-    is_token = at.document > 0
-    return Moment(is_token & (at.position == 0), is_token)
+def flag_tokens(coords: Coords) -> TokenFlags:
+    """Compute the flags of tokens from their coordinates [B T]."""
+    is_token = coords.segment_ids > 0
+    return TokenFlags(is_token & (coords.positions == 0), is_token)
 
 
-def remember(cell, state, xs, when: Moment):
-    """Token after token.
+def scan_tokens(cell, state, xs, flags: TokenFlags):
+    """Scan over tokens, resetting the state at first tokens.
 
     Args:
         cell: (state, x [B ...]) -> (state, y [B ...]).
-        state: arrays [B ...], zero when empty.
-        xs: arrays [B T ...]. when: [B T].
+        state: arrays [B ...], zeros when empty.
+        xs: arrays [B T ...]. flags: [B T].
 
     Returns:
         The last state, and y [B T ...].
     """
 
-    def choose(condition, a, b):
-        def pick(a, b):
+    def select(condition, a, b):
+        def select_leaf(a, b):
             return jnp.where(condition.reshape(-1, *[1] * (a.ndim - 1)), a, b)
 
-        return jax.tree.map(pick, a, b)
+        return jax.tree.map(select_leaf, a, b)
 
-    def step(old, given):
-        x, when = given
-        new, y = cell(choose(when.begins, jax.tree.map(jnp.zeros_like, old), old), x)
-        return choose(when.is_token, new, old), y
+    def step(old, x_and_flags):
+        x, flags = x_and_flags
+        new, y = cell(select(flags.is_first, jax.tree.map(jnp.zeros_like, old), old), x)
+        return select(flags.is_token, new, old), y
 
-    state, y = jax.lax.scan(step, state, jax.tree.map(_time_first, (xs, when)))
-    return state, _time_first(y)
+    state, y = jax.lax.scan(step, state, jax.tree.map(_swap_time_axis, (xs, flags)))
+    return state, _swap_time_axis(y)
 
 
-def in_chunks(piece, state, xs, size: int):
-    """Some tokens after some tokens; the backward pass keeps only the states between them.
+def scan_in_chunks(scan_chunk, state, xs, size: int):
+    """Scan over chunks of tokens; the backward pass stores only the states between them.
 
     Args:
         piece: (state, xs [B Q ...]) -> (state, y [B Q ...]). Where all of xs are zero and False it
-            is to leave the state as it is: the last chunk is filled up so.
+            must leave the state unchanged: the last chunk is padded this way.
         xs: arrays [B T ...].
         size: Q, tokens of a chunk.
 
@@ -77,18 +78,18 @@ def in_chunks(piece, state, xs, size: int):
         The last state, and y [B T ...].
     """
     T = jax.tree.leaves(xs)[0].shape[1]
-    chunks = jax.tree.map(_time_first, cut(xs, min(size, T)))
-    # Inside a scan nothing can be merged across iterations, so the guard against it is not needed.
-    state, y = jax.lax.scan(jax.checkpoint(piece, prevent_cse=False), state, chunks)
-    return state, join(_time_first(y), T)
+    chunks = jax.tree.map(_swap_time_axis, split_chunks(xs, min(size, T)))
+    # CSE cannot merge forward and backward passes of a scan, so its prevention is not needed.
+    state, y = jax.lax.scan(jax.checkpoint(scan_chunk, prevent_cse=False), state, chunks)
+    return state, join_chunks(_swap_time_axis(y), T)
 
 
-def _time_first(x: jax.Array) -> jax.Array:
+def _swap_time_axis(x: jax.Array) -> jax.Array:
     return jnp.swapaxes(x, 0, 1)
 
 
 def log_uniform(low: float, high: float):
-    """An initializer: logarithms of numbers between low and high, every magnitude as likely."""
+    """Return an initializer that draws log x, with x log-uniform between low and high."""
 
     def init(key, shape):
         return jax.random.uniform(key, shape, minval=math.log(low), maxval=math.log(high))
@@ -100,67 +101,71 @@ def log_uniform(low: float, high: float):
 
 
 class GatedCell(Mixer):
-    """A cell with gates, as wide as the stream, and a map of what it shows back into the stream.
+    """A gated recurrent cell as wide as the residual stream, and an output projection.
 
-    Each gate is an activation of W x + b and U h. What x gives does not wait for the state, so it
-    is one product for all gates of all tokens, and only U h is left for the loop. The biases are
-    there whatever `model.bias` says: they decide how much is forgotten at the start.
+    Each gate is an activation of W x + b and U h. W x + b does not depend on the state, so it is
+    one product for all gates of all tokens, and only U h remains in the loop. The biases exist
+    whatever `model.bias` is: they determine how much is forgotten at the beginning of training.
     """
 
     DIRECTIONS = ("causal",)
     HAS_HEADS = False
     STATE: ClassVar[Any]  # a NamedTuple of arrays [B D], with h
-    GATES: ClassVar[str]  # a letter each, in the order of `cell`
-    OPEN: ClassVar[str] = ""  # the gates whose biases begin at 1
+    GATES: ClassVar[str]  # one letter each, in the order of `update_state`
+    OPEN_GATES: ClassVar[str] = ""  # the gates whose biases are initialized to 1
 
     @classmethod
-    def state(cls, cfg: ModelConfig, batch: int, slots: int):
+    def init_state(cls, cfg: ModelConfig, batch: int, slots: int):
         return cls.STATE(*(jnp.zeros((batch, cfg.width)) for _ in cls.STATE._fields))
 
     @staticmethod
-    def cell(old, given: jax.Array, heard: jax.Array):
-        """(state, W x + b, U h: each [B nD] for n gates) -> state."""
+    def update_state(old, input_proj: jax.Array, recurrent_proj: jax.Array):
+        """Compute the next state from W x + b and U h, each [B nD] for n gates."""
         raise NotImplementedError
 
-    def gates(self, name: str, letters: str, initial: Callable) -> jax.Array:
-        """Parameters of all gates side by side, [... nD]; each is a parameter of its own."""
+    def make_gate_params(self, name: str, letters: str, make_init: Callable) -> jax.Array:
+        """Create the parameters of all gates, one per gate, and concatenate them: [... nD]."""
         parts = [
-            weight(self, f"{name}_{gate}", letters, self.cfg.sizes, initial(gate))
+            declare_param(self, f"{name}_{gate}", letters, self.cfg.sizes, make_init(gate))
             for gate in self.GATES
         ]
         return jnp.concatenate(parts, axis=-1)
 
-    def heard(self, u: jax.Array) -> Callable:
-        """h [B D] -> U h [B nD]."""
+    def make_state_projection(self, u: jax.Array) -> Callable:
+        """Return the function h [B D] -> U h [B nD]."""
         return lambda h: h @ u
 
     @nn.compact
-    def __call__(self, x: jax.Array, sight: Sight, state):
+    def __call__(self, x: jax.Array, layer_context: LayerContext, state):
         c, (B, T, D) = self.cfg, x.shape
-        w = self.gates("w", "D>D", lambda _: normal).astype(x.dtype)
-        b = self.gates("b", "D", lambda gate: ones if gate in self.OPEN else zeros)
-        heard = self.heard(self.gates("u", "D>D", lambda _: normal))
-        given = jnp.dot(x.reshape(B * T, D), w, preferred_element_type=jnp.float32) + b
+        w = self.make_gate_params("w", "D>D", lambda _: normal).astype(x.dtype)
+        b = self.make_gate_params("b", "D", lambda gate: ones if gate in self.OPEN_GATES else zeros)
+        project_state = self.make_state_projection(
+            self.make_gate_params("u", "D>D", lambda _: normal)
+        )
+        input_proj = jnp.dot(x.reshape(B * T, D), w, preferred_element_type=jnp.float32) + b
 
-        def cell(old, given):
-            new = self.cell(old, given, heard(old.h))
+        def cell(old, input_proj):
+            new = self.update_state(old, input_proj, project_state(old.h))
             return new, new.h
 
-        begin = self.state(c, B, T) if state is None else state
-        end, h = remember(cell, begin, given.reshape(B, T, -1), moments(sight.q_at))
-        y = Linear(c, "D>D", into_residual(c), name="o")(h.astype(x.dtype))
-        return y, None if state is None else end
+        initial = self.init_state(c, B, T) if state is None else state
+        final, h = scan_tokens(
+            cell, initial, input_proj.reshape(B, T, -1), flag_tokens(layer_context.q_coords)
+        )
+        y = Linear(c, "D>D", make_residual_init(c), name="o")(h.astype(x.dtype))
+        return y, None if state is None else final
 
 
 class LSTMState(NamedTuple):
     """float32."""
 
-    h: jax.Array  # [B D], what is shown
-    c: jax.Array  # [B D], what is kept
+    h: jax.Array  # [B D], the hidden state
+    c: jax.Array  # [B D], the cell state
 
 
 class LSTM(GatedCell):
-    """Long short-term memory with a forget gate, which begins open.
+    """Long short-term memory with a forget gate, initialized open.
 
         i, f, o = σ(W x + b + U h),    g = tanh(W x + b + U h)
         c' = f c + i g,    h' = o tanh(c')
@@ -172,11 +177,11 @@ class LSTM(GatedCell):
 
     STATE = LSTMState
     GATES = "ifgo"
-    OPEN = "f"
+    OPEN_GATES = "f"
 
     @staticmethod
-    def cell(old: LSTMState, given: jax.Array, heard: jax.Array) -> LSTMState:
-        i, f, g, o = jnp.split(given + heard, 4, axis=-1)
+    def update_state(old: LSTMState, input_proj: jax.Array, recurrent_proj: jax.Array) -> LSTMState:
+        i, f, g, o = jnp.split(input_proj + recurrent_proj, 4, axis=-1)
         c = jax.nn.sigmoid(f) * old.c + jax.nn.sigmoid(i) * jnp.tanh(g)
         return LSTMState(jax.nn.sigmoid(o) * jnp.tanh(c), c)
 
@@ -200,13 +205,15 @@ class GRU(GatedCell):
     STATE = GRUState
     GATES = "rzn"
 
-    def heard(self, u: jax.Array) -> Callable:
-        c = weight(self, "c_n", "D", self.cfg.sizes, zeros)
-        c = jnp.pad(c, (2 * c.size, 0))  # r and z have no use for a second bias
+    def make_state_projection(self, u: jax.Array) -> Callable:
+        c = declare_param(self, "c_n", "D", self.cfg.sizes, zeros)
+        c = jnp.pad(c, (2 * c.size, 0))  # a second bias of r and z would be redundant
         return lambda h: h @ u + c
 
     @staticmethod
-    def cell(old: GRUState, given: jax.Array, heard: jax.Array) -> GRUState:
-        (r, z, n), (r_h, z_h, n_h) = (jnp.split(x, 3, axis=-1) for x in (given, heard))
+    def update_state(old: GRUState, input_proj: jax.Array, recurrent_proj: jax.Array) -> GRUState:
+        (r, z, n), (r_h, z_h, n_h) = (
+            jnp.split(x, 3, axis=-1) for x in (input_proj, recurrent_proj)
+        )
         r, z = jax.nn.sigmoid(r + r_h), jax.nn.sigmoid(z + z_h)
         return GRUState((1 - z) * jnp.tanh(n + r * n_h) + z * old.h)

@@ -1,15 +1,15 @@
-"""Reformer: attention to what is alike, found by hashing.
+"""Reformer: attention to similar tokens, found by locality-sensitive hashing (LSH).
 
-A token is its own query, k = q / |q|, and R rounds of random rotations put it into a bucket each,
-h(x) = argmax([x·A; -x·A]). A query sees the tokens of its own bucket, up to W of them; over the
-rounds it sees the union, P:
+Queries and keys are shared, k = q / |q|. Each of R rounds of random rotations assigns a token to a
+bucket, h(x) = argmax([x·A; -x·A]). A query attends to up to W tokens of its own bucket; over all
+rounds it attends to their union, P:
 
-    y_t = Σ_{s in P_t} softmax_s(q_t·k_s / √K) v_s,    itself only where there is nothing else.
+    y_t = Σ_{s in P_t} softmax_s(q_t·k_s / √K) v_s,    t in P_t only where there is no other token.
 
-Sorted by bucket, what a query sees is next to it: chunks of W tokens look at themselves and at
-their neighbours. The paper's chunks depend on how many tokens come later, so that the future
-decides which part of the past is seen. Here a query sees the W tokens of its bucket nearest to it
-on either side: in a causal stack the latest W before it, whatever comes after.
+Sorted by bucket, the keys of a query are next to it: chunks of W tokens attend to themselves and to
+their neighbors. The paper's chunks depend on how many tokens come later, so that future tokens
+determine which past tokens are attended to. Here a query attends to the W tokens of its bucket
+nearest to it on either side: in a causal stack the latest W before it, whatever comes after.
 """
 
 import functools
@@ -21,131 +21,138 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.model.kernels import NEVER
-from jaxgpt.model.layers import DTYPES, Linear, into_residual
+from jaxgpt.model.kernels import MASKED_LOGIT
+from jaxgpt.model.layers import DTYPES, Linear, make_residual_init
 from jaxgpt.model.masks import Coords
-from jaxgpt.model.mixers.chunks import around, cut, join
-from jaxgpt.model.mixers.mixer import KV, Mixer, Sight, write
+from jaxgpt.model.mixers.chunks import gather_neighbors, join_chunks, split_chunks
+from jaxgpt.model.mixers.mixer import KV, LayerContext, Mixer, update_slots
 
-ALONE = -1e5  # the logit of a token for itself: far below all others, and far above NEVER
+SELF_LOGIT = (
+    -1e5
+)  # the logit of a token for itself: far below all others, and far above MASKED_LOGIT
 
 
 @functools.cache
-def rotations(size: int, rounds: int, buckets: int) -> np.ndarray:
-    """A: float32 [K R buckets/2], the same ones always."""
+def draw_rotations(size: int, rounds: int, buckets: int) -> np.ndarray:
+    """Draw A, float32 [K R buckets/2], with a fixed seed."""
     return np.random.default_rng(0).normal(size=(size, rounds, buckets // 2)).astype(np.float32)
 
 
-class Marks(NamedTuple):
-    """Where a token stands in each of the R rounds."""
+class BucketRanks(NamedTuple):
+    """The buckets and ranks of tokens in each of the R rounds."""
 
-    group: jax.Array  # int32 [... T R], its document and its bucket in one number
-    place: jax.Array  # int32 [... T R], its rank when tokens are sorted by group, in their order
+    bucket_id: jax.Array  # int32 [... T R], document and bucket in one number
+    rank: jax.Array  # int32 [... T R], in a stable sort of the tokens by bucket_id
 
 
 class Reformer(Mixer):
-    """LSH attention with shared queries and keys. The values may be shared by heads, as in GQA.
+    """LSH attention with shared queries and keys. Heads may share values, as in GQA.
 
     Source: Kitaev et al. 2020, arXiv:2001.04451, section 2 (equations 2 to 6, and the paragraph
-    on causal masking); appendix A for what is seen in several rounds.
+    on causal masking); appendix A for keys found in several rounds.
     """
 
     USES = ("rotation",)
 
     @staticmethod
-    def state(cfg: ModelConfig, batch: int, slots: int) -> KV:
+    def init_state(cfg: ModelConfig, batch: int, slots: int) -> KV:
         H, G, K = (cfg.sizes[letter] for letter in "HGK")
         empty = functools.partial(jnp.zeros, dtype=DTYPES[cfg.dtype])
         return KV(empty((batch, slots, H, K)), empty((batch, slots, G, K)))
 
     @nn.compact
-    def __call__(self, x: jax.Array, sight: Sight, state: KV | None):
+    def __call__(self, x: jax.Array, layer_context: LayerContext, state: KV | None):
         c, T = self.cfg, x.shape[1]
         q = Linear(c, "D>HK", name="q")(x)
         v = Linear(c, "D>GK", name="v")(x)
-        q = sight.rotated(q)
-        kept = KV(q, v) if state is None else write(state, KV(q, v), sight.cursor)
-        k, v = (y.swapaxes(1, 2) for y in kept)  # [B H S K], [B G S K]
+        q = layer_context.apply_rotation(q)
+        qv = KV(q, v) if state is None else update_slots(state, KV(q, v), layer_context.cursor)
+        k, v = (y.swapaxes(1, 2) for y in qv)  # [B H S K], [B G S K]
         v = jnp.repeat(v, c.heads // v.shape[1], axis=1)
-        marks = self._marks(k, sight.k_at)
+        ranks = self._rank_buckets(k, layer_context.k_coords)
         if state is None:
-            y = self._near(k, v, marks)
+            y = self._attend_sorted(k, v, ranks)
         else:
-            cut_out = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=T, axis=2)
-            here = jax.tree.map(lambda m: cut_out(m, sight.cursor), marks)
-            times, is_self = self._times(here, marks)
-            y, _ = self._attend(q.swapaxes(1, 2), k, v, times > 0, is_self)
-        y = Linear(c, "HK>D", into_residual(c), name="o")(y.swapaxes(1, 2))
-        return y, None if state is None else kept
+            take = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=T, axis=2)
+            q_ranks = jax.tree.map(lambda m: take(m, layer_context.cursor), ranks)
+            counts, is_self = self._count_rounds(q_ranks, ranks)
+            y, _ = self._attend(q.swapaxes(1, 2), k, v, counts > 0, is_self)
+        y = Linear(c, "HK>D", make_residual_init(c), name="o")(y.swapaxes(1, 2))
+        return y, None if state is None else qv
 
-    def _marks(self, x: jax.Array, at: Coords) -> Marks:
-        """x [B H S K], at [B S] -> [B H S R]."""
+    def _rank_buckets(self, x: jax.Array, coords: Coords) -> BucketRanks:
+        """Hash and rank the tokens x [B H S K], coords [B S]: [B H S R]."""
         m = self.cfg.mixer
-        a = rotations(x.shape[-1], m.hashes, m.buckets)
-        turned = jnp.einsum("bhsk,krc->bhsrc", x.astype(jnp.float32), a)
-        bucket = jnp.argmax(jnp.concatenate([turned, -turned], axis=-1), axis=-1)
-        group = at.document[:, None, :, None] * m.buckets + bucket
-        order = jnp.argsort(group, axis=2, stable=True)
-        return Marks(group, jnp.argsort(order, axis=2))  # the inverse of a permutation
+        a = draw_rotations(x.shape[-1], m.hashes, m.buckets)
+        rotated = jnp.einsum("bhsk,krc->bhsrc", x.astype(jnp.float32), a)
+        bucket = jnp.argmax(jnp.concatenate([rotated, -rotated], axis=-1), axis=-1)
+        bucket_id = coords.segment_ids[:, None, :, None] * m.buckets + bucket
+        order = jnp.argsort(bucket_id, axis=2, stable=True)
+        return BucketRanks(bucket_id, jnp.argsort(order, axis=2))  # the inverse permutation
 
-    def _sees(self, q: Marks, k: Marks) -> jax.Array:
-        """Marks of one round, [... T] and [... S] -> bool [... T S]; a token sees itself."""
+    def _mask_window(self, q: BucketRanks, k: BucketRanks) -> jax.Array:
+        """Compute the mask of one round, with the query itself: [... T], [... S] -> [... T S]."""
         m = self.cfg.mixer
-        behind = q.place[..., :, None] - k.place[..., None, :]
-        group = k.group[..., None, :]
-        near = (behind if self.direction == "causal" else jnp.abs(behind)) <= m.bucket_window
-        near &= (behind >= 0) | (self.direction == "both")
-        return near & (q.group[..., :, None] == group) & (group >= m.buckets)  # below: no token
+        distance = q.rank[..., :, None] - k.rank[..., None, :]
+        bucket_id = k.bucket_id[..., None, :]
+        near = (distance if self.direction == "causal" else jnp.abs(distance)) <= m.bucket_window
+        near &= (distance >= 0) | (self.direction == "both")
+        is_token = bucket_id >= m.buckets  # segment 0 (no token) has the smaller ids
+        return near & (q.bucket_id[..., :, None] == bucket_id) & is_token
 
-    def _times(self, q: Marks, k: Marks) -> tuple[jax.Array, jax.Array]:
-        """Marks [... T R] and [... S R] -> [... T S]: in how many rounds seen, and is it itself?"""
-        times = jnp.int32(0)
+    def _count_rounds(self, q: BucketRanks, k: BucketRanks) -> tuple[jax.Array, jax.Array]:
+        """Count the rounds that find each key, and flag the query itself: [... T S] each."""
+        counts = jnp.int32(0)
         for i in range(self.cfg.mixer.hashes):
-            one, other = (jax.tree.map(lambda x, i=i: x[..., i], m) for m in (q, k))
-            times += self._sees(one, other)
-        return times, (one.place[..., :, None] == other.place[..., None, :]) & (times > 0)
+            q_round, k_round = (jax.tree.map(lambda x, i=i: x[..., i], m) for m in (q, k))
+            counts += self._mask_window(q_round, k_round)
+        is_self = q_round.rank[..., :, None] == k_round.rank[..., None, :]
+        return counts, is_self & (counts > 0)
 
-    def _attend(self, q, k, v, mask, is_self, times=1):
-        """q [... T K], k, v [... S K] -> ([... T K], the logarithm of its denominator [... T])."""
-        wide = k.astype(jnp.float32)
-        k = (wide * jax.lax.rsqrt(jnp.sum(wide * wide, -1, keepdims=True) + 1e-12)).astype(k.dtype)
+    def _attend(self, q, k, v, mask, is_self, counts=1):
+        """Attend: q [... T K], k, v [... S K] -> (y [... T K], log of its denominator [... T])."""
+        k32 = k.astype(jnp.float32)
+        k = (k32 * jax.lax.rsqrt(jnp.sum(k32 * k32, -1, keepdims=True) + 1e-12)).astype(k.dtype)
         logits = jnp.einsum(
             "...tk,...sk->...ts",
             q * self.cfg.attention_scale,
             k,
             preferred_element_type=jnp.float32,
         )
-        # What n rounds see counts n times: less log n, once in all.
-        logits = jnp.where(is_self, ALONE, logits) - jnp.log(jnp.maximum(times, 1))
-        logits = jnp.where(mask, logits, NEVER)
+        # A key found in n rounds would count n times in the sum over rounds: subtract log n.
+        logits = jnp.where(is_self, SELF_LOGIT, logits) - jnp.log(jnp.maximum(counts, 1))
+        logits = jnp.where(mask, logits, MASKED_LOGIT)
         weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
         return jnp.einsum("...ts,...sk->...tk", weights, v), jax.nn.logsumexp(logits, axis=-1)
 
-    def _near(self, q, v, marks: Marks) -> jax.Array:
-        """q, v [B H T K], marks [B H T R] -> [B H T K], each round by chunks of what is sorted."""
+    def _attend_sorted(self, q, v, ranks: BucketRanks) -> jax.Array:
+        """Attend in chunks of sorted tokens per round: q, v [B H T K], ranks [B H T R] -> as q."""
         T = q.shape[2]
-        place = jnp.moveaxis(marks.place, -1, 2)  # [B H R T]
-        order = jnp.argsort(place, axis=-1)
+        rank = jnp.moveaxis(ranks.rank, -1, 2)  # [B H R T]
+        order = jnp.argsort(rank, axis=-1)
 
-        def by_group(x):  # [B H T ...] -> [B·H·R T ...]
+        def sort_by_bucket(x):  # [B H T ...] -> [B·H·R T ...]
             x = jnp.take_along_axis(x[:, :, None], order[..., None], axis=3)
             return x.reshape(-1, *x.shape[3:])
 
-        group = jnp.take_along_axis(jnp.moveaxis(marks.group, -1, 2), order, axis=-1)
-        own = Marks(
-            group.reshape(-1, T), jnp.broadcast_to(jnp.arange(T), group.shape).reshape(-1, T)
+        bucket_id = jnp.take_along_axis(jnp.moveaxis(ranks.bucket_id, -1, 2), order, axis=-1)
+        sorted_ranks = BucketRanks(
+            bucket_id.reshape(-1, T),
+            jnp.broadcast_to(jnp.arange(T), bucket_id.shape).reshape(-1, T),
         )
-        q, v, marks = (jax.tree.map(by_group, x) for x in (q, v, marks))
-        here = cut((q, own, marks), min(self.cfg.mixer.bucket_window, T))
-        values = cut(v, min(self.cfg.mixer.bucket_window, T))
-        (k, there, marks_there), values = around(
-            (here, values), before=1, after=int(self.direction == "both")
+        q, v, ranks = (jax.tree.map(sort_by_bucket, x) for x in (q, v, ranks))
+        queries = split_chunks((q, sorted_ranks, ranks), min(self.cfg.mixer.bucket_window, T))
+        values = split_chunks(v, min(self.cfg.mixer.bucket_window, T))
+        (k, neighbors, neighbor_ranks), values = gather_neighbors(
+            (queries, values), before=1, after=int(self.direction == "both")
         )
-        q, own, marks = here
-        times, is_self = self._times(marks, marks_there)
-        y, size = self._attend(q, k, values, self._sees(own, there), is_self, times)
-        y = join(y, T).reshape(*place.shape, -1)  # [B H R T K]
-        size = join(size, T).reshape(place.shape)
-        y = jnp.take_along_axis(y, place[..., None], axis=3)
-        share = jax.nn.softmax(jnp.take_along_axis(size, place, axis=3), axis=2)
-        return jnp.einsum("bhrt,bhrtk->bhtk", share.astype(y.dtype), y)
+        q, sorted_ranks, ranks = queries
+        counts, is_self = self._count_rounds(ranks, neighbor_ranks)
+        y, log_denominator = self._attend(
+            q, k, values, self._mask_window(sorted_ranks, neighbors), is_self, counts
+        )
+        y = join_chunks(y, T).reshape(*rank.shape, -1)  # [B H R T K]
+        log_denominator = join_chunks(log_denominator, T).reshape(rank.shape)
+        y = jnp.take_along_axis(y, rank[..., None], axis=3)
+        round_weights = jax.nn.softmax(jnp.take_along_axis(log_denominator, rank, axis=3), axis=2)
+        return jnp.einsum("bhrt,bhrtk->bhtk", round_weights.astype(y.dtype), y)

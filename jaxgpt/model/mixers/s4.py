@@ -1,16 +1,16 @@
-"""S4: a linear state space of its own for each channel, which remembers a long past.
+"""S4: a linear state space per channel, for long-range dependencies.
 
     x' = A x + B u,    y = 2 Re(C x) + skip u,    A = Λ - P P*,
 
-made discrete by the bilinear rule, with a step Δ that each channel learns:
+discretized by the bilinear rule, with a learned step size Δ per channel:
 
     x_t = Ā x_{t-1} + B̄ u_t,    Ā = (1 - Δ/2 A)⁻¹ (1 + Δ/2 A),    B̄ = (1 - Δ/2 A)⁻¹ Δ B
 
-A row that is one document is a convolution with K_l = 2 Re(C Ā^l B̄), made by FFT. Where documents
-follow each other, or with a state, the same system goes token by token. A begins as HiPPO-LegS,
+For a row of one document y is a convolution with K_l = 2 Re(C Ā^l B̄), computed by FFT. For packed
+documents, or with a state, the same system runs token by token. A is initialized as HiPPO-LegS,
 whose state holds the coefficients of the past in Legendre polynomials.
 
-The numbers come in conjugate pairs, of which one each is kept: Z complex numbers stand for 2Z.
+The complex numbers come in conjugate pairs, of which only one is stored: Z numbers represent 2Z.
 """
 
 from typing import NamedTuple
@@ -21,21 +21,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.dims import weight
-from jaxgpt.model.layers import Linear, into_residual, ones
-from jaxgpt.model.mixers.mixer import Mixer, Sight
-from jaxgpt.model.mixers.recurrent import Moment, in_chunks, log_uniform, moments, remember
+from jaxgpt.dims import declare_param
+from jaxgpt.model.layers import Linear, make_residual_init, ones
+from jaxgpt.model.mixers.mixer import LayerContext, Mixer
+from jaxgpt.model.mixers.recurrent import (
+    TokenFlags,
+    flag_tokens,
+    log_uniform,
+    scan_in_chunks,
+    scan_tokens,
+)
 
 
 class S4State(NamedTuple):
-    """float32; complex numbers are kept as two real ones."""
+    """The state of one layer, float32: real and imaginary parts."""
 
     re: jax.Array  # [B D Z]
     im: jax.Array  # [B D Z]
 
 
 class System(NamedTuple):
-    """A state space per channel. complex64 [D Z], but for the step."""
+    """A state space per channel, complex64 [D Z] except for the step."""
 
     rates: jax.Array  # Λ
     P: jax.Array
@@ -45,68 +51,69 @@ class System(NamedTuple):
 
 
 class S4(Mixer):
-    """o(gelu(y)), y the outcome of the state space.
+    """o(gelu(y)), with y the output of the state space.
 
     Source: Gu et al. 2022, arXiv:2111.00396, sections 2 and 3, algorithm 1, appendix C.3; Goel et
     al. 2022 (SaShiMi), arXiv:2202.09729, section 4.1, for Q = P and Re Λ < 0, with which the state
-    can not grow.
+    cannot growth.
     """
 
     DIRECTIONS = ("causal",)
     HAS_HEADS = False
 
     @staticmethod
-    def state(cfg: ModelConfig, batch: int, slots: int) -> S4State:
+    def init_state(cfg: ModelConfig, batch: int, slots: int) -> S4State:
         empty = jnp.zeros((batch, cfg.sizes["D"], cfg.sizes["Z"]))
         return S4State(empty, empty)
 
     @nn.compact
-    def __call__(self, x: jax.Array, sight: Sight, state: S4State | None):
-        c, when = self.cfg, moments(sight.q_at)
-        u = jnp.where(when.is_token[..., None], x, 0).astype(jnp.float32)
-        system = self.system()
+    def __call__(self, x: jax.Array, layer_context: LayerContext, state: S4State | None):
+        c, flags = self.cfg, flag_tokens(layer_context.q_coords)
+        u = jnp.where(flags.is_token[..., None], x, 0).astype(jnp.float32)
+        system = self.make_system()
         if state is None:
-            first = self.state(c, len(x), 0)
+            first = self.init_state(c, len(x), 0)
             y = jax.lax.cond(
-                several(when),
-                lambda: recur(system, first, u, when, c.mixer.chunk)[1],
-                lambda: convolve(u, kernel(system, x.shape[1], c.mixer.chunk)),
+                has_packed_documents(flags),
+                lambda: run_recurrence(system, first, u, flags, c.mixer.chunk)[1],
+                lambda: convolve(u, compute_kernel(system, x.shape[1], c.mixer.chunk)),
             )
         else:
-            state, y = recur(system, state, u, when, c.mixer.chunk)
-        y = y + u * weight(self, "skip", "D", c.sizes, ones)
+            state, y = run_recurrence(system, state, u, flags, c.mixer.chunk)
+        y = y + u * declare_param(self, "skip", "D", c.sizes, ones)
         y = jax.nn.gelu(y, approximate=False).astype(x.dtype)
-        return Linear(c, "D>D", into_residual(c), name="o")(y), state
+        return Linear(c, "D>D", make_residual_init(c), name="o")(y), state
 
-    def system(self) -> System:
-        sizes, begin = self.cfg.sizes, hippo(self.cfg.sizes["Z"])
+    def make_system(self) -> System:
+        """Create the parameters of the state space."""
+        sizes = self.cfg.sizes
+        rates, P, B = make_hippo(sizes["Z"])
 
-        def real(name, initial):
-            return weight(self, name, "DZ", sizes, initial)
+        def declare_real(name, init):
+            return declare_param(self, name, "DZ", sizes, init)
 
-        def like(x):
+        def constant(x):
             return lambda key, shape: jnp.broadcast_to(jnp.asarray(x, jnp.float32), shape)
 
-        def number(name, re, im):
-            return jax.lax.complex(real(f"{name}_re", re), real(f"{name}_im", im))
+        def declare_complex(name, re, im):
+            return jax.lax.complex(declare_real(f"{name}_re", re), declare_real(f"{name}_im", im))
 
-        rates, P, B = begin
-        fall = -jnp.exp(real("log_fall", like(np.log(-rates.real))))
-        half = nn.initializers.normal(0.5**0.5)  # of each part, so that |C|² is 1
+        decay = -jnp.exp(declare_real("log_fall", constant(np.log(-rates.real))))
+        half = nn.initializers.normal(0.5**0.5)  # per part, so that E|C|² = 1
         return System(
-            jax.lax.complex(fall, real("turn", like(rates.imag))),
-            number("P", like(P.real), like(P.imag)),
-            number("B", like(B.real), like(B.imag)),
-            number("C", half, half),
-            jnp.exp(weight(self, "log_step", "D", sizes, log_uniform(1e-3, 0.1)))[:, None],
+            jax.lax.complex(decay, declare_real("turn", constant(rates.imag))),
+            declare_complex("P", constant(P.real), constant(P.imag)),
+            declare_complex("B", constant(B.real), constant(B.imag)),
+            declare_complex("C", half, half),
+            jnp.exp(declare_param(self, "log_step", "D", sizes, log_uniform(1e-3, 0.1)))[:, None],
         )
 
 
-def hippo(Z: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """HiPPO-LegS of order 2Z as Λ, P, B of one of each conjugate pair: complex128 [Z].
+def make_hippo(Z: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Compute HiPPO-LegS of order 2Z as Λ, P, B, one of each conjugate pair: complex128 [Z].
 
     A_nk = -√(2n+1)√(2k+1) below the diagonal and -(n+1) on it. With P_n = √(n+1/2), A + P Pᵀ is
-    -1/2 and something skew-symmetric, so that unitary vectors make it diagonal.
+    -1/2 plus a skew-symmetric matrix, which a unitary basis makes diagonal.
 
     Source: Gu et al. 2022, arXiv:2111.00396, equation 2 and appendix C.1.
     """
@@ -114,48 +121,48 @@ def hippo(Z: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     P, B = np.sqrt(n + 0.5), np.sqrt(2 * n + 1.0)
     outer = np.sqrt(np.outer(2 * n + 1, 2 * n + 1)) / 2
     skew = np.triu(outer, 1) - np.tril(outer, -1)
-    turn, V = np.linalg.eigh(-1j * skew)  # ascending, and as many below 0 as above
+    frequencies, V = np.linalg.eigh(-1j * skew)  # ascending, half of them below 0
     V = V[:, Z:]
-    return -0.5 + 1j * turn[Z:], V.conj().T @ P, V.conj().T @ B
+    return -0.5 + 1j * frequencies[Z:], V.conj().T @ P, V.conj().T @ B
 
 
-def several(when: Moment) -> jax.Array:
-    """Whether in any row a document begins after another one: bool []."""
-    is_after = jnp.cumsum(when.is_token, axis=1) - when.is_token > 0
-    return jnp.any(when.begins & is_after)
+def has_packed_documents(flags: TokenFlags) -> jax.Array:
+    """Return whether in any row a document begins after another one: bool []."""
+    is_after = jnp.cumsum(flags.is_token, axis=1) - flags.is_token > 0
+    return jnp.any(flags.is_first & is_after)
 
 
 # --- token by token ---
 
 
-def recur(s: System, state: S4State, u: jax.Array, when: Moment, size: int):
-    """u float32 [B T D] -> (the last state, 2 Re(C x) float32 [B T D]).
+def run_recurrence(s: System, state: S4State, u: jax.Array, flags: TokenFlags, size: int):
+    """Run the system token by token on u float32 [B T D]: (last state, 2 Re(C x) [B T D]).
 
-    (1 - Δ/2 A)⁻¹ = (1 - Δ/2 Λ + Δ/2 P P*)⁻¹ is the inverse of a diagonal and, by Woodbury's
-    identity, something of rank 1; so a token costs Z and not Z².
+    (1 - Δ/2 A)⁻¹ = (1 - Δ/2 Λ + Δ/2 P P*)⁻¹ is the inverse of a diagonal matrix plus, by
+    Woodbury's identity, a matrix of rank 1; so a token costs Z and not Z².
 
     Source: Gu et al. 2022, arXiv:2111.00396, appendix C.2.
     """
     half = s.step / 2
     D = 1 / (1 - half * s.rates)
-    low = half * D * s.P / (1 + half * pair(s.P.conj() * D * s.P)[:, None])
+    low_rank = half * D * s.P / (1 + half * sum_conjugates(s.P.conj() * D * s.P)[:, None])
 
     def cell(old, u):
         x = jax.lax.complex(*old)
-        # (1 + Δ/2 A) x + Δ B u; P* x is of all 2Z numbers
-        x = x + half * (s.rates * x - s.P * pair(s.P.conj() * x)[..., None])
+        # (1 + Δ/2 A) x + Δ B u; P* x sums over all 2Z numbers
+        x = x + half * (s.rates * x - s.P * sum_conjugates(s.P.conj() * x)[..., None])
         x = D * (x + s.step * s.B * u[..., None])
-        x = x - low * pair(s.P.conj() * x)[..., None]
-        return S4State(x.real, x.imag), pair(s.C * x)
+        x = x - low_rank * sum_conjugates(s.P.conj() * x)[..., None]
+        return S4State(x.real, x.imag), sum_conjugates(s.C * x)
 
-    def piece(state, given):
-        return remember(cell, state, *given)
+    def scan_chunk(state, xs):
+        return scan_tokens(cell, state, *xs)
 
-    return in_chunks(piece, state, (u, when), size)
+    return scan_in_chunks(scan_chunk, state, (u, flags), size)
 
 
-def pair(x: jax.Array) -> jax.Array:
-    """The sum of [... Z] and its conjugates, [...]."""
+def sum_conjugates(x: jax.Array) -> jax.Array:
+    """Sum [... Z] and its conjugates: [...]."""
     return 2 * jnp.sum(x.real, axis=-1)
 
 
@@ -163,23 +170,23 @@ def pair(x: jax.Array) -> jax.Array:
 
 
 def convolve(u: jax.Array, k: jax.Array) -> jax.Array:
-    """y_t = Σ_l k_l u_{t-l}, of u [B T D] and k [T D]."""
+    """Compute y_t = Σ_l k_l u_{t-l} by FFT, of u [B T D] and k [T D]."""
     T = u.shape[1]
     y = jnp.fft.rfft(u, 2 * T, axis=1) * jnp.fft.rfft(k, 2 * T, axis=0)
     return jnp.fft.irfft(y, 2 * T, axis=1)[:, :T]
 
 
-LEFT = 1.5e-6  # see `kernel`
+ALIASING_FACTOR = 1.5e-6  # r^M, see `compute_kernel`
 
 
-def kernel(s: System, T: int, size: int) -> jax.Array:
-    """K float32 [T D], through its generating function.
+def compute_kernel(s: System, T: int, size: int) -> jax.Array:
+    """Compute K, float32 [T D], from its generating function.
 
-    Σ_l K_l z^l = C (1 - Ā z)⁻¹ B̄ is known at any z, and at the M-th roots of unity it is the
-    Fourier transform of K, but for what lies beyond M, which comes back from the start. The paper
-    takes that away with Ā^M, a dense matrix. Here the roots lie on a circle of radius r < 1: then
-    the transform is that of K_l r^l, and what comes back is r^M = LEFT of K_{l+M}, as little as
-    float32 tells; dividing by r^l costs no more than r^-T = LEFT^-1/4 = 29 roundings at M = 4T.
+    Σ_l K_l z^l = C (1 - Ā z)⁻¹ B̄ has a closed form, and at the M-th roots of unity it is the
+    Fourier transform of K, except that terms beyond M alias to the beginning. The paper removes
+    these with Ā^M, a dense matrix. Here the nodes lie on a circle of radius r < 1: then the
+    transform is that of K_l r^l, and K_{l+M} aliases with the factor r^M = ALIASING_FACTOR, near
+    float32's precision. Dividing by r^l magnifies rounding by at most r^-T: 29 at M = 4T.
 
     Args:
         size: nodes computed at once, [size D 2Z].
@@ -188,30 +195,32 @@ def kernel(s: System, T: int, size: int) -> jax.Array:
     Operations Research Letters 12(4), for the circle.
     """
     M = 4 * T
-    decay = np.log(LEFT) / M  # of a token
+    decay = np.log(ALIASING_FACTOR) / M  # per token
     nodes = np.exp(decay - 2j * np.pi * np.arange(M // 2 + 1) / M).astype(np.complex64)
-    values = jax.lax.map(jax.checkpoint(lambda z: generate(s, z)), nodes, batch_size=size)
-    grow = np.exp(-decay * np.arange(T))[:, None].astype(np.float32)
-    return jnp.fft.irfft(values, M, axis=0)[:T] * grow
+    values = jax.lax.map(
+        jax.checkpoint(lambda z: evaluate_generating_function(s, z)), nodes, batch_size=size
+    )
+    growth = np.exp(-decay * np.arange(T))[:, None].astype(np.float32)
+    return jnp.fft.irfft(values, M, axis=0)[:T] * growth
 
 
-def generate(s: System, z: jax.Array) -> jax.Array:
-    """Σ_l K_l z^l, complex [D], at one complex z.
+def evaluate_generating_function(s: System, z: jax.Array) -> jax.Array:
+    """Evaluate the generating function Σ_l K_l z^l, complex [D], at one complex z.
 
-    With Ā and B̄ written out this is C ((1 - z) - (1 + z) Δ/2 A)⁻¹ Δ B, again a diagonal and a
-    product of two vectors.
+    With Ā and B̄ substituted it is C ((1 - z) - (1 + z) Δ/2 A)⁻¹ Δ B, again the inverse of a
+    diagonal matrix plus one of rank 1.
     """
-    rates, P, B, C, P_ = (_whole(x) for x in (s.rates, s.P, s.B, s.C, s.P.conj()))
+    rates, P, B, C, P_ = (_append_conjugates(x) for x in (s.rates, s.P, s.B, s.C, s.P.conj()))
     half = (1 + z) * s.step / 2  # [D 1]
     cauchy = 1 / (1 - z - half * rates)  # [D 2Z]
 
     def dot(a, b):
         return jnp.sum(a * cauchy * b, axis=-1)
 
-    low = half[:, 0] * dot(C, P) * dot(P_, B) / (1 + half[:, 0] * dot(P_, P))
-    return s.step[:, 0] * (dot(C, B) - low)
+    low_rank = half[:, 0] * dot(C, P) * dot(P_, B) / (1 + half[:, 0] * dot(P_, P))
+    return s.step[:, 0] * (dot(C, B) - low_rank)
 
 
-def _whole(x: jax.Array) -> jax.Array:
-    """Both of each conjugate pair: [D Z] -> [D 2Z]."""
+def _append_conjugates(x: jax.Array) -> jax.Array:
+    """Append the conjugates: [D Z] -> [D 2Z]."""
     return jnp.concatenate([x, x.conj()], axis=-1)

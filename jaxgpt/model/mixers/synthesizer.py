@@ -1,7 +1,7 @@
-"""Synthesizer: attention whose weights are not products of queries and keys.
+"""Synthesizer: attention whose weights are not computed from products of queries and keys.
 
-A query's scores of the C positions of a context come from itself alone (dense), W2 relu(W1 x), or
-are learned as they are (random): what stands at those positions has no say in them.
+A query's scores for the C positions of a context are a function of the query alone (dense),
+W2 relu(W1 x), or are learned parameters (random): they do not depend on the tokens attended to.
 
     y_t = Σ_s softmax_s(score_t[position of s]) v_s
 """
@@ -11,69 +11,75 @@ import jax
 import jax.numpy as jnp
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.dims import weight
-from jaxgpt.model.kernels import NEVER
-from jaxgpt.model.layers import DTYPES, Linear, into_residual, normal
-from jaxgpt.model.masks import Coords, layer_mask
-from jaxgpt.model.mixers.mixer import Mixer, Sight, write
+from jaxgpt.dims import declare_param
+from jaxgpt.model.kernels import MASKED_LOGIT
+from jaxgpt.model.layers import DTYPES, Linear, make_residual_init, normal
+from jaxgpt.model.masks import Coords, make_layer_mask
+from jaxgpt.model.mixers.mixer import LayerContext, Mixer, update_slots
 
 
 class Synthesizer(Mixer):
-    """What both have: a softmax of `scores` over what the mask allows.
+    """The base of both variants: attention weights are a masked softmax of `compute_scores`.
 
-    Positions from C on have no score: nobody sees them.
+    Positions from C on have no score and are masked.
     """
 
     USES = ("pattern",)
 
     @staticmethod
-    def state(cfg: ModelConfig, batch: int, slots: int) -> jax.Array:
+    def init_state(cfg: ModelConfig, batch: int, slots: int) -> jax.Array:
         shape = (batch, slots, cfg.sizes["G"], cfg.sizes["K"])
         return jnp.zeros(shape, DTYPES[cfg.dtype])  # the values
 
-    def scores(self, x: jax.Array, q: Coords, k: Coords) -> jax.Array:
-        """x [B T D], coordinates [B T] and [B S] -> float32 [B H T S]."""
+    def compute_scores(self, x: jax.Array, q: Coords, k: Coords) -> jax.Array:
+        """Compute scores, float32 [B H T S], from x [B T D], coordinates [B T] and [B S]."""
         raise NotImplementedError
 
     @nn.compact
-    def __call__(self, x: jax.Array, sight: Sight, state: jax.Array | None):
+    def __call__(self, x: jax.Array, layer_context: LayerContext, state: jax.Array | None):
         c, (B, T, _) = self.cfg, x.shape
         v = Linear(c, "D>GK", name="v")(x)
         if state is not None:
-            v = state = write(state, v, sight.cursor)
-        mask = layer_mask(c, self.pattern, self.direction)(sight.q_at, sight.k_at)
-        mask &= (sight.k_at.position < c.context)[:, None]
-        scores = jnp.where(mask[:, None], self.scores(x, sight.q_at, sight.k_at), NEVER)
+            v = state = update_slots(state, v, layer_context.cursor)
+        mask = make_layer_mask(c, self.pattern, self.direction)(
+            layer_context.q_coords, layer_context.k_coords
+        )
+        mask &= (layer_context.k_coords.positions < c.context)[:, None]
+        scores = jnp.where(
+            mask[:, None],
+            self.compute_scores(x, layer_context.q_coords, layer_context.k_coords),
+            MASKED_LOGIT,
+        )
         G, S = v.shape[2], v.shape[1]
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B, G, -1, T, S)
         y = jnp.einsum("bgmts,bsgk->btgmk", weights, v).reshape(B, T, c.heads, -1)
-        return Linear(c, "HK>D", into_residual(c), name="o")(y), state
+        return Linear(c, "HK>D", make_residual_init(c), name="o")(y), state
 
 
 class DenseSynthesizer(Synthesizer):
-    """Every token computes the scores of all positions.
+    """Scores computed by each token for all positions.
 
     Source: Tay et al. 2021, arXiv:2005.00743, section 3.1.
     """
 
-    def scores(self, x, q, k):
+    def compute_scores(self, x, q, k):
         hidden = jax.nn.relu(Linear(self.cfg, "D>HK", name="q")(x))
-        table = weight(self, "scores", "HK>C", self.cfg.sizes, normal).astype(x.dtype)
+        table = declare_param(self, "scores", "HK>C", self.cfg.sizes, normal).astype(x.dtype)
         B, T, H, K = hidden.shape
         hidden = hidden.reshape(B * T, H, K).swapaxes(0, 1)
         scores = jnp.matmul(hidden, table, preferred_element_type=jnp.float32)  # [H B·T C]
         scores = scores.reshape(H, B, T, -1).swapaxes(0, 1)
-        return jnp.take_along_axis(scores, k.position[:, None, None], axis=-1, mode="clip")
+        return jnp.take_along_axis(scores, k.positions[:, None, None], axis=-1, mode="clip")
 
 
 class RandomSynthesizer(Synthesizer):
-    """Every pair of positions has a score of its own, whatever stands there.
+    """A learned score for each pair of positions, independent of the tokens.
 
     Source: Tay et al. 2021, arXiv:2005.00743, section 3.2.
     """
 
-    def scores(self, x, q, k):
-        table = weight(self, "scores", "HC>C", self.cfg.sizes, normal)
+    def compute_scores(self, x, q, k):
+        table = declare_param(self, "scores", "HC>C", self.cfg.sizes, normal)
         last = self.cfg.context - 1
-        here, there = (jnp.clip(at.position, 0, last) for at in (q, k))
-        return jnp.moveaxis(table[:, here[:, :, None], there[:, None]], 0, 1)
+        q_index, k_index = (jnp.clip(coords.positions, 0, last) for coords in (q, k))
+        return jnp.moveaxis(table[:, q_index[:, :, None], k_index[:, None]], 0, 1)

@@ -1,31 +1,38 @@
-"""Reformer against a softmax over the union of what its rounds see, written as float64 loops."""
+"""Reformer against float64 loops of a softmax over the union of the rounds' keys."""
 
 import math
 
 import numpy as np
 import pytest
-from twins import apply, heads, packed, project, random_mixer, visible
+from references import (
+    apply,
+    iterate_visible,
+    make_packed_coords,
+    make_random_mixer,
+    project,
+    repeat_heads,
+)
 
-from jaxgpt.model.mixers.reformer import rotations
+from jaxgpt.model.mixers.reformer import draw_rotations
 
 
-def buckets_of(cfg, q):
-    """h(x) = argmax([x·A; -x·A]) of every round: [B T H R]."""
+def hash_queries(cfg, q):
+    """Compute h(x) = argmax([x·A; -x·A]) for every round: [B T H R]."""
     m = cfg.mixer
-    turned = np.einsum(
-        "bthk,krc->bthrc", q, np.float64(rotations(cfg.sizes["K"], m.hashes, m.buckets))
+    rotated = np.einsum(
+        "bthk,krc->bthrc", q, np.float64(draw_rotations(cfg.sizes["K"], m.hashes, m.buckets))
     )
-    return np.concatenate([turned, -turned], -1).argmax(-1)
+    return np.concatenate([rotated, -rotated], -1).argmax(-1)
 
 
-def sees(cfg, bucket, keys, b, t, h):
-    """The keys that any round shows to query t: the nearest ones of its bucket, on either side."""
-    found, window = set(), cfg.mixer.bucket_window
+def find_keys(cfg, bucket, keys, b, t, h):
+    """Return the keys that any round finds for query t: the nearest of its bucket."""
+    keys_found, window = set(), cfg.mixer.bucket_window
     for r in range(cfg.mixer.hashes):
-        alike = [s for s in keys if bucket[b, s, h, r] == bucket[b, t, h, r]]
-        found |= set([s for s in alike if s < t][-window:])
-        found |= set([s for s in alike if s > t][:window])
-    return sorted(found) or [t]  # itself only where there is nothing else
+        same_bucket = [s for s in keys if bucket[b, s, h, r] == bucket[b, t, h, r]]
+        keys_found |= set([s for s in same_bucket if s < t][-window:])
+        keys_found |= set([s for s in same_bucket if s > t][:window])
+    return sorted(keys_found) or [t]  # itself only where there is no other token
 
 
 @pytest.mark.parametrize("direction", ["causal", "both"])
@@ -33,19 +40,19 @@ def sees(cfg, bucket, keys, b, t, h):
     ("hashes", "window", "kv_heads"), [(1, 2, 4), (2, 2, 2), (4, 3, 1), (3, 1, 4), (2, 64, 4)]
 )
 def test_reformer_equals_a_softmax_over_the_union_in_float64(direction, hashes, window, kv_heads):
-    cfg, params, x = random_mixer(
+    cfg, params, x = make_random_mixer(
         "reformer", direction, kv_heads=kv_heads, hashes=hashes, bucket_window=window
     )
-    q, v = project(params, "q", x), heads(cfg, project(params, "v", x))
-    bucket = buckets_of(cfg, q)
-    out, sizes = np.zeros_like(q), set()
-    for b, t, h, keys in visible(packed(), direction, cfg.heads):
-        union = sees(cfg, bucket, keys, b, t, h)
-        sizes.add(len(union))
+    q, v = project(params, "q", x), repeat_heads(cfg, project(params, "v", x))
+    bucket = hash_queries(cfg, q)
+    out, union_sizes = np.zeros_like(q), set()
+    for b, t, h, keys in iterate_visible(make_packed_coords(), direction, cfg.heads):
+        union = find_keys(cfg, bucket, keys, b, t, h)
+        union_sizes.add(len(union))
         score = [q[b, t, h] @ q[b, s, h] / np.linalg.norm(q[b, s, h]) for s in union]
         weight = np.exp(np.array(score) / math.sqrt(cfg.sizes["K"]))
         out[b, t, h] = weight @ v[b, union, h] / weight.sum()
-    assert len(sizes) > 1
-    wanted = np.einsum("bthk,hkd->btd", out, params["o"]["w"])
-    found = apply(cfg, params, direction, x, packed())
-    np.testing.assert_allclose(found[:, :12], wanted[:, :12], atol=1e-5, rtol=1e-5)
+    assert len(union_sizes) > 1
+    expected = np.einsum("bthk,hkd->btd", out, params["o"]["w"])
+    actual = apply(cfg, params, direction, x, make_packed_coords())
+    np.testing.assert_allclose(actual[:, :12], expected[:, :12], atol=1e-5, rtol=1e-5)
