@@ -350,7 +350,7 @@ def reject_other_sizes(new: Sequence[Figure], known: Sequence[Figure]) -> list[F
 
 
 def compute_ratios(figure: Figure, figures: Iterable[Figure]) -> dict[str, float]:
-    """Return how many times faster it is than each peer of its row: the median over turns side by side."""
+    """Return how many times faster it is than each peer of its row: the median over turns."""
     peers = [f for f in figures if (f.shape, f.row) == (figure.shape, figure.row) and f.seconds]
     if not figure.seconds or not is_ours(figure):
         return {}
@@ -400,7 +400,7 @@ def derive_figures(
 
 
 def split_step(figures: list[Figure], case: Case, is_jax: bool) -> dict[str, float]:
-    """Return the seconds of a step by part, of the first contestant of a side in each row; {} if unknown."""
+    """Return the seconds of a step by part, of a side's first contestants; {} if unknown."""
     first: dict[str, float] = {}
     for f in figures:
         if f.shape == case.name and f.seconds and is_ours(f) == is_jax:
@@ -502,7 +502,7 @@ def deadline_after(share: float, until: float) -> float:
 
 
 def plan_stages(shapes: Sequence[str], asked: Sequence[str], is_cpu: bool) -> list[Stage]:
-    """Return what is measured, in order: on a CPU shape by shape, elsewhere what matters most first."""
+    """Return the stages in order: shape by shape on a CPU, else what matters most first."""
     if is_cpu:
         wanted = asked or [row for row in ROWS if row not in ACCELERATED]
         rows = (*RATES, *(row for row in wanted if row not in RATES))

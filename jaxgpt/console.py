@@ -34,16 +34,13 @@ def sample_cli(
         prompts: texts to continue, to answer, to fill or to classify, by the run's objective;
             None takes those of `file`, or the run's `sample.prompt`.
         file: a path with one prompt a line, "-" for standard input, or None.
-        settings: assignments such as "tokens=300", on top of the run's `sample` section.
+        settings: assignments such as "sample.tokens=300", on top of the run's `sample` section.
 
     Raises:
         ConfigError: a setting, the run or the file is invalid.
     """
     model = load(run_folder, checkpoint=checkpoint)
-    assignments = [
-        s if s.startswith("sample.") else f"sample.{s.removeprefix('--')}" for s in settings
-    ]
-    model = dataclasses.replace(model, config=override(model.config, assignments))
+    model = dataclasses.replace(model, config=override(model.config, settings))
     sample = model.config.sample
     texts = [*(prompts or ()), *(_read_prompts(file) if file else ())] or [sample.prompt]
     print(f"[{run_folder}, step {model.step}, seed {sample.seed}]", file=sys.stderr)

@@ -25,6 +25,7 @@ from jaxgpt import config as configs
 from jaxgpt import hosts
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.config import Config
+from jaxgpt.config_files import find_run_config
 from jaxgpt.language_model import LanguageModel
 from jaxgpt.model import abstract_params
 from jaxgpt.model.layers import DTYPES
@@ -153,12 +154,7 @@ def read_config(run_folder: str) -> Config:
     Raises:
         ConfigError: there is none, or it is invalid.
     """
-    path = os.path.join(run_folder, "config.json")
-    if not os.path.isfile(path):
-        raise ConfigError(
-            f"{run_folder} is not a run: it has no config.json. Give a folder that train.py made, "
-            "such as runs/stdlib."
-        )
+    path = find_run_config(run_folder)
     with open(path) as file:
         return configs.from_json(file.read(), path)
 

@@ -49,7 +49,7 @@ def test_only_unmasked_pairs_count_toward_a_floor():
 
 def test_a_floor_adds_phases_and_overlaps_work_within_a_phase():
     work = Work(((100, 0), (50, 900), (300, 10)))
-    assert work.floor(Rates(flops=10, bytes=100)) == 10 + 9 + 30
+    assert work.compute_floor(Rates(flops=10, bytes=100)) == 10 + 9 + 30
 
 
 def test_rates_are_the_medians_of_the_fastest_side():
@@ -67,9 +67,9 @@ def test_without_measurement_there_is_no_rate_and_no_floor():
     rates = speed.measure_rates([], {"tiny": CASE}, ABOUT)["tiny"]
     assert math.isnan(rates.flops)
     assert math.isnan(rates.bytes)
-    told = speed.derive_figures(figure("step", "jaxgpt", 1.0), CASE, rates, [], ABOUT)
-    assert told["floor"] is None
-    assert told["reached"] is None
+    row = speed.derive_figures(figure("step", "jaxgpt", 1.0), CASE, rates, [], ABOUT)
+    assert row["floor"] is None
+    assert row["reached"] is None
 
 
 # --- comparisons ---
