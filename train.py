@@ -13,6 +13,7 @@ elsewhere, three flags describe the processes:
 """
 
 import argparse
+import os
 import sys
 
 from jaxgpt import script
@@ -35,14 +36,17 @@ def main() -> int:
 
     from jaxgpt import config as configs
     from jaxgpt import hosts, trainer
+    from jaxgpt.trainer.memory import retain_freed_memory
 
     if args.help:
         parser.print_help()
         print(f"\nsettings and their defaults:\n{configs.describe()}")
         return 0
-    with hosts.distributed(args.coordinator, args.processes, args.process, args.timeout):
+    processes = args.coordinator, args.processes, args.process, args.timeout
+    with hosts.distributed(*processes, end_process=os._exit):
         try:
             config = hosts.run_on_all(lambda: configs.load(args.config, args.settings + more))
+            retain_freed_memory()
             trainer.train(config)
         except trainer.DivergedError as error:
             print(f"train.py: {error}", file=sys.stderr)

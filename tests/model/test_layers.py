@@ -10,7 +10,8 @@ import pytest
 from helpers import tiny
 
 from jaxgpt.dims import split
-from jaxgpt.model.layers import DTYPES, Linear, einsum_float32, make_residual_init, matmul_2d
+from jaxgpt.model.layers import DTYPES, Linear, make_residual_init
+from jaxgpt.model.products import einsum_float32, matmul_2d
 
 B, T = 2, 5
 
