@@ -10,6 +10,7 @@ import jax
 import pytest
 
 import jaxgpt
+from jaxgpt.cli import train as command
 from jaxgpt.trainer import memory
 from tests.tiny_runs import single_device_env
 
@@ -87,9 +88,6 @@ def test_only_a_command_retains_memory():
 
 
 def test_the_command_retains_memory_before_it_trains(changes, monkeypatch):
-    import train as command
-
-    monkeypatch.setattr(sys, "argv", ["train.py", "--config", "configs/stdlib.py"])
     monkeypatch.setattr("jaxgpt.trainer.train", lambda config: changes.append("train"))
-    assert command.main() == 0
+    assert command.main(["--config", "stdlib"], "jaxgpt train") == 0
     assert changes == [("jax_cpu_enable_async_dispatch", False), "train"]
