@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -431,7 +432,8 @@ def test_a_run_of_two_processes_prints_and_writes_once(two_process_run):
     assert "4 cpu device(s) (data 2 x fsdp 2)" in out
     assert "step 10/10  loss " in out
     assert "--- sample at step 10 ---" in out
-    assert [line for line in quiet_out.splitlines() if not line.startswith("[Gloo]")] == []
+    # Gloo's threads print too, at times on one line.
+    assert re.sub(r"\[Gloo\] Rank \d+ is connected .*?is : \d+", "", quiet_out).split() == []
     kinds = [(kind, step) for kind, step, *_ in read_records(cfg)]
     assert sorted(kinds) == [("eval", n) for n in (4, 8, 10)] + [("train", n) for n in range(1, 11)]
     assert sorted(os.listdir(cfg.run_folder)) == [
