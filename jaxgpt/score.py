@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgpt.backend import get_backend
 from jaxgpt.config import Config, ModelConfig, choose
 from jaxgpt.generate import add_bos_eos, encode_text, round_up_to_bucket
 from jaxgpt.hosts import fetch
 from jaxgpt.model import Coords, EncoderInput, build, make_head
-from jaxgpt.objectives import DEFAULT_MAX_CHUNK_SCORES, MAX_CHUNK_SCORES
 from jaxgpt.settings import ConfigError
-from jaxgpt.sharding import constrain, get_platform, use_mesh_of
+from jaxgpt.sharding import constrain, use_mesh_of
 from jaxgpt.tokenizer import Tokenizer
 
 BATCH_TOKENS = 2048  # of a batch: rows times their padded length
@@ -136,7 +136,7 @@ def score_batch(cfg: ModelConfig, params, tokens, targets, lengths, prefix, sour
         return hit - jax.nn.logsumexp(scores, axis=-1), hit >= jnp.max(scores, axis=-1)
 
     B, T = tokens.shape
-    limit = MAX_CHUNK_SCORES.get(get_platform(), DEFAULT_MAX_CHUNK_SCORES)
+    limit = get_backend().max_chunk_scores
     counts = (n for n in range(1, T + 1) if T % n == 0 and B * (T // n) * cfg.vocab <= limit)
     count = next(counts, T)  # the logits of all tokens are never in memory at once
     chunks = [

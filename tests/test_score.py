@@ -1,5 +1,7 @@
 """Scores against the training loss and the plain model; hidden states against the plain model."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -244,7 +246,8 @@ def test_one_program_is_compiled_for_every_length_bucket(count_compilations):
 def test_scores_do_not_depend_on_the_batch(monkeypatch):
     single = [MODEL.score([text])[0] for text in TEXTS]
     small = MODEL.score(TEXTS, batch_tokens=64)
-    monkeypatch.setattr(s, "MAX_CHUNK_SCORES", {"cpu": 270 * 64})  # 32 chunks
+    record = dataclasses.replace(s.get_backend(), max_chunk_scores=270 * 64)  # 32 chunks
+    monkeypatch.setattr(s, "get_backend", lambda: record)
     s.score_batch.clear_cache()
     chunked = MODEL.score(TEXTS)
     s.score_batch.clear_cache()
