@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = [
     {"settings"},
-    {"architecture", "script"},
+    {"architecture", "plugins", "script"},
     {"config"},
     {"dims", "tokenizer"},
     {"sharding"},

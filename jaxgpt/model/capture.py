@@ -66,7 +66,7 @@ def capture(
         **inputs: what the family takes: `source` of an encoder_decoder, `types` of an encoder.
 
     Returns:
-        (hidden [B T D], {name: array}), by layer and then as in the forward pass.
+        (hidden [B T D], {name: array}), in the order of `list_activations`.
 
     Raises:
         ValueError: a pattern matches no activation of this model.
@@ -74,7 +74,8 @@ def capture(
     Source: the names follow TransformerLens (Nanda and Bloom 2022), hook_resid_pre and others.
     """
     fixed = (cfg, tuple(names), tuple((patches or {}).items()))
-    return _capture(fixed, params, tokens, coords, inputs)
+    hidden, found = _capture(fixed, params, tokens, coords, inputs)
+    return hidden, {name: found[name] for name in sorted(found, key=_natural_order)}
 
 
 @partial(jax.jit, static_argnums=0)
@@ -92,19 +93,19 @@ def _capture(fixed, params, tokens, coords, inputs):
             raise ValueError(
                 f"no activation of this model is named {pattern!r}. There are: {', '.join(known)}."
             )
-    found = _name_activations(request, stored.get(CAPTURED, {}))
-    return hidden, {name: found[name] for name in known if name in found}
+    return hidden, _name_activations(request, stored.get(CAPTURED, {}))
 
 
 def list_activations(cfg: ModelConfig) -> list[str]:
-    """Return the names of all activations of a model. Nothing is computed."""
+    """Return the names of all activations of a model, by layer. Nothing is computed."""
     params, _ = abstract_params(cfg)
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     coords = Coords(tokens, tokens, tokens if "prefix" in cfg.pattern else None)
     is_paired = cfg.family == "encoder_decoder"
     inputs = {"source": EncoderInput(tokens, coords)} if is_paired else {}
     run = partial(_capture, (cfg, ("*",), ()))
-    return list(jax.eval_shape(run, params, tokens, coords, inputs)[1])
+    _, found = jax.eval_shape(run, params, tokens, coords, inputs)
+    return sorted(found, key=_natural_order)
 
 
 def find_groups(params) -> dict[tuple[str, str], Group]:
