@@ -127,7 +127,7 @@ LAWS = {
 @pytest.mark.parametrize("name", LAWS)
 def test_the_tests_of_a_registry_run_on_the_row_of_a_plugin(name):
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x",
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x",
          f"--plugins={FOLDER / name}.py", *LAWS[name]],
         capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip
