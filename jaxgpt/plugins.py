@@ -7,8 +7,8 @@
 
     MIXERS["mean"] = Mean
 
-    python train.py plugins=my_mixer.py model.mixers=mean name=mine
-    python sample.py runs/mine plugins=my_mixer.py
+    jaxgpt train plugins=my_mixer.py model.mixers=mean name=mine
+    jaxgpt sample runs/mine plugins=my_mixer.py
 
 A plugin is a module that Python can import (`plugins=my_package.mixers`) or the path of a .py file,
 relative to the config file that names it or to the current folder.
@@ -77,6 +77,8 @@ def import_plugins(names: Iterable[str], tables: Sequence[str], folder: str = ""
         if _is_file(name):
             places = [os.path.join(place, name) for place in (folder, "")]
             path = next((place for place in places if os.path.isfile(place)), None)
+            if path is None and _get_module_name(name) in _loaded:
+                continue
             if path is None:
                 raise ConfigError(f"plugins={name}: no such file. Give the path of a .py file.")
             _import_file(os.path.abspath(path), name, tables)

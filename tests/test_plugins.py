@@ -73,8 +73,8 @@ def test_an_example_trains_and_is_loaded_from_outside_of_the_package(name, tmp_p
     assert "eval" in kinds
     forget_plugins()
     with pytest.raises(ConfigError, match=rf"the plugin \S*{name}\.py.*plugins=PATH/{name}.py"):
-        sample_cli(cfg.run_folder, "best", ["the"], None, ["tokens=3"])
-    sample_cli(cfg.run_folder, "best", ["the"], None, ["tokens=3", plugin])
+        sample_cli(cfg.run_folder, "best", ["the"], None, ["sample.tokens=3"])
+    sample_cli(cfg.run_folder, "best", ["the"], None, ["sample.tokens=3", plugin])
     assert capsys.readouterr().out.startswith("the")
     config, _, _, step = load_run(cfg.run_folder, plugins=[f"{FOLDER / name}.py"])
     assert step == 2

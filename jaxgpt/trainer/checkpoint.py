@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 from jaxgpt import config as configs
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.config import Config
+from jaxgpt.config_files import find_run_config
 from jaxgpt.model import abstract_params
 from jaxgpt.settings import ConfigError
 from jaxgpt.trainer.state import TrainState
@@ -216,12 +217,7 @@ def read_config(run_folder: str, plugins: Sequence[str] | None = None) -> Config
     Args:
         plugins: modules, or paths of .py files, in place of those that the config names.
     """
-    path = os.path.join(run_folder, "config.json")
-    if not os.path.isfile(path):
-        raise ConfigError(
-            f"{run_folder} is not a run: it has no config.json. Give a folder that train.py made, "
-            "such as runs/stdlib."
-        )
+    path = find_run_config(run_folder)
     with open(path) as file:
         return configs.from_json(file.read(), path, plugins)
 
