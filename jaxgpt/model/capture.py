@@ -99,7 +99,7 @@ def _capture(fixed, params, tokens, coords, inputs):
 def list_activations(cfg: ModelConfig) -> list[str]:
     """Return the names of all activations of a model, by layer. Nothing is computed."""
     params, _ = abstract_params(cfg)
-    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    tokens: Any = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     coords = Coords(tokens, tokens, tokens if "prefix" in cfg.pattern else None)
     is_paired = cfg.family == "encoder_decoder"
     inputs = {"source": EncoderInput(tokens, coords)} if is_paired else {}
@@ -109,15 +109,17 @@ def list_activations(cfg: ModelConfig) -> list[str]:
 
 
 def find_groups(params) -> dict[tuple[str, str], Group]:
-    """Return the layer groups of every stack of a model, by their path in its parameters."""
+    """Return the layer groups of every stack of a model, by their path in its parameters.
+
+    A stack has a group "layers" of repeated cycles, and may have one of a rest, its tail.
+    """
     groups = {}
     for stack in ("encoder", "stack"):
         first = 0
         found = {k: v for k, v in params.get(stack, {}).items() if "block_0" in v}
-        for name in sorted(found, key="layers".__ne__):  # the scanned ones, then their tail
-            size, is_stacked = len(found[name]), name == "layers"
-            repeats = len(jax.tree.leaves(found[name])[0]) if is_stacked else 1
-            groups[stack, name] = Group(first, size, repeats, is_stacked)
+        for name in sorted(found, key="layers".__ne__):  # "layers" first
+            size, repeats = len(found[name]), len(jax.tree.leaves(found[name])[0])
+            groups[stack, name] = Group(first, size, repeats)
             first += size * repeats
     return groups
 
@@ -125,8 +127,7 @@ def find_groups(params) -> dict[tuple[str, str], Group]:
 def _make_layer_index(groups: Mapping[tuple[str, str], Group]) -> dict:
     index: dict = {}
     for (stack, name), group in groups.items():
-        if group.is_stacked:
-            index.setdefault(stack, {})[name] = {"index": jnp.arange(group.repeats)}
+        index.setdefault(stack, {})[name] = {"index": jnp.arange(group.repeats)}
     return index
 
 
@@ -135,8 +136,7 @@ def _name_activations(request: Request, stored) -> dict[str, jax.Array]:
     found = {}
     for keys, x in jax.tree.leaves_with_path(stored):
         *path, name = (key.key for key in keys)
-        group = request.groups.get(tuple(path[:2]))
-        layers = x if group and group.is_stacked else [x]
+        layers = x if tuple(path[:2]) in request.groups else [x]
         for full, layer in zip(request.expand(tuple(path), name), layers, strict=True):
             if request.wants(full):
                 found[full] = layer

@@ -27,12 +27,11 @@ Patch = Callable[[jax.Array], jax.Array]
 
 
 class Group(NamedTuple):
-    """Layers first, first + 1, ... of a stack, applied by one (scanned) module."""
+    """Layers first, first + 1, ... of a stack, applied by one module, scanned over repeats."""
 
     first: int
     size: int  # layers per repeat
-    repeats: int
-    is_stacked: bool  # whether what it stores has a leading axis of repeats
+    repeats: int  # the leading axis of its parameters, and of what it stores
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Request:
         if not inner:
             return [".".join([*prefix, name])]
         group, block, *module = inner
-        first, size, repeats, _ = self.groups[stack, group]
+        first, size, repeats = self.groups[stack, group]
         first += int(block.removeprefix("block_"))
         numbers = range(first, first + repeats * size, size)
         return [".".join([*prefix, "layers", str(n), *module, name]) for n in numbers]
@@ -123,7 +122,8 @@ def tap(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
             x = _apply_patch(module, pattern, patch, is_hit, x)
     if any(map(request.wants, names)):
         # Not `module.sow`: an activation may have the name of a submodule.
-        module.scope.put_variable(CAPTURED, name, x)
+        scope: Any = module.scope
+        scope.put_variable(CAPTURED, name, x)
     return x
 
 
