@@ -198,6 +198,17 @@ def test_plugins_of_a_config_file_are_imported_first(tmp_path):
     assert load(str(tmp_path / "mine.py"), ["model.width=768"]).model.width == 768
 
 
+def test_help_lists_the_rows_of_a_plugin():
+    override(configs.Config(), [f"plugins={FOLDER / 'kerple.py'}"])
+    assert "| kerple" in configs.describe("model.position")
+
+
+def test_plugins_may_differ_when_a_run_is_resumed():
+    plain = configs.Config()
+    given = override(plain, [f"plugins={FOLDER / 'kerple.py'}"])
+    assert configs.list_differences(plain, given) == []
+
+
 # --- errors ---
 
 

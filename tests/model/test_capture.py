@@ -9,11 +9,13 @@ import pytest
 from helpers import forward, random_params, random_tokens, single_document_coords, tiny
 
 from jaxgpt.architecture import ExpertsConfig, MixerConfig
+from jaxgpt.config import MeshConfig
 from jaxgpt.model import Coords, EncoderInput, build, capture, init_cache, list_activations
 from jaxgpt.model.block import LayerGroup
 from jaxgpt.model.mixers import MIXERS
 from jaxgpt.model.mixers.mixer import LayerContext
 from jaxgpt.model.positions import POSITION_ENCODINGS
+from jaxgpt.sharding import make_mesh
 
 CLOSE = dict(atol=1e-5, rtol=1e-5)  # float32 sums in another order, through a few layers
 SIZES = MixerConfig(
@@ -217,6 +219,19 @@ def test_bfloat16_activations_keep_their_dtype_and_weights_are_float32():
         assert x.dtype == (jnp.float32 if is_float32 else jnp.bfloat16), name
         if name.endswith(("weights", "mixer.v")):  # roundings of 2^-9, through two layers
             np.testing.assert_allclose(x.astype(jnp.float32), reference[name], atol=0.15)
+
+
+@pytest.mark.parametrize("sizes", [dict(pipe=2), dict(data=2, tensor=2)], ids=str)
+def test_activations_on_several_devices_are_the_same(sizes):
+    cfg, params, tokens = make_model(layers=4)
+    hidden, found = capture(cfg, params, tokens, PACKED)
+    count = int(np.prod(list(sizes.values())))
+    with jax.set_mesh(make_mesh(MeshConfig(**sizes), devices=jax.devices()[:count])):
+        sharded, others = capture(cfg, params, tokens, PACKED)
+    np.testing.assert_allclose(hidden, sharded, **CLOSE)
+    assert found.keys() == others.keys()
+    for name, x in found.items():
+        np.testing.assert_allclose(x, others[name], **CLOSE, err_msg=name)
 
 
 # --- replacing ---
