@@ -9,6 +9,7 @@ from jaxgpt.config import override
 from jaxgpt.generate import MASK, Generation, join_pieces
 from jaxgpt.language_model import LanguageModel
 from jaxgpt.loading import load
+from jaxgpt.plugins import parse_plugins
 from jaxgpt.predict import DEFAULT_CANDIDATES, Classification, FilledMask
 from jaxgpt.settings import ConfigError
 
@@ -34,12 +35,13 @@ def sample_cli(
         prompts: texts to continue, to answer, to fill or to classify, by the run's objective;
             None takes those of `file`, or the run's `sample.prompt`.
         file: a path with one prompt a line, "-" for standard input, or None.
-        settings: assignments such as "sample.tokens=300", on top of the run's `sample` section.
+        settings: assignments such as "sample.tokens=300", on top of the run's `sample` section; and
+            plugins=..., in place of those that the run names.
 
     Raises:
         ConfigError: a setting, the run or the file is invalid.
     """
-    model = load(run_folder, checkpoint=checkpoint)
+    model = load(run_folder, checkpoint=checkpoint, plugins=parse_plugins(settings))
     model = dataclasses.replace(model, config=override(model.config, settings))
     sample = model.config.sample
     texts = [*(prompts or ()), *(_read_prompts(file) if file else ())] or [sample.prompt]

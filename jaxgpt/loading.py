@@ -14,7 +14,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -42,6 +42,7 @@ def load(
     dtype: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
     checkpoint: str = "best",
+    plugins: Sequence[str] | None = None,
 ) -> LanguageModel:
     """Load a model for inference, whatever kind of path holds it (see LOADERS).
 
@@ -53,6 +54,7 @@ def load(
             first device of this process.
         checkpoint: of a run, "best" (the lowest held-out loss) or "latest"; the other one if there
             is none.
+        plugins: of a run, see `read_config`.
 
     Raises:
         ConfigError: there is no model at this path, it cannot be read, or an argument is invalid.
@@ -68,14 +70,19 @@ def load(
     fits = (loader for loader in LOADERS.values() if loader.is_for(path))
     loader = next(fits, LOADERS["run"])
     read: Any = resolve_table(loader.function)
-    return read(path, dtype=dtype, mesh=mesh, checkpoint=checkpoint)
+    return read(path, dtype=dtype, mesh=mesh, checkpoint=checkpoint, plugins=plugins)
 
 
 def load_run(
-    run_folder: str, *, dtype: str | None, mesh: jax.sharding.Mesh | None, checkpoint: str
+    run_folder: str,
+    *,
+    dtype: str | None,
+    mesh: jax.sharding.Mesh | None,
+    checkpoint: str,
+    plugins: Sequence[str] | None,
 ) -> LanguageModel:
     """Load the model of a run folder; see `load`."""
-    config = read_config(run_folder)
+    config = read_config(run_folder, plugins)
     tokenizer = tokenizers.load(os.path.join(run_folder, "tokenizer.json"))
     if dtype is not None:
         model_config = dataclasses.replace(config.model, dtype=dtype)
@@ -148,15 +155,19 @@ def _rename(partial: str, folder: str):
 # --- run folders -----------------------------------------------------------------------------
 
 
-def read_config(run_folder: str) -> Config:
+def read_config(run_folder: str, plugins: Sequence[str] | None = None) -> Config:
     """Read the config of a run.
+
+    Args:
+        run_folder: such as runs/gpt_mini.
+        plugins: modules, or paths of .py files, in place of those that the config names.
 
     Raises:
         ConfigError: there is none, or it is invalid.
     """
     path = find_run_config(run_folder)
     with open(path) as file:
-        return configs.from_json(file.read(), path)
+        return configs.from_json(file.read(), path, plugins)
 
 
 def read_labels(run_folder: str) -> list[str]:

@@ -250,7 +250,9 @@ def test_the_first_loader_that_is_for_a_path_loads_it(run, monkeypatch):
     monkeypatch.setattr(loading, "load_other", record, raising=False)
     monkeypatch.setattr(loading, "LOADERS", {"other": row, **loading.LOADERS})
     load("some.model", dtype="bfloat16")
-    assert recorded == [("some.model", {"dtype": "bfloat16", "mesh": None, "checkpoint": "best"})]
+    assert recorded == [
+        ("some.model", {"dtype": "bfloat16", "mesh": None, "checkpoint": "best", "plugins": None})
+    ]
     assert load(run[0]).step == 2
 
 
