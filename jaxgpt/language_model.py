@@ -24,12 +24,9 @@ from jaxgpt.sharding import use_mesh_of
 from jaxgpt.tokenizer import Tokenizer
 
 _GENERATORS = ("generate", "stream", "score", "embed")
-# What a model can do, by the objective that it was trained with.
+# What a model can do: by its family, and by objectives that train it for something else.
+FAMILY_ABILITIES = {"decoder": _GENERATORS, "encoder_decoder": _GENERATORS, "encoder": ("embed",)}
 ABILITIES: dict[str, tuple[str, ...]] = {
-    "causal": _GENERATORS,
-    "prefix": _GENERATORS,
-    "span": _GENERATORS,
-    "pairs": _GENERATORS,
     "masked": ("fill", "embed"),
     "classify": ("classify", "embed"),
 }
@@ -63,7 +60,8 @@ class LanguageModel:
     @property
     def abilities(self) -> tuple[str, ...]:
         """The names of the methods that this model supports."""
-        return ABILITIES[self.config.train.objective]
+        by_family = FAMILY_ABILITIES[self.config.model.family]
+        return ABILITIES.get(self.config.train.objective, by_family)
 
     def generate(
         self,
