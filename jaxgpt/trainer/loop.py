@@ -135,7 +135,7 @@ def find_due(cfg: Config, step: int, is_stopping: bool) -> Due:
 
 def log_metrics(run: Run, step: int, metrics: Metrics):
     """Fetch the metrics of a training step, and pass them to the hooks."""
-    values = {name: float(value) for name, value in metrics.items()}
+    values = {name: float(metrics[name]) for name in dict.fromkeys(("loss", "nats", *metrics))}
     check_finite(run, step, "loss", values["loss"])
     cfg, seconds = run.cfg, run.clock.seconds_per_step(step)
     if seconds:  # not known for the first step, which compiles
