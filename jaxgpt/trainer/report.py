@@ -114,8 +114,9 @@ def format_summary(cfg: Config, progress: Progress, signal_name: str) -> str:
         f"Best held-out loss {progress.best_loss:.4f} nats/{cfg.objective.loss_unit} at step "
         f"{progress.best_step}"
     )  # fmt: skip
-    curve = os.path.join(cfg.run_folder, "plots", "loss.png")
-    return f"Done: {time_spent}{why}. {best}; curve in {curve}.{_format_sample_hint(cfg)}"
+    plot = os.path.join(cfg.run_folder, "plots", "loss.png")
+    curve = f"; curve in {plot}" if os.path.isfile(plot) else ""
+    return f"Done: {time_spent}{why}. {best}{curve}.{_format_sample_hint(cfg)}"
 
 
 def _format_reason(progress: Progress) -> str:
@@ -123,4 +124,4 @@ def _format_reason(progress: Progress) -> str:
 
 
 def _format_sample_hint(cfg: Config) -> str:
-    return f" Sample from it:\n  python sample.py {cfg.run_folder}"
+    return f" Sample from it:\n  jaxgpt sample {cfg.run_folder}"

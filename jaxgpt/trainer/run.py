@@ -18,6 +18,7 @@ from jaxgpt.data.tasks import Task
 from jaxgpt.data.work import print_line
 from jaxgpt.model import abstract_params, build
 from jaxgpt.optimizer import build as build_optimizer
+from jaxgpt.optional import describe_missing
 from jaxgpt.predict import check_prompts
 from jaxgpt.selection import select_letters
 from jaxgpt.settings import ConfigError
@@ -89,6 +90,14 @@ class RunInputs(NamedTuple):
     start: Start | None  # of a new run
 
 
+# What is disabled if an optional package is missing.
+OPTIONAL_USES = {
+    "matplotlib": "plots/*.png",
+    "tensorboardX": "tensorboard/",
+    "grain": "prefetching",
+}
+
+
 def open_run(cfg: Config, hooks: Sequence[Hook] = (), is_quiet: bool = False) -> Run:
     """Build everything that `cfg` describes, or restore it from the run folder."""
     hosts.check_equal({key: configs.get(cfg, key) for key in configs.list_fields(Config)})
@@ -137,6 +146,8 @@ def open_run(cfg: Config, hooks: Sequence[Hook] = (), is_quiet: bool = False) ->
     if not run.is_complete:
         _write_run_files(cfg, corpus, task)
     console.log(format_header(run, peak_source))
+    if missing := describe_missing(OPTIONAL_USES):
+        console.log(missing)
     return run
 
 
