@@ -96,7 +96,7 @@ class Hook:
         """Act on the metrics of an evaluation (see `evaluate`), after the best one is updated."""
 
     def on_save(self, view: RunView):
-        """Act after saving a checkpoint has begun."""
+        """Act when a checkpoint is about to be saved: of this step, with these parameters."""
 
     def on_end(self, view: RunView):
         """Act when the run is complete or stopped, with its last checkpoint on disk."""

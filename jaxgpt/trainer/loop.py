@@ -187,8 +187,8 @@ def save(run: Run):
         return
     norm = float(_compute_norm(run.state.params))  # the loss is that of the parameters before
     check_finite(run, run.progress.step, "norm of the parameters", norm)
-    run.saver.save(run.state, run.progress)
     run.notify("on_save")
+    run.saver.save(run.state, run.progress)
 
 
 def check_finite(run: Run, step: int, quantity: str, value: float):

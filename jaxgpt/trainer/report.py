@@ -1,11 +1,11 @@
 """What a run reports to its user: header, summary, evaluations. Functions from values to text."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import optax
 
 import jaxgpt
 from jaxgpt.config import Config
@@ -49,7 +49,8 @@ def _format_params(cfg: Config, mesh: jax.sharding.Mesh) -> str:
     shapes, letters = abstract_params(cfg.model)
     if cfg.optimizer.train:
         trained = select(shapes, select_letters(letters, cfg.optimizer.train))
-        text += f"; {optax.tree.size(trained):,} of them are trained"
+        count = sum(math.prod(x.shape) for x in jax.tree.leaves(trained))
+        text += f"; {count:,} of them are trained"
     unsharded = ", ".join(list_unsharded_dims(shapes, letters, mesh))
     return text + (unsharded and f"; not sharded: {unsharded}")
 

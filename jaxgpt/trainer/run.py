@@ -268,6 +268,7 @@ def _renew_progress(cfg: Config, corpus: Corpus, saver: Checkpoints, progress: P
     if cfg.resume == "force":
         patience = cfg.train.patience if old == new else 0
         progress.is_done = bool(patience) and progress.stale >= patience
+        progress.stop_reason = progress.stop_reason if progress.is_done else ""
     if progress.is_done or progress.step >= cfg.train.steps:
         return  # nothing is trained with the new settings
     progress.data, progress.evaluation = corpus.fingerprint, new

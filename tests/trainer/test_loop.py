@@ -20,7 +20,7 @@ from jaxgpt.config import override
 from jaxgpt.data import Loader, make_eval_batches, prepare
 from jaxgpt.model import Coords, build, compute_logits
 from jaxgpt.settings import ConfigError
-from jaxgpt.trainer import DivergedError, Hook, evaluate, load_run, loop, read_config, train
+from jaxgpt.trainer import DivergedError, evaluate, load_run, loop, read_config, train
 from jaxgpt.trainer import run as run_module
 from jaxgpt.trainer.checkpoint import latest_step
 from jaxgpt.trainer.logging import read_metrics
