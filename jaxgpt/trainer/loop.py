@@ -21,7 +21,6 @@ from jaxgpt.trainer.checkpoint import Progress
 from jaxgpt.trainer.evaluate import evaluate
 from jaxgpt.trainer.hooks import Hook
 from jaxgpt.trainer.logging import write_text_atomically
-from jaxgpt.trainer.memory import retain_freed_memory
 from jaxgpt.trainer.report import format_complete, format_duration, format_summary
 from jaxgpt.trainer.run import Run, can_sample, join_run_path, open_run
 from jaxgpt.trainer.speed import flops_per_token
@@ -48,7 +47,6 @@ def train(cfg: Config, *, hooks: Sequence[Hook] = (), is_quiet: bool = False) ->
             a run with other settings or data.
         DivergedError: the loss became infinite or NaN.
     """
-    retain_freed_memory()
     run = open_run(cfg, hooks, is_quiet or hosts.process_index() > 0)
     with closing(run):
         if run.is_complete:
