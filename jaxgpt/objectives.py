@@ -32,7 +32,6 @@ from jaxgpt.sharding import (
     map_shards,
 )
 
-
 # The metrics of an objective by name: sums over tokens or texts, float32 [] each, so that parts of
 # a batch can be added. Every objective has
 #

@@ -17,7 +17,6 @@ from jaxgpt.selection import merge, select, select_letters
 from jaxgpt.sharding import constrain
 from jaxgpt.trainer.state import TrainState
 
-
 # By name, float32 [] each:
 #
 #     loss        nats per token (or text), as minimized
