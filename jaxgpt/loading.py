@@ -33,7 +33,10 @@ from jaxgpt.settings import ConfigError, resolve_table
 from jaxgpt.sharding import MESH_AXES, make_shardings
 
 # Where the parameters of a run are, by the value of `checkpoint=`: the first folder that has any.
-CHECKPOINT_FOLDERS = {"best": ("best", "checkpoints"), "latest": ("checkpoints", "best")}
+CHECKPOINT_FOLDERS: dict[str, tuple[str, ...]] = {
+    "best": ("best", "checkpoints"),
+    "latest": ("checkpoints", "best"),
+}
 
 
 def load(
@@ -91,7 +94,7 @@ def load_run(
         folder = os.path.abspath(os.path.join(run_folder, name))
         step = latest_step(folder)
         if step is not None:
-            params = _read_params(os.path.join(folder, str(step)), config, dtype, mesh)
+            params = _load_params(os.path.join(folder, str(step)), config, dtype, mesh)
             return LanguageModel(config, params, tokenizer, tuple(read_labels(run_folder)), step)
     raise ConfigError(f"{run_folder} has no checkpoint yet: train it first, or for longer.")
 
@@ -99,6 +102,12 @@ def load_run(
 def is_run(path: str) -> bool:
     """Return whether a path is a run folder."""
     return os.path.isfile(os.path.join(path, "config.json"))
+
+
+def is_saved_model(path: str) -> bool:
+    """Return whether a path is what `save` writes: parameters without a history of training."""
+    has_params = latest_step(os.path.join(path, "best")) is not None
+    return has_params and not os.path.exists(os.path.join(path, "metrics.jsonl"))
 
 
 class Loader(NamedTuple):
@@ -215,7 +224,13 @@ def describe_read_errors(folder: str) -> Iterator[None]:
         ) from error
 
 
-def _read_params(
+def read_params(folder: str, abstract) -> Any:
+    """Read the parameters of one checkpoint, with the shapes and shardings of `abstract`."""
+    with ocp.StandardCheckpointer() as reader, describe_read_errors(folder):
+        return reader.restore(os.path.join(folder, "params"), abstract)
+
+
+def _load_params(
     folder: str, config: Config, dtype: str | None, mesh: jax.sharding.Mesh | None
 ) -> Any:
     """Read the parameters of a checkpoint onto one device or a mesh, wherever they were trained."""
@@ -226,13 +241,12 @@ def _read_params(
         if mesh is None
         else make_shardings(shapes, letters, mesh)
     )
-    path = os.path.join(folder, "params")
     with ocp.StandardCheckpointer() as reader, describe_read_errors(folder):
-        saved = reader.metadata(path).item_metadata.tree
-        abstract = jax.tree.map(
-            lambda x, old, sharding: jax.ShapeDtypeStruct(
-                x.shape, DTYPES[dtype] if dtype else old.dtype, sharding=sharding
-            ),
-            shapes, saved, shardings,
-        )  # fmt: skip
-        return reader.restore(path, abstract)
+        saved = reader.metadata(os.path.join(folder, "params")).item_metadata.tree
+    abstract = jax.tree.map(
+        lambda x, old, sharding: jax.ShapeDtypeStruct(
+            x.shape, DTYPES[dtype] if dtype else old.dtype, sharding=sharding
+        ),
+        shapes, saved, shardings,
+    )  # fmt: skip
+    return read_params(folder, abstract)

@@ -7,19 +7,21 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from helpers import random_params
-from tiny_runs import assert_same_bits, config, make_training, single_device_env
+from tiny_runs import assert_same_bits, config, make_training, run_config, single_device_env
 
 import jaxgpt
 from jaxgpt import config as configs
 from jaxgpt import loading
 from jaxgpt import tokenizer as tokenizers
-from jaxgpt.config import MeshConfig
+from jaxgpt.config import MeshConfig, override
 from jaxgpt.language_model import LanguageModel
 from jaxgpt.loading import latest_step, load, read_config, save
 from jaxgpt.settings import ConfigError
 from jaxgpt.sharding import make_mesh
+from jaxgpt.trainer import train
 from jaxgpt.trainer.checkpoint import Checkpoints, Progress
 
 SHARDED_MESH = MeshConfig(data=2, fsdp=2, tensor=2)
@@ -216,6 +218,19 @@ def test_a_saved_model_has_the_best_checkpoint_of_a_run(tmp_path):
     checkpoints = Checkpoints(str(tmp_path / "model"), keep=1)
     assert checkpoints.latest_step() is None
     checkpoints.close()
+
+
+def test_training_does_not_replace_a_saved_model_but_starts_from_it(tmp_path):
+    cfg = run_config(tmp_path, "name=saved", "train.steps=1")
+    model = make_model(config=cfg)
+    save(model, cfg.run_folder)
+    with pytest.raises(ConfigError, match=r"holds a saved model.*train.start="):
+        train(cfg, is_quiet=True)
+    assert_same_bits(load(cfg.run_folder).params, model.params)
+    settings = ["name=next", f"train.start={cfg.run_folder}", "optimizer.lr=1e-30"]
+    train(override(cfg, [*settings, "optimizer.warmup=0"]), is_quiet=True)
+    found = load(tmp_path / "runs" / "next", checkpoint="latest")
+    np.testing.assert_allclose(found.params["embed"]["table"], model.params["embed"]["table"])
 
 
 def test_saving_never_replaces_a_folder(tmp_path):

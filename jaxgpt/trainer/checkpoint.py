@@ -17,11 +17,22 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxgpt.loading import describe_read_errors, latest_step, make_manager, read_config
+from jaxgpt.loading import (
+    describe_read_errors,
+    latest_step,
+    make_manager,
+    read_config,
+)
 from jaxgpt.settings import ConfigError
 from jaxgpt.trainer.state import TrainState
 
-__all__ = ["Checkpoints", "Progress", "ShapeMismatchError", "latest_step", "read_config"]
+__all__ = [
+    "Checkpoints",
+    "Progress",
+    "ShapeMismatchError",
+    "latest_step",
+    "read_config",
+]
 
 
 @dataclass
@@ -35,7 +46,9 @@ class Progress:
     best_step: int = 0
     stale: int = 0  # evaluations since the best one
     data: str = ""  # fingerprint of the tokens trained on
+    evaluation: str = ""  # what `best_loss` was measured on (see `run.describe_evaluation`)
     is_done: bool = False  # it has stopped early
+    stop_reason: str = ""
 
 
 class ShapeMismatchError(ConfigError):
