@@ -20,7 +20,15 @@ class ConfigError(ValueError):
 
 
 def option(
-    default, doc: str, *, table: str = "", low=None, high=None, above=None, is_runtime=False
+    default,
+    doc: str,
+    *,
+    table: str = "",
+    low=None,
+    high=None,
+    above=None,
+    is_runtime=False,
+    aliases=None,
 ) -> Any:
     """Declare one field of a section.
 
@@ -32,9 +40,11 @@ def option(
         low, high, above: inclusive bounds, and an exclusive lower bound.
         is_runtime: whether it concerns how a run is executed rather than what is learned, so that
             it may change when the run is resumed.
+        aliases: other values that are accepted, such as those of older versions, and the present
+            ones that they stand for.
     """
     metadata = dict(doc=doc, table=table, low=low, high=high, above=above, is_runtime=is_runtime)
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata=metadata | dict(aliases=aliases or {}))
 
 
 def choose(table: Mapping[str, Any], name: str, key: str) -> Any:
@@ -66,11 +76,14 @@ class Section:
         hints = _read_type_hints(type(self))
         for f in dataclasses.fields(self):
             key = f"{self.section}.{f.name}" if self.section else f.name
-            value = _coerce(getattr(self, f.name), hints[f.name], key)
+            value = getattr(self, f.name)
+            if isinstance(value, (str, bool)):
+                value = f.metadata.get("aliases", {}).get(value, value)
+            value = _coerce(value, hints[f.name], key)
             object.__setattr__(self, f.name, value)
             if not dataclasses.is_dataclass(value):
                 _check_bounds(value, key, **{k: f.metadata[k] for k in ("low", "high", "above")})
-            if f.metadata.get("table"):
+            if f.metadata.get("table") and value is not None:
                 for name in value if isinstance(value, tuple) else (value,):
                     choose(resolve_table(f.metadata["table"]), name, key)
         self.check()
@@ -85,6 +98,8 @@ class Section:
 def parse(text: str, kind, key: str) -> Any:
     """Parse a value of type `kind` from a command-line string."""
     args = typing.get_args(kind)
+    if _is_per_layer(kind):
+        return parse(text, args[1], key)
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return None if text.lower() == "none" else parse(text, args[0], key)
     if typing.get_origin(kind) is tuple:
@@ -175,6 +190,11 @@ def _is_section(kind) -> bool:
     return dataclasses.is_dataclass(kind)
 
 
+def _is_per_layer(kind) -> bool:
+    """Whether a type is `T | tuple[T, ...]`: one value, or several that the layers cycle."""
+    return tuple in map(typing.get_origin, typing.get_args(kind))
+
+
 def format_nearest_multiples(value: int, divisor: int) -> str:
     """Format the multiples of `divisor` on either side of `value`, for messages: "12 or 16"."""
     below, above = value // divisor * divisor, -(-value // divisor) * divisor
@@ -200,6 +220,9 @@ def describe_unknown_key(key: str, known: Iterable[str]) -> str:
 def _coerce(value, kind, key: str):
     """Check a value against its annotated type; an int is accepted where a float is expected."""
     args = typing.get_args(kind)
+    if _is_per_layer(kind):
+        values = _coerce(value if isinstance(value, (tuple, list)) else (value,), args[1], key)
+        return values[0] if len(values) == 1 else values
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return None if value is None else _coerce(value, args[0], key)
     if typing.get_origin(kind) is tuple:
@@ -221,7 +244,11 @@ def _describe_type(kind: type) -> str:
 
 
 def _check_bounds(value, key: str, low, high, above):
-    if value is None or isinstance(value, (str, tuple, bool)):
+    if isinstance(value, tuple):
+        for item in value:
+            _check_bounds(item, key, low, high, above)
+        return
+    if value is None or isinstance(value, (str, bool)):
         return
     limits = [
         f"at least {low}" if low is not None else "",

@@ -52,9 +52,13 @@ BOTH = ("model.family=encoder_decoder", "train.objective=span")
          ["'transformer_xl'", "even model.width", "15"]),
         (["model.mixer.buckets=7"], ["model.mixer.buckets=7", "6 or 8"]),
         # layers
-        (["model.pattern=window,full", "model.layers=5"], ["model.layers=5", "2 layers", "4 or 6"]),
-        (["model.pattern=full,full", "model.mixers=attention,performer,gru", "model.layers=8"],
-         ["model.layers=8", "6 layers", "6 or 12"]),
+        (["model.feedforward="], ["model.feedforward is empty"]),
+        (["model.rope.theta="], ["model.rope.theta is empty"]),
+        (["model.rope.theta=1e4,0"], ["model.rope.theta=0.0", "more than 0"]),
+        (["model.position=rope,alibbi"], ["'alibbi'", "Did you mean 'alibi'"]),
+        (["model.position=rope,learned"], ["model.position=rope,learned", "'learned'", "only"]),
+        (["model.position=rope,none", "model.head_width=15"], ["'rope'", "even", "15"]),
+        (["model.position=rope,alibi", "model.kernel=splash"], ["'splash'", "alibi", "bias"]),
         (["model.pattern=window,full", "model.unroll=2"], ["model.unroll=2", "3 repeats"]),
         (["model.sparse.near=2"], ["model.sparse.near=2", "1 or 3"]),
         # positions

@@ -11,6 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = [
     {"settings"},
+    {"sections"},
     {"architecture", "script"},
     {"config"},
     {"dims", "tokenizer"},

@@ -212,6 +212,7 @@ class PositionEncoding(nn.Module):
     """No position encoding: the identity in all three places."""
 
     ATTENTION_HOOK: ClassVar[str] = ""  # what attention must apply: "rotation", "bias" or nothing
+    ADDS_TO_EMBEDDING: ClassVar[bool] = False  # then all layers share it
 
     cfg: ModelConfig
     direction: str = "causal"
@@ -232,12 +233,16 @@ class PositionEncoding(nn.Module):
 class Sinusoidal(PositionEncoding):
     """Fixed sines and cosines, added to the embedding."""
 
+    ADDS_TO_EMBEDDING = True
+
     def embed(self, x, positions):
         return x + encode_sinusoidal(positions, self.cfg.width).astype(x.dtype)
 
 
 class Learned(PositionEncoding):
     """A learned row per position, added to the embedding."""
+
+    ADDS_TO_EMBEDDING = True
 
     def setup(self):
         self.table = declare_param(self, "table", "C>D", self.cfg.sizes, normal)

@@ -15,11 +15,19 @@ class LayerContext(NamedTuple):
 
     q_coords: Coords  # of the current tokens, [B T]
     k_coords: Coords  # of the tokens in the cache, [B S]; without a cache, the same as q_coords
+    # Of the layer at hand, by `select_position`.
     rotate: Partial | None = None  # rotary embedding of queries or keys, [B T H K] -> [B T H K]
     bias: Partial | None = None  # (q_coords [B T], k_coords [B S]) -> float32 [B H T S]
+    # Of all layers, in the order of `ModelConfig.position_schemes`.
+    rotations: tuple[Partial | None, ...] = ()
+    biases: tuple[Partial | None, ...] = ()
     cursor: Any = None  # int32 [], the next free slot of the cache, the same for every row
     memory: jax.Array | None = None  # hidden states of the encoder, [B S D]
     memory_coords: Coords | None = None  # [B S]
+
+    def select_position(self, i: int) -> "LayerContext":
+        """Return the context of a layer with position scheme i."""
+        return self._replace(rotate=self.rotations[i], bias=self.biases[i])
 
     def apply_rotation(self, x: jax.Array) -> jax.Array:
         """Rotate queries or keys x [B T H K] if the position encoding is rotary."""
