@@ -13,6 +13,13 @@ from typing import Any, ClassVar
 from jaxgpt.sections import ExpertsConfig, MixerConfig, RopeConfig, SparseConfig
 from jaxgpt.settings import ConfigError, Section, format_nearest_multiples, option, resolve_table
 
+# Where there are bias vectors: at the projections of attention or at other sites. See `Linear`.
+BIASES: dict[str, tuple[str, ...]] = {
+    "all": ("qkv", "attention_output", "other"),
+    "attention": ("qkv", "attention_output"),
+    "qkv": ("qkv",),
+}
+
 
 @dataclass(frozen=True)
 class LayerSpec:
@@ -94,7 +101,13 @@ class ModelConfig(Section):
     position_reach: int = option(
         128, "maximum distance of the relative position bias of t5, in tokens", low=2
     )
-    qk_norm: bool = option(False, "normalize queries and keys per head (QK-norm)")
+    qk_norm: str | None = option(
+        None,
+        "normalize queries and keys (QK-norm): per head, over the width of all heads, or without "
+        "a scale after the rotation (l2)",
+        table="jaxgpt.model.mixers.attention:QK_NORMS",
+        aliases={True: "head", "true": "head", False: None, "false": None, "none": None},
+    )
     softcap: float | None = option(
         None, "softcap of the attention logits, ± this: none = off", above=0
     )
@@ -118,7 +131,12 @@ class ModelConfig(Section):
     )
     moe: ExpertsConfig = field(default_factory=ExpertsConfig)
     mixer: MixerConfig = field(default_factory=MixerConfig)
-    bias: bool = option(False, "bias vectors in linear layers and LayerNorm")
+    bias: str | None = option(
+        None,
+        "bias vectors: in all linear layers and LayerNorms, or in attention's alone",
+        table="jaxgpt.architecture:BIASES",
+        aliases={True: "all", "true": "all", False: None, "false": None, "none": None},
+    )
     embed_norm: bool = option(False, "normalize embeddings before the first block")
     embed_scale: bool = option(False, "multiply embeddings by sqrt(width)")
     types: int = option(0, "number of token type embeddings (BERT: 2), 0 = none", low=0)
@@ -184,6 +202,11 @@ class ModelConfig(Section):
     def has_experts(self) -> bool:
         """Whether the feed-forward of a layer is a mixture of experts."""
         return any(spec.feedforward.startswith("moe") for spec in self.layer_cycle)
+
+    @property
+    def bias_sites(self) -> tuple[str, ...]:
+        """The sites with bias vectors."""
+        return BIASES[self.bias] if self.bias else ()
 
     @property
     def attention_scale(self) -> float:
@@ -335,7 +358,8 @@ class ModelConfig(Section):
                     f"{_join_names_with(mixers, 'USES', 'pattern')}."
                 )
         hooks = {encodings[spec.position].ATTENTION_HOOK for spec in self.layer_cycle}
-        requested = {hook: "position" for hook in sorted(hooks)}
+        requested = dict.fromkeys(sorted(hooks), "position")
+        requested |= {"attention_bias": "bias"} if self.bias in ("qkv", "attention") else {}
         requested |= {key: key for key in OPTIONS_OF_ATTENTION if getattr(self, key)}
         for what, key in requested.items():
             if what and not any(what in mixers[name].USES for name in self.mixers):

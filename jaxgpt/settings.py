@@ -192,7 +192,7 @@ def _is_section(kind) -> bool:
 
 def _is_per_layer(kind) -> bool:
     """Whether a type is `T | tuple[T, ...]`: one value, or several that the layers cycle."""
-    return tuple in map(typing.get_origin, typing.get_args(kind))
+    return any(typing.get_origin(arg) is tuple for arg in typing.get_args(kind))
 
 
 def format_nearest_multiples(value: int, divisor: int) -> str:

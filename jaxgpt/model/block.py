@@ -42,6 +42,13 @@ def apply_sandwich_norm(x: jax.Array, sublayers: Sublayers, norm: MakeNorm) -> j
     return x
 
 
+def apply_reordered_norm(x: jax.Array, sublayers: Sublayers, norm: MakeNorm) -> jax.Array:
+    """x + norm(sublayer(x)): OLMo 2 (2025, arXiv:2501.00656, section 3.2)."""
+    for site, sublayer in sublayers.items():
+        x = x + norm(site, "out")(sublayer(x))
+    return x
+
+
 def apply_parallel(x: jax.Array, sublayers: Sublayers, norm: MakeNorm) -> jax.Array:
     """x + a(norm(x)) + b(norm(x)): GPT-NeoX (Black et al. 2022, arXiv:2204.06745, section 2.1)."""
     return x + sum(sublayer(norm(site, "in")(x)) for site, sublayer in sublayers.items())
@@ -51,6 +58,7 @@ WIRINGS = {
     "pre": apply_pre_norm,
     "post": apply_post_norm,
     "sandwich": apply_sandwich_norm,
+    "reordered": apply_reordered_norm,
     "parallel": apply_parallel,
 }
 WIRINGS_WITHOUT_FINAL_NORM = {"post"}

@@ -147,12 +147,18 @@ def keep_unscaled(cfg: ModelConfig, frequencies: np.ndarray) -> ScaledFrequencie
     return frequencies, 1.0
 
 
+def get_factor(cfg: ModelConfig) -> float:
+    """Return `rope.factor` of a layer, whose config has one."""
+    assert isinstance(cfg.rope.factor, float)
+    return cfg.rope.factor
+
+
 def scale_linear(cfg: ModelConfig, frequencies: np.ndarray) -> ScaledFrequencies:
     """Divide positions by the factor (position interpolation).
 
     Source: Chen et al. 2023, arXiv:2306.15595, equation 4.
     """
-    return frequencies / cfg.rope.factor, 1.0
+    return frequencies / get_factor(cfg), 1.0
 
 
 def scale_ntk(cfg: ModelConfig, frequencies: np.ndarray) -> ScaledFrequencies:
@@ -161,7 +167,7 @@ def scale_ntk(cfg: ModelConfig, frequencies: np.ndarray) -> ScaledFrequencies:
     Source: bloc97 2023, "NTK-aware scaled RoPE"; Peng et al. 2023, arXiv:2309.00071, equation 16.
     """
     size = 2 * len(frequencies)
-    base_scale = cfg.rope.factor ** (size / max(size - 2, 1))
+    base_scale = get_factor(cfg) ** (size / max(size - 2, 1))
     return frequencies * base_scale ** (-np.arange(len(frequencies)) / len(frequencies)), 1.0
 
 
@@ -171,15 +177,15 @@ def scale_yarn(cfg: ModelConfig, frequencies: np.ndarray) -> ScaledFrequencies:
     Source: Peng et al. 2023, arXiv:2309.00071, section 3.2 and equation 21, with its α = 1 and
     β = 32.
     """
-    r, size = cfg.rope, 2 * len(frequencies)
+    factor, size = get_factor(cfg), 2 * len(frequencies)
 
     def find_channel(turns):  # where a wavelength fits `turns` times in the original context
         ratio = _original_context(cfg) / (turns * 2 * math.pi)
-        return size * math.log(ratio) / (2 * math.log(r.theta))
+        return size * math.log(ratio) / (2 * math.log(cfg.rope.theta))
 
     low, high = max(math.floor(find_channel(32)), 0), min(math.ceil(find_channel(1)), size - 1)
     ramp = np.clip((np.arange(len(frequencies)) - low) / max(high - low, 1e-3), 0, 1)
-    return frequencies * (1 - ramp) + frequencies / r.factor * ramp, 0.1 * math.log(r.factor) + 1
+    return frequencies * (1 - ramp) + frequencies / factor * ramp, 0.1 * math.log(factor) + 1
 
 
 def scale_llama3(cfg: ModelConfig, frequencies: np.ndarray) -> ScaledFrequencies:
@@ -189,11 +195,11 @@ def scale_llama3(cfg: ModelConfig, frequencies: np.ndarray) -> ScaledFrequencies
     """
     turns = _original_context(cfg) * frequencies / (2 * math.pi)  # in the original context
     ramp = np.clip((turns - 1) / (4 - 1), 0, 1)
-    return frequencies / cfg.rope.factor * (1 - ramp) + frequencies * ramp, 1.0
+    return frequencies / get_factor(cfg) * (1 - ramp) + frequencies * ramp, 1.0
 
 
 def _original_context(cfg: ModelConfig) -> float:
-    return cfg.rope.original or cfg.context / cfg.rope.factor
+    return cfg.rope.original or cfg.context / get_factor(cfg)
 
 
 SCALINGS: dict[str, Callable[[ModelConfig, np.ndarray], ScaledFrequencies]] = {

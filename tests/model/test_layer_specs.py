@@ -51,7 +51,7 @@ def list_blocks(cfg: ModelConfig, stack: dict):
 
 
 def apply_one_by_one(cfg: ModelConfig, params, tokens):
-    """Apply every layer by itself, with a position encoding of its own. The slow twin of a stack."""
+    """Apply every layer by itself, with a position encoding of its own: a stack's slow twin."""
     coords = single_document_coords(tokens)
     x, blocks = params["embed"]["table"][tokens], list_blocks(cfg, params["stack"])
     assert len(blocks) == cfg.layers

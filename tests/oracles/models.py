@@ -103,6 +103,48 @@ def make_gemma2():
     return cfg, transformers.Gemma2ForCausalLM(config), weights.GEMMA2
 
 
+def make_gemma3():
+    cycle = 6  # of 8 layers: a tail of two
+    cfg = make_config(
+        kv_heads=2, head_width=16, layers=8, pattern=("window",) * 5 + ("full",),
+        rope=RopeConfig(
+            theta=(THETA,) * 5 + (30.0,), scaling=("none",) * 5 + ("linear",), factor=8.0
+        ),
+        sparse=SparseConfig(window=5), query_scale=24**-0.5, qk_norm="head", wiring="sandwich",
+        embed_scale=True, activation="gelu_tanh",
+    )  # fmt: skip
+    rope = dict(
+        sliding_attention=dict(rope_type="default", rope_theta=THETA),
+        full_attention=dict(rope_type="linear", factor=8.0, rope_theta=30.0),
+    )
+    config = transformers.Gemma3TextConfig(**make_llama_settings(
+        head_dim=16, num_hidden_layers=8, sliding_window=5, sliding_window_pattern=cycle,
+        query_pre_attn_scalar=24, tie_word_embeddings=True, rope_parameters=rope,
+        hidden_activation="gelu_pytorch_tanh",
+    ))  # fmt: skip
+    return cfg, transformers.Gemma3ForCausalLM(config), weights.GEMMA2
+
+
+def make_qwen2():
+    cfg = make_config(kv_heads=2, rope=RopeConfig(THETA), bias="qkv")
+    config = transformers.Qwen2Config(**make_llama_settings(tie_word_embeddings=True))
+    return cfg, transformers.Qwen2ForCausalLM(config), weights.LLAMA
+
+
+def make_llama_with_attention_biases():
+    cfg = make_config(kv_heads=2, tie=False, rope=RopeConfig(THETA), bias="attention")
+    config = transformers.LlamaConfig(**make_llama_settings(attention_bias=True))
+    return cfg, transformers.LlamaForCausalLM(config), weights.LLAMA
+
+
+def make_olmo2():
+    cfg = make_config(
+        kv_heads=2, tie=False, rope=RopeConfig(THETA), wiring="reordered", qk_norm="width"
+    )
+    config = transformers.Olmo2Config(**make_llama_settings())
+    return cfg, transformers.Olmo2ForCausalLM(config), weights.OLMO2
+
+
 def make_gpt2():
     cfg = make_config(**GPT2_STYLE, position="learned", activation="gelu_tanh")
     config = transformers.GPT2Config(
@@ -209,6 +251,10 @@ CASES = {
     "mixtral": make_mixtral,
     "qwen3": make_qwen3,
     "gemma2": make_gemma2,
+    "gemma3": make_gemma3,
+    "qwen2": make_qwen2,
+    "llama with attention biases": make_llama_with_attention_biases,
+    "olmo2": make_olmo2,
     "gpt_neox": make_gpt_neox,
     "bloom": make_bloom,
     "mpt": make_mpt,

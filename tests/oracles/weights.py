@@ -135,7 +135,7 @@ _LLAMA_ATTENTION = [
 ]
 _LLAMA_GATED = [linear(f"ffn.{x}", f"mlp.{x}_proj") for x in ("gate", "up", "down")]
 
-LLAMA = [  # and Mistral, Qwen 3, Mixtral
+LLAMA = [  # and Mistral, Qwen 2 and 3, Mixtral
     *_LLAMA_EMBEDDINGS,
     norm("stack.norm", "model.norm"),
     *layers(
@@ -154,7 +154,7 @@ LLAMA = [  # and Mistral, Qwen 3, Mixtral
     ),
 ]
 
-GEMMA2 = [
+GEMMA2 = [  # and Gemma 3
     *_LLAMA_EMBEDDINGS,
     norm("stack.norm", "model.norm", add_one),
     *layers(
@@ -165,6 +165,23 @@ GEMMA2 = [
         norm("ffn_norm_in", "pre_feedforward_layernorm", add_one),
         norm("ffn_norm_out", "post_feedforward_layernorm", add_one),
         *_LLAMA_ATTENTION,
+        norm("mixer.q_norm", "self_attn.q_norm", add_one),
+        norm("mixer.k_norm", "self_attn.k_norm", add_one),
+        *_LLAMA_GATED,
+    ),
+]
+
+OLMO2 = [
+    *_LLAMA_EMBEDDINGS,
+    norm("stack.norm", "model.norm"),
+    *layers(
+        "stack",
+        "model.layers.{}",
+        norm("mixer_norm_out", "post_attention_layernorm"),
+        norm("ffn_norm_out", "post_feedforward_layernorm"),
+        *_LLAMA_ATTENTION,
+        norm("mixer.q_norm", "self_attn.q_norm", split_heads),
+        norm("mixer.k_norm", "self_attn.k_norm", split_heads),
         *_LLAMA_GATED,
     ),
 ]
@@ -331,23 +348,28 @@ BART = [
 
 def locate_weights(rows: list[Row], names, cfg: ModelConfig):
     """Yield (path, [names in transformers], whether stacked, rearrange) for the given names."""
-    cycle = len(cfg.layer_cycle)
     for path, hf_name, rearrange, leaves in rows:
         for leaf, ending in leaves.items():
-            if "*" not in path:
-                locations = [(f"{path}.{leaf}", [hf_name + ending], False)]
-            else:
-                count = cfg.encoder_layers or cfg.layers
-                count = count if path.startswith("encoder") else cfg.layers
+            locations = [(f"{path}.{leaf}", [hf_name + ending], False)]
+            if "*" in path:
                 locations = [
-                    (
-                        f"{path.replace('*', str(block))}.{leaf}",
-                        [hf_name.format(i) + ending for i in range(block, count, cycle)],
-                        True,
-                    )
-                    for block in range(cycle)
+                    (f"{block_path}.{leaf}", [hf_name.format(i) + ending for i in ids], True)
+                    for block_path, ids in _locate_blocks(path, cfg)
                 ]
             yield from ((*location, rearrange) for location in locations if location[1][0] in names)
+
+
+def _locate_blocks(path: str, cfg: ModelConfig):
+    """Yield (path of a block of the cycle or the tail, indices of the layers stacked there)."""
+    is_encoder = path.startswith("encoder")
+    count = cfg.encoder_layers if is_encoder and cfg.encoder_layers else cfg.layers
+    cycle, repeats, tail = cfg.group_layers(count)
+    for block in range(len(cycle)):
+        ids = range(block, repeats * len(cycle), len(cycle))
+        yield path.replace("*", str(block)), ids
+    for block in range(len(tail)):
+        ids = [repeats * len(cycle) + block]
+        yield path.replace(".layers.", ".tail.").replace("*", str(block)), ids
 
 
 def convert_arrays(rows: list[Row], arrays: dict[str, np.ndarray], cfg: ModelConfig) -> dict:

@@ -9,14 +9,22 @@ from jaxgpt.model.kernels import ScoreMod, attend
 from jaxgpt.model.layers import DTYPES, Linear, make_residual_init
 from jaxgpt.model.masks import SameSegment, make_layer_mask
 from jaxgpt.model.mixers.mixer import KV, LayerContext, Mixer, update_kv_cache
-from jaxgpt.model.norms import NORMS
+from jaxgpt.model.norms import NORMS, apply_rms_norm
 from jaxgpt.sharding import constrain
+
+# The letters of the scales of the norms of queries and keys, which are normalized over these
+# dimensions before the rotation. Without scales, heads are normalized after it, where there is one.
+QK_NORMS = {
+    "head": ("K", "K"),  # Dehghani et al. 2023, arXiv:2302.05442, section 2
+    "width": ("HK", "GK"),  # OLMo 2 (2025), arXiv:2501.00656, section 3.2
+    "l2": None,  # Llama 4 (2025), in its code
+}
 
 
 class Attention(Mixer):
     """Multi-head self-attention, which includes the tokens in the cache."""
 
-    USES = ("rotation", "bias", "pattern", "softcap", "qk_norm")
+    USES = ("rotation", "bias", "pattern", "softcap", "qk_norm", "attention_bias")
     HAS_SEQUENCE_SHARDING = True
 
     @staticmethod
@@ -27,13 +35,16 @@ class Attention(Mixer):
     @nn.compact
     def __call__(self, x: jax.Array, layer_context: LayerContext, state: KV | None):
         c = self.cfg
-        q = Linear(c, "D>HK", name="q")(x)
-        k = Linear(c, "D>GK", name="k")(x)
-        v = Linear(c, "D>GK", name="v")(x)
-        if c.qk_norm:
-            q = NORMS[c.norm](c, "K", name="q_norm")(q)
-            k = NORMS[c.norm](c, "K", name="k_norm")(k)
+        q = Linear(c, "D>HK", site="qkv", name="q")(x)
+        k = Linear(c, "D>GK", site="qkv", name="k")(x)
+        v = Linear(c, "D>GK", site="qkv", name="v")(x)
+        letters = QK_NORMS[c.qk_norm] if c.qk_norm else None
+        if letters:
+            q = NORMS[c.norm](c, letters[0], name="q_norm")(q)
+            k = NORMS[c.norm](c, letters[1], name="k_norm")(k)
         q, k = layer_context.apply_rotation(q), layer_context.apply_rotation(k)
+        if c.qk_norm == "l2" and layer_context.rotate is not None:
+            q, k = (apply_rms_norm(y, 1.0, c.norm_eps) for y in (q, k))
         if state is not None:
             (k, v), state = update_kv_cache(state, KV(k, v), layer_context.cursor)
         mask = make_layer_mask(c, self.pattern, self.direction)
@@ -45,9 +56,8 @@ class Attention(Mixer):
         def attend_heads(q, k, v):
             return attend(c.kernel, q, k, v, layer_context.q_coords, layer_context.k_coords, score)
 
-        return Linear(c, "HK>D", make_residual_init(c), name="o")(
-            q, k, v, input_fn=attend_heads
-        ), state
+        o = Linear(c, "HK>D", make_residual_init(c), site="attention_output", name="o")
+        return o(q, k, v, input_fn=attend_heads), state
 
 
 class CrossAttention(nn.Module):
@@ -61,10 +71,10 @@ class CrossAttention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, layer_context: LayerContext, state: KV | None):
         c = self.cfg
-        q = Linear(c, "D>HK", name="q")(x)
+        q = Linear(c, "D>HK", site="qkv", name="q")(x)
         if layer_context.memory is not None:
-            k = Linear(c, "D>GK", name="k")(layer_context.memory)
-            v = Linear(c, "D>GK", name="v")(layer_context.memory)
+            k = Linear(c, "D>GK", site="qkv", name="k")(layer_context.memory)
+            v = Linear(c, "D>GK", site="qkv", name="v")(layer_context.memory)
             new = KV(k, v).transposed()
             state = state and KV(*(x.astype(old.dtype) for x, old in zip(new, state, strict=True)))
         else:
@@ -79,6 +89,5 @@ class CrossAttention(nn.Module):
                 c.kernel, q, k, v, layer_context.q_coords, layer_context.memory_coords, score
             )
 
-        return Linear(c, "HK>D", make_residual_init(c), name="o")(
-            q, k, v, input_fn=attend_heads
-        ), state
+        o = Linear(c, "HK>D", make_residual_init(c), site="attention_output", name="o")
+        return o(q, k, v, input_fn=attend_heads), state

@@ -47,7 +47,7 @@ class Mixer(nn.Module):
     """
 
     # The optional features that the mixer supports: "rotation" and "bias" (position encodings),
-    # "pattern" (of the attention mask), "softcap", "qk_norm".
+    # "pattern" (of the attention mask), and the settings "softcap", "qk_norm", ... of attention.
     USES: ClassVar[tuple[str, ...]] = ()
     DIRECTIONS: ClassVar[tuple[str, ...]] = ("causal", "both")
     HAS_HEADS: ClassVar[bool] = True
