@@ -42,7 +42,12 @@ class LayerSpec:
 PER_LAYER = ("mixers", "pattern", "feedforward", "ffn", "position")
 ROPE_PER_LAYER = ("theta", "scaling", "factor")  # in `model.rope`
 
-OPTIONS_OF_ATTENTION = ("softcap", "qk_norm")  # which a mixer declares in `USES`
+OPTIONS_OF_ATTENTION = (
+    "softcap",
+    "qk_norm",
+    "sinks",
+    "attention_dropout",
+)  # which a mixer declares in `USES`
 
 
 def _cycle(values: Any, i: int) -> Any:
@@ -114,6 +119,9 @@ class ModelConfig(Section):
     query_scale: float | None = option(
         None, "scale of the attention logits: none = 1 / sqrt(head width)", above=0
     )
+    sinks: bool = option(
+        False, "attention sinks: a learned logit per head in the denominator of the softmax"
+    )
     norm: str = option("rms", "normalization layer", table="jaxgpt.model.norms:NORMS")
     norm_eps: float = option(1e-5, "epsilon, added to the variance in the norm", above=0)
     wiring: str = option(
@@ -148,6 +156,9 @@ class ModelConfig(Section):
     )
     classes: int = option(0, "number of classes of a text classifier (encoder), 0 = none", low=0)
     dropout: float = option(0.0, "dropout rate during training", low=0.0, high=0.99)
+    attention_dropout: float = option(
+        0.0, "dropout rate of attention weights during training", low=0.0, high=0.99
+    )
     kernel: str = option("auto", "attention kernel", table="jaxgpt.model.kernels:KERNELS")
     dtype: str = option(
         "float32",
@@ -371,16 +382,19 @@ class ModelConfig(Section):
                 )
 
     def _check_kernel(self):
-        limits = resolve_table("jaxgpt.model.kernels:LIMITS").get(self.kernel, {})
+        all_limits = resolve_table("jaxgpt.model.kernels:LIMITS")
+        limits = all_limits.get(self.kernel, {})
         encodings = resolve_table("jaxgpt.model.positions:POSITION_ENCODINGS")
         hooks = {encodings[spec.position].ATTENTION_HOOK for spec in self.layer_cycle}
         for what, reason in limits.items():
             key = {"bias": "position"}.get(what, what)
             if what in hooks if key == "position" else getattr(self, key):
+                kernels = resolve_table("jaxgpt.model.kernels:KERNELS")
+                others = [name for name in kernels if what not in all_limits.get(name, {})]
                 raise ConfigError(
                     f"model.kernel={self.kernel!r} does not support model.{key}="
                     f"{getattr(self, key)!r}: {reason}. "
-                    "Use model.kernel=auto, strips, blockwise or dense."
+                    f"Use model.kernel={' or '.join(others)}."
                 )
 
     def _check_family(self):

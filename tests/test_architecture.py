@@ -32,6 +32,11 @@ BOTH = ("model.family=encoder_decoder", "train.objective=span")
          ["model.kernel='splash'", "model.position='t5'", "bias"]),
         (["model.kernel=splash", "model.position=alibi"], ["'splash'", "'alibi'", "blockwise"]),
         (["model.kernel=cudnn", "model.softcap=50"], ["model.kernel='cudnn'", "model.softcap=50"]),
+        (["model.kernel=strips", "model.attention_dropout=0.1"],
+         ["model.kernel='strips'", "model.attention_dropout=0.1", "auto or dense."]),
+        (["model.mixers=performer", "model.attention_dropout=0.1"],
+         ["model.attention_dropout=0.1", "performer", "attention"]),
+        (["model.mixers=performer", "model.sinks=true"], ["model.sinks=True", "performer"]),
         # mixers
         (["model.mixers=linformer"],
          ["model.mixers='linformer'", "not causal", "linformer_causal"]),
@@ -142,7 +147,12 @@ def test_every_pattern_is_initialized_where_it_is_possible():
 
 
 def test_every_kernel_rejects_its_limitations_and_nothing_else():
-    features = {"bias": dict(position="alibi"), "softcap": dict(softcap=5.0)}
+    features = {
+        "bias": dict(position="alibi"),
+        "softcap": dict(softcap=5.0),
+        "sinks": dict(sinks=True),
+        "attention_dropout": dict(attention_dropout=0.1),
+    }
     for kernel, (what, changes) in itertools.product(KERNELS, features.items()):
         assert is_valid(kernel=kernel, **changes) == (what not in LIMITS.get(kernel, {}))
 

@@ -7,6 +7,7 @@ models have no padding token, since its embedding would get no gradient.
 import torch
 import transformers
 from oracles import weights
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention
 
 from jaxgpt.architecture import ExpertsConfig, ModelConfig, RopeConfig, SparseConfig
 
@@ -137,6 +138,17 @@ def make_llama_with_attention_biases():
     return cfg, transformers.LlamaForCausalLM(config), weights.LLAMA
 
 
+def make_llama_with_sinks():
+    """Return a Llama with the attention of gpt-oss, which has sinks and biases."""
+    cfg = make_config(kv_heads=2, tie=False, rope=RopeConfig(THETA), bias="attention", sinks=True)
+    config = transformers.LlamaConfig(**make_llama_settings(attention_bias=True))
+    config.sliding_window = None
+    model = transformers.LlamaForCausalLM(config)
+    for i, layer in enumerate(model.model.layers):
+        layer.self_attn = GptOssAttention(config, i)
+    return cfg, model, weights.LLAMA
+
+
 def make_olmo2():
     cfg = make_config(
         kv_heads=2, tie=False, rope=RopeConfig(THETA), wiring="reordered", qk_norm="width"
@@ -254,6 +266,7 @@ CASES = {
     "gemma3": make_gemma3,
     "qwen2": make_qwen2,
     "llama with attention biases": make_llama_with_attention_biases,
+    "llama with the attention of gpt-oss": make_llama_with_sinks,
     "olmo2": make_olmo2,
     "gpt_neox": make_gpt_neox,
     "bloom": make_bloom,

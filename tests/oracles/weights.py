@@ -146,6 +146,7 @@ LLAMA = [  # and Mistral, Qwen 2 and 3, Mixtral
         *_LLAMA_ATTENTION,
         norm("mixer.q_norm", "self_attn.q_norm"),
         norm("mixer.k_norm", "self_attn.k_norm"),
+        parameter("mixer.sinks", "self_attn.sinks"),
         *_LLAMA_GATED,
         linear("ffn.router", "mlp.gate"),
         parameter("ffn.experts.gate.w", "mlp.experts.gate_up_proj", take_half_of_experts(0)),

@@ -24,6 +24,6 @@ def dense(q, k, v, q_coords: Coords, k_coords: Coords, score_mod: ScoreMod) -> j
     # Heads before tokens, so that each product is one plain matrix per head: an einsum on
     # [B T H K] takes twice as long in the forward pass on CPU.
     logits = checkpoint_name(einsum_float32("BGMTK,BGSK->BGMTS", q, k), ATTENTION_LOGITS)
-    weights = jax.nn.softmax(score_mod(logits, q_coords, k_coords), axis=-1).astype(v.dtype)
+    weights = score_mod.compute_weights(score_mod(logits, q_coords, k_coords)).astype(v.dtype)
     out = checkpoint_name(jnp.einsum("BGMTS,BGSK->BGMTK", weights, v), ATTENTION_OUTPUT)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)

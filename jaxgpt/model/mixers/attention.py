@@ -1,12 +1,15 @@
 """Softmax attention: the projections around an attention kernel."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxgpt.config import ModelConfig
+from jaxgpt.dims import declare_param
 from jaxgpt.model.kernels import ScoreMod, attend
-from jaxgpt.model.layers import DTYPES, Linear, make_residual_init
+from jaxgpt.model.layers import DTYPES, Linear, make_residual_init, zeros
 from jaxgpt.model.masks import SameSegment, make_layer_mask
 from jaxgpt.model.mixers.mixer import KV, LayerContext, Mixer, update_kv_cache
 from jaxgpt.model.norms import NORMS, apply_rms_norm
@@ -24,7 +27,16 @@ QK_NORMS = {
 class Attention(Mixer):
     """Multi-head self-attention, which includes the tokens in the cache."""
 
-    USES = ("rotation", "bias", "pattern", "softcap", "qk_norm", "attention_bias")
+    USES = (
+        "rotation",
+        "bias",
+        "pattern",
+        "softcap",
+        "qk_norm",
+        "attention_bias",
+        "sinks",
+        "attention_dropout",
+    )
     HAS_SEQUENCE_SHARDING = True
 
     @staticmethod
@@ -49,7 +61,13 @@ class Attention(Mixer):
             (k, v), state = update_kv_cache(state, KV(k, v), layer_context.cursor)
         mask = make_layer_mask(c, self.pattern, self.direction)
         score = ScoreMod(
-            mask, layer_context.bias, c.attention_scale, c.softcap, is_self=state is None
+            mask,
+            layer_context.bias,
+            c.attention_scale,
+            c.softcap,
+            declare_param(self, "sinks", "H", c.sizes, zeros) if c.sinks else None,
+            **make_dropout(self),
+            is_self=state is None,
         )
         q, k, v = constrain(q, "BTHK"), constrain(k, "BTGK"), constrain(v, "BTGK")
 
@@ -58,6 +76,14 @@ class Attention(Mixer):
 
         o = Linear(c, "HK>D", make_residual_init(c), site="attention_output", name="o")
         return o(q, k, v, input_fn=attend_heads), state
+
+
+def make_dropout(module: nn.Module) -> dict[str, Any]:
+    """Return the dropout of `ScoreMod`, if the caller passes a "dropout" key."""
+    rate = module.cfg.attention_dropout  # type: ignore[attr-defined]
+    if not rate or not module.has_rng("dropout"):
+        return {}
+    return dict(dropout=rate, dropout_key=module.make_rng("dropout"))
 
 
 class CrossAttention(nn.Module):
@@ -81,7 +107,7 @@ class CrossAttention(nn.Module):
             assert state is not None, "without a memory, `state` must hold keys and values"
             k, v = state.transposed()
         assert layer_context.memory_coords is not None
-        score = ScoreMod(SameSegment(), scale=c.attention_scale)
+        score = ScoreMod(SameSegment(), scale=c.attention_scale, **make_dropout(self))
         q, k, v = constrain(q, "BTHK"), constrain(k, "BTGK"), constrain(v, "BTGK")
 
         def attend_heads(q, k, v):
