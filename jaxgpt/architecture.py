@@ -106,6 +106,12 @@ class ModelConfig(Section):
     position_reach: int = option(
         128, "maximum distance of the relative position bias of t5, in tokens", low=2
     )
+    temperature_scale: float = option(
+        0.1, "scale of the attention temperature of the position encoding temperature", low=0
+    )
+    temperature_floor: int = option(
+        8192, "tokens after which the attention temperature grows (position temperature)", low=1
+    )
     qk_norm: str | None = option(
         None,
         "normalize queries and keys (QK-norm): per head, over the width of all heads, or without "

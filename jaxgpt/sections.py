@@ -40,6 +40,9 @@ class SparseConfig(Section):
     window: int = option(
         128, "width of `window` on each side, in tokens, including the query", low=1
     )
+    chunk: int = option(
+        128, "chunk length of `chunked`, in tokens: attention is within chunks of a document", low=1
+    )
     stride: int = option(
         16, "`strided` attends to the last `stride` tokens and to every stride-th one", low=1
     )
@@ -68,6 +71,20 @@ class ExpertsConfig(Section):
         0.0,
         "capacity factor: maximum tokens of an expert over the even share; 0 = unlimited",
         low=0,
+    )
+
+    shared: int = option(
+        0, "shared experts, which all tokens pass in addition, as one of their total width", low=0
+    )
+    scoring: str = option(
+        "softmax",
+        "router scores: softmax, normalized over the chosen experts, or sigmoid",
+        table="jaxgpt.model.experts:SCORINGS",
+    )
+    gated: str = option(
+        "outputs",
+        "whether gates multiply the outputs or the inputs of experts",
+        table="jaxgpt.model.experts:GATED_SIDES",
     )
 
     def check(self):

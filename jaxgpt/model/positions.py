@@ -1,12 +1,13 @@
 """Position encodings.
 
-Every encoding acts in exactly one of three places, so every class overrides one of three hooks:
+Every encoding acts in exactly one of four places, so every class overrides one of four hooks:
 
-    embed          adds to the residual stream, once         (sinusoidal, learned)
-    make_rotation  rotates queries and keys, in every layer  (rope)
-    make_bias      adds to the attention logits              (alibi, t5)
+    embed             adds to the residual stream, once         (sinusoidal, learned)
+    make_rotation     rotates queries and keys, in every layer  (rope)
+    make_bias         adds to the attention logits              (alibi, t5)
+    make_query_scale  scales queries                            (temperature)
 
-The base class is the identity in all three: the encoding "none".
+The base class is the identity in all four: the encoding "none".
 """
 
 import math
@@ -215,9 +216,10 @@ SCALINGS: dict[str, Callable[[ModelConfig, np.ndarray], ScaledFrequencies]] = {
 
 
 class PositionEncoding(nn.Module):
-    """No position encoding: the identity in all three places."""
+    """No position encoding: the identity in all four places."""
 
-    ATTENTION_HOOK: ClassVar[str] = ""  # what attention must apply: "rotation", "bias" or nothing
+    # What attention must apply: "rotation", "bias", "query_scale" or nothing.
+    ATTENTION_HOOK: ClassVar[str] = ""
     ADDS_TO_EMBEDDING: ClassVar[bool] = False  # then all layers share it
 
     cfg: ModelConfig
@@ -233,6 +235,10 @@ class PositionEncoding(nn.Module):
 
     def make_bias(self) -> Partial | None:
         """Return the bias (q coords [B T], k coords [B S]) -> float32 [B H T S], or None."""
+        return None
+
+    def make_query_scale(self, positions: jax.Array) -> jax.Array | None:
+        """Return the factor of the queries at positions [B T], float32 [B T], or None."""
         return None
 
 
@@ -293,6 +299,19 @@ class T5(PositionEncoding):
         return Partial(Partial(compute_t5_bias, *static_args), self.table.astype(jnp.float32))
 
 
+class Temperature(PositionEncoding):
+    """No encoding but an attention temperature: queries grow with the logarithm of the position.
+
+    Source: Nakanishi 2025, arXiv:2501.19399, as Llama 4 uses it in its layers without RoPE.
+    """
+
+    ATTENTION_HOOK = "query_scale"
+
+    def make_query_scale(self, positions):
+        c = self.cfg
+        return 1 + c.temperature_scale * jnp.log1p((positions + 1) // c.temperature_floor)
+
+
 POSITION_ENCODINGS = {
     "none": PositionEncoding,
     "sinusoidal": Sinusoidal,
@@ -300,4 +319,5 @@ POSITION_ENCODINGS = {
     "rope": Rope,
     "alibi": Alibi,
     "t5": T5,
+    "temperature": Temperature,
 }

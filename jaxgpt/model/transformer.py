@@ -106,6 +106,7 @@ class Stack(nn.Module):
             k_coords,
             rotations=tuple(e.make_rotation(coords.positions) for e in encodings),
             biases=tuple(e.make_bias() for e in encodings),
+            query_scales=tuple(e.make_query_scale(coords.positions) for e in encodings),
             cursor=cursor,
             memory=memory,
             memory_coords=memory_coords,

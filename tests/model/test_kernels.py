@@ -305,7 +305,7 @@ def assert_equals_dense(kernel, score_mod, G=2, coords=None):
 
 def pattern_masks(documents="separate"):
     cfg = tiny(context=64)
-    sizes = dict(window=7, stride=5, block=4)
+    sizes = dict(window=7, chunk=6, stride=5, block=4)
     cfg = tiny(context=64, sparse=type(cfg.sparse)(**sizes), documents=documents)
     return {
         f"{pattern}, {direction}": make_layer_mask(cfg, pattern, direction)

@@ -149,6 +149,23 @@ def make_llama_with_sinks():
     return cfg, model, weights.LLAMA
 
 
+def make_llama4():
+    """Return six layers with a period of four: three with RoPE in chunks and one without."""
+    cfg = make_config(
+        kv_heads=2, tie=False, layers=6, rope=RopeConfig(THETA), qk_norm="l2",
+        pattern=("chunked",) * 3 + ("full",), sparse=SparseConfig(chunk=5),
+        position=("rope",) * 3 + ("temperature",), temperature_scale=0.7, temperature_floor=4,
+        feedforward=("gated", "moe_gated"), ffn=(40, F),
+        moe=ExpertsConfig(experts=4, active=1, shared=1, scoring="sigmoid", gated="inputs"),
+    )  # fmt: skip
+    config = transformers.Llama4TextConfig(**make_llama_settings(
+        num_hidden_layers=6, head_dim=8, intermediate_size_mlp=40, num_local_experts=4,
+        num_experts_per_tok=1, interleave_moe_layer_step=2, attention_chunk_size=5,
+        attn_temperature_tuning=True, attn_scale=0.7, floor_scale=4, use_qk_norm=True,
+    ))  # fmt: skip
+    return cfg, transformers.Llama4ForCausalLM(config), weights.LLAMA4
+
+
 def make_olmo2():
     cfg = make_config(
         kv_heads=2, tie=False, rope=RopeConfig(THETA), wiring="reordered", qk_norm="width"
@@ -267,6 +284,7 @@ CASES = {
     "qwen2": make_qwen2,
     "llama with attention biases": make_llama_with_attention_biases,
     "llama with the attention of gpt-oss": make_llama_with_sinks,
+    "llama4": make_llama4,
     "olmo2": make_olmo2,
     "gpt_neox": make_gpt_neox,
     "bloom": make_bloom,

@@ -37,6 +37,12 @@ def split_heads(x, cfg: ModelConfig):  # "D>HK", "HK"
     return x.T.reshape(*x.T.shape[:-1], -1, cfg.sizes["K"])
 
 
+def split_heads_of_pairs(x, cfg: ModelConfig):
+    """Rearrange as `split_heads` where RoPE rotates channels (2i, 2i + 1), not (i, i + K/2)."""
+    y = split_heads(x, cfg)
+    return np.concatenate([y[..., ::2], y[..., 1::2]], axis=-1)
+
+
 def merge_heads(x, cfg: ModelConfig):  # "HK>D", and "D" unchanged
     return x if x.ndim == 1 else x.T.reshape(cfg.heads, cfg.sizes["K"], cfg.width)
 
@@ -75,6 +81,11 @@ def take_half_of_experts(i: int) -> Callable:
         return np.split(x, 2, axis=1)[i].swapaxes(1, 2)
 
     return rearrange
+
+
+def take_half_of_columns(i: int) -> Callable:
+    """Return the rearrangement to gate or up, "ED>F", of a fused [E D 2F]."""
+    return lambda x, cfg: np.split(x, 2, axis=2)[i]
 
 
 def transpose_experts(x, cfg: ModelConfig):
@@ -169,6 +180,32 @@ GEMMA2 = [  # and Gemma 3
         norm("mixer.q_norm", "self_attn.q_norm", add_one),
         norm("mixer.k_norm", "self_attn.k_norm", add_one),
         *_LLAMA_GATED,
+    ),
+]
+
+LLAMA4 = [
+    *_LLAMA_EMBEDDINGS,
+    norm("stack.norm", "model.norm"),
+    *layers(
+        "stack",
+        "model.layers.{}",
+        norm("mixer_norm_in", "input_layernorm"),
+        norm("ffn_norm_in", "post_attention_layernorm"),
+        linear("mixer.q", "self_attn.q_proj", split_heads_of_pairs),
+        linear("mixer.k", "self_attn.k_proj", split_heads_of_pairs),
+        linear("mixer.v", "self_attn.v_proj", split_heads),
+        linear("mixer.o", "self_attn.o_proj", merge_heads),
+        *(linear(f"ffn.{x}", f"feed_forward.{x}_proj") for x in ("gate", "up", "down")),
+        *(
+            linear(f"ffn.shared.{x}", f"feed_forward.shared_expert.{x}_proj")
+            for x in ("gate", "up", "down")
+        ),
+        linear("ffn.router", "feed_forward.router"),
+        parameter(
+            "ffn.experts.gate.w", "feed_forward.experts.gate_up_proj", take_half_of_columns(0)
+        ),
+        parameter("ffn.experts.up.w", "feed_forward.experts.gate_up_proj", take_half_of_columns(1)),
+        parameter("ffn.experts.down.w", "feed_forward.experts.down_proj", keep),
     ),
 ]
 

@@ -30,6 +30,7 @@ class Attention(Mixer):
     USES = (
         "rotation",
         "bias",
+        "query_scale",
         "pattern",
         "softcap",
         "qk_norm",
@@ -57,6 +58,7 @@ class Attention(Mixer):
         q, k = layer_context.apply_rotation(q), layer_context.apply_rotation(k)
         if c.qk_norm == "l2" and layer_context.rotate is not None:
             q, k = (apply_rms_norm(y, 1.0, c.norm_eps) for y in (q, k))
+        q = layer_context.scale_queries(q)
         if state is not None:
             (k, v), state = update_kv_cache(state, KV(k, v), layer_context.cursor)
         mask = make_layer_mask(c, self.pattern, self.direction)
