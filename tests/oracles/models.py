@@ -7,7 +7,7 @@ models have no padding token, since its embedding would get no gradient.
 import torch
 import transformers
 from oracles import weights
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, GptOssRotaryEmbedding
 
 from jaxgpt.architecture import ExpertsConfig, ModelConfig, RopeConfig, SparseConfig
 
@@ -144,6 +144,7 @@ def make_llama_with_sinks():
     config = transformers.LlamaConfig(**make_llama_settings(attention_bias=True))
     config.sliding_window = None
     model = transformers.LlamaForCausalLM(config)
+    model.model.rotary_emb = GptOssRotaryEmbedding(config)
     for i, layer in enumerate(model.model.layers):
         layer.self_attn = GptOssAttention(config, i)
     return cfg, model, weights.LLAMA
