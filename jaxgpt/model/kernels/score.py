@@ -1,6 +1,7 @@
 """Attention logits, the same for every kernel: scale, soft cap, bias, mask and sinks."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -66,8 +67,9 @@ class ScoreMod:
 
     def add_to_sinks(self, gradient: jax.Array) -> "ScoreMod":
         """Add [B G M T 1], or [B H T 1], to the sinks, summed over rows and queries."""
+        assert self.sinks is not None
         total = gradient.sum((0, -2, -1)).reshape(-1)
-        return self.replace(sinks=self.sinks + total)
+        return replace(self, sinks=self.sinks + total)
 
     def compute_weights(self, logits: jax.Array) -> jax.Array:
         """Return the softmax of the final logits with the sinks, after dropout."""
@@ -78,6 +80,7 @@ class ScoreMod:
         if self.sinks is not None:
             weights = weights[..., :-1]
         if self.dropout:
+            assert self.dropout_key is not None
             is_kept = jax.random.bernoulli(self.dropout_key, 1 - self.dropout, weights.shape)
             weights = jnp.where(is_kept, weights / (1 - self.dropout), 0)
         return weights
