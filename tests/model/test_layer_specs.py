@@ -35,6 +35,7 @@ CASES = {
     "a tail": MIXED,
     "fewer layers than the cycle has": dataclasses.replace(MIXED, layers=4),
     "no tail": dataclasses.replace(MIXED, layers=6),
+    "temperature": tiny(layers=3, position=("rope", "temperature"), temperature_floor=2),
     "mixers": tiny(layers=5, mixers=("attention", "mamba"), position=("rope", "none", "t5")),
 }
 
@@ -61,10 +62,14 @@ def apply_one_by_one(cfg: ModelConfig, params, tokens):
         layer_cfg = dataclasses.replace(cfg, position=spec.position, rope=spec.rope)
         variables = {"params": table[0]} if spec.position == "t5" else {}
         encoding = POSITION_ENCODINGS[spec.position](layer_cfg).bind(variables)
-        hooks = (encoding.make_rotation(coords.positions),), (encoding.make_bias(),)
-        context = LayerContext(coords, coords, rotations=hooks[0], biases=hooks[1])
-        block = Block(cfg, spec, "causal")
-        x = block.apply({"params": p}, x, None, context.select_position(0))[0]
+        context = LayerContext(
+            coords,
+            coords,
+            rotate=encoding.make_rotation(coords.positions),
+            bias=encoding.make_bias(),
+            query_scale=encoding.make_query_scale(coords.positions),
+        )
+        x = Block(cfg, spec, "causal").apply({"params": p}, x, None, context)[0]
     return NORMS[cfg.norm](cfg).apply({"params": params["stack"]["norm"]}, x)
 
 
