@@ -1,5 +1,6 @@
 """Softmax attention: the projections around an attention kernel."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -9,10 +10,12 @@ import jax.numpy as jnp
 from jaxgpt.config import ModelConfig
 from jaxgpt.dims import declare_param
 from jaxgpt.model.kernels import ScoreMod, attend
+from jaxgpt.model.kernels.dense import apply_weights, compute_logits
 from jaxgpt.model.layers import DTYPES, Linear, make_residual_init, zeros
-from jaxgpt.model.masks import SameSegment, make_layer_mask
+from jaxgpt.model.masks import Coords, SameSegment, make_layer_mask
 from jaxgpt.model.mixers.mixer import KV, LayerContext, Mixer, update_kv_cache
 from jaxgpt.model.norms import NORMS, apply_rms_norm
+from jaxgpt.model.taps import is_patched, is_tapped, tap, tap_input
 from jaxgpt.sharding import constrain
 
 # The letters of the scales of the norms of queries and keys, which are normalized over these
@@ -72,12 +75,11 @@ class Attention(Mixer):
             is_self=state is None,
         )
         q, k, v = constrain(q, "BTHK"), constrain(k, "BTGK"), constrain(v, "BTGK")
-
-        def attend_heads(q, k, v):
-            return attend(c.kernel, q, k, v, layer_context.q_coords, layer_context.k_coords, score)
-
+        attend_heads, inputs = prepare_attention(
+            self, q, k, v, layer_context.q_coords, layer_context.k_coords, score
+        )
         o = Linear(c, "HK>D", make_residual_init(c), site="attention_output", name="o")
-        return o(q, k, v, input_fn=attend_heads), state
+        return o(*inputs, input_fn=attend_heads), state
 
 
 def make_dropout(module: nn.Module) -> dict[str, Any]:
@@ -111,11 +113,36 @@ class CrossAttention(nn.Module):
         assert layer_context.memory_coords is not None
         score = ScoreMod(SameSegment(), scale=c.attention_scale, **make_dropout(self))
         q, k, v = constrain(q, "BTHK"), constrain(k, "BTGK"), constrain(v, "BTGK")
-
-        def attend_heads(q, k, v):
-            return attend(
-                c.kernel, q, k, v, layer_context.q_coords, layer_context.memory_coords, score
-            )
-
+        attend_heads, inputs = prepare_attention(
+            self, q, k, v, layer_context.q_coords, layer_context.memory_coords, score
+        )
         o = Linear(c, "HK>D", make_residual_init(c), site="attention_output", name="o")
-        return o(q, k, v, input_fn=attend_heads), state
+        return o(*inputs, input_fn=attend_heads), state
+
+
+def prepare_attention(
+    module: nn.Module, q, k, v, q_coords: Coords, k_coords: Coords, score: ScoreMod
+) -> tuple[Callable, tuple[jax.Array, ...]]:
+    """Return (function, inputs) whose value is the attention output [B T H K], for `Linear`.
+
+    The function runs the kernel. Logits and weights exist only if `capture` requests them; if it
+    replaces them, their replacement is applied to the values instead of the kernel's.
+    """
+    q, k, v = tap(module, "q", q), tap(module, "k", k), tap(module, "v", v)
+    (B, T, H, _), (S, G) = q.shape, k.shape[1:3]
+
+    def attend_heads(q, k, v):
+        return attend(module.cfg.kernel, q, k, v, q_coords, k_coords, score)
+
+    run: Callable = attend_heads
+    if is_tapped(module, "logits", "weights"):
+        logits = compute_logits(q, k, q_coords, k_coords, score).reshape(B, H, T, S)
+        logits = tap(module, "logits", logits)
+        weights = tap(module, "weights", score.compute_weights(logits))
+        if is_patched(module, "logits", "weights"):
+            by_group = weights.reshape(B, G, H // G, T, S)
+
+            def run(q, k, v):
+                return apply_weights(by_group, v)
+
+    return tap_input(module, "z", run, q, k, v)
