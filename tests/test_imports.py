@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = [
     {"settings"},
-    {"architecture", "script"},
+    {"architecture", "script", "text"},
     {"config"},
     {"dims", "tokenizer"},
     {"sharding"},
