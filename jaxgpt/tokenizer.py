@@ -148,6 +148,23 @@ class Tokenizer:
         canonical = json.dumps(json.loads(self._content), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
+    def check_fingerprint(self, expected: str, run_folder: str) -> None:
+        """Check that this is the tokenizer that a run was trained with.
+
+        Args:
+            expected: its fingerprint, saved with the run; "" if the run is older than that.
+            run_folder: names the run in the error.
+
+        Raises:
+            ConfigError: it is another one, whose ids would mean other text.
+        """
+        if expected and expected != self.fingerprint:
+            raise ConfigError(
+                f"{self._name} is not the tokenizer that {run_folder} was trained with: its "
+                f"fingerprint is {self.fingerprint[:12]}, and that of the run {expected[:12]}. The "
+                "same text would have other ids: put the run's own tokenizer.json back."
+            )
+
     def encode(self, text: str | bytes) -> np.ndarray:
         """Return the ids of a text, without bos or eos.
 

@@ -23,10 +23,15 @@ BYTE_ORDER_MARKS = {
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
 NUL_SHARE = 0.2  # of the bytes of UTF-16 and UTF-32, at least, if a tenth of the text is ASCII
+MIN_COHERENCE = 0.5  # of the frequencies of letters with those of a language: it is that one
+MAX_ACCENTED = 0.25  # of the letters of a language of Western Europe
 
 Chunks = Iterator[bytes]
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")
 _MULTIBYTE = re.compile("[^\x00-\x7f\udc80-\udcff]")
+_NOT_WESTERN = re.compile(
+    r"[^\x00-\x7f\xa0-\xb0\xb4\xb7\xba-\xd6\xd8-\xf6\xf8-\xffŒœŸ€„“”‘’‚‹›–—…•™]|\w[¿¡]\w"
+)
 _CONTROLS = re.compile(rb"[\x00-\x06\x0e-\x1a\x1c-\x1f]")  # never in text, in any encoding here
 
 
@@ -88,7 +93,7 @@ def _recognize_wide(head: bytes) -> str:
         size = 4 if "32" in name else 2
         others = [head[place::4].count(0) for place in range(4) if place not in places]
         nuls = sum(head[place::4].count(0) for place in places)
-        if nuls < NUL_SHARE * len(head) or (size == 2 and sum(others)):
+        if nuls < NUL_SHARE * len(head) or (size == 2 and any(others)):
             continue
         try:
             if "\0" not in head.decode(name):
@@ -170,7 +175,21 @@ def _guess(sample: bytes) -> str:
     # Short texts leave several; then it is the one that most such files are in.
     tied = [match for match in matches if match.chaos <= best.chaos]
     names = {codecs.lookup(name).name for match in tied for name in match.could_be_from_charset}
-    return "cp1252" if {"cp1252", "iso8859-1"} & names else best.encoding
+    is_sure = best.coherence >= MIN_COHERENCE
+    if {"cp1252", "iso8859-1"} & names or (not is_sure and _is_western(whole)):
+        return "cp1252"
+    return best.encoding
+
+
+def _is_western(sample: bytes) -> bool:
+    """Return whether a sample is likely in a language of Western Europe, in cp1252."""
+    try:
+        text = sample.decode("cp1252")
+    except UnicodeDecodeError:
+        return False
+    letters = sum(character.isalpha() for character in text)
+    accented = sum(character.isalpha() and not character.isascii() for character in text)
+    return not _NOT_WESTERN.search(text) and accented <= MAX_ACCENTED * letters
 
 
 def _transcode(path: str, chunks: Chunks, name: str) -> Chunks:

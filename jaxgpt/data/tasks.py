@@ -370,8 +370,8 @@ class ClassifyTask(PairTask):
         numbers = {name: number for number, name in enumerate(self.labels)}
         if unknown := sorted(set(rows.class_names) - numbers.keys()):
             raise ConfigError(
-                f"a text is of the class {unknown[0]!r}, which the model does not have: its classes "
-                f"are {', '.join(map(repr, self.labels))}."
+                f"a text is of the class {unknown[0]!r}, which the model does not have: it has "
+                f"{', '.join(map(repr, self.labels))}."
             )
         rows.classes = np.array([numbers[name] for name in rows.class_names], np.int32)
 

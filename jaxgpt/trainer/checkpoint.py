@@ -40,6 +40,7 @@ class Progress:
     best_step: int = 0
     stale: int = 0  # evaluations since the best one
     data: str = ""  # fingerprint of the tokens trained on
+    tokenizer: str = ""  # fingerprint of the tokenizer, "" in older runs
     is_done: bool = False  # it has stopped early
 
 
@@ -139,10 +140,20 @@ def load_run(run_folder: str, checkpoint: str = "best") -> tuple[Config, Any, An
         step = latest_step(folder)
         if step is not None:
             path = os.path.join(folder, f"{step}")
+            tokenizer.check_fingerprint(_read_progress(path).tokenizer, run_folder)
             with ocp.StandardCheckpointer() as reader, _describe_read_errors(path):
                 params = reader.restore(os.path.join(path, "params"), _make_abstract_params(config))
             return config, tokenizer, params, step
     raise ConfigError(f"{run_folder} has no checkpoint yet: train it first, or for longer.")
+
+
+def _read_progress(folder: str) -> Progress:
+    """Read the progress saved with a checkpoint."""
+    with (
+        _describe_read_errors(folder),
+        ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader,
+    ):
+        return Progress(**reader.restore(os.path.join(folder, "progress")))
 
 
 @contextmanager

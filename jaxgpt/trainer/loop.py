@@ -333,7 +333,7 @@ def open_run(cfg: Config, is_quiet: bool = False) -> Run:
     abstract = abstract_state(cfg.model, optimizer, cfg.seed, mesh)
     if resume_step is None:
         state = make_state(cfg.model, optimizer, cfg.seed, abstract)
-        progress = Progress(data=corpus.fingerprint)
+        progress = Progress(data=corpus.fingerprint, tokenizer=corpus.tokenizer.fingerprint)
         saver.delete_best()  # of a run that was killed before its first checkpoint
     else:
         state, progress = hosts.run_on_all(lambda: _restore(cfg, corpus, saver, abstract))
@@ -398,6 +398,8 @@ def _restore(
             "if the parameters and the optimizer state keep their shapes: give the new run its "
             "own name=..."
         ) from None
+    corpus.tokenizer.check_fingerprint(progress.tokenizer, cfg.run_folder)
+    progress.tokenizer = corpus.tokenizer.fingerprint  # of a run that is older than the field
     if progress.data != corpus.fingerprint and cfg.resume != "force":
         raise ConfigError(
             f"data.source={cfg.data.source!r} has changed since {cfg.run_folder} was started, so "
@@ -446,7 +448,8 @@ def _format_header(run: Run, peak_source: str) -> str:
         f"{run.mesh.devices.flat[0].platform} device(s){f' ({grid})' if grid else ''}",
         f"run    {cfg.run_folder} ({state})",
         f"data   {corpus.source}: {corpus.train_bytes / 1e6:,.1f} MB in "
-        f"{corpus.train_documents:,} {'pairs' if corpus.is_paired else 'documents'}, {corpus.train.ids.size:,} tokens; held out by {corpus.rule}: "
+        f"{corpus.train_documents:,} {'pairs' if corpus.is_paired else 'documents'}, "
+        f"{corpus.train.ids.size:,} tokens; held out by {corpus.rule}: "
         f"{corpus.held_out_bytes / 1e6:,.2f} MB, {corpus.held_out.ids.size:,} tokens; "
         f"{corpus.bytes_per_token:.2f} bytes per token" + (run.task.note and f"; {run.task.note}"),
         f"model  {total:,} parameters: {shown}" + (unsharded and f"; not sharded: {unsharded}"),
