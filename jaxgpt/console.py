@@ -45,9 +45,8 @@ def sample_cli(
         s if s.startswith("sample.") else f"sample.{s.removeprefix('--')}" for s in settings
     ]
     config = override(config, assignments)
-    texts = [*map(_decode_argument, prompts or ()), *(_read_prompts(file) if file else ())] or [
-        config.sample.prompt
-    ]
+    texts = [*map(_decode_argument, prompts or ()), *(_read_prompts(file) if file else ())]
+    texts = texts or [config.sample.prompt]
     print(f"[{run_folder}, step {step}, seed {config.sample.seed}]", file=sys.stderr)
     if config.train.objective in PREDICTORS:
         (answers,) = predict(config, params, tokenizer, texts, read_labels(run_folder))

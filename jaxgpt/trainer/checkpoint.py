@@ -148,12 +148,12 @@ def load_run(run_folder: str, checkpoint: str = "best") -> tuple[Config, Any, An
 
 
 def _read_progress(folder: str) -> Progress:
-    """Read the progress saved with a checkpoint."""
-    with (
-        _describe_read_errors(folder),
-        ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader,
-    ):
-        return Progress(**reader.restore(os.path.join(folder, "progress")))
+    """Read the progress saved with a checkpoint; that of a new run if it was left out."""
+    path = os.path.join(folder, "progress")
+    if not os.path.isdir(path):
+        return Progress()
+    with _describe_read_errors(folder), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        return Progress(**reader.restore(path))
 
 
 @contextmanager
