@@ -76,7 +76,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 
-from benchmarks.hlo import SENDS, Collective, collectives
+from benchmarks.hlo import SENT_FRACTION, Collective, list_collectives
 from benchmarks.step import lower_step
 from jaxgpt.config import Config, ConfigError, ModelConfig, TrainConfig, override
 from jaxgpt.model import abstract_params
@@ -160,7 +160,7 @@ def compile_step(cfg: Config, devices: int) -> Step:
     """Compile the training step of a config for the first `devices` devices."""
     mesh, _, state, lowered = lower_step(cfg, jax.devices()[:devices])
     compiled = lowered.compile(compiler_options=FAST_COMPILE)
-    found = collectives(compiled.as_text() or "")
+    found = list_collectives(compiled.as_text() or "")
     return Step(cfg, mesh, state, compiled.memory_analysis(), found)
 
 
@@ -408,7 +408,7 @@ class Theory:
 def count_sent_bytes(exchanges, mesh) -> float:
     """Count the bytes that a device sends around a ring; an array is (kind, axes, bytes)."""
     return sum(
-        SENDS[kind](math.prod(mesh.shape[axis] for axis in axes)) * size
+        SENT_FRACTION[kind](math.prod(mesh.shape[axis] for axis in axes)) * size
         for kind, axes, size in exchanges
     )
 

@@ -19,7 +19,7 @@ from tiny_runs import config
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))  # benchmarks are not installed
 
 from benchmarks import tpu
-from benchmarks.hlo import collectives
+from benchmarks.hlo import list_collectives
 from benchmarks.step import lower_step
 from jaxgpt.config import Config, ConfigError, load, override
 from jaxgpt.model import count_params
@@ -222,7 +222,7 @@ def test_a_program_for_a_tpu_is_parsed_with_its_loops():
     assert stats.kernels == {"splash": 12}
     assert stats.scores == ["f32[2,3,1024,1024]"]
     assert stats.saved == {"bf16[12,64,32768]": 1}  # the other has the size of a parameter
-    assert [(c.kind, c.times) for c in collectives(text)] == [("all-reduce", 12)]
+    assert [(c.kind, c.times) for c in list_collectives(text)] == [("all-reduce", 12)]
     # One slice of the stack, the copy, the kernel's input and output, the sum, the condition.
     square = 4 * 2**20
     assert stats.traffic == 12 * (square + square + 2 * square + 64 + 5)

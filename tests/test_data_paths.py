@@ -22,15 +22,12 @@ def find(folder, pattern=""):
     return [os.path.relpath(path, folder) for path in find_files(os.path.join(folder, pattern))]
 
 
-@pytest.mark.parametrize("pattern", ["", "**", "**/*.txt", "*/../**/*.txt"])
+@pytest.mark.parametrize("pattern", ["", "**", "**/*.txt", "**/**/*.txt"])
 def test_a_link_to_its_own_folder_is_not_followed_again(tmp_path, pattern):
     make_files(tmp_path, ["a.txt", "in/b.txt"])
     for name in ("loop", "again", "in/up"):
         (tmp_path / name).symlink_to(tmp_path, target_is_directory=True)
-    names = {os.path.basename(path) for path in find(tmp_path, pattern)}
-    assert names == {"a.txt", "b.txt"}
-    if ".." not in pattern:
-        assert find(tmp_path, pattern) == ["a.txt", "in/b.txt"]
+    assert find(tmp_path, pattern) == ["a.txt", "in/b.txt"]
 
 
 def test_a_link_to_another_folder_is_followed_once(tmp_path):
