@@ -88,6 +88,10 @@ def test_utf8_is_not_changed_even_where_it_is_damaged(text, piece):
         assert decode(damaged, piece=max(piece, 1000)) == damaged
 
 
+def test_a_mark_is_found_after_an_empty_chunk():  # as decompressors yield them
+    assert b"".join(decode_chunks("a.txt", iter([b"", codecs.BOM_UTF8, b"", b"x"]))) == b"x"
+
+
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\0\ufeff")), st.integers(1, 20))
 def test_any_utf8_is_not_changed(text, piece):
     assert decode(text.encode(), piece=piece).decode() == text
@@ -119,7 +123,8 @@ def test_utf16_without_a_mark_or_nuls_is_not_taken_silently():
 
 def test_an_encoding_can_be_named():
     assert decode(FRENCH.encode("mac-roman"), "mac-roman").decode() == FRENCH
-    assert decode(FRENCH.encode("utf-16"), "utf-16").decode() == FRENCH
+    for name in ("utf-16", "utf-16-le"):
+        assert decode(codecs.BOM_UTF16_LE + FRENCH.encode("utf-16-le"), name).decode() == FRENCH
     assert decode(b"\xef\xbb\xbf\xff\0", "utf-8") == b"\xff\0"  # any bytes pass
     with pytest.raises(ConfigError, match="is not ascii after byte 0"):
         decode("é".encode(), "ascii")

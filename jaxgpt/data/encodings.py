@@ -53,7 +53,7 @@ def decode_chunks(path: str, chunks: Chunks, encoding: str = "auto") -> Chunks:
     name = encoding
     if encoding == "auto":
         name = BYTE_ORDER_MARKS.get(mark) or _recognize_wide(head) or "auto"
-    elif codecs.lookup(encoding).name != "utf-8" or BYTE_ORDER_MARKS.get(mark) != "utf-8":
+    elif codecs.lookup(encoding).name != BYTE_ORDER_MARKS.get(mark):
         mark = b""  # the codec knows what to do with it
     chunks = _skip(chunks, len(mark))
     if codecs.lookup("utf-8" if name == "auto" else name).name != "utf-8":
@@ -69,7 +69,7 @@ def decode_chunks(path: str, chunks: Chunks, encoding: str = "auto") -> Chunks:
 def _peek(chunks: Chunks, first: bytes = b"") -> tuple[bytes, Chunks]:
     """Return the first SAMPLE_BYTES or more, or all there are, and the chunks with them."""
     taken, size = [first], len(first)
-    while size < SAMPLE_BYTES and (chunk := next(chunks, b"")):
+    while size < SAMPLE_BYTES and (chunk := next(chunks, None)) is not None:  # it may be empty
         taken.append(chunk)
         size += len(chunk)
     head = b"".join(taken)
