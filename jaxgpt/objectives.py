@@ -11,42 +11,59 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jaxgpt.backend import get_backend
 from jaxgpt.config import TrainConfig
 from jaxgpt.data import Batch, tasks
 from jaxgpt.model import Coords, EncoderInput, Head, make_head
 from jaxgpt.model.kernels.score import MASKED_LOGIT
-from jaxgpt.model.layers import transpose_copy
+from jaxgpt.model.products import transpose_copy
 from jaxgpt.sharding import (
     constrain,
     get_active_mesh,
     get_axis_names,
-    get_platform,
     make_spec,
     map_shards,
 )
 
-# Numbers of logits per chunk. On a CPU a chunk should fit the cache: for [4096 384] x [8192], loss
-# and gradient take 462 ms at 2**22 and 553 ms at 2**25. Accelerators need larger products.
-MAX_CHUNK_SCORES = {"cpu": 2**22}
-DEFAULT_MAX_CHUNK_SCORES = 2**28
-VOCAB_ALIGNMENT = 64  # the vocabulary is padded to a multiple: GPT-2 has 50257 tokens
+# The metrics of an objective by name: sums over tokens or texts, float32 [] each, so that parts of
+# a batch can be added. Every objective has
+#
+#     loss       what is minimized: nats, with smoothing and auxiliary losses
+#     nats       plain negative log-likelihood, nats
+#     weight     tokens that count
+#     correct    of these, tokens whose likeliest prediction is right
+#
+# and may have `confusion` [A A] (texts by true and predicted class), and metrics of its own: their
+# sums divided by `weight` are in metrics.jsonl, TensorBoard and the console under the same name.
+Sums = dict[str, jax.Array]
+SUM_NAMES = ("loss", "nats", "weight", "correct", "confusion")
+RESERVED_METRICS = (
+    *("accuracy", "tokens", "grad_norm", "lr", "tokens_per_second", "mfu", "eta_seconds"),
+    *("perplexity", "bits_per_byte", "kind", "step"),
+)
 
 
-class Sums(NamedTuple):
-    """Sums over tokens or texts, float32 [] each, so that parts of a batch can be added."""
+def compute_own_means(sums: Sums, weight) -> dict[str, Any]:
+    """Return the metrics that only this objective has, divided by `weight`.
 
-    loss: jax.Array  # what is minimized: nats, with smoothing and auxiliary losses
-    nats: jax.Array  # plain negative log-likelihood, nats
-    weight: jax.Array  # tokens that count
-    correct: jax.Array  # of these, tokens whose likeliest prediction is right
-    confusion: jax.Array | None = None  # [A A], texts by true and predicted class
+    Raises:
+        ValueError: one is no scalar, or has the name of another metric.
+    """
+    own = {name: x for name, x in sums.items() if name not in SUM_NAMES}
+    for name, x in own.items():
+        if name in RESERVED_METRICS or x.shape:
+            raise ValueError(
+                f"an objective returned the metric {name!r} of shape {list(x.shape)}: a metric is "
+                f"a sum of shape [], and its name none of {', '.join(RESERVED_METRICS)}."
+            )
+    return {name: x / weight for name, x in own.items()}
 
 
 @jax.custom_vjp
@@ -104,8 +121,6 @@ def _normalize_backward(saved, cotangents):
 
 
 normalize_in_one_pass.defvjp(_normalize_forward, _normalize_backward)
-# By platform, where it is not `normalize_in_two_passes`: CPU compilers make scalar loops of it.
-NORMALIZERS = {"gpu": normalize_in_one_pass}
 
 
 def chunk_loss(hidden, head: Head, targets, weights, smoothing: float, z_loss: float):
@@ -127,7 +142,8 @@ def chunk_loss(hidden, head: Head, targets, weights, smoothing: float, z_loss: f
     chex.assert_rank(hidden, 2)
     chex.assert_shape([targets, weights], hidden.shape[:1])
     scores = constrain(head(hidden), "NV")
-    maximum, log_z = NORMALIZERS.get(get_platform(), normalize_in_two_passes)(scores)
+    is_one_pass = get_backend().use_one_pass_normalizer
+    maximum, log_z = (normalize_in_one_pass if is_one_pass else normalize_in_two_passes)(scores)
     hit = gather_target_scores(scores, targets)
     nats = log_z - hit
     loss = nats
@@ -140,7 +156,13 @@ def chunk_loss(hidden, head: Head, targets, weights, smoothing: float, z_loss: f
     # A target with the maximum score is the prediction: one comparison instead of an argmax over V.
     correct = hit >= maximum
     total = jnp.sum(weights * loss)
-    return total, Sums(total, jnp.sum(weights * nats), jnp.sum(weights), jnp.sum(weights * correct))
+    sums = dict(
+        loss=total,
+        nats=jnp.sum(weights * nats),
+        weight=jnp.sum(weights),
+        correct=jnp.sum(weights * correct),
+    )
+    return total, sums
 
 
 def vocabulary_loss(
@@ -169,19 +191,22 @@ def vocabulary_loss(
     chex.assert_rank(head.table, 2)
     chex.assert_axis_dimension(head.table, 1, D)
     chex.assert_shape([targets, weights], (B, T))
-    scores = MAX_CHUNK_SCORES.get(get_platform(), DEFAULT_MAX_CHUNK_SCORES)
-    chunk = chunk or max(1, scores // head.table.shape[0])
-    table, V, letters = constrain(head.table, "V."), head.table.shape[0], "VD"
-    if get_platform() == "cpu":
-        table, letters = transpose_copy(table), "DV"
-    if get_platform() == "gpu":  # tensor cores reach full speed only with aligned rows
-        padding = -V % VOCAB_ALIGNMENT
+    chunk = chunk or max(1, get_backend().max_chunk_scores // head.table.shape[0])
+    loss = functools.partial(chunk_loss, smoothing=smoothing, z_loss=z_loss)
+    return _sum_over_chunks(loss, chunk, hidden, _lay_out_head(head), targets, weights)
+
+
+def _lay_out_head(head: Head) -> Head:
+    """Return the head with its table [V D] padded and transposed as the platform multiplies it."""
+    backend, V = get_backend(), head.table.shape[0]
+    table = constrain(head.table, "V.")
+    if padding := -V % backend.vocab_alignment:
         table = jnp.pad(table, [(0, padding), (0, 0)])
         bias = head.bias if head.bias is None else jnp.pad(head.bias, (0, padding))
-        head = dataclasses.replace(head, bias=bias, vocab=V if padding else None)
-    head = dataclasses.replace(head, table=table, letters=letters)
-    loss = functools.partial(chunk_loss, smoothing=smoothing, z_loss=z_loss)
-    return _sum_over_chunks(loss, chunk, hidden, head, targets, weights)
+        head = dataclasses.replace(head, bias=bias, vocab=V)
+    if backend.use_transposed_copies:
+        return dataclasses.replace(head, table=transpose_copy(table), letters="DV")
+    return dataclasses.replace(head, table=table)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -198,7 +223,7 @@ def _sum_over_chunks(loss: Callable, chunk: int, hidden, head, targets, weights)
         return None, jax.lax.scan(add, _make_zero_sums(), chunks)[0]
 
     _, sums = _run_on_shards(compute_local, hidden, head, targets, weights)
-    return sums.loss, sums
+    return sums["loss"], sums
 
 
 def _sum_over_chunks_forward(loss, chunk, hidden, head, targets, weights):
@@ -216,7 +241,7 @@ def _sum_over_chunks_forward(loss, chunk, hidden, head, targets, weights):
         return d_hidden.reshape(hidden.shape), carry
 
     d_hidden, (sums, d_head) = _run_on_shards(compute_local, hidden, head, targets, weights)
-    return (sums.loss, sums), (d_hidden, d_head)
+    return (sums["loss"], sums), (d_hidden, d_head)
 
 
 def _sum_over_chunks_backward(loss, chunk, saved, cotangents):
@@ -260,12 +285,12 @@ def _run_on_shards(compute_local, hidden, head, targets, weights):
 
 
 def _make_zero_sums() -> Sums:
-    return Sums(*(jnp.zeros((), jnp.float32) for _ in range(4)))
+    return {name: jnp.zeros((), jnp.float32) for name in ("loss", "nats", "weight", "correct")}
 
 
 # --- losses: (model, params, batch, rngs, cfg) -> (summed loss [], Sums) ---------------------
 #
-# `rngs` is {"dropout": key} to train with dropout, {} without. Divide by `Sums.weight` for means.
+# `rngs` is {"dropout": key} to train with dropout, {} without. Divide by `weight` for means.
 
 Loss = Callable[[Any, Any, Batch, dict, TrainConfig], tuple[jax.Array, Sums]]
 
@@ -329,12 +354,12 @@ def classification_loss(
     predicted = jax.nn.one_hot(jnp.argmax(scores, axis=-1), scores.shape[-1])
     confusion = jnp.einsum("B,BA,BG->AG", weights, one_hot_targets, predicted)
     total = jnp.sum(weights * loss)
-    sums = Sums(
-        total,
-        jnp.sum(weights * nats),
-        jnp.sum(weights),
-        jnp.trace(confusion),
-        confusion,
+    sums = dict(
+        loss=total,
+        nats=jnp.sum(weights * nats),
+        weight=jnp.sum(weights),
+        correct=jnp.trace(confusion),
+        confusion=confusion,
     )
     return _add_aux_loss(total, sums, aux, cfg)
 
@@ -342,8 +367,8 @@ def classification_loss(
 def _add_aux_loss(loss, sums: Sums, aux, cfg: TrainConfig) -> tuple[jax.Array, Sums]:
     """Add the auxiliary losses of the layers: the load-balancing loss of experts."""
     aux_loss = sum(map(jnp.sum, jax.tree.leaves(aux)), jnp.float32(0))
-    loss = loss + cfg.balance * aux_loss * sums.weight
-    return loss, sums._replace(loss=loss)
+    loss = loss + cfg.balance * aux_loss * sums["weight"]
+    return loss, sums | {"loss": loss}
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = [
     {"settings"},
-    {"architecture", "config_files", "optional", "script", "text"},
+    {"architecture", "config_files", "optional", "plugins", "script", "text"},
     {"config"},
-    {"dims", "tokenizer"},
+    {"backend", "dims", "tokenizer"},
     {"sharding"},
-    {"hosts", "moments"},
+    {"hosts", "moments", "selection"},
     {"data", "model"},
     {"objectives", "optimizer", "generate"},
     {"predict"},

@@ -6,6 +6,7 @@ import random
 from typing import NamedTuple
 
 import jax
+import matplotlib.image
 import numpy as np
 
 from jaxgpt.config import (
@@ -125,7 +126,7 @@ class Training(NamedTuple):
                 shardings = jax.tree.map(lambda x: make_batch_sharding(self.mesh, x.shape), batch)
                 batch = jax.device_put(batch, shardings)
                 state, metrics = self.step(state, batch)
-                losses.append(float(metrics.loss))
+                losses.append(float(metrics["loss"]))
         return state, losses
 
 
@@ -133,7 +134,7 @@ def make_training(cfg: Config, devices: int = 1) -> Training:
     mesh = make_mesh(cfg.mesh, devices=jax.devices()[:devices])
     _, letters = abstract_params(cfg.model)
     optimizer, schedule = build_optimizer(cfg.optimizer, cfg.train.steps, letters)
-    abstract = abstract_state(cfg.model, optimizer, cfg.seed, mesh)
+    abstract = abstract_state(cfg.model, optimizer, cfg.seed, mesh, cfg.optimizer.train)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     make_first = functools.cache(lambda: make_state(cfg.model, optimizer, cfg.seed, abstract))
     step = make_train_step(cfg, build(cfg.model), optimizer, schedule)
@@ -174,6 +175,12 @@ def assert_same_bits(a, b):
         to_numpy(a),
         to_numpy(b),
     )
+
+
+def has_drawing(path) -> bool:
+    """Return whether a PNG file has colors: axes and text are gray, curves and matrices are not."""
+    colors = matplotlib.image.imread(path)[..., :3]
+    return bool(np.ptp(colors, axis=-1).max() > 0.1)
 
 
 def single_device_env(environment=None) -> dict[str, str]:

@@ -13,10 +13,12 @@ elsewhere, three flags describe the processes:
 """
 
 import argparse
+import os
 import sys
 
 from jaxgpt import config as configs
 from jaxgpt.config_files import find_config
+from jaxgpt.plugins import import_plugins, parse_plugins
 
 
 def main(argv: list[str], program: str) -> int:
@@ -50,6 +52,7 @@ def main(argv: list[str], program: str) -> int:
     args, more = parser.parse_known_intermixed_args(argv)
     settings = args.settings + more
     if args.help:
+        import_plugins(parse_plugins(settings) or (), configs.list_tables())
         parser.print_help()
         print(f"\nsettings and their defaults:\n{configs.describe()}")
         return 0
@@ -57,10 +60,13 @@ def main(argv: list[str], program: str) -> int:
     configs.parse_assignments(settings)
 
     from jaxgpt import hosts, trainer
+    from jaxgpt.trainer.memory import retain_freed_memory
 
-    with hosts.distributed(args.coordinator, args.processes, args.process, args.timeout):
+    processes = args.coordinator, args.processes, args.process, args.timeout
+    with hosts.distributed(*processes, end_process=os._exit):
         try:
             config = hosts.run_on_all(lambda: configs.load(args.config, settings))
+            retain_freed_memory()
             trainer.train(config)
         except trainer.DivergedError as error:
             print(f"{program}: {error}", file=sys.stderr)

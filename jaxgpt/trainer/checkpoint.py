@@ -12,7 +12,7 @@ optimizer and random state, so that sampling reads no more than it needs.
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +42,9 @@ class Progress:
     stale: int = 0  # evaluations since the best one
     data: str = ""  # fingerprint of the tokens trained on
     tokenizer: str = ""  # fingerprint of the tokenizer, "" in older runs
+    evaluation: str = ""  # what `best_loss` was measured on (see `run.describe_evaluation`)
     is_done: bool = False  # it has stopped early
+    stop_reason: str = ""
 
 
 class ShapeMismatchError(ConfigError):
@@ -120,12 +122,15 @@ class Checkpoints:
         self._best.close()
 
 
-def load_run(run_folder: str, checkpoint: str = "best") -> tuple[Config, Any, Any, int]:
+def load_run(
+    run_folder: str, checkpoint: str = "best", plugins: Sequence[str] | None = None
+) -> tuple[Config, Any, Any, int]:
     """Load a run for inference.
 
     Args:
         run_folder: such as runs/gpt_mini.
         checkpoint: "best" (the latest if there is no best) or "latest".
+        plugins: see `read_config`.
 
     Returns:
         (config, tokenizer, params, step).
@@ -133,7 +138,7 @@ def load_run(run_folder: str, checkpoint: str = "best") -> tuple[Config, Any, An
     Raises:
         ConfigError: there is no such run, or it has no checkpoint yet, or it cannot be read.
     """
-    config = read_config(run_folder)
+    config = read_config(run_folder, plugins)
     tokenizer = tokenizers.load(os.path.join(run_folder, "tokenizer.json"))
     order = {"best": ("best", "checkpoints"), "latest": ("checkpoints",)}
     for name in configs.choose(order, checkpoint, "checkpoint"):
@@ -142,10 +147,14 @@ def load_run(run_folder: str, checkpoint: str = "best") -> tuple[Config, Any, An
         if step is not None:
             path = os.path.join(folder, f"{step}")
             tokenizer.check_fingerprint(_read_progress(path).tokenizer, run_folder)
-            with ocp.StandardCheckpointer() as reader, _describe_read_errors(path):
-                params = reader.restore(os.path.join(path, "params"), _make_abstract_params(config))
-            return config, tokenizer, params, step
+            return config, tokenizer, read_params(path, _make_abstract_params(config)), step
     raise ConfigError(f"{run_folder} has no checkpoint yet: train it first, or for longer.")
+
+
+def read_params(folder: str, abstract) -> Any:
+    """Read the parameters of one checkpoint, with the shapes and shardings of `abstract`."""
+    with ocp.StandardCheckpointer() as reader, _describe_read_errors(folder):
+        return reader.restore(os.path.join(folder, "params"), abstract)
 
 
 def _read_progress(folder: str) -> Progress:
@@ -219,11 +228,15 @@ def latest_step(folder: str) -> int | None:
     return max(ocp.utils.checkpoint_steps(folder), default=None)
 
 
-def read_config(run_folder: str) -> Config:
-    """Read the config of a run."""
+def read_config(run_folder: str, plugins: Sequence[str] | None = None) -> Config:
+    """Read the config of a run.
+
+    Args:
+        plugins: modules, or paths of .py files, in place of those that the config names.
+    """
     path = find_run_config(run_folder)
     with open(path) as file:
-        return configs.from_json(file.read(), path)
+        return configs.from_json(file.read(), path, plugins)
 
 
 def read_labels(run_folder: str) -> list[str]:

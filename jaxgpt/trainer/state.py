@@ -1,5 +1,6 @@
 """The training state: everything that changes during training, as one pytree."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -9,9 +10,11 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding
 
 from jaxgpt import sharding
+from jaxgpt.backend import get_backend
 from jaxgpt.config import ModelConfig
 from jaxgpt.model import abstract_params, init_params
 from jaxgpt.optimizer import get_state_letters
+from jaxgpt.selection import select_letters
 
 
 class TrainState(struct.PyTreeNode):
@@ -30,15 +33,17 @@ def init_state(cfg: ModelConfig, optimizer: optax.GradientTransformation, seed: 
     return TrainState(jax.numpy.int32(0), params, optimizer.init(params), rng)
 
 
-def abstract_state(cfg: ModelConfig, optimizer, seed: int, mesh: Mesh) -> TrainState:
+def abstract_state(
+    cfg: ModelConfig, optimizer, seed: int, mesh: Mesh, trained: Sequence[str] = ()
+) -> TrainState:
     """Return the result of `init_state` as shapes and shardings in place of arrays.
 
     Optimizer moments are sharded like their parameters; state that belongs to no parameter is
-    small, and replicated.
+    small, and replicated. `trained`: the patterns `optimizer.train` that the optimizer is made for.
     """
     shapes = jax.eval_shape(lambda: init_state(cfg, optimizer, seed))
     _, letters = abstract_params(cfg)
-    moments = get_state_letters(optimizer, shapes.opt_state, letters)
+    moments = get_state_letters(optimizer, shapes.opt_state, select_letters(letters, trained))
     letters = shapes.replace(step="", params=letters, opt_state=moments, rng="")
     return jax.tree.map(_add_sharding, shapes, sharding.make_shardings(shapes, letters, mesh))
 
@@ -50,7 +55,7 @@ def _add_sharding(x: jax.ShapeDtypeStruct, target: NamedSharding) -> jax.ShapeDt
 def make_state(cfg: ModelConfig, optimizer, seed: int, abstract: TrainState) -> TrainState:
     """Run `init_state` with every array created sharded, each device making its own shard."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    # Halves the compile time on a CPU, with bit-identical results.
-    options = {"xla_backend_optimization_level": 1} if sharding.get_platform() == "cpu" else None
+    level = get_backend().init_optimization_level
+    options = None if level is None else {"xla_backend_optimization_level": level}
     init = partial(init_state, cfg, optimizer, seed)
     return jax.jit(init, out_shardings=shardings, compiler_options=options)()
