@@ -203,20 +203,25 @@ class Tokenizer:
             One int32 [N] per document: the same as `encode` returns.
         """
         ids: list[list[np.ndarray]] = [[] for _ in documents]
-        for place, piece in self.encode_pieces(documents):
+        for place, piece in self._encode_parts(documents):
             ids[place].append(piece)
         return [pieces[0] if len(pieces) == 1 else np.concatenate(pieces) for pieces in ids]
 
     def encode_pieces(self, documents: Sequence[str | bytes]) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the ids of many texts in pieces, computed on all cores in bounded memory.
+        """Return the ids of many texts in pieces, computed on all cores in bounded memory.
 
         Args:
             documents: as for `encode`.
 
-        Yields:
-            The index of a document and the next of its ids, int32 [N], in order; at least one piece
-            per document.
+        Returns:
+            Pairs of the index of a document and the next of its ids, int32 [N], in order; at least
+            one per document.
         """
+        if type(self).encode_batch is Tokenizer.encode_batch:
+            return self._encode_parts(documents)
+        return enumerate(self.encode_batch(documents))  # of another kind of tokenizer
+
+    def _encode_parts(self, documents: Sequence[str | bytes]) -> Iterator[tuple[int, np.ndarray]]:
         parts = (
             (place, part)
             for place, document in enumerate(documents)

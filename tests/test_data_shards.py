@@ -113,7 +113,7 @@ def test_tokens_have_two_bytes_if_the_vocabulary_allows(cfg, monkeypatch):
     corpus = prepare(cfg, VOCAB)
     assert (corpus.train.ids.dtype, corpus.train.starts.dtype) == (np.uint16, np.int64)
     large = tokenizers.make_byte_tokenizer()
-    large.vocab_size = 65_537
+    large.token_bytes += [b""] * (65_537 - large.vocab_size)
     monkeypatch.setattr(tokenizers, "make_byte_tokenizer", lambda: large)
     assert prepare(override(cfg, tokenizer="bytes"), 70_000).train.ids.dtype == np.uint32
 
