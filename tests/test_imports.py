@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = [
     {"settings"},
     {"sections"},
-    {"architecture", "config_files", "optional", "plugins", "script"},
+    {"architecture", "config_files", "optional", "plugins", "script", "text"},
     {"config"},
     {"backend", "dims", "tokenizer"},
     {"sharding"},
