@@ -1,6 +1,8 @@
 """What people read on a terminal: predictions as text, and the command line of sample.py."""
 
+import codecs
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -44,7 +46,8 @@ def sample_cli(
     model = load(run_folder, checkpoint=checkpoint, plugins=parse_plugins(settings))
     model = dataclasses.replace(model, config=override(model.config, settings))
     sample = model.config.sample
-    texts = [*(prompts or ()), *(_read_prompts(file) if file else ())] or [sample.prompt]
+    texts = [*map(_decode_argument, prompts or ()), *(_read_prompts(file) if file else ())]
+    texts = texts or [sample.prompt]
     print(f"[{run_folder}, step {model.step}, seed {sample.seed}]", file=sys.stderr)
     if "generate" not in model.abilities:
         for text, answer in zip(texts, format_predictions(model, texts), strict=True):
@@ -119,16 +122,24 @@ def _print_rows(prompts: Sequence[str], stream: Iterator[list[Generation]]) -> l
     return rows
 
 
+def _decode_argument(text: str) -> str:
+    """Return an argument as UTF-8, whatever the locale that Python read it by."""
+    if sys.getfilesystemencoding() == "utf-8":
+        return text
+    return os.fsencode(text).decode("utf-8", "surrogateescape")
+
+
 def _read_prompts(file: str) -> list[str]:
     """Return the lines of a file that are not blank."""
     try:
         if file == "-":
-            text = sys.stdin.read()
+            content = sys.stdin.buffer.read()
         else:
-            with open(file, encoding="utf-8", errors="surrogateescape") as handle:
-                text = handle.read()
+            with open(file, "rb") as handle:
+                content = handle.read()
     except OSError as error:
         raise ConfigError(f"--file {file}: {error.strerror}.") from None
+    text = content.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
     prompts = [line for line in text.splitlines() if line.strip()]
     if not prompts:
         raise ConfigError(f"--file {file} has no prompt: give one per line.")

@@ -79,13 +79,15 @@ def prepare_decode_params(cfg: ModelConfig, params):
     They are copies. From stacked layers, every token would copy the parameters of each layer.
     """
     _, letters = abstract_params(cfg)
-    layer_letters = jax.tree.map(lambda x: x.removeprefix("L"), letters["stack"]["layers"])
     params = unstack_layers(params)
-    layers = {
-        name: jax.tree.map(constrain, layer, layer_letters)
-        for name, layer in params["stack"]["layers"].items()
-    }
-    return params | {"stack": params["stack"] | {"layers": layers}}
+    stack = dict(params["stack"])
+    for group in {"layers", "tail"} & stack.keys():
+        layer_letters = jax.tree.map(lambda x: x.removeprefix("L"), letters["stack"][group])
+        stack[group] = {
+            name: jax.tree.map(constrain, layer, layer_letters)
+            for name, layer in stack[group].items()
+        }
+    return params | {"stack": stack}
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "slots"))

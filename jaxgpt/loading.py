@@ -94,7 +94,9 @@ def load_run(
         folder = os.path.abspath(os.path.join(run_folder, name))
         step = latest_step(folder)
         if step is not None:
-            params = _load_params(os.path.join(folder, str(step)), config, dtype, mesh)
+            path = os.path.join(folder, str(step))
+            tokenizer.check_fingerprint(_read_progress(path).get("tokenizer", ""), run_folder)
+            params = _load_params(path, config, dtype, mesh)
             return LanguageModel(config, params, tokenizer, tuple(read_labels(run_folder)), step)
     raise ConfigError(f"{run_folder} has no checkpoint yet: train it first, or for longer.")
 
@@ -136,7 +138,7 @@ def save(model: LanguageModel, folder: str | os.PathLike):
     hosts.run_on_all(lambda: _write_files(model, partial))
     with make_manager(os.path.join(partial, "best"), 1) as manager:
         params, progress = ocp.args.StandardSave(model.params), ocp.args.JsonSave(
-            {"step": model.step, "best_step": model.step}
+            {"step": model.step, "tokenizer": model.tokenizer.fingerprint}
         )  # fmt: skip
         manager.save(model.step, args=ocp.args.Composite(params=params, progress=progress))
     hosts.run_on_all(lambda: _rename(partial, folder))
@@ -222,6 +224,15 @@ def describe_read_errors(folder: str) -> Iterator[None]:
         raise ConfigError(
             f"the checkpoint {folder} is damaged ({reason}). Delete this folder: {fallback}."
         ) from error
+
+
+def _read_progress(folder: str) -> dict[str, Any]:
+    """Read the progress saved with a checkpoint; nothing if it was left out."""
+    path = os.path.join(folder, "progress")
+    if not os.path.isdir(path):
+        return {}
+    with describe_read_errors(folder), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        return reader.restore(path)
 
 
 def read_params(folder: str, abstract) -> Any:
