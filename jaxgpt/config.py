@@ -310,6 +310,7 @@ class Config(Section):
 
     @property
     def run_folder(self) -> str:
+        """Return the path of the run's folder."""
         return os.path.join(self.folder, self.name)
 
     def check(self):

@@ -89,6 +89,7 @@ class SamplingParams(struct.PyTreeNode):
 
     @classmethod
     def from_config(cls, cfg: SampleConfig, allowed) -> "SamplingParams":
+        """Make them from settings; `allowed` is bool [V], see `sampleable_tokens`."""
         names = cls.__annotations__.keys() - {"allowed"}
         values = {name: jnp.asarray(getattr(cfg, name)) for name in names}
         return cls(**values, allowed=jnp.asarray(allowed))

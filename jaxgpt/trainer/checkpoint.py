@@ -55,6 +55,7 @@ class Checkpoints:
         self._best = _make_manager(os.path.join(run_folder, "best"), 1)
 
     def latest_step(self) -> int | None:
+        """Return the step of the latest checkpoint, or None."""
         return self._latest.latest_step()
 
     def save(self, state: TrainState, progress: Progress):
@@ -114,6 +115,7 @@ class Checkpoints:
         self._best.wait_until_finished()
 
     def close(self):
+        """Finish saving and release the folders."""
         self._latest.close()
         self._best.close()
 

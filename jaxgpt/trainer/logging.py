@@ -39,6 +39,7 @@ class MetricsFile:
 
     @hosts.run_on_first
     def close(self):
+        """Close the files of the run."""
         self._file.close()
         self._board.close()
 
@@ -152,6 +153,7 @@ class Console:
             self._bar = tqdm(total=steps, initial=step, bar_format=layout, dynamic_ncols=True)
 
     def log(self, text: str = ""):
+        """Print a line, above the progress bar if there is one."""
         if self._is_quiet:
             return
         if self._bar is None:
@@ -174,6 +176,7 @@ class Console:
             self._bar.update(step - self._bar.n)
 
     def close(self):
+        """Leave the progress bar as it is and end it."""
         if self._bar is not None:
             self._bar.close()
 

@@ -158,7 +158,7 @@ class GatedCell(Mixer):
 
 
 class LSTMState(NamedTuple):
-    """float32."""
+    """Hidden and cell state, float32."""
 
     h: jax.Array  # [B D], the hidden state
     c: jax.Array  # [B D], the cell state
@@ -187,7 +187,7 @@ class LSTM(GatedCell):
 
 
 class GRUState(NamedTuple):
-    """float32."""
+    """Hidden state, float32."""
 
     h: jax.Array  # [B D]
 
