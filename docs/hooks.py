@@ -14,6 +14,10 @@ from jaxgpt.settings import get, list_fields, resolve_table
 ROOT = pathlib.Path(__file__).parent.parent
 SETTINGS = "<!-- table: settings -->"
 READING_ROW = re.compile(r"^\| (`[\w/]+\.py`.*?) \| (.*) \|$", re.M)
+EXTERNAL = re.compile(
+    r"""<(?:script|img|iframe)[^>]*?\ssrc=["']?(?:https?:)?//[^>]*>|"""
+    r"""<link[^>]*?rel=["']?stylesheet[^>]*?href=["']?(?:https?:)?//[^>]*>"""
+)
 READING_HEAD = "| read | for |\n|---|---|\n"
 
 
@@ -31,9 +35,7 @@ def format_settings() -> str:
         section = key.rpartition(".")[0] or "run"
         sections.setdefault(section, []).append(f"| `{key}` | `{default}` | {meaning} |")
     head = "| setting | default | meaning |\n|---|---|---|\n"
-    return "\n\n".join(
-        f"## {name}\n\n{head}" + "\n".join(rows) for name, rows in sections.items()
-    )
+    return "\n\n".join(f"## {name}\n\n{head}" + "\n".join(rows) for name, rows in sections.items())
 
 
 def count_lines(entry: str) -> int:
@@ -71,6 +73,13 @@ def add_line_counts(markdown: str) -> str:
     last = f"| {rows[-1][0]} | {rows[-1][1]} | {rows[-1][2]} |"
     markdown = markdown.replace(READING_HEAD, "| read | for | lines |\n|---|---|---:|\n")
     return markdown.replace(last, f"{last}\n{total}")
+
+
+def on_post_page(output: str, page, **_) -> str:
+    """Refuse a page that would load something from elsewhere (called by mkdocs)."""
+    if found := EXTERNAL.findall(output):
+        raise ValueError(f"{page.file.src_uri} loads from elsewhere: {', '.join(found)}.")
+    return output
 
 
 def on_page_markdown(markdown: str, page, **_) -> str:

@@ -424,8 +424,9 @@ def load(path: str, assignments: Iterable[str] = ()) -> Config:
 def override(config: Config, assignments: Iterable[str]) -> Config:
     """Apply `path=value` assignments, all at once, so that only the result must be valid.
 
-    >>> override(Config(), ["model.width=512", "model.heads=8"]).model.sizes["K"]
-    64
+    Examples:
+        >>> override(Config(), ["model.width=512", "model.heads=8"]).model.sizes["K"]
+        64
     """
     tree = to_dict(config)
     hints = list_types(type(config))

@@ -40,9 +40,10 @@ def build(
     Raises:
         ConfigError: the rule or the schedule is unknown.
 
-    >>> optimizer, schedule = build(OptimizerConfig(lr=1.0, warmup=4), 100, {"w": "D>F"})
-    >>> [float(schedule(step)) for step in range(4)]
-    [0.25, 0.5, 0.75, 1.0]
+    Examples:
+        >>> optimizer, schedule = build(OptimizerConfig(lr=1.0, warmup=4), 100, {"w": "D>F"})
+        >>> [float(schedule(step)) for step in range(4)]
+        [0.25, 0.5, 0.75, 1.0]
     """
     schedule = choose(SCHEDULES, cfg.schedule, "optimizer.schedule")(cfg, steps)
     rule = choose(OPTIMIZERS, cfg.name, "optimizer.name")(cfg, schedule, letters)

@@ -58,11 +58,12 @@ _USAGE_HINT = (
 class Tokenizer:
     """Converts text to token ids and back. Made by `train`, `load` or `make_byte_tokenizer`.
 
-    >>> tokenizer = make_byte_tokenizer()
-    >>> tokenizer.encode("hi")
-    array([108, 109], dtype=int32)
-    >>> tokenizer.decode([2, 108, 109, 3])
-    'hi'
+    Examples:
+        >>> tokenizer = make_byte_tokenizer()
+        >>> tokenizer.encode("hi")
+        array([108, 109], dtype=int32)
+        >>> tokenizer.decode([2, 108, 109, 3])
+        'hi'
 
     Args:
         content: the text of a tokenizer.json.
@@ -213,9 +214,10 @@ class StreamDecoder:
 
     The concatenated results of `push` and `flush` equal `decode` of all ids at once.
 
-    >>> stream = StreamDecoder(make_byte_tokenizer())
-    >>> [stream.push(index) for index in make_byte_tokenizer().encode("né")], stream.flush()
-    (['n', '', 'é'], '')
+    Examples:
+        >>> stream = StreamDecoder(make_byte_tokenizer())
+        >>> [stream.push(index) for index in make_byte_tokenizer().encode("né")], stream.flush()
+        (['n', '', 'é'], '')
     """
 
     def __init__(self, tokenizer: Tokenizer):

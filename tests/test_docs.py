@@ -344,7 +344,8 @@ def find_undocumented(module: str) -> list[str]:
             missing += [
                 f"{module}.{node.name}.{name}"
                 for name in methods
-                if not name.startswith("_") and not is_documented(inspect.getdoc(getattr(kind, name)))
+                if not name.startswith("_")
+                and not is_documented(inspect.getdoc(getattr(kind, name)))
             ]
     return missing
 
