@@ -1,21 +1,20 @@
-"""The documentation: blocks of code run or are checked, links lead somewhere, names have docstrings.
+"""The documentation: blocks of code run or are checked, links lead to files, names are documented.
 
-A block of a page is `python` (runs), `sh` (every command is checked) or `text` (an output). A
+A block of a page is `python` (it runs), `sh` (every command is checked) or `text` (an output). A
 comment before a block changes that:
 
-    <!-- run small -->        the commands run as well, with a small model, a few steps, a short text
+    <!-- run small -->        the commands run as well, with a small model and a short text
     <!-- rejected -->         the command ends with the message in the `text` block that follows
     <!-- not run: reason -->  neither run nor checked
     <!-- run: name -->        run by .ci/run, word for word (README)
 
-The blocks of a page share a folder and, in Python, variables. A python block with a title is a file.
+The blocks of a page share a folder, and in Python variables. One with a title is a file.
 """
 
 import ast
 import importlib
 import inspect
 import json
-import os
 import pathlib
 import re
 import runpy
@@ -39,12 +38,12 @@ FENCE = re.compile(
     r"(?P<text>.*?)^```$",
     re.M | re.S,
 )
-SMALL = (
-    "model.vocab=512 model.context=32 model.width=32 model.layers=2 model.heads=2 model.ffn=48 "
-    "train.steps=2 train.batch=8 train.accumulate=1 train.eval_every=2 train.eval_batches=1 "
-    "train.save_every=2 train.sample_every=0 train.log_every=1 optimizer.warmup=1 sample.tokens=4 "
-    "data.workers=1"
-).split()
+SMALL = [
+    *("model.vocab=512", "model.context=32", "model.width=32", "model.layers=2"),
+    *("model.heads=2", "model.ffn=48", "train.steps=2", "train.batch=8", "train.accumulate=1"),
+    *("train.eval_every=2", "train.eval_batches=1", "train.save_every=2", "train.sample_every=0"),
+    *("train.log_every=1", "optimizer.warmup=1", "sample.tokens=4", "data.workers=1"),
+]
 # Runs each item in order: a block of Python in one namespace, or a command.
 DRIVER = """
 import json, subprocess, sys
