@@ -30,8 +30,8 @@ from jaxgpt.data import Corpus, Tokens, prefetch_batches
 from jaxgpt.data.packing import pack_best_fit
 from jaxgpt.data.shards import ConcatenatedArray
 
-BATCH = 1 << 16  # tokens in a batch
-AHEAD = 4  # prefetched batches
+BATCH_TOKENS = 1 << 16  # tokens in a batch
+PREFETCH_BATCHES = 4  # prefetched batches
 VOCAB = 32_768
 CASES = {  # name: train.objective, data.packing, weights of the sources, model.*
     "stream": ("causal", "stream", (1,), {}),
@@ -47,7 +47,7 @@ CASES = {  # name: train.objective, data.packing, weights of the sources, model.
 TOKEN_FILES = 4
 
 
-def write(folder: str, size: int) -> Tokens:
+def write_token_files(folder: str, size: int) -> Tokens:
     """Write files with this many tokens in total, and map them into memory."""
     rng = np.random.default_rng(0)
     lengths = np.maximum(3, rng.lognormal(5.7, 1.1, size // 200).astype(np.int64))
@@ -61,13 +61,13 @@ def write(folder: str, size: int) -> Tokens:
     return Tokens(ConcatenatedArray([np.memmap(path, np.uint16, "r") for path in paths]), starts)
 
 
-def task_of(name: str, tokens: Tokens, T: int):
+def make_task(name: str, tokens: Tokens, T: int):
     """Return the task that makes the batches of a case."""
     objective, packing, weights, model = CASES[name]
     cfg = Config(
         model=ModelConfig(vocab=VOCAB, context=T, width=64, layers=1, heads=1, ffn=64, **model),
         data=DataConfig(packing=packing, tokenizer="bytes"),
-        train=TrainConfig(objective=objective, batch=BATCH // T),
+        train=TrainConfig(objective=objective, batch=BATCH_TOKENS // T),
     )
     tokenizer = tokenizers.make_byte_tokenizer()
     mixture = tuple((weight, tokens) for weight in weights)
@@ -81,7 +81,7 @@ def iterate_batches(task) -> Iterator:
     return map(task.make_batch, itertools.count())
 
 
-def peer(tokens: Tokens, T: int):
+def iterate_grain_batches(tokens: Tokens, T: int):
     """Return an iterator over the batches of a Grain pipeline with one element per row."""
 
     class Windows:
@@ -93,8 +93,8 @@ def peer(tokens: Tokens, T: int):
             return {"tokens": window[:-1], "targets": window[1:]}
 
     rows = grain.MapDataset.source(Windows()).shuffle(seed=0).repeat()
-    options = grain.ReadOptions(num_threads=count_cores(), prefetch_buffer_size=AHEAD)
-    return iter(rows.batch(BATCH // T).to_iter_dataset(options))
+    options = grain.ReadOptions(num_threads=count_cores(), prefetch_buffer_size=PREFETCH_BATCHES)
+    return iter(rows.batch(BATCH_TOKENS // T).to_iter_dataset(options))
 
 
 def copy_batches(task) -> Iterator:
@@ -138,24 +138,24 @@ def measure(arguments) -> list[dict]:
     """Measure every case at every row length; return the lines of the table."""
     lines = []
     with tempfile.TemporaryDirectory() as folder:
-        tokens = write(folder, int(arguments.millions * 1e6))
+        tokens = write_token_files(folder, int(arguments.millions * 1e6))
         limits = (arguments.seconds, arguments.repeats)
         for T in arguments.context:
-            batch_tokens = BATCH // T * T
+            batch_tokens = BATCH_TOKENS // T * T
 
             def add_line(name, way, batches, batch_tokens=batch_tokens, T=T):
                 rates = measure_rates(batches, batch_tokens, *limits)
                 lines.append({"T": T, "case": name, "way": way, **rates})
                 print_line(lines[-1])
 
-            add_line("copy of a batch", "floor", copy_batches(task_of("stream", tokens, T)))
-            with closing(peer(tokens, T)) as batches:
+            add_line("copy of a batch", "floor", copy_batches(make_task("stream", tokens, T)))
+            with closing(iterate_grain_batches(tokens, T)) as batches:
                 add_line("grain, element = row", "peer", batches)
             for name in arguments.cases:
-                task = task_of(name, tokens, T)
-                batch_tokens = BATCH // T * task.T
+                task = make_task(name, tokens, T)
+                batch_tokens = BATCH_TOKENS // T * task.T
                 add_line(name, "serial", iterate_batches(task), batch_tokens)
-                with closing(prefetch_batches(task, size=AHEAD)) as batches:
+                with closing(prefetch_batches(task, size=PREFETCH_BATCHES)) as batches:
                     add_line(name, "prefetch", batches, batch_tokens)
     return lines
 
@@ -184,7 +184,7 @@ def main() -> None:
         "numpy": np.__version__,
         "grain": grain.__version__,
         "cores": count_cores(),
-        "batch": BATCH,
+        "batch": BATCH_TOKENS,
     }
     for name, value in facts.items():
         print(f"{name:10} {value}")

@@ -20,7 +20,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 
-from benchmarks.speed import JAX, TORCH, case_of, decode_work, step_work, table
+from benchmarks.speed import JAX, TORCH, count_decode_work, count_step_work, format_table, make_case
 from benchmarks.worker import FailedError, Worker
 from jaxgpt.trainer.speed import PEAK_FLOPS
 
@@ -29,7 +29,7 @@ GPU_GB = 141  # of an H200
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Entrant:
     """One process: what it runs, with which settings of jaxgpt and flags of XLA."""
 
     shape: str
@@ -47,19 +47,19 @@ class Contestant:
 
 def ours(shape: str, label: str = "", settings: str = "", flags: str = "", gb: int = 22):
     """Return jaxgpt's step with some settings and flags."""
-    return Contestant(shape, f"jaxgpt {label}".strip(), "step", "jaxgpt", gb, settings, flags)
+    return Entrant(shape, f"jaxgpt {label}".strip(), "step", "jaxgpt", gb, settings, flags)
 
 
 def peer(shape: str, name: str, gb: int = 35):
     """Return PyTorch's step."""
-    return Contestant(shape, name, "step", name, gb)
+    return Entrant(shape, name, "step", name, gb)
 
 
 def decodes(shape: str):
     """Return decoding of one and of eight rows by both."""
     names = ("jaxgpt", "torch static cache", "torch dynamic cache")
     return [
-        Contestant(shape, name, f"decode {rows}", name, 10)
+        Entrant(shape, name, f"decode {rows}", name, 10)
         for rows in ("1 row", "8 rows")
         for name in names
     ]
@@ -115,7 +115,7 @@ class Day:
     def left(self) -> float:
         return self.until - time.perf_counter()
 
-    def worker(self, one: Contestant) -> Worker:
+    def worker(self, one: Entrant) -> Worker:
         """Return its process, with its share of the memory; compiled programs are kept."""
         flags = f"{os.environ.get('XLA_FLAGS', '')} {one.flags}".strip()
         cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", os.path.join(self.scratch, "jax"))
@@ -126,7 +126,7 @@ class Day:
             "TORCHINDUCTOR_CACHE_DIR": os.path.join(self.scratch, "torch"),
         })  # fmt: skip
 
-    def wave(self, contestants: list[Contestant]) -> None:
+    def wave(self, contestants: list[Entrant]) -> None:
         """Compile all at the same time, then time each alone."""
         workers = {one: self.worker(one) for one in contestants}
         try:
@@ -142,7 +142,7 @@ class Day:
     def prepare(self, item) -> dict:
         one, worker = item
         start = time.perf_counter()
-        case = case_of(one.shape, one.settings.split(), self.scratch)
+        case = make_case(one.shape, one.settings.split(), self.scratch)
         try:
             about = worker.ask(min(self.left(), 120), do="about")["about"]
             self.about |= {k: v for k, v in about.items() if k not in ("square", "copied")}
@@ -156,7 +156,7 @@ class Day:
             "peak": made["peak"] or peak,
         }
 
-    def timed(self, one: Contestant, worker: Worker, made: dict) -> list[float]:
+    def timed(self, one: Entrant, worker: Worker, made: dict) -> list[float]:
         if "error" in made:
             return []
         try:
@@ -169,13 +169,17 @@ class Day:
             made["error"] = str(error)
             return []
 
-    def add(self, one: Contestant, made: dict, seconds: list[float]) -> None:
+    def add(self, one: Entrant, made: dict, seconds: list[float]) -> None:
         row = {"shape": one.shape, "row": one.row, "name": one.label, "seconds": seconds,
                "settings": one.settings, "flags": one.flags}  # fmt: skip
         if seconds:
             case, median = made["case"], statistics.median(seconds)
             is_step = one.row == "step"
-            work = step_work(case) if is_step else decode_work(case, int(one.row.split()[1]))
+            work = (
+                count_step_work(case)
+                if is_step
+                else count_decode_work(case, int(one.row.split()[1]))
+            )
             peak = next((v for k, v in PEAK_FLOPS.items() if k in self.about.get("device", "")), 0)
             row |= {"median": median, "tokens_per_second": work.count / median,
                     "mfu": work.model_flops / median / peak if peak else 0,
@@ -202,20 +206,20 @@ class Day:
             "first s",
             "faster",
         )
-        text = table([cells(row, self.rows) for row in self.rows], head)
+        text = format_table([format_cells(row, self.rows) for row in self.rows], head)
         lines = "\n".join(f"- {k}: {v}" for k, v in facts.items())
         (self.out / "gpu_day.md").write_text(f"# One GPU\n\n{lines}\n\n{text}\n")
 
 
 def line(row: dict) -> str:
     return (
-        " | ".join(cells(row, []))
+        " | ".join(format_cells(row, []))
         if "median" in row
         else f"{row['shape']} {row['row']} {row['name']}: {row['error']}"
     )
 
 
-def cells(row: dict, rows: list[dict]) -> tuple[str, ...]:
+def format_cells(row: dict, rows: list[dict]) -> tuple[str, ...]:
     """Return a line of the table; `faster` is beside torch compile, or its static cache."""
     if "median" not in row:
         return (row["shape"], row["row"], row["name"], row["error"], *[""] * 5)

@@ -1,6 +1,6 @@
-"""What devices say to each other in a compiled program, read from its text.
+"""The collectives of a compiled program, read from its text.
 
-    collectives(compiled.as_text())   every collective, with what it moves and how often
+    list_collectives(compiled.as_text())   every collective, with what it moves and how often
 
 A program runs once. A loop that it runs says in its text how many turns it has
 (`known_trip_count`), and so a collective inside loops runs as many times as their turns multiply
@@ -17,7 +17,7 @@ KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective
 
 # Bytes that a device sends, by the algorithm that sends least: a ring of n devices, in shares of
 # the whole array (Thakur et al. 2005, "Optimization of collective communication operations").
-SENDS = {
+SENT_FRACTION = {
     "all-reduce": lambda n: 2 * (n - 1) / n,
     "all-gather": lambda n: (n - 1) / n,
     "reduce-scatter": lambda n: (n - 1) / n,
@@ -37,24 +37,24 @@ class Collective(NamedTuple):
 
     def axes(self, mesh) -> tuple[str, ...]:
         """The axes of a mesh of devices 0, 1, ... along which the groups reach."""
-        return axes_of(self.groups, dict(mesh.shape))
+        return find_axes(self.groups, dict(mesh.shape))
 
 
-def collectives(text: str) -> list[Collective]:
+def list_collectives(text: str) -> list[Collective]:
     """Every collective among more than one device that the program runs, in the text's order."""
-    programs = computations(text)
-    times = runs(programs)
+    programs = split_computations(text)
+    times = count_runs(programs)
     found = []
     for name, lines in programs.items():
         for line in lines:
             match = COLLECTIVE.search(line)
             if not match or name not in times:
                 continue
-            groups = groups_of(line, devices_of(text))
+            groups = parse_groups(line, count_devices(text))
             if max(map(len, groups)) == 1:
                 continue
             label = re.search(r'op_name="([^"]*)"', line)
-            arrays = arrays_of(match, len(groups[0]))
+            arrays = list_arrays(match, len(groups[0]))
             found.append(
                 Collective(match["kind"], arrays, groups, times[name], label[1] if label else "")
             )
@@ -65,16 +65,16 @@ COLLECTIVE = re.compile(rf" = (?P<type>.+?) (?P<kind>{'|'.join(KINDS)})(?P<start
 ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 
 
-def array_bytes(kind: str, shape: str) -> int:
-    """array_bytes("bf16", "2,3") is 12."""
+def count_array_bytes(kind: str, shape: str) -> int:
+    """count_array_bytes("bf16", "2,3") is 12."""
     bits = re.search(r"\d+", kind)
     size = int(bits[0]) if bits else 8  # pred
     return math.prod(map(int, filter(None, shape.split(",")))) * size // 8
 
 
-def arrays_of(match: re.Match, group: int) -> tuple[int, ...]:
+def list_arrays(match: re.Match, group: int) -> tuple[int, ...]:
     """The arrays of an instruction, from the type of its result: see `Collective.arrays`."""
-    sizes = [array_bytes(*array) for array in ARRAY.findall(match["type"])]
+    sizes = [count_array_bytes(*array) for array in ARRAY.findall(match["type"])]
     kind = match["kind"]
     if match["start"] and kind == "collective-permute":
         sizes = sizes[1:2]  # (operand, result, and maybe two words of its own)
@@ -88,7 +88,7 @@ def arrays_of(match: re.Match, group: int) -> tuple[int, ...]:
 # --- computations and how often they run -----------------------------------------------------
 
 
-def computations(text: str) -> dict[str, list[str]]:
+def split_computations(text: str) -> dict[str, list[str]]:
     """The lines of every computation, by its name; the one that is run has the name "ENTRY"."""
     found: dict[str, list[str]] = {}
     lines: list[str] = []
@@ -101,7 +101,7 @@ def computations(text: str) -> dict[str, list[str]]:
     return found
 
 
-def runs(programs: dict[str, list[str]]) -> dict[str, int | None]:
+def count_runs(programs: dict[str, list[str]]) -> dict[str, int | None]:
     """How often each computation runs: None where a loop above it has an unknown length."""
     times: dict[str, int | None] = {}
 
@@ -130,13 +130,13 @@ CALLED = re.compile(
 # --- groups of devices ------------------------------------------------------------------------
 
 
-def devices_of(text: str) -> int:
+def count_devices(text: str) -> int:
     """How many devices the program is for."""
     counts = re.findall(r"(?:num_partitions|replica_count)=(\d+)", text.partition("\n")[0])
     return math.prod(map(int, counts))
 
 
-def groups_of(line: str, devices: int) -> tuple[tuple[int, ...], ...]:
+def parse_groups(line: str, devices: int) -> tuple[tuple[int, ...], ...]:
     """The groups of an instruction's line."""
     pairs = re.search(r"source_target_pairs=\{(.*?)\}\}?", line)
     if pairs:
@@ -151,24 +151,24 @@ def groups_of(line: str, devices: int) -> tuple[tuple[int, ...], ...]:
     return (tuple(range(devices)),)  # {}: all
 
 
-def _listed(match: re.Match):  # {{0,1},{2,3}}
+def _parse_list(match: re.Match):  # {{0,1},{2,3}}
     return [group.split(",") for group in re.findall(r"\{([\d,]+)\}", match[0])]
 
 
-def _iota(sizes: str, order: str | None) -> Any:
+def _expand_iota(sizes: str, order: str | None) -> Any:
     """[2,4]T(1,0): 0, 1, ... in rows of 4, then turned."""
     shape = [int(n) for n in sizes.split(",")]
     ids = np.arange(math.prod(shape)).reshape(shape)
     return ids.transpose([int(n) for n in order.split(",")]) if order else ids
 
 
-def _reshaped(match: re.Match):  # [4,2]<=[2,2,2]T(2,1,0)
-    return _iota(match[2], match[3]).reshape([int(n) for n in match[1].split(",")])
+def _parse_reshape(match: re.Match):  # [4,2]<=[2,2,2]T(2,1,0)
+    return _expand_iota(match[2], match[3]).reshape([int(n) for n in match[1].split(",")])
 
 
-def _meshed(match: re.Match):  # mesh['a'=2,'b'=4], device_ids=([2,2,2]T(1,0,2)) {'a','b':(1)2}
+def _parse_mesh(match: re.Match):  # mesh['a'=2,'b'=4], device_ids=([2,2,2]T(1,0,2)) {'a','b':(1)2}
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
-    ids = _iota(match[2], match[3]) if match[2] else np.arange(math.prod(sizes.values()))
+    ids = _expand_iota(match[2], match[3]) if match[2] else np.arange(math.prod(sizes.values()))
     talk = {}  # of an axis: the factor that talks, and the one before it
     for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", match[4]):
         if name in talk:
@@ -185,13 +185,15 @@ def _meshed(match: re.Match):  # mesh['a'=2,'b'=4], device_ids=([2,2,2]T(1,0,2))
 
 
 FORMS = {
-    r"\{\{[\d,{}]+\}\}": _listed,
-    r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?": _reshaped,
-    r"mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}": _meshed,
+    r"\{\{[\d,{}]+\}\}": _parse_list,
+    r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?": _parse_reshape,
+    r"mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}": (
+        _parse_mesh
+    ),
 }
 
 
-def axes_of(groups, shape: dict[str, int]) -> tuple[str, ...]:
+def find_axes(groups, shape: dict[str, int]) -> tuple[str, ...]:
     """Along which axes of a mesh (its sizes by name, devices in order) the groups reach."""
     places = np.stack(np.unravel_index([*range(math.prod(shape.values()))], [*shape.values()]))
     reach = [np.ptp(places[:, list(group)], axis=1) > 0 for group in groups]

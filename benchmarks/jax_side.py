@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from benchmarks.step import lower_step
-from benchmarks.worker import DATA_TOKENS, Case, Made, Side, serve_pipe
+from benchmarks.worker import DATA_TOKENS, Case, Contestant, Side, serve_pipe
 from jaxgpt import config as configs
 from jaxgpt import generate, objectives
 from jaxgpt import tokenizer as tokenizers
@@ -30,19 +30,19 @@ from jaxgpt.trainer.state import make_state
 from jaxgpt.trainer.step import make_eval_step
 
 
-def config_of(case: Case) -> Config:
+def make_config(case: Case) -> Config:
     """On one device."""
     one = [f"mesh.{axis}=1" for axis in ("data", "fsdp")]
     return configs.override(configs.from_json(json.dumps(case.config)), one)
 
 
-def normal(case: Case, *shape: int, number: int = 0):
+def draw_normal(case: Case, *shape: int, number: int = 0):
     """Random numbers: products of equal ones take less power, and so less time, than real ones."""
     key = jax.random.fold_in(jax.random.key(0), number)
     return jax.random.normal(key, shape, DTYPES[case.dtype])
 
 
-def batch_of(case: Case) -> Batch:
+def make_batch(case: Case) -> Batch:
     """Rows of one document each."""
     tokens, targets = np.random.default_rng(0).integers(0, case.V, (2, case.B, case.T), np.int32)
     ones = np.ones((case.B, case.T), np.int32)
@@ -52,7 +52,7 @@ def batch_of(case: Case) -> Batch:
 # --- training ---
 
 
-def peak(compiled) -> int:
+def count_peak_bytes(compiled) -> int:
     """Bytes that a compiled function needs, its arguments and results included."""
     m = compiled.memory_analysis()
     if m is None:
@@ -61,11 +61,11 @@ def peak(compiled) -> int:
     return given + m.temp_size_in_bytes
 
 
-def step(case: Case, settings: tuple[str, ...] = ()) -> Made:
-    cfg = configs.override(config_of(case), settings)
+def make_step(case: Case, settings: tuple[str, ...] = ()) -> Contestant:
+    cfg = configs.override(make_config(case), settings)
     mesh, optimizer, abstract, lowered = lower_step(cfg, jax.devices()[:1])
     batch = jax.tree.map(lambda x: jax.device_put(x, make_batch_sharding(mesh, x.shape)),
-                         batch_of(case))  # fmt: skip
+                         make_batch(case))  # fmt: skip
     compiled = lowered.compile()
     state = make_state(cfg.model, optimizer, cfg.seed, abstract)
 
@@ -74,32 +74,32 @@ def step(case: Case, settings: tuple[str, ...] = ()) -> Made:
         state, metrics = compiled(state, batch)
         return metrics
 
-    return Made(run, optax.tree.size(state.params), peak(compiled))
+    return Contestant(run, optax.tree.size(state.params), count_peak_bytes(compiled))
 
 
-def compile_step(case: Case, layers: int) -> Made:
+def make_step_compilation(case: Case, layers: int) -> Contestant:
     """Traces and compiles a step of a few tokens, all anew."""
     more = [f"model.layers={layers}", "train.batch=1", "train.accumulate=1", "model.unroll=1"]
-    cfg = configs.override(config_of(case), more)
+    cfg = configs.override(make_config(case), more)
 
     def run():
         jax.clear_caches()
         lower_step(cfg, jax.devices()[:1]).lowered.compile()
 
-    return Made(run)
+    return Contestant(run)
 
 
-def forward(case: Case) -> Made:
-    cfg = config_of(case)
+def make_forward(case: Case) -> Contestant:
+    cfg = make_config(case)
     params, _ = init_params(cfg.model, jax.random.key(0))
-    batch = jax.device_put(batch_of(case))
+    batch = jax.device_put(make_batch(case))
     run = jax.jit(make_eval_step(cfg, build(cfg.model)))
-    return Made(lambda: run(params, batch), optax.tree.size(params))
+    return Contestant(lambda: run(params, batch), optax.tree.size(params))
 
 
-def optimizer_step(case: Case) -> Made:
+def make_optimizer_step(case: Case) -> Contestant:
     """Clips and moves the parameters."""
-    cfg = config_of(case)
+    cfg = make_config(case)
     params, letters = init_params(cfg.model, jax.random.key(0))
     optimizer, _ = build_optimizer(cfg.optimizer, cfg.train.steps, letters)
     grads, state = jax.tree.map(lambda p: p + 1e-3, params), optimizer.init(params)
@@ -114,20 +114,20 @@ def optimizer_step(case: Case) -> Made:
         params, state = move(params, state, grads)
         return params
 
-    return Made(run, optax.tree.size(params))
+    return Contestant(run, optax.tree.size(params))
 
 
 # --- parts of a step ---
 
 
-def matmul(case: Case, *sizes: int) -> Made:
+def make_matmul(case: Case, *sizes: int) -> Contestant:
     rows, inner, columns = sizes or (case.N, case.D, case.F)
-    x, w = normal(case, rows, inner), normal(case, inner, columns, number=1)
+    x, w = draw_normal(case, rows, inner), draw_normal(case, inner, columns, number=1)
     run = jax.jit(jnp.matmul)
-    return Made(lambda: run(x, w))
+    return Contestant(lambda: run(x, w))
 
 
-def copy(case: Case, numbers: int) -> Made:
+def make_copy(case: Case, numbers: int) -> Contestant:
     x, add = jnp.ones(numbers), jax.jit(lambda x: x + 1, donate_argnums=0)
 
     def run():
@@ -135,28 +135,28 @@ def copy(case: Case, numbers: int) -> Made:
         x = add(x)
         return x
 
-    return Made(run)
+    return Contestant(run)
 
 
-def dense(case: Case) -> Made:
+def make_dense_products(case: Case) -> Contestant:
     """The products of one block with its matrices, forward and backward, and nothing else."""
     shapes = list(enumerate(case.products))
-    xs = [normal(case, case.N, n, number=i) for i, (n, _) in shapes]
-    ws = [normal(case, n, m, number=i) for i, (n, m) in shapes]
-    ds = [normal(case, case.N, m, number=i) for i, (_, m) in shapes]
+    xs = [draw_normal(case, case.N, n, number=i) for i, (n, _) in shapes]
+    ws = [draw_normal(case, n, m, number=i) for i, (n, m) in shapes]
+    ds = [draw_normal(case, case.N, m, number=i) for i, (_, m) in shapes]
 
     @jax.jit
     def run(xs, ws, ds):
         return [(x @ w, d @ w.T, x.T @ d) for x, w, d in zip(xs, ws, ds, strict=True)]
 
-    return Made(lambda: run(xs, ws, ds))
+    return Contestant(lambda: run(xs, ws, ds))
 
 
-def attention(case: Case, is_gradient: bool, kernel: str | None = None) -> Made:
+def make_attention(case: Case, is_gradient: bool, kernel: str | None = None) -> Contestant:
     shapes = [(case.B, case.T, heads, case.K) for heads in (case.H, case.G, case.G, case.H)]
-    *given, d = (normal(case, *shape, number=i) for i, shape in enumerate(shapes))
-    at = Coords(*(jnp.asarray(x) for x in batch_of(case)[2:4]))
-    cfg = config_of(case).model
+    *given, d = (draw_normal(case, *shape, number=i) for i, shape in enumerate(shapes))
+    at = Coords(*(jnp.asarray(x) for x in make_batch(case)[2:4]))
+    cfg = make_config(case).model
     score = ScoreMod(make_layer_mask(cfg, "full", "causal"), scale=case.K**-0.5, is_self=True)
     kernel = kernel or cfg.kernel
     if kernel in ACCELERATED and (why := ACCELERATED[kernel][1](given[0], given[1], score)):
@@ -170,13 +170,13 @@ def attention(case: Case, is_gradient: bool, kernel: str | None = None) -> Made:
 
     more = (at, d) if is_gradient else (at,)
     run = jax.jit(gradient if is_gradient else forward).lower(*given, *more).compile()
-    return Made(lambda: run(*given, *more), peak=peak(run))
+    return Contestant(lambda: run(*given, *more), peak=count_peak_bytes(run))
 
 
-def loss(case: Case, is_chunked: bool) -> Made:
+def make_loss(case: Case, is_chunked: bool) -> Contestant:
     """The vocabulary's loss and its gradient in hidden states and table."""
-    batch = jax.device_put(batch_of(case))
-    hidden = normal(case, case.B, case.T, case.D)
+    batch = jax.device_put(make_batch(case))
+    hidden = draw_normal(case, case.B, case.T, case.D)
     table = jax.random.normal(jax.random.key(1), (case.V, case.D)) * 0.02
 
     def chunked(hidden, table):
@@ -189,15 +189,15 @@ def loss(case: Case, is_chunked: bool) -> Made:
 
     gradient = jax.value_and_grad(chunked if is_chunked else plain, argnums=(0, 1))
     run = jax.jit(gradient).lower(hidden, table).compile()
-    return Made(lambda: run(hidden, table), peak=peak(run))
+    return Contestant(lambda: run(hidden, table), peak=count_peak_bytes(run))
 
 
 # --- everything else ---
 
 
-def decode(case: Case, rows: int) -> Made:
+def make_decode(case: Case, rows: int) -> Contestant:
     """Reads prompts and continues them, without text."""
-    cfg = config_of(case).model
+    cfg = make_config(case).model
     params, _ = init_params(cfg, jax.random.key(0))
     apart = unstack_layers(params)
     rules = generate.SamplingParams.from_config(SampleConfig(temperature=0), np.ones(case.V, bool))
@@ -214,36 +214,38 @@ def decode(case: Case, rows: int) -> Made:
             out.append(new)
         return out
 
-    return Made(run, optax.tree.size(params))
+    return Contestant(run, optax.tree.size(params))
 
 
-def tokenizer(case: Case) -> Made:
+def make_tokenizer(case: Case) -> Contestant:
     """Encodes text with a vocabulary that is left in a file for others."""
-    from benchmarks.tokenizer import corpus
+    from benchmarks.tokenizer import make_corpus
 
-    documents, _ = corpus(4)
+    documents, _ = make_corpus(4)
     trained = tokenizers.train(iter(documents), 8192)
     trained.save(str(pathlib.Path(case.scratch) / "tokenizer.json"))
-    return Made(lambda: trained.encode_batch(documents))
+    return Contestant(lambda: trained.encode_batch(documents))
 
 
-def data(case: Case, is_peer: bool) -> Made:
+def make_batches(case: Case, is_peer: bool) -> Contestant:
     """Makes batches of packed tokens ahead of time, as benchmarks/data.py does.
 
     So many at a time that those which were made in a pause do not count.
     """
     from benchmarks import data
 
-    tokens = data.write(case.scratch, 4_000_000)
+    tokens = data.write_token_files(case.scratch, 4_000_000)
     if is_peer:
-        batches = data.peer(tokens, case.T)
+        batches = data.iterate_grain_batches(tokens, case.T)
     else:
-        batches = prefetch_batches(data.task_of("documents", tokens, case.T), size=data.AHEAD)
-    count = DATA_TOKENS // data.BATCH
-    return Made(lambda: next(itertools.islice(batches, count - 1, None)))
+        batches = prefetch_batches(
+            data.make_task("documents", tokens, case.T), size=data.PREFETCH_BATCHES
+        )
+    count = DATA_TOKENS // data.BATCH_TOKENS
+    return Contestant(lambda: next(itertools.islice(batches, count - 1, None)))
 
 
-def side() -> Side:
+def make_side() -> Side:
     retain_freed_memory()  # as a run does
     where = jax.devices()[0]
     is_cpu = where.platform == "cpu"
@@ -251,9 +253,9 @@ def side() -> Side:
     own = {"gpu": ["cudnn"], "tpu": ["splash"]}.get(jax.default_backend(), [])
     kernels = ["dense", "blockwise", *own]
 
-    def by_kernel(is_gradient: bool) -> dict[str, Callable[[Case], Made]]:
+    def by_kernel(is_gradient: bool) -> dict[str, Callable[[Case], Contestant]]:
         every = {f"jaxgpt {kernel}": kernel for kernel in kernels}
-        return {name: partial(attention, is_gradient=is_gradient, kernel=kernel)
+        return {name: partial(make_attention, is_gradient=is_gradient, kernel=kernel)
                 for name, kernel in ({"jaxgpt": None} | every).items()}  # fmt: skip
 
     # What a policy costs is decided by measuring; what does not fit, or is not known, says so.
@@ -264,33 +266,35 @@ def side() -> Side:
 
     return Side(
         makers={
-            "matmul, square": {"jax": lambda case: matmul(case, square, square, square)},
-            "matmul, [N D] x [D F]": {"jax": matmul},
-            "copy": {"jax": partial(copy, numbers=numbers)},
-            "step": {"jaxgpt": step},
+            "matmul, square": {"jax": lambda case: make_matmul(case, square, square, square)},
+            "matmul, [N D] x [D F]": {"jax": make_matmul},
+            "copy": {"jax": partial(make_copy, numbers=numbers)},
+            "step": {"jaxgpt": make_step},
             "step, other settings": {
-                "jaxgpt, layers unrolled": lambda case: step(case, (f"model.unroll={case.L}",)),
-                **{f"jaxgpt {' '.join(some)}": partial(step, settings=some) for some in tries},
+                "jaxgpt, layers unrolled": lambda case: make_step(
+                    case, (f"model.unroll={case.L}",)
+                ),
+                **{f"jaxgpt {' '.join(some)}": partial(make_step, settings=some) for some in tries},
             },
-            "forward": {"jaxgpt": forward},
-            "dense of a block": {"jax": dense},
+            "forward": {"jaxgpt": make_forward},
+            "dense of a block": {"jax": make_dense_products},
             "attention forward": by_kernel(False),
             "attention gradient": by_kernel(True),
             "loss gradient": {
-                "jaxgpt": partial(loss, is_chunked=True),
-                "jaxgpt plain": partial(loss, is_chunked=False),
+                "jaxgpt": partial(make_loss, is_chunked=True),
+                "jaxgpt plain": partial(make_loss, is_chunked=False),
             },
-            "optimizer": {"jaxgpt": optimizer_step},
-            "decode 1 row": {"jaxgpt": partial(decode, rows=1)},
-            "decode 8 rows": {"jaxgpt": partial(decode, rows=8)},
-            "tokenizer": {"jaxgpt": tokenizer},
+            "optimizer": {"jaxgpt": make_optimizer_step},
+            "decode 1 row": {"jaxgpt": partial(make_decode, rows=1)},
+            "decode 8 rows": {"jaxgpt": partial(make_decode, rows=8)},
+            "tokenizer": {"jaxgpt": make_tokenizer},
             "data": {
-                "jaxgpt": partial(data, is_peer=False),
-                "grain": partial(data, is_peer=True),
+                "jaxgpt": partial(make_batches, is_peer=False),
+                "grain": partial(make_batches, is_peer=True),
             },
             "compile": {
-                "jaxgpt 12 layers": partial(compile_step, layers=12),
-                "jaxgpt 48 layers": partial(compile_step, layers=48),
+                "jaxgpt 12 layers": partial(make_step_compilation, layers=12),
+                "jaxgpt 48 layers": partial(make_step_compilation, layers=48),
             },
         },
         wait=jax.block_until_ready,
@@ -306,4 +310,4 @@ def side() -> Side:
 
 
 if __name__ == "__main__":
-    serve_pipe(side)
+    serve_pipe(make_side)

@@ -19,7 +19,7 @@ import tempfile
 import jax
 
 from benchmarks import jax_side
-from benchmarks.speed import SHAPES, case_of
+from benchmarks.speed import SHAPES, make_case
 from benchmarks.step import lower_step
 from jaxgpt import config as configs
 
@@ -59,9 +59,9 @@ def main() -> int:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/profile"))
     a = parser.parse_intermixed_args()
     a.out.mkdir(parents=True, exist_ok=True)
-    case = case_of(a.shape, a.settings, "")
+    case = make_case(a.shape, a.settings, "")
     made = jax_side.step(case)
-    cfg = configs.override(jax_side.config_of(case), ())
+    cfg = configs.override(jax_side.make_config(case), ())
     text = lower_step(cfg, jax.devices()[:1]).lowered.compile().as_text()
     (a.out / f"{a.shape}.hlo.gz").write_bytes(gzip.compress(text.encode()))
     jax.block_until_ready([made.run() for _ in range(3)])

@@ -76,12 +76,12 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 
-from benchmarks.hlo import SENDS, Collective, collectives
+from benchmarks.hlo import SENT_FRACTION, Collective, list_collectives
 from benchmarks.step import lower_step
+from jaxgpt.backend import BACKENDS
 from jaxgpt.config import Config, ConfigError, ModelConfig, TrainConfig, override
 from jaxgpt.model import abstract_params
 from jaxgpt.model.pipeline import count_microbatches
-from jaxgpt.objectives import MAX_CHUNK_SCORES
 from jaxgpt.script import run
 from jaxgpt.settings import choose
 from jaxgpt.sharding import get_axis_names
@@ -160,7 +160,7 @@ def compile_step(cfg: Config, devices: int) -> Step:
     """Compile the training step of a config for the first `devices` devices."""
     mesh, _, state, lowered = lower_step(cfg, jax.devices()[:devices])
     compiled = lowered.compile(compiler_options=FAST_COMPILE)
-    found = collectives(compiled.as_text() or "")
+    found = list_collectives(compiled.as_text() or "")
     return Step(cfg, mesh, state, compiled.memory_analysis(), found)
 
 
@@ -222,7 +222,7 @@ class Theory:
                 self.P = count_microbatches(step.cfg.train.batch, stages)
         self.ticks = self.P + stages - 1
         self.scored = self.n // stages  # tokens whose loss a device computes
-        limit = step.cfg.train.loss_chunk or MAX_CHUNK_SCORES["cpu"] // self.d["V"]
+        limit = step.cfg.train.loss_chunk or BACKENDS["cpus"].max_chunk_scores // self.d["V"]
         self.chunk = next(c for c in range(min(limit, self.scored), 0, -1) if self.scored % c == 0)
 
     def count_devices(self, *axes: str) -> int:
@@ -408,7 +408,7 @@ class Theory:
 def count_sent_bytes(exchanges, mesh) -> float:
     """Count the bytes that a device sends around a ring; an array is (kind, axes, bytes)."""
     return sum(
-        SENDS[kind](math.prod(mesh.shape[axis] for axis in axes)) * size
+        SENT_FRACTION[kind](math.prod(mesh.shape[axis] for axis in axes)) * size
         for kind, axes, size in exchanges
     )
 

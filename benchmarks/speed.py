@@ -4,8 +4,8 @@
     python -m benchmarks.speed --shapes gpt_mini --rows step forward --repeats 9
     python -m benchmarks.speed model.remat=dots --shapes gpt2_1558m      settings of jaxgpt's side
 
-The peer is a model of transformers of the same shape, dtype and batch, eager and compiled; it knows
-no documents in a row, so ours are told that there is one (`model.documents=joined`). On a CPU
+The peer is a model of transformers of the same shape, dtype and batch, eager and compiled; it has
+no document masks, so that ours attends to whole rows (`model.documents=joined`). On a CPU
 contestants take turns (A B B A A B ...), with a pause between them in which threads go to sleep, so
 that noise hits all alike; on an accelerator each has the memory to itself, and what matters most is
 measured first, since all of it has to end in `--seconds`.
@@ -33,15 +33,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import IO
 
-from benchmarks.worker import DATA_TOKENS, Case, FailedError, Worker, cores
+from benchmarks.worker import DATA_TOKENS, Case, FailedError, Worker, count_cores
 
 JAX, TORCH = "benchmarks.jax_side", "benchmarks.torch_peer"
-TURN = 0.1  # seconds: what is shorter runs several times in a turn
-SHORT = 0.3  # seconds: where all take a turn in less, there are three times as many
-PAUSE = 0.05  # seconds before a turn: threads of the one before spin for some milliseconds
-TURNS = {"cpu": 120}  # seconds that all turns of a row may take; what is long has fewer
-TURNS_ELSEWHERE = 10
-TEXT = 4e6  # bytes that tokenizers encode
+MIN_TURN_SECONDS = 0.1  # seconds: what is shorter runs several times in a turn
+SHORT_TURN_SECONDS = 0.3  # seconds: where all take a turn in less, there are three times as many
+PAUSE_SECONDS = 0.05  # seconds before a turn: threads of the one before spin for some milliseconds
+ROW_SECONDS = {"cpu": 120}  # seconds that all turns of a row may take; what is long has fewer
+DEFAULT_ROW_SECONDS = 10
+TEXT_BYTES = 4e6  # bytes that tokenizers encode
 
 # --- what is compared ---
 
@@ -74,7 +74,7 @@ BY_PLATFORM = {"cpu": ["gpt_mini", "nanogpt_cpu"]}
 ELSEWHERE = ["gpt2_124m", "llama3_1b", "gpt2_1558m"]
 
 
-def case_of(name: str, settings: Iterable[str], scratch: str) -> Case:
+def make_case(name: str, settings: Iterable[str], scratch: str) -> Case:
     """Raises ConfigError if the settings do not fit."""
     from jaxgpt import config as configs
 
@@ -111,52 +111,52 @@ class Work:
     unit: str = "tokens"
     model_flops: float = 0  # as the literature counts
 
-    def floor(self, rates: Rates) -> float:
+    def compute_floor(self, rates: Rates) -> float:
         """Seconds: arithmetic and copying go on at once inside a phase."""
         return sum(max(f and f / rates.flops, b and b / rates.bytes) for f, b in self.phases)
 
 
-def weights(case: Case) -> int:
-    """Numbers that every token is multiplied by."""
+def count_weights(case: Case) -> int:
+    """Count the weights that every token is multiplied by."""
     return case.L * sum(n * m for n, m in case.products) + case.V * case.D
 
 
-def attention_product(case: Case) -> float:
-    """FLOPs of one product of attention in one layer, over the pairs that see each other."""
+def count_attention_flops(case: Case) -> float:
+    """Count the FLOPs of one attention product in one layer, over the unmasked pairs."""
     return 2 * case.B * case.H * case.K * case.T * (case.T + 1) / 2
 
 
-def step_work(case: Case) -> Work:
-    model = case.N * (6 * weights(case) + 12 * case.L * case.H * case.K * case.T)
-    flops = 6 * case.N * weights(case) + 6 * case.L * attention_product(case)
+def count_step_work(case: Case) -> Work:
+    model = case.N * (6 * count_weights(case) + 12 * case.L * case.H * case.K * case.T)
+    flops = 6 * case.N * count_weights(case) + 6 * case.L * count_attention_flops(case)
     # The norm of all gradients is known before the first parameter moves.
-    return Work(((flops, 0), *optimizer_work(case).phases), case.N, model_flops=model)
+    return Work(((flops, 0), *count_optimizer_work(case).phases), case.N, model_flops=model)
 
 
-def forward_work(case: Case) -> Work:
-    flops = 2 * case.N * weights(case) + 2 * case.L * attention_product(case)
+def count_forward_work(case: Case) -> Work:
+    flops = 2 * case.N * count_weights(case) + 2 * case.L * count_attention_flops(case)
     return Work(((flops, 0),), case.N)
 
 
-def optimizer_work(case: Case) -> Work:
-    """Reads parameter, gradient and two moments, and writes all but the gradient, in float32."""
-    return Work(((0, 28 * weights(case)),))
+def count_optimizer_work(case: Case) -> Work:
+    """Read parameter, gradient and two moments, write all but the gradient, in float32."""
+    return Work(((0, 28 * count_weights(case)),))
 
 
-def decode_work(case: Case, rows: int) -> Work:
-    """Every token needs every weight once."""
+def count_decode_work(case: Case, rows: int) -> Work:
+    """Read every weight once per token."""
     size = 4 if case.dtype == "float32" else 2
-    prompt = 2 * rows * case.prompt * weights(case)
-    each = (2 * rows * weights(case), size * weights(case))
+    prompt = 2 * rows * case.prompt * count_weights(case)
+    each = (2 * rows * count_weights(case), size * count_weights(case))
     return Work(((prompt, 0), *[each] * case.new), rows * case.new)
 
 
-def dense_work(case: Case) -> Work:
+def count_dense_work(case: Case) -> Work:
     return Work(((6 * case.N * sum(n * m for n, m in case.products), 0),), case.N)
 
 
-def attention_work(case: Case, products: int) -> Work:
-    return Work(((products * attention_product(case), 0),), case.N)
+def count_attention_work(case: Case, products: int) -> Work:
+    return Work(((products * count_attention_flops(case), 0),), case.N)
 
 
 Rule = Callable[[Case, dict[str, str]], Work]  # the side's facts tell sizes that are its choice
@@ -174,17 +174,17 @@ ROWS = {
     "matmul, square": Row(lambda c, a: Work(((2 * float(a["square"]) ** 3, 0),))),
     "matmul, [N D] x [D F]": Row(lambda c, a: Work(((2 * c.N * c.D * c.F, 0),))),
     "copy": Row(lambda c, a: Work(((0, float(a["copied"])),))),
-    "step": Row(lambda c, a: step_work(c), 150),
-    SETTINGS: Row(lambda c, a: step_work(c), 150),
-    "forward": Row(lambda c, a: forward_work(c), 120),
-    "dense of a block": Row(lambda c, a: dense_work(c)),
-    "attention forward": Row(lambda c, a: attention_work(c, 2)),
-    "attention gradient": Row(lambda c, a: attention_work(c, 6)),
+    "step": Row(lambda c, a: count_step_work(c), 150),
+    SETTINGS: Row(lambda c, a: count_step_work(c), 150),
+    "forward": Row(lambda c, a: count_forward_work(c), 120),
+    "dense of a block": Row(lambda c, a: count_dense_work(c)),
+    "attention forward": Row(lambda c, a: count_attention_work(c, 2)),
+    "attention gradient": Row(lambda c, a: count_attention_work(c, 6)),
     "loss gradient": Row(lambda c, a: Work(((6 * c.N * c.D * c.V, 0),), c.N)),
-    "optimizer": Row(lambda c, a: optimizer_work(c)),
-    "decode 1 row": Row(lambda c, a: decode_work(c, 1), 150),
-    "decode 8 rows": Row(lambda c, a: decode_work(c, 8), 150),
-    "tokenizer": Row(lambda c, a: Work((), TEXT, "bytes"), 120),
+    "optimizer": Row(lambda c, a: count_optimizer_work(c)),
+    "decode 1 row": Row(lambda c, a: count_decode_work(c, 1), 150),
+    "decode 8 rows": Row(lambda c, a: count_decode_work(c, 8), 150),
+    "tokenizer": Row(lambda c, a: Work((), TEXT_BYTES, "bytes"), 120),
     "data": Row(lambda c, a: Work((), DATA_TOKENS), 120),
     READY: Row(lambda c, a: Work()),
     "start-up": Row(lambda c, a: Work(), 150),
@@ -219,7 +219,7 @@ class Figure:
 Entry = tuple[str, Worker]  # the name of a contestant, and who runs it
 
 
-class _StoppedError(FailedError):
+class _EntrantFailedError(FailedError):
     def __init__(self, name: str, why: str):
         super().__init__(why)
         self.name = name
@@ -235,13 +235,13 @@ class Limits:
     pause: float = 0.0  # seconds before a turn
 
 
-def contest(case: Case, row: str, entries: list[Entry], limits: Limits) -> list[Figure]:
-    """Lets contestants run in turn. One that fails is left out and the others begin again."""
+def run_in_turns(case: Case, row: str, entries: list[Entry], limits: Limits) -> list[Figure]:
+    """Run contestants in turn. One that fails is left out and the others start again."""
     failed: list[Figure] = []
     while entries:
         try:
             return [*_turns(case, row, entries, limits), *failed]
-        except _StoppedError as error:
+        except _EntrantFailedError as error:
             failed.append(Figure(case.name, row, error.name, error=str(error)))
             entries = [entry for entry in entries if entry[0] != error.name]
         finally:
@@ -254,33 +254,33 @@ def _turns(case: Case, row: str, entries: list[Entry], limits: Limits) -> list[F
     def limit(name: str) -> float:
         left = limits.until - time.perf_counter()
         if left < 1:
-            raise _StoppedError(name, "no time was left")
+            raise _EntrantFailedError(name, "no time was left")
         # Should this one fail, the others begin again.
         return min(left / len(entries), ROWS[row].limit)
 
-    def asked(name: str, what: Callable, *more) -> dict:
+    def ask(name: str, what: Callable, *more) -> dict:
         try:
             return what(limit(name), row, name, *more)
         except FailedError as error:
-            raise _StoppedError(name, str(error)) from None
+            raise _EntrantFailedError(name, str(error)) from None
 
     first, counts, made, total = {}, {}, {}, 0.0
     for name, worker in entries:
         start = time.perf_counter()
-        made[name] = asked(name, worker.make, case)
-        asked(name, worker.run)
+        made[name] = ask(name, worker.make, case)
+        ask(name, worker.run)
         first[name] = time.perf_counter() - start
         # The second run is warm; it tells how many fill a turn.
-        second = asked(name, worker.run)["seconds"]
-        counts[name] = max(1, min(100, round(TURN / max(second, 1e-9))))
+        second = ask(name, worker.run)["seconds"]
+        counts[name] = max(1, min(100, round(MIN_TURN_SECONDS / max(second, 1e-9))))
         total += second * counts[name]
     seconds: dict[str, list[float]] = {name: [] for name, _ in entries}
     peaks = dict.fromkeys(seconds, 0)
-    wanted = limits.repeats * (3 if total < SHORT else 1)
+    wanted = limits.repeats * (3 if total < SHORT_TURN_SECONDS else 1)
     for number in range(max(1, min(wanted, int(limits.turns / max(total, 1e-9))))):
         for name, worker in entries[:: -1 if number % 2 else 1]:  # nobody is always the first
             time.sleep(limits.pause)
-            answer = asked(name, worker.run, counts[name])
+            answer = ask(name, worker.run, counts[name])
             seconds[name].append(answer["seconds"])
             peaks[name] = max(peaks[name], answer["peak"])
     return [
@@ -290,10 +290,10 @@ def _turns(case: Case, row: str, entries: list[Entry], limits: Limits) -> list[F
     ]  # fmt: skip
 
 
-def starts(case: Case, modules: Sequence[str], repeats: int, until: float, log: IO[str]):
-    """From nothing to the end of the first step, in fresh processes; warm has a compiled one.
+def time_startup(case: Case, modules: Sequence[str], repeats: int, until: float, log: IO[str]):
+    """Time from process start to the end of the first step; "warm" has a compilation cache.
 
-    jaxgpt also tells when that step can begin: all is compiled and in its place.
+    For jaxgpt also the time until that step can start: compiled, with all arrays in place.
     """
     plan = [("jaxgpt cold", JAX, "jaxgpt"), ("jaxgpt warm", JAX, "jaxgpt"),
             ("torch eager", TORCH, "torch eager"), ("torch compile cold", TORCH, "torch compile"),
@@ -332,8 +332,8 @@ def starts(case: Case, modules: Sequence[str], repeats: int, until: float, log: 
     ]  # fmt: skip
 
 
-def same_size(new: Sequence[Figure], known: Sequence[Figure]) -> list[Figure]:
-    """A peer with another number of parameters is another model: it gives no figure."""
+def reject_other_sizes(new: Sequence[Figure], known: Sequence[Figure]) -> list[Figure]:
+    """Drop the figures of peers with another number of parameters: they are other models."""
     ours = {f.shape: f.parameters for f in [*known, *new] if is_ours(f) and f.parameters}
 
     def checked(f: Figure) -> Figure:
@@ -349,8 +349,8 @@ def same_size(new: Sequence[Figure], known: Sequence[Figure]) -> list[Figure]:
 # --- the table ---
 
 
-def ratios(figure: Figure, figures: Iterable[Figure]) -> dict[str, float]:
-    """How many times faster than each peer of its row: the median over turns side by side."""
+def compute_ratios(figure: Figure, figures: Iterable[Figure]) -> dict[str, float]:
+    """Return how many times faster it is than each peer of its row: the median over turns."""
     peers = [f for f in figures if (f.shape, f.row) == (figure.shape, figure.row) and f.seconds]
     if not figure.seconds or not is_ours(figure):
         return {}
@@ -367,8 +367,8 @@ def is_ours(figure: Figure) -> bool:
     return figure.name.startswith("jax")
 
 
-def rates_of(figures: Sequence[Figure], cases: dict[str, Case], about: dict[str, str]):
-    """The median rates of the fastest contestants, for each shape; nan where none was measured."""
+def measure_rates(figures: Sequence[Figure], cases: dict[str, Case], about: dict[str, str]):
+    """Return the median rates of the fastest contestants per shape; nan where none was measured."""
 
     def fastest(shape: str, kind: int) -> float:  # of the FLOPs (0) or bytes (1) of a row's work
         rates = (
@@ -381,12 +381,12 @@ def rates_of(figures: Sequence[Figure], cases: dict[str, Case], about: dict[str,
     return {shape: Rates(fastest(shape, 0), fastest(shape, 1)) for shape in cases}
 
 
-def told(
+def derive_figures(
     f: Figure, case: Case, rates: Rates, figures: list[Figure], about: dict[str, str]
 ) -> dict[str, object]:
-    """A figure with all that follows from it, for JSON and the table."""
+    """Return a figure with all that is derived from it, for JSON and the table."""
     work, is_there = ROWS[f.row].work(case, about), bool(f.seconds)
-    floor = work.floor(rates)
+    floor = work.compute_floor(rates)
     floor = floor if math.isfinite(floor) else 0
     return asdict(f) | {
         "median": f.median if is_there else None,
@@ -395,12 +395,12 @@ def told(
         "mfu": work.model_flops / f.median / rates.flops if is_there and work.model_flops else None,
         "per_second": work.count / f.median if is_there and work.count else None,
         "unit": work.unit,
-        "faster": ratios(f, figures),
+        "faster": compute_ratios(f, figures),
     }
 
 
-def parts(figures: list[Figure], case: Case, is_jax: bool) -> dict[str, float]:
-    """Seconds of a step by part, of the first contestant of a side in each row; {} if unknown."""
+def split_step(figures: list[Figure], case: Case, is_jax: bool) -> dict[str, float]:
+    """Return the seconds of a step by part, of a side's first contestants; {} if unknown."""
     first: dict[str, float] = {}
     for f in figures:
         if f.shape == case.name and f.seconds and is_ours(f) == is_jax:
@@ -416,30 +416,31 @@ HEAD = ("row", "contestant", "median ms", "least to most", "a second", "floor ms
         "peak MB", "times faster than")  # fmt: skip
 
 
-def cells(one: dict) -> tuple[str, ...]:
-    """A line of the table."""
+def format_row(one: dict) -> tuple[str, ...]:
+    """Return a line of the table."""
     if one["error"]:
         return (one["row"], one["name"], one["error"], *[""] * (len(HEAD) - 3))
     ms = [1e3 * s for s in one["seconds"]]
     rate, unit = one["per_second"], {"tokens": "tokens", "bytes": "B"}[one["unit"]]
     faster = ", ".join(f"{ratio:.2f} {name}" for name, ratio in one["faster"].items())
     return (
-        one["row"], one["name"], number(1e3 * one["median"]),
-        f"{number(min(ms))} to {number(max(ms))}", f"{rate:,.0f} {unit}" if rate else "",
-        number(1e3 * one["floor"]) if one["floor"] else "",
+        one["row"], one["name"], format_number(1e3 * one["median"]),
+        f"{format_number(min(ms))} to {format_number(max(ms))}",
+        f"{rate:,.0f} {unit}" if rate else "",
+        format_number(1e3 * one["floor"]) if one["floor"] else "",
         f"{one['reached']:.0%}" if one["reached"] else "",
         f"{one['mfu']:.0%}" if one["mfu"] else "",
         f"{one['peak'] / 1e6:,.0f}" if one["peak"] else "", faster,
     )  # fmt: skip
 
 
-def number(x: float) -> str:
-    """Three digits at least."""
+def format_number(x: float) -> str:
+    """Format with at least three digits."""
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
-def table(rows: Sequence[Sequence[str]], head: Sequence[str] = HEAD) -> str:
-    """Markdown that is also readable as it is."""
+def format_table(rows: Sequence[Sequence[str]], head: Sequence[str] = HEAD) -> str:
+    """Format a Markdown table whose columns are aligned."""
     lines = [head, *rows]
     wide = [max(len(line[i]) for line in lines) for i in range(len(head))]
 
@@ -451,10 +452,12 @@ def table(rows: Sequence[Sequence[str]], head: Sequence[str] = HEAD) -> str:
     return "\n".join([text(head), text(rule), *map(text, rows)])
 
 
-def page(facts: dict, cases: dict[str, Case], figures: list[Figure], about: dict[str, str]) -> str:
-    """speed.md."""
+def format_page(
+    facts: dict, cases: dict[str, Case], figures: list[Figure], about: dict[str, str]
+) -> str:
+    """Return the text of speed.md."""
     out = ["# jaxgpt beside PyTorch", "", *(f"- {k}: {v}" for k, v in facts.items())]
-    for name, rates in rates_of(figures, cases, about).items():
+    for name, rates in measure_rates(figures, cases, about).items():
         case, own = cases[name], [f for f in figures if f.shape == name]
         if not own:
             continue
@@ -463,8 +466,10 @@ def page(facts: dict, cases: dict[str, Case], figures: list[Figure], about: dict
         for who, n in count.items():
             out += [f"- parameters of {who}: {n:,}"]
         out += [f"- floors: {rates.flops / 1e9:,.0f} GFLOP/s, {rates.bytes / 1e9:,.1f} GB/s", ""]
-        out += [table([cells(told(f, case, rates, own, about)) for f in own])]
-        both = {who: parts(own, case, is_jax) for who, is_jax in (("jax", True), ("torch", False))}
+        out += [format_table([format_row(derive_figures(f, case, rates, own, about)) for f in own])]
+        both = {
+            who: split_step(own, case, is_jax) for who, is_jax in (("jax", True), ("torch", False))
+        }
         for who, found in both.items():
             if found:
                 shares = ", ".join(f"{k} {1e3 * s:,.1f}" for k, s in found.items())
@@ -472,7 +477,7 @@ def page(facts: dict, cases: dict[str, Case], figures: list[Figure], about: dict
     return "\n".join(out) + "\n"
 
 
-def write(path: pathlib.Path, text: str) -> None:
+def write_atomically(path: pathlib.Path, text: str) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
@@ -490,14 +495,14 @@ class Stage:
     share: float
 
 
-def soon(share: float, until: float) -> float:
-    """When a share of the time from now has passed."""
+def deadline_after(share: float, until: float) -> float:
+    """Return the time at which this share of the time left has passed."""
     now = time.perf_counter()
     return now + share * (until - now)
 
 
-def plan(shapes: Sequence[str], asked: Sequence[str], is_cpu: bool) -> list[Stage]:
-    """What is measured, in order: on a CPU shape by shape, elsewhere what matters most first."""
+def plan_stages(shapes: Sequence[str], asked: Sequence[str], is_cpu: bool) -> list[Stage]:
+    """Return the stages in order: shape by shape on a CPU, else what matters most first."""
     if is_cpu:
         wanted = asked or [row for row in ROWS if row not in ACCELERATED]
         rows = (*RATES, *(row for row in wanted if row not in RATES))
@@ -548,25 +553,25 @@ class Bench:
             self.makers[module] = answer["makers"]
         self.is_cpu = self.about["platform"] == "cpu"
         names = arguments.shapes or BY_PLATFORM.get(self.about["platform"], ELSEWHERE)
-        self.cases = {name: case_of(name, arguments.settings, scratch) for name in names}
+        self.cases = {name: make_case(name, arguments.settings, scratch) for name in names}
         budget = arguments.seconds or (3600 if self.is_cpu else 450)
         self.until = self.start + budget
 
     def run(self) -> None:
         print("\n".join(f"{k:12} {v}" for k, v in self.facts().items()) + "\n", flush=True)
-        stages = plan(tuple(self.cases), self.a.rows or (), self.is_cpu)
+        stages = plan_stages(tuple(self.cases), self.a.rows or (), self.is_cpu)
         for number, stage in enumerate(stages):
             share = 1.0 if number == len(stages) - 1 else stage.share
-            self.stage(stage, soon(share, self.until))
+            self.stage(stage, deadline_after(share, self.until))
 
     def stage(self, stage: Stage, until: float) -> None:
         groups = [list(self.workers)] if self.is_cpu else [[module] for module in self.workers]
         for number, modules in enumerate(groups):
             # Ours have somewhat more: what they leave is for the others.
-            end = until if number == len(groups) - 1 else soon(0.6, until)
+            end = until if number == len(groups) - 1 else deadline_after(0.6, until)
             for which, name in enumerate(stage.shapes):
                 share = 1 / (len(stage.shapes) - which)
-                self.shape(self.cases[name], stage.rows, modules, soon(share, end))
+                self.shape(self.cases[name], stage.rows, modules, deadline_after(share, end))
             if not self.is_cpu:  # the next side needs the memory
                 for module in modules:
                     self.workers[module].close()
@@ -577,16 +582,16 @@ class Bench:
             for name in stage.shapes:
                 if self.has(name, "start-up"):
                     case, modules = self.cases[name], list(self.workers)
-                    self.add(starts(case, modules, repeats, until, self.log))
+                    self.add(time_startup(case, modules, repeats, until, self.log))
 
     def has(self, shape: str, row: str) -> bool:
         return row in (self.a.rows or SHAPES[shape].rows or ROWS) or row in RATES
 
     def shape(self, case: Case, rows: Sequence[str], modules: list[str], until: float) -> None:
-        turns = TURNS.get(self.about["platform"], TURNS_ELSEWHERE)
+        turns = ROW_SECONDS.get(self.about["platform"], DEFAULT_ROW_SECONDS)
         if "start-up" in rows:  # comes last, and has its share
-            until = soon(0.5, until)
-        limits = Limits(self.a.repeats, turns, until, PAUSE)
+            until = deadline_after(0.5, until)
+        limits = Limits(self.a.repeats, turns, until, PAUSE_SECONDS)
         for row in filter(lambda row: self.has(case.name, row), rows):
             entries = [
                 (name, self.workers[module])
@@ -597,13 +602,13 @@ class Bench:
             is_contest = self.is_cpu and row not in ACCELERATED
             rounds = [entries] if is_contest else [[entry] for entry in entries]
             for some in rounds:
-                self.add(contest(case, row, some, limits))
+                self.add(run_in_turns(case, row, some, limits))
 
     def add(self, new: list[Figure]) -> None:
-        new = same_size(new, self.figures)
+        new = reject_other_sizes(new, self.figures)
         for f in new:
-            shown = f.error or f"{number(1e3 * f.median)} ms"
-            faster = ", ".join(f"{r:.2f} x {name}" for name, r in ratios(f, new).items())
+            shown = f.error or f"{format_number(1e3 * f.median)} ms"
+            faster = ", ".join(f"{r:.2f} x {name}" for name, r in compute_ratios(f, new).items())
             print(f"{f.shape:12} {f.row:24} {f.name:22} {shown:>12}  {faster}", flush=True)
         self.figures += new
         order = {row: number for number, row in enumerate(ROWS)}
@@ -615,23 +620,25 @@ class Bench:
         note = {"left out": ", ".join(self.notes)} if self.notes else {}
         own = {"command": self.a.command, "python": platform.python_version()}
         taken = f"{time.perf_counter() - self.start:.0f} s"
-        return own | known | {"cores": str(cores()), "taken": taken} | note
+        return own | known | {"cores": str(count_cores()), "taken": taken} | note
 
     def write(self) -> None:
-        rates = rates_of(self.figures, self.cases, self.about)
+        rates = measure_rates(self.figures, self.cases, self.about)
         rows = [
-            told(f, self.cases[f.shape], rates[f.shape],
+            derive_figures(f, self.cases[f.shape], rates[f.shape],
                  [g for g in self.figures if g.shape == f.shape], self.about)
             for f in self.figures
         ]  # fmt: skip
         found = {name: asdict(r) for name, r in rates.items()}
         finite = {n: r for n, r in found.items() if all(map(math.isfinite, r.values()))}
         whole = {"facts": self.facts(), "rates": finite, "rows": rows}
-        write(self.a.out / "speed.json", json.dumps(whole, indent=1) + "\n")
-        write(self.a.out / "speed.md", page(self.facts(), self.cases, self.figures, self.about))
+        write_atomically(self.a.out / "speed.json", json.dumps(whole, indent=1) + "\n")
+        write_atomically(
+            self.a.out / "speed.md", format_page(self.facts(), self.cases, self.figures, self.about)
+        )
 
 
-def arguments_of(given: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(given: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.speed", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -657,7 +664,7 @@ def arguments_of(given: Sequence[str]) -> argparse.Namespace:
 
 
 def main() -> int:
-    a = arguments_of(sys.argv[1:])
+    a = parse_arguments(sys.argv[1:])
     a.out.mkdir(parents=True, exist_ok=True)
     with open(a.out / "speed.log", "w") as log, tempfile.TemporaryDirectory() as scratch:
         bench = Bench(a, log, scratch)

@@ -40,7 +40,7 @@ def read_source_files() -> Iterator[bytes]:
                 yield text
 
 
-def corpus(megabytes: float) -> tuple[list[bytes], int]:
+def make_corpus(megabytes: float) -> tuple[list[bytes], int]:
     """Return documents of this many megabytes (10^6 bytes), and the count of distinct bytes."""
     target, documents, size = int(megabytes * 1e6), [], 0
     for text in read_source_files():
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path, help="where to write the numbers")
     arguments = parser.parse_args()
 
-    documents, distinct = corpus(arguments.megabytes)
+    documents, distinct = make_corpus(arguments.megabytes)
     megabytes = sum(map(len, documents)) / 1e6
     start = time.perf_counter()
     trained = tokenizer.train(iter(documents), arguments.vocab)

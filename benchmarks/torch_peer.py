@@ -1,6 +1,6 @@
 """What PyTorch runs in benchmarks/speed.py: models of transformers in an ordinary training loop.
 
-The arithmetic is that of jaxgpt: float32 parameters, matrix products in the dtype of the case
+The autocast is that of jaxgpt: float32 parameters, matrix products in the dtype of the case
 (autocast), AdamW that decays matrices, gradients clipped by their global norm. Attention is
 `scaled_dot_product_attention`. "compile" gives the model and its loss to `torch.compile`; where
 there are more than 24 layers, each block, since compiling the whole would take minutes.
@@ -18,24 +18,24 @@ import torch
 import transformers
 from torch.nn import functional
 
-from benchmarks.worker import Case, Made, Side, cores, serve_pipe
+from benchmarks.worker import Case, Contestant, Side, count_cores, serve_pipe
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MANY_LAYERS = 24
 
 
-def normal(case: Case, *shape: int, **more) -> torch.Tensor:
+def draw_normal(case: Case, *shape: int, **more) -> torch.Tensor:
     return torch.randn(shape, device=DEVICE, dtype=DTYPES[case.dtype], **more)
 
 
-def arithmetic(case: Case):
+def autocast(case: Case):
     if case.dtype == "float32":
         return contextlib.nullcontext()
     return torch.autocast(DEVICE, DTYPES[case.dtype])
 
 
-def model_of(case: Case):
+def make_model(case: Case):
     """A model of transformers of the same shape."""
     if case.is_llama:
         config: Any = transformers.LlamaConfig(
@@ -56,18 +56,18 @@ def model_of(case: Case):
         return make(config, attn_implementation="sdpa", dtype=torch.float32)
 
 
-def parameters(model) -> int:
+def count_parameters(model) -> int:
     return sum(p.numel() for p in model.parameters())  # a tied table once
 
 
-def batch_of(case: Case) -> torch.Tensor:
+def make_batch(case: Case) -> torch.Tensor:
     return torch.randint(case.V, (2, case.B, case.T), device=DEVICE)
 
 
 # --- training ---
 
 
-def compiled_loss(model, case: Case, is_compiled: bool) -> Callable:
+def make_loss_fn(model, case: Case, is_compiled: bool) -> Callable:
     """(tokens, targets) -> mean loss."""
 
     def loss(tokens, targets):
@@ -83,20 +83,20 @@ def compiled_loss(model, case: Case, is_compiled: bool) -> Callable:
     return loss
 
 
-def adamw(model) -> torch.optim.Optimizer:
+def make_adamw(model) -> torch.optim.Optimizer:
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=True)
 
 
-def step(case: Case, is_compiled: bool) -> Made:
-    model = model_of(case).train()
-    loss, optimizer = compiled_loss(model, case, is_compiled), adamw(model)
-    tokens, targets = batch_of(case)
+def make_step(case: Case, is_compiled: bool) -> Contestant:
+    model = make_model(case).train()
+    loss, optimizer = make_loss_fn(model, case, is_compiled), make_adamw(model)
+    tokens, targets = make_batch(case)
 
     def run():
-        with arithmetic(case):
+        with autocast(case):
             value = loss(tokens, targets)
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -104,25 +104,25 @@ def step(case: Case, is_compiled: bool) -> Made:
         optimizer.zero_grad(set_to_none=True)
         return value
 
-    return Made(run, parameters(model))
+    return Contestant(run, count_parameters(model))
 
 
-def forward(case: Case, is_compiled: bool) -> Made:
-    model = model_of(case).eval()
-    loss = compiled_loss(model, case, is_compiled)
-    tokens, targets = batch_of(case)
+def make_forward(case: Case, is_compiled: bool) -> Contestant:
+    model = make_model(case).eval()
+    loss = make_loss_fn(model, case, is_compiled)
+    tokens, targets = make_batch(case)
 
     def run():
-        with torch.no_grad(), arithmetic(case):
+        with torch.no_grad(), autocast(case):
             return loss(tokens, targets)
 
-    return Made(run, parameters(model))
+    return Contestant(run, count_parameters(model))
 
 
-def optimizer_step(case: Case) -> Made:
+def make_optimizer_step(case: Case) -> Contestant:
     """Clips and moves the parameters."""
-    model = model_of(case)
-    optimizer = adamw(model)
+    model = make_model(case)
+    optimizer = make_adamw(model)
     for p in model.parameters():
         p.grad = torch.full_like(p, 1e-3)
 
@@ -130,65 +130,67 @@ def optimizer_step(case: Case) -> Made:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-    return Made(run, parameters(model))
+    return Contestant(run, count_parameters(model))
 
 
 # --- parts of a step ---
 
 
-def matmul(case: Case, *sizes: int) -> Made:
+def make_matmul(case: Case, *sizes: int) -> Contestant:
     rows, inner, columns = sizes or (case.N, case.D, case.F)
-    x, w = normal(case, rows, inner), normal(case, inner, columns)
-    return Made(lambda: x @ w)
+    x, w = draw_normal(case, rows, inner), draw_normal(case, inner, columns)
+    return Contestant(lambda: x @ w)
 
 
-def copy(case: Case, numbers: int) -> Made:
+def make_copy(case: Case, numbers: int) -> Contestant:
     x, y = torch.ones(numbers, device=DEVICE), torch.ones(numbers, device=DEVICE)
-    return Made(lambda: y.copy_(x))
+    return Contestant(lambda: y.copy_(x))
 
 
-def dense(case: Case) -> Made:
+def make_dense_products(case: Case) -> Contestant:
     """The products of one block with its matrices, forward and backward, and nothing else."""
     given = [
-        (normal(case, case.N, n), normal(case, n, m), normal(case, case.N, m))
+        (draw_normal(case, case.N, n), draw_normal(case, n, m), draw_normal(case, case.N, m))
         for n, m in case.products
     ]
-    return Made(lambda: [(x @ w, d @ w.T, x.T @ d) for x, w, d in given])
+    return Contestant(lambda: [(x @ w, d @ w.T, x.T @ d) for x, w, d in given])
 
 
-def attention(case: Case, is_gradient: bool) -> Made:
+def make_attention(case: Case, is_gradient: bool) -> Contestant:
     shapes = [(case.B, heads, case.T, case.K) for heads in (case.H, case.G, case.G)]
-    given = [normal(case, *shape, requires_grad=is_gradient) for shape in shapes]
-    d = normal(case, *shapes[0])
+    given = [draw_normal(case, *shape, requires_grad=is_gradient) for shape in shapes]
+    d = draw_normal(case, *shapes[0])
 
     def forward():
         return functional.scaled_dot_product_attention(
             *given, is_causal=True, enable_gqa=case.H != case.G
         )
 
-    return Made(lambda: torch.autograd.grad(forward(), given, d) if is_gradient else forward())
+    return Contestant(
+        lambda: torch.autograd.grad(forward(), given, d) if is_gradient else forward()
+    )
 
 
-def loss(case: Case, is_compiled: bool) -> Made:
+def make_loss(case: Case, is_compiled: bool) -> Contestant:
     """The vocabulary's loss and its gradient in hidden states and table."""
-    hidden = normal(case, case.N, case.D, requires_grad=True)
+    hidden = draw_normal(case, case.N, case.D, requires_grad=True)
     table = (torch.randn(case.V, case.D, device=DEVICE) * 0.02).requires_grad_()
-    _, targets = batch_of(case)
+    _, targets = make_batch(case)
 
     def plain(hidden, table):
-        with arithmetic(case):
+        with autocast(case):
             scores = functional.linear(hidden, table)
         return functional.cross_entropy(scores.float(), targets.view(-1))
 
     value = torch.compile(plain) if is_compiled else plain
-    return Made(lambda: torch.autograd.grad(value(hidden, table), (hidden, table)))
+    return Contestant(lambda: torch.autograd.grad(value(hidden, table), (hidden, table)))
 
 
 # --- everything else ---
 
 
-def decode(case: Case, rows: int, cache: str) -> Made:
-    model = model_of(case).eval().to(DTYPES[case.dtype])
+def make_decode(case: Case, rows: int, cache: str) -> Contestant:
+    model = make_model(case).eval().to(DTYPES[case.dtype])
     tokens = torch.randint(case.V, (rows, case.prompt), device=DEVICE)
     how = dict(max_new_tokens=case.new, min_new_tokens=case.new, do_sample=False)
 
@@ -199,27 +201,27 @@ def decode(case: Case, rows: int, cache: str) -> Made:
         assert out.shape[1] == case.prompt + case.new
         return out
 
-    return Made(run, parameters(model))
+    return Contestant(run, count_parameters(model))
 
 
-def tokenizer(case: Case) -> Made:
+def make_tokenizer(case: Case) -> Contestant:
     """The vocabulary of the other side in transformers."""
-    from benchmarks.tokenizer import corpus
+    from benchmarks.tokenizer import make_corpus
 
-    texts = [document.decode(errors="replace") for document in corpus(4)[0]]
+    texts = [document.decode(errors="replace") for document in make_corpus(4)[0]]
     path = os.path.join(case.scratch, "tokenizer.json")
     fast = transformers.PreTrainedTokenizerFast(tokenizer_file=path)
-    return Made(lambda: fast(texts)["input_ids"])
+    return Contestant(lambda: fast(texts)["input_ids"])
 
 
-def free() -> None:
+def free_memory() -> None:
     gc.collect()
     torch.compiler.reset()  # else what is compiled keeps its model
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
 
 
-def peak() -> int:
+def read_peak_bytes() -> int:
     """Bytes held at most since this was last asked."""
     if DEVICE == "cpu":
         return 0
@@ -228,48 +230,50 @@ def peak() -> int:
     return bytes_held
 
 
-def wait(_) -> None:
+def synchronize(_) -> None:
     if DEVICE == "cuda":
         torch.cuda.synchronize()
 
 
-def side() -> Side:
+def make_side() -> Side:
     is_cpu = DEVICE == "cpu"
     if is_cpu:
-        torch.set_num_threads(cores())
+        torch.set_num_threads(count_cores())
     square, numbers = (2048, 2**26) if is_cpu else (8192, 2**29)
 
-    def both(make: Callable) -> dict[str, Callable[[Case], Made]]:
+    def both(make: Callable) -> dict[str, Callable[[Case], Contestant]]:
         return {"torch eager": partial(make, is_compiled=False),
                 "torch compile": partial(make, is_compiled=True)}  # fmt: skip
 
-    def by_cache(rows: int) -> dict[str, Callable[[Case], Made]]:
-        return {f"torch {cache} cache": partial(decode, rows=rows, cache=cache)
+    def by_cache(rows: int) -> dict[str, Callable[[Case], Contestant]]:
+        return {f"torch {cache} cache": partial(make_decode, rows=rows, cache=cache)
                 for cache in ("dynamic", "static")}  # fmt: skip
 
     return Side(
         makers={
-            "matmul, square": {"torch eager": lambda case: matmul(case, square, square, square)},
-            "matmul, [N D] x [D F]": {"torch eager": matmul},
-            "copy": {"torch eager": partial(copy, numbers=numbers)},
-            "step": both(step),
-            "forward": both(forward),
-            "dense of a block": {"torch eager": dense},
-            "attention forward": {"torch eager": partial(attention, is_gradient=False)},
-            "attention gradient": {"torch eager": partial(attention, is_gradient=True)},
-            "loss gradient": both(loss),
-            "optimizer": {"torch eager": optimizer_step},
+            "matmul, square": {
+                "torch eager": lambda case: make_matmul(case, square, square, square)
+            },
+            "matmul, [N D] x [D F]": {"torch eager": make_matmul},
+            "copy": {"torch eager": partial(make_copy, numbers=numbers)},
+            "step": both(make_step),
+            "forward": both(make_forward),
+            "dense of a block": {"torch eager": make_dense_products},
+            "attention forward": {"torch eager": partial(make_attention, is_gradient=False)},
+            "attention gradient": {"torch eager": partial(make_attention, is_gradient=True)},
+            "loss gradient": both(make_loss),
+            "optimizer": {"torch eager": make_optimizer_step},
             "decode 1 row": by_cache(1),
             "decode 8 rows": by_cache(8),
-            "tokenizer": {"transformers": tokenizer},
+            "tokenizer": {"transformers": make_tokenizer},
         },
-        wait=wait,
+        wait=synchronize,
         about={name: version(name) for name in ("torch", "transformers")},
         is_queue=not is_cpu,
-        free=free,
-        peak=peak,
+        free=free_memory,
+        peak=read_peak_bytes,
     )
 
 
 if __name__ == "__main__":
-    serve_pipe(side)
+    serve_pipe(make_side)

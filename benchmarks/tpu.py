@@ -48,7 +48,13 @@ os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 import jax
 from jax.experimental import topologies
 
-from benchmarks.hlo import ARRAY, array_bytes, collectives, computations, runs
+from benchmarks.hlo import (
+    ARRAY,
+    count_array_bytes,
+    count_runs,
+    list_collectives,
+    split_computations,
+)
 from benchmarks.step import lower_step
 from jaxgpt.config import Config, ConfigError, load, override
 from jaxgpt.script import run
@@ -132,7 +138,7 @@ FREE_KINDS = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", 
 
 def add_trip_counts(text: str) -> str:
     """Add the trip counts of loops, which the TPU compiler omits, from the loops' conditions."""
-    programs = computations(text)
+    programs = split_computations(text)
     lines = text.splitlines()
     for number, line in enumerate(lines):
         condition = re.search(r" while\(.*condition=%([\w.\-]+)", line)
@@ -147,8 +153,8 @@ def add_trip_counts(text: str) -> str:
 
 def parse_instructions(text: str) -> tuple[list[Instruction], dict[str, str]]:
     """Return the instructions that a program runs, fusions as one, and every type by name."""
-    programs = computations(text)
-    times = runs(programs)
+    programs = split_computations(text)
+    times = count_runs(programs)
     inside = set(re.findall(r" (?:fusion|custom-call)\(.*?calls=%([\w.\-]+)", text))
     found, types = [], {}
     for name, lines in programs.items():
@@ -172,7 +178,7 @@ def count_hbm_bytes(kind: str, iterations: int) -> int:
     for match in re.finditer(ARRAY.pattern + r"(\{[^}]*\})?", kind):
         if "S(" in (match[3] or ""):  # in the chip's on-chip memory
             continue
-        size = array_bytes(match[1], match[2])
+        size = count_array_bytes(match[1], match[2])
         is_stacked = iterations > 1 and match[2].partition(",")[0] == str(iterations)
         total += size // iterations if is_stacked else size
     return total
@@ -233,14 +239,14 @@ def count_saved_arrays(instructions: list[Instruction], repeats: int) -> Counter
     """
     # The program's own parameters are arrays; a loop's is a tuple.
     inputs = [x.type for x in instructions if x.kind == "parameter" and x.type[0] != "("]
-    sizes = {array_bytes("u8", shape) for kind in inputs for _, shape in ARRAY.findall(kind)}
+    sizes = {count_array_bytes("u8", shape) for kind in inputs for _, shape in ARRAY.findall(kind)}
     carries = [
         Counter(
             f"{kind}[{shape}]"
             for kind, shape in ARRAY.findall(x.type)
             if shape.partition(",")[0] == str(repeats)
-            and array_bytes("u8", shape) > repeats * MIN_COPY_BYTES
-            and array_bytes("u8", shape) not in sizes
+            and count_array_bytes("u8", shape) > repeats * MIN_COPY_BYTES
+            and count_array_bytes("u8", shape) not in sizes
         )
         for x in instructions
         if x.kind == "while"
@@ -256,7 +262,7 @@ def remove_layout(kind: str) -> str:
 
 
 def count_bytes(kind: str) -> int:
-    return sum(array_bytes(*array) for array in ARRAY.findall(kind))
+    return sum(count_array_bytes(*array) for array in ARRAY.findall(kind))
 
 
 # --- one model on one chip --------------------------------------------------------------------
@@ -323,7 +329,7 @@ def describe_step(cfg: Config, name: str, count: int, text_file: pathlib.Path | 
         *(f"              {n} x {kind}" for kind, n in list_largest(stats.saved)),
     ]
     sent: Counter[str] = Counter()
-    for collective in collectives(text):
+    for collective in list_collectives(text):
         sent[collective.kind] += sum(collective.arrays) * (collective.times or 0)
     lines += [f"sent        {size / 1e9:.2f} GB {kind}" for kind, size in sent.most_common()]
     lines += ["slowest"]

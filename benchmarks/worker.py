@@ -26,7 +26,7 @@ Run = Callable[[], Any]  # does the work once, and returns what to wait for
 
 @dataclass(frozen=True)
 class Case:
-    """A model and a batch, in numbers that every side understands."""
+    """A model and a batch, described by plain numbers for both sides."""
 
     name: str
     B: int
@@ -56,18 +56,18 @@ class Case:
 
     @property
     def prompt(self) -> int:
-        """Tokens that are read before decoding."""
+        """Number of prompt tokens."""
         return min(64, self.T // 4)
 
     @property
     def new(self) -> int:
-        """Tokens that are decoded."""
+        """Number of decoded tokens."""
         return min(128, self.T // 2)
 
 
 @dataclass(frozen=True)
-class Made:
-    """A contestant: what it runs, and what there is to tell about it."""
+class Contestant:
+    """A contestant: what it runs, with its number of parameters and peak memory."""
 
     run: Run
     parameters: int = 0
@@ -76,18 +76,18 @@ class Made:
 
 @dataclass(frozen=True)
 class Side:
-    """What a process offers.
+    """The contestants of a process.
 
     Args:
         makers: row -> name -> what makes the contestant.
         wait: until a result is there.
         is_queue: the device works off what it is given in order, so that only the end of a turn is
-            waited for. On a CPU two calls would run at once.
+            awaited. On a CPU two calls would run at once.
         free: gives memory back, once all that was made is dropped.
         peak: bytes that the device held at most since this was last asked, 0 if it can not tell.
     """
 
-    makers: Mapping[str, Mapping[str, Callable[[Case], Made]]]
+    makers: Mapping[str, Mapping[str, Callable[[Case], Contestant]]]
     wait: Callable[[Any], Any]
     about: Mapping[str, str]
     is_queue: bool = False
@@ -99,8 +99,8 @@ class FailedError(RuntimeError):
     """A contestant that gave no figure, and why."""
 
 
-def cores() -> int:
-    """That this process may use."""
+def count_cores() -> int:
+    """Count the cores that this process may use."""
     has = hasattr(os, "sched_getaffinity")
     return len(os.sched_getaffinity(0)) if has else os.cpu_count() or 1
 
@@ -109,11 +109,11 @@ def cores() -> int:
 
 
 def serve(side: Side, requests: IO[str], answers: IO[str]) -> None:
-    """Answers until there are no more requests."""
-    made: dict[str, Made] = {}
+    """Handle requests until there are no more."""
+    made: dict[str, Contestant] = {}
     for line in requests:
         try:
-            answer = _answer(side, made, **json.loads(line))
+            answer = _handle_request(side, made, **json.loads(line))
         except Exception as error:
             traceback.print_exc()
             lines = str(error).strip().splitlines() or [""]
@@ -128,7 +128,9 @@ def serve_pipe(side: Callable[[], Side]) -> None:
     serve(side(), sys.stdin, answers)
 
 
-def _answer(side: Side, made: dict[str, Made], do: str, row="", name="", case=None, times=1):
+def _handle_request(
+    side: Side, made: dict[str, Contestant], do: str, row="", name="", case=None, times=1
+):
     if do == "about":
         rows = {row: list(names) for row, names in side.makers.items()}
         return {"about": dict(side.about), "makers": rows}
@@ -142,10 +144,10 @@ def _answer(side: Side, made: dict[str, Made], do: str, row="", name="", case=No
         made[key] = one = side.makers[row][name](Case(**case))
         return {"parameters": one.parameters, "peak": one.peak}
     one = made[key]
-    return {"seconds": turn(one.run, side, times), "peak": one.peak or side.peak()}
+    return {"seconds": time_runs(one.run, side, times), "peak": one.peak or side.peak()}
 
 
-def turn(run: Run, side: Side, times: int) -> float:
+def time_runs(run: Run, side: Side, times: int) -> float:
     """Seconds per run."""
     start, out = time.perf_counter(), None
     for _ in range(times):
@@ -181,7 +183,7 @@ class Worker:
 
         def end() -> None:
             late.set()
-            _end(process)
+            _kill_process_group(process)
 
         timer = threading.Timer(max(limit, 0.1), end)
         timer.start()
@@ -209,18 +211,18 @@ class Worker:
         return self.ask(limit, do="run", row=row, name=name, times=times)
 
     def drop(self) -> None:
-        """Forgets what was made."""
+        """Drop all contestants."""
         if self._process is not None:
             self.ask(60, do="drop")
 
     def close(self) -> None:
         if self._process is not None:
-            _end(self._process)
+            _kill_process_group(self._process)
             self._process.communicate()
             self._process = None
 
 
-def _end(process: subprocess.Popen) -> None:
-    """Ends a process and those that it started."""
+def _kill_process_group(process: subprocess.Popen) -> None:
+    """Kill a process and those that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

@@ -16,7 +16,7 @@ from tiny_runs import make_training
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))  # benchmarks are not installed
 
 from benchmarks import hlo, scaling
-from benchmarks.hlo import axes_of, collectives, groups_of
+from benchmarks.hlo import find_axes, list_collectives, parse_groups
 from benchmarks.scaling import (
     BASE,
     LAYOUTS,
@@ -160,7 +160,7 @@ def test_collectives_in_loops_are_counted_once_per_iteration():
         return jax.lax.all_gather(x, "data", tiled=True)
 
     text, mesh = compile_program(f, (8, 4), PartitionSpec("data"), PartitionSpec(), data=2)
-    found = {(c.kind, c.arrays, c.times, c.axes(mesh)) for c in collectives(text)}
+    found = {(c.kind, c.arrays, c.times, c.axes(mesh)) for c in list_collectives(text)}
     assert found == {
         ("all-reduce", (64,), 15, ("data",)),
         ("collective-permute", (64,), 3, ("data",)),
@@ -178,7 +178,7 @@ def test_the_axes_of_device_groups_are_the_axes_summed_over():
     text, mesh = compile_program(
         f, (64,), PartitionSpec(names), PartitionSpec(), data=2, fsdp=2, tensor=2
     )
-    found = {size: c.axes(mesh) for c in collectives(text) for size in c.arrays}
+    found = {size: c.axes(mesh) for c in list_collectives(text) for size in c.arrays}
     assert found == {4 * (i + 1): axes for i, axes in enumerate(subsets)}
 
 
@@ -189,7 +189,7 @@ def test_reduce_scatter_and_all_to_all_are_counted_by_the_larger_side():
 
     data = PartitionSpec("data")
     text, _ = compile_program(f, (32,), data, (data, data), data=2)
-    assert {(c.kind, c.arrays) for c in collectives(text)} == {
+    assert {(c.kind, c.arrays) for c in list_collectives(text)} == {
         ("reduce-scatter", (64,)),
         ("all-to-all", (32,)),
     }
@@ -211,12 +211,12 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_device_groups_are_parsed_in_every_form(form):
-    assert list(groups_of(f"x, replica_groups={form}, y=z", 8)) == FORMS[form]
+    assert list(parse_groups(f"x, replica_groups={form}, y=z", 8)) == FORMS[form]
 
 
 def test_device_groups_of_an_unknown_form_are_rejected():
     with pytest.raises(ValueError, match="unknown form"):
-        groups_of("x, replica_groups=<8>, y", 8)
+        parse_groups("x, replica_groups=<8>, y", 8)
 
 
 ASYNCHRONOUS = """HloModule m, entry_computation_layout={()->()}, num_partitions=4
@@ -245,7 +245,7 @@ ENTRY %main (p: f32[2]) -> f32[2] {
 
 
 def test_asynchronous_collectives_are_parsed_like_synchronous_ones():
-    found = [(c.kind, c.arrays, c.times, c.label) for c in collectives(ASYNCHRONOUS)]
+    found = [(c.kind, c.arrays, c.times, c.label) for c in list_collectives(ASYNCHRONOUS)]
     assert sorted(found, key=lambda row: row[0]) == [
         ("all-gather", (48,), 7, ""),
         ("all-reduce", (3, 2), None, "any"),  # in a loop of unknown length
@@ -256,14 +256,14 @@ def test_asynchronous_collectives_are_parsed_like_synchronous_ones():
 
 def test_a_group_runs_along_the_axes_whose_index_varies_in_it():
     shape = dict(a=2, b=1, c=4)
-    assert axes_of([(0, 1), (2, 3)], shape) == ("c",)
-    assert axes_of([(0, 4)], shape) == ("a",)
-    assert axes_of([(0, 5)], shape) == ("a", "c")
+    assert find_axes([(0, 1), (2, 3)], shape) == ("c",)
+    assert find_axes([(0, 4)], shape) == ("a",)
+    assert find_axes([(0, 5)], shape) == ("a", "c")
 
 
 def test_the_traffic_of_an_all_reduce_is_a_reduce_scatter_plus_an_all_gather():
     for n in (1, 2, 8):
-        both = hlo.SENDS["reduce-scatter"](n) + hlo.SENDS["all-gather"](n)
-        assert hlo.SENDS["all-reduce"](n) == both
+        both = hlo.SENT_FRACTION["reduce-scatter"](n) + hlo.SENT_FRACTION["all-gather"](n)
+        assert hlo.SENT_FRACTION["all-reduce"](n) == both
     # A single device sends nothing.
-    assert hlo.SENDS["all-to-all"](1) == 0
+    assert hlo.SENT_FRACTION["all-to-all"](1) == 0

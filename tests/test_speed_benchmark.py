@@ -13,7 +13,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))  # benchmarks are 
 
 from benchmarks import speed
 from benchmarks.speed import Figure, Limits, Rates, Work
-from benchmarks.worker import Case, FailedError, Made, Side, Worker, serve
+from benchmarks.worker import Case, Contestant, FailedError, Side, Worker, serve
 from jaxgpt import config as configs
 from jaxgpt.model import count_params
 from jaxgpt.trainer.speed import flops_per_token
@@ -32,24 +32,24 @@ def figure(row, name, *seconds, **more):
 
 @pytest.mark.parametrize("name", speed.SHAPES)
 def test_weights_and_flops_of_a_case_agree_with_its_model(name):
-    case = speed.case_of(name, [], "")
+    case = speed.make_case(name, [], "")
     model = configs.from_json(json.dumps(case.config)).model
     total = count_params(model)["total"]
     # norms, biases and positions are the rest
-    assert 0 <= total - speed.weights(case) < 0.04 * total
-    ratio = speed.step_work(case).model_flops / (case.N * flops_per_token(model))
+    assert 0 <= total - speed.count_weights(case) < 0.04 * total
+    ratio = speed.count_step_work(case).model_flops / (case.N * flops_per_token(model))
     # flops_per_token counts biases as weights
     assert ratio == pytest.approx(1, rel=1e-2 if model.bias else 1e-12)
 
 
 def test_only_unmasked_pairs_count_toward_a_floor():
     pairs = sum(s <= t for t in range(CASE.T) for s in range(CASE.T))
-    assert speed.attention_product(CASE) == 2 * CASE.B * CASE.H * CASE.K * pairs
+    assert speed.count_attention_flops(CASE) == 2 * CASE.B * CASE.H * CASE.K * pairs
 
 
 def test_a_floor_adds_phases_and_overlaps_work_within_a_phase():
     work = Work(((100, 0), (50, 900), (300, 10)))
-    assert work.floor(Rates(flops=10, bytes=100)) == 10 + 9 + 30
+    assert work.compute_floor(Rates(flops=10, bytes=100)) == 10 + 9 + 30
 
 
 def test_rates_are_the_medians_of_the_fastest_side():
@@ -60,16 +60,16 @@ def test_rates_are_the_medians_of_the_fastest_side():
         figure("copy", "jax", 5.0),
         figure("copy", "torch eager", error="no memory"),
     ]
-    assert speed.rates_of(figures, {"tiny": CASE}, ABOUT)["tiny"] == Rates(1000.0, 160.0)
+    assert speed.measure_rates(figures, {"tiny": CASE}, ABOUT)["tiny"] == Rates(1000.0, 160.0)
 
 
 def test_without_measurement_there_is_no_rate_and_no_floor():
-    rates = speed.rates_of([], {"tiny": CASE}, ABOUT)["tiny"]
+    rates = speed.measure_rates([], {"tiny": CASE}, ABOUT)["tiny"]
     assert math.isnan(rates.flops)
     assert math.isnan(rates.bytes)
-    told = speed.told(figure("step", "jaxgpt", 1.0), CASE, rates, [], ABOUT)
-    assert told["floor"] is None
-    assert told["reached"] is None
+    row = speed.derive_figures(figure("step", "jaxgpt", 1.0), CASE, rates, [], ABOUT)
+    assert row["floor"] is None
+    assert row["reached"] is None
 
 
 # --- comparisons ---
@@ -78,20 +78,20 @@ def test_without_measurement_there_is_no_rate_and_no_floor():
 def test_a_ratio_is_the_median_over_paired_turns():
     ours = figure("step", "jaxgpt", 1.0, 10.0, 2.0)  # a disturbance affects both in a turn
     peer = figure("step", "torch eager", 3.0, 20.0, 8.0)
-    assert speed.ratios(ours, [ours, peer]) == {"torch eager": 3.0}
-    assert speed.ratios(peer, [ours, peer]) == {}
+    assert speed.compute_ratios(ours, [ours, peer]) == {"torch eager": 3.0}
+    assert speed.compute_ratios(peer, [ours, peer]) == {}
 
 
 def test_a_peer_of_another_row_or_without_figures_is_not_compared():
     ours = figure("step", "jaxgpt", 1.0)
     others = [figure("forward", "torch eager", 1.0), figure("step", "torch compile", error="no")]
-    assert speed.ratios(ours, [ours, *others]) == {}
+    assert speed.compute_ratios(ours, [ours, *others]) == {}
 
 
 def test_a_peer_of_another_size_has_no_figure():
     ours = figure("step", "jaxgpt", 1.0, parameters=1000)
     small, same = (figure("forward", "torch eager", 1.0, parameters=n) for n in (999, 1000))
-    other, kept = speed.same_size([small, same], [ours])
+    other, kept = speed.reject_other_sizes([small, same], [ours])
     assert (other.seconds, other.error) == ((), "it has 999 parameters, and jaxgpt 1,000")
     assert kept == same
 
@@ -99,8 +99,8 @@ def test_a_peer_of_another_size_has_no_figure():
 def test_the_parts_of_a_step_and_the_rest_sum_to_the_step():
     rows = ("dense of a block", "attention gradient", "loss gradient", "optimizer")
     figures = [figure(row, "jaxgpt", float(2**i)) for i, row in enumerate(rows)]
-    assert speed.parts(figures, CASE, is_jax=True) == {}
-    found = speed.parts([*figures, figure("step", "jaxgpt", 100.0)], CASE, is_jax=True)
+    assert speed.split_step(figures, CASE, is_jax=True) == {}
+    found = speed.split_step([*figures, figure("step", "jaxgpt", 100.0)], CASE, is_jax=True)
     assert sum(found.values()) == 100.0
     assert found["rest"] == 100 - 3 * (1 + 2) - 4 - 8
 
@@ -116,12 +116,12 @@ def test_the_table_has_figures_and_reasons_for_failures():
         figure("loss gradient", "torch eager", 500.0),
         figure("loss gradient", "torch compile", error="no compiler"),
     ]
-    page = speed.page({"command": "x"}, {"tiny": CASE}, figures, ABOUT)
+    page = speed.format_page({"command": "x"}, {"tiny": CASE}, figures, ABOUT)
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines()]
     ours, _, failed = [line for line in lines if line and line[0] == "loss gradient"]
     floor = 6 * 16 * 4 * 11 / 100
     assert ours[1:4] == ["jaxgpt", "250,000", "200,000 to 300,000"]
-    assert ours[5:7] == [speed.number(1e3 * floor), f"{floor / 250:.0%}"]
+    assert ours[5:7] == [speed.format_number(1e3 * floor), f"{floor / 250:.0%}"]
     assert ours[-1] == "2.50 torch eager"
     assert failed[1:3] == ["torch compile", "no compiler"]
     widths = {len(line) for line in page.splitlines() if line.startswith("|")}
@@ -156,7 +156,7 @@ LIMITS = Limits(repeats=3, turns=1e9, until=math.inf)
 
 def test_contestants_take_turns():
     worker = Fake(1.0)
-    found = speed.contest(CASE, "step", [("jaxgpt", worker), ("torch eager", worker)], LIMITS)
+    found = speed.run_in_turns(CASE, "step", [("jaxgpt", worker), ("torch eager", worker)], LIMITS)
     assert [(f.name, f.seconds, f.parameters, f.peak) for f in found] == [
         ("jaxgpt", (1.0,) * 3, 7, 5),
         ("torch eager", (1.0,) * 3, 7, 5),
@@ -169,7 +169,7 @@ def test_contestants_take_turns():
 
 def test_short_turns_are_taken_more_often():
     worker = Fake(0.1)
-    found = speed.contest(CASE, "step", [("jaxgpt", worker), ("torch eager", worker)], LIMITS)
+    found = speed.run_in_turns(CASE, "step", [("jaxgpt", worker), ("torch eager", worker)], LIMITS)
     assert [len(f.seconds) for f in found] == [9, 9]
 
 
@@ -177,7 +177,7 @@ def test_short_turns_are_taken_more_often():
 def test_a_failure_is_reported_and_the_others_have_figures(fails_at):
     ours, theirs = Fake(1.0), Fake(1.0, ["torch compile"], fails_at)
     entries = [("jaxgpt", ours), ("torch eager", theirs), ("torch compile", theirs)]
-    found = speed.contest(CASE, "step", entries, LIMITS)
+    found = speed.run_in_turns(CASE, "step", entries, LIMITS)
     assert [(f.name, len(f.seconds), f.error) for f in found] == [
         ("jaxgpt", 3, ""),
         ("torch eager", 3, ""),
@@ -195,7 +195,7 @@ def test_a_contestant_leaves_time_for_the_others():
 
     entries = [(name, Asked(1.0)) for name in ("jaxgpt", "torch eager", "torch compile")]
     until = speed.time.perf_counter() + 90
-    speed.contest(CASE, "step", entries, dataclasses.replace(LIMITS, until=until))
+    speed.run_in_turns(CASE, "step", entries, dataclasses.replace(LIMITS, until=until))
     assert len(asked) == 3
     assert max(asked) <= 30
 
@@ -203,9 +203,9 @@ def test_a_contestant_leaves_time_for_the_others():
 def test_slow_rows_have_fewer_turns_and_none_begins_too_late():
     worker = Fake(4.0)
     short = dataclasses.replace(LIMITS, turns=9.0)
-    assert len(speed.contest(CASE, "step", [("jaxgpt", worker)], short)[0].seconds) == 2
+    assert len(speed.run_in_turns(CASE, "step", [("jaxgpt", worker)], short)[0].seconds) == 2
     late = dataclasses.replace(LIMITS, until=0.0)
-    (found,) = speed.contest(CASE, "step", [("jaxgpt", worker)], late)
+    (found,) = speed.run_in_turns(CASE, "step", [("jaxgpt", worker)], late)
     assert (found.seconds, found.error) == ((), "no time was left")
 
 
@@ -215,7 +215,7 @@ ACCELERATOR = tuple(speed.ELSEWHERE)
 
 
 def test_an_accelerator_measures_whole_steps_before_anything_else():
-    first, second, *rest = speed.plan(ACCELERATOR, (), is_cpu=False)
+    first, second, *rest = speed.plan_stages(ACCELERATOR, (), is_cpu=False)
     steps = (*speed.RATES, "step")
     assert (first.shapes, first.rows) == (("gpt2_124m",), steps)
     assert (second.shapes, second.rows) == (("llama3_1b", "gpt2_1558m"), steps)
@@ -227,7 +227,7 @@ def test_an_accelerator_measures_whole_steps_before_anything_else():
 def test_a_plan_has_every_row_of_every_shape_once(is_cpu, asked):
     planned = [
         (shape, row)
-        for stage in speed.plan(ACCELERATOR, asked, is_cpu)
+        for stage in speed.plan_stages(ACCELERATOR, asked, is_cpu)
         for row in stage.rows
         for shape in stage.shapes
     ]
@@ -270,7 +270,7 @@ def test_important_steps_are_measured_however_slow_compilers_are(compiling, monk
 
     jax_side, torch_side = ["jaxgpt"], ["torch eager", "torch compile"]
     bench = object.__new__(speed.Bench)
-    bench.a = speed.arguments_of(["--out", str(tmp_path), "--rows", "step", "forward"])
+    bench.a = speed.parse_arguments(["--out", str(tmp_path), "--rows", "step", "forward"])
     bench.is_cpu, bench.figures, bench.notes, bench.start = False, [], [], 0.0
     bench.about = ABOUT | {"platform": "gpu"}
     bench.workers = {speed.JAX: Slow(0.01), speed.TORCH: Slow(0.01)}
@@ -278,7 +278,7 @@ def test_important_steps_are_measured_however_slow_compilers_are(compiling, monk
         speed.JAX: dict.fromkeys(speed.ROWS, jax_side),
         speed.TORCH: dict.fromkeys(speed.ROWS, torch_side),
     }
-    bench.cases = {name: speed.case_of(name, [], "") for name in ACCELERATOR}
+    bench.cases = {name: speed.make_case(name, [], "") for name in ACCELERATOR}
     bench.until = 450.0
     bench.run()
     assert clock.now < 480
@@ -305,7 +305,7 @@ def test_a_side_runs_as_often_as_requested_and_waits(is_queue, waits):
 
     def make(case):
         assert case == CASE
-        return Made(lambda: ran.append(1), parameters=5)
+        return Contestant(lambda: ran.append(1), parameters=5)
 
     side = Side({"step": {"x": make}}, waited.append, {"jax": "1"}, is_queue, peak=lambda: 9)
     where = {"row": "step", "name": "x"}

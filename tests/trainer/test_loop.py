@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
-from tiny_runs import assert_same_bits, restore_latest, run_config
+from tiny_runs import assert_same_bits, has_drawing, restore_latest, run_config
 
 from jaxgpt import config as configs
 from jaxgpt.config import override
@@ -131,7 +131,7 @@ def test_a_run_writes_its_files(uninterrupted_run):
         "best", "checkpoints", "config.json", "metrics.jsonl", "plots", "samples", "tensorboard",
         "tokenizer.json",
     ]  # fmt: skip
-    assert os.path.getsize(os.path.join(folder, "plots", "loss.png")) > 1000
+    assert has_drawing(os.path.join(folder, "plots", "loss.png"))
     assert os.listdir(os.path.join(folder, "samples")) == ["step_000012.txt"]
 
 
@@ -294,7 +294,7 @@ def test_a_complete_run_reports_that_and_changes_nothing(uninterrupted_run, caps
     assert progress.step == 12
     out = capsys.readouterr().out
     assert (
-        f"This run is complete. Sample from it:\n  python sample.py {uninterrupted_run.run_folder}"
+        f"This run is complete. Sample from it:\n  jaxgpt sample {uninterrupted_run.run_folder}"
         in out
     )
     assert read_records(uninterrupted_run) == before
@@ -540,7 +540,7 @@ def test_a_run_prints_a_header_and_a_summary(uninterrupted_run, capsys):
     )
     assert "--- sample at step 4 ---" in out
     assert lines[-2].startswith("Done: 4 steps, ")
-    assert lines[-1] == f"  python sample.py {cfg.run_folder}"
+    assert lines[-1] == f"  jaxgpt sample {cfg.run_folder}"
 
 
 def test_a_stopped_run_prints_how_to_resume(uninterrupted_run, capsys):

@@ -123,6 +123,9 @@ def make_hippo(Z: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     skew = np.triu(outer, 1) - np.tril(outer, -1)
     frequencies, V = np.linalg.eigh(-1j * skew)  # ascending, half of them below 0
     V = V[:, Z:]
+    # The phase of an eigenvector is free, and differs by processor: here P is real and positive.
+    phase = V.conj().T @ P
+    V = V * (phase / np.abs(phase))
     return -0.5 + 1j * frequencies[Z:], V.conj().T @ P, V.conj().T @ B
 
 

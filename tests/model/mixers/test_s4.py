@@ -90,6 +90,8 @@ def test_the_initial_system_is_hippo_legs_in_another_basis():
     rates, P_, B_ = (np.concatenate([x, x.conj()]) for x in make_hippo(N // 2))
     A_ = np.diag(rates) - np.outer(P_, P_.conj())
     np.testing.assert_allclose(rates.real, -0.5)
+    np.testing.assert_allclose(P_.imag, 0, atol=1e-12)  # fixes the basis on every processor
+    assert (P_.real > 0).all()
     # The response from B to Pᵀ does not depend on the basis.
     for left, left_ in ((P, P_), (B, B_)):
         x, x_ = B / N, B_ / N
@@ -126,7 +128,8 @@ def test_the_kernel_equals_that_of_dense_matrices_at_all_lengths(params, length)
     # Aliasing from beyond M is 1.5e-6 of the kernel, and rounding is magnified 29 times.
     np.testing.assert_allclose(actual, expected[:length], atol=1e-5 * kernel_max)
     if length < 10:  # the kernel is so long that full aliasing would fail the test
-        assert np.abs(expected[M]).max() > 0.1 * kernel_max
+        # A hundred times the tolerance; over twelve seeds it is 0.11 to 1.3.
+        assert np.abs(expected[M]).max() > 1e-3 * kernel_max
 
 
 def test_the_recurrence_equals_that_of_dense_matrices(params):
