@@ -9,15 +9,24 @@ the key, the value and what would be right. A config file is a Python file with
 and any field is set on the command line with `path=value`: `model.width=512 optimizer.lr=3e-4`.
 """
 
+import importlib.metadata
 import json
 import os
 import runpy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
+import jaxgpt
 from jaxgpt.architecture import ModelConfig
 from jaxgpt.config_files import find_config, importable_configs
+from jaxgpt.plugins import (
+    OTHER_TABLES,
+    import_plugins,
+    import_recorded_plugins,
+    parse_plugins,
+    read_plugins,
+)
 from jaxgpt.settings import (
     ConfigError,
     Section,
@@ -66,12 +75,21 @@ class DataConfig(Section):
     source: str = option(
         "stdlib",
         "stdlib (Python's own documentation and library source, no download), a file, folder or "
-        "glob of .txt .md .py .jsonl(.gz|.zst), tfds:name, hf:name[:config] or hf:folder, or "
-        "classes:folder (one text per line, or per file; its class is the file extension, or for "
-        ".txt the folder); several are mixed as '0.7 * wiki/ + 0.3 * tfds:lm1b'",
+        "glob of .txt .md .py .jsonl .csv .tsv(.gz|.zst), tfds:name, hf:name[:config] or hf:folder "
+        "(@split reads one split), or classes:folder (one text per line, or per file; its class is "
+        "the file extension, or for .txt the folder); several are mixed as '0.7 * wiki/ + 0.3 * "
+        "tfds:lm1b'",
+    )
+    validation: str = option(
+        "",
+        "a source of its own for the held-out text, in place of a part of data.source (holdout and "
+        "split are then not used)",
+    )
+    test: str = option(
+        "", "a source for the final measurement, used by nothing before it", is_runtime=True
     )
     text_key: str = option(
-        "text", "field of a .jsonl record or data set example that holds the text"
+        "text", "field of a .jsonl record, column of a .csv, or data set feature with the text"
     )
     tokenizer: str = option(
         "train",
@@ -80,6 +98,22 @@ class DataConfig(Section):
     )
     target_key: str = option(
         "", "field that holds the target (a translation, a class) where texts come in pairs"
+    )
+    separator: str = option(
+        "",
+        "text between the documents of a .txt, .md or .py file, such as '<|endoftext|>' or "
+        "'\\n\\n'; line breaks beside it are dropped; none = a file is one document",
+    )
+    encoding: str = option(
+        "auto",
+        "encoding of text files: auto (UTF-8, or what is recognized, which is printed), utf-8 (any "
+        "other bytes are kept), or latin-1, utf-16, gb18030, ...",
+    )
+    max_document: float = option(
+        256.0,
+        "longest document or line in MB (10^6 bytes, decompressed); longer ones are refused",
+        above=0,
+        is_runtime=True,
     )
     holdout: float = option(
         0.1, "fraction of the text held out for evaluation", above=0.0, high=0.5
@@ -103,6 +137,15 @@ class DataConfig(Section):
         0, "processes that tokenize a large source, 0 = one per core", low=0, is_runtime=True
     )
     prefetch: int = option(2, "batches to prefetch to the device", low=0, is_runtime=True)
+
+    def check(self):
+        try:
+            "".encode("utf-8" if self.encoding == "auto" else self.encoding)
+        except LookupError:  # also for codecs that are not of text
+            raise ConfigError(
+                f"data.encoding={self.encoding!r} is not known: use auto, or an encoding of Python "
+                "such as utf-8, latin-1, cp1252, utf-16, gb18030, shift_jis."
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -135,6 +178,11 @@ class OptimizerConfig(Section):
     )
     matrix_lr: float | None = option(
         None, "peak learning rate of muon for the matrices in blocks: none = lr", above=0
+    )
+    train: tuple[str, ...] = option(
+        (),
+        "parameters to train, by path (stack.layers.*), group (stack) or letters (L*>*), as in "
+        "the shell; empty = all",
     )
 
     def check(self):
@@ -225,6 +273,16 @@ class TrainConfig(Section):
         low=0,
         is_runtime=True,
     )
+    start: str = option(
+        "",
+        "begin with the parameters of another run (its best, or with @latest its latest), of one "
+        "of its checkpoints or of a saved model",
+    )
+    start_missing: str = option(
+        "refuse",
+        "parameters that train.start does not have, or in another shape: refuse, or init (random)",
+        table="jaxgpt.config:START_MISSING",
+    )
     eval_every: int = option(250, "steps between evaluations", low=1)
     eval_batches: int = option(0, "batches per evaluation, 0 = all held-out text", low=0)
     patience: int = option(0, "early stopping: evaluations without improvement, 0 = never", low=0)
@@ -236,6 +294,11 @@ class TrainConfig(Section):
     sample_every: int = option(
         250, "steps between samples, 0 = only at the end", low=0, is_runtime=True
     )
+    profile: str = option(
+        "",
+        "first:last, steps to trace for TensorBoard and XProf, in the run's plugins/profile",
+        is_runtime=True,
+    )
 
     def check(self):
         if self.batch % (self.accumulate or 1):
@@ -244,6 +307,24 @@ class TrainConfig(Section):
                 f"train.batch={self.batch} is not divisible by train.accumulate={self.accumulate}: "
                 f"use train.batch={near}."
             )
+        self.parse_profile()
+
+    def parse_profile(self) -> tuple[int, int]:
+        """Return the first and last step of `profile`; (0, 0) if it is empty."""
+        if not self.profile:
+            return 0, 0
+        first, colon, last = self.profile.partition(":")
+        if not (colon and first.isdecimal() and last.isdecimal() and 0 < int(first) <= int(last)):
+            raise ConfigError(
+                f"train.profile={self.profile!r} must be the first and last step to trace, counted "
+                "from 1, such as 100:110."
+            )
+        if int(first) > self.steps:
+            raise ConfigError(
+                f"train.profile={self.profile!r} begins after the last step, "
+                f"train.steps={self.steps}: nothing would be traced."
+            )
+        return int(first), int(last)
 
 
 @dataclass(frozen=True)
@@ -302,6 +383,12 @@ class Config(Section):
         table="jaxgpt.config:RESUME_MODES",
         is_runtime=True,
     )
+    plugins: tuple[str, ...] = option(
+        (),
+        "modules, or paths of .py files, that are imported first and add mixers, sources, ...; "
+        "see jaxgpt/plugins.py",
+        is_runtime=True,
+    )
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -312,7 +399,7 @@ class Config(Section):
     @property
     def run_folder(self) -> str:
         """Return the path of the run's folder."""
-        return os.path.join(self.folder, self.name)
+        return os.path.join(os.path.expanduser(self.folder), self.name)
 
     def check(self):
         if not self.name or self.name in (".", "..") or os.sep in self.name:
@@ -372,6 +459,7 @@ class Config(Section):
 
 
 RESUME_MODES = {"auto": "resume if the config agrees", "force": "resume with the new config"}
+START_MISSING = {"refuse": "name them and stop", "init": "initialize them as in a new run"}
 
 # Renamed keys and values, old -> new. Old ones are still accepted on the command line and in the
 # config.json of a run, so that old run folders open and old commands work.
@@ -395,7 +483,10 @@ def load(path: str, assignments: Iterable[str] = ()) -> Config:
     Raises:
         ConfigError: there is no such file, it defines no config, or a value is invalid.
     """
-    found = find_config(path)
+    found, assignments = find_config(path), list(assignments)
+    folder = os.path.dirname(os.path.abspath(found))
+    import_plugins(read_plugins(found), list_tables(), folder)
+    import_plugins(parse_plugins(assignments) or (), list_tables(), folder)
     try:
         with importable_configs(found):
             config = runpy.run_path(found).get("config")
@@ -418,6 +509,8 @@ def override(config: Config, assignments: Iterable[str]) -> Config:
         >>> override(Config(), ["model.width=512", "model.heads=8"]).model.sizes["K"]
         64
     """
+    assignments = list(assignments)
+    import_plugins(parse_plugins(assignments) or (), list_tables())
     tree = to_dict(config)
     for key, value in parse_assignments(assignments).items():
         node = tree
@@ -451,6 +544,12 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
     return values
 
 
+def list_tables() -> list[str]:
+    """Return all registries, as "module:NAME"."""
+    named = [f.metadata["table"] for f in list_fields(Config).values()]
+    return [*dict.fromkeys([*filter(None, named), *OTHER_TABLES])]
+
+
 def rename_setting(key: str, value: Any) -> tuple[str, Any]:
     """Return the present key and value of a setting that may have been renamed."""
     key = RENAMED_SETTINGS.get(key, key)
@@ -472,19 +571,58 @@ def _rename_settings(tree: Any) -> Any:
     return tree
 
 
+FORMAT = 1  # of run folders; raised when an older version could not read them
+
+
 def to_json(config: Config) -> str:
-    """Serialize a config; `from_json` is the inverse."""
-    return json.dumps(to_dict(config), indent=2) + "\n"
+    """Serialize a config, with the versions that write it; `from_json` is the inverse."""
+    versions = {
+        "format": FORMAT,
+        "jaxgpt": jaxgpt.__version__,
+        "jax": importlib.metadata.version("jax"),
+    }
+    return json.dumps({"versions": versions, **to_dict(config)}, indent=2) + "\n"
 
 
-def from_json(text: str, where: str = "config.json") -> Config:
-    """Parse the output of `to_json`, also of older versions. `where` names the file in errors."""
+def from_json(
+    text: str, where: str = "config.json", plugins: Sequence[str] | None = None
+) -> Config:
+    """Parse the output of `to_json`, also of older versions.
+
+    Args:
+        where: the path of the file.
+        plugins: imported in place of those that the file names, which are imported as far as that
+            is safe; see plugins.py.
+
+    Raises:
+        ConfigError: a setting is invalid, a plugin is missing, or the format is newer.
+    """
     try:
-        return from_dict(Config, _rename_settings(json.loads(text)))
+        tree = _rename_settings(json.loads(text))
+        if isinstance(tree, dict):
+            _check_format(tree.pop("versions", {}))
+            if plugins is None:
+                recorded = [str(name) for name in tree.get("plugins", ())]
+                import_recorded_plugins(recorded, list_tables(), os.path.dirname(where) or ".")
+            else:
+                import_plugins(plugins, list_tables())
+                tree["plugins"] = plugins
+        return from_dict(Config, tree)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{where} is not a saved config: {error}.") from error
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
+
+
+def _check_format(versions: Any) -> None:
+    """Raise ConfigError if a newer version, whose format this one cannot read, wrote the file."""
+    found = versions.get("format", 0) if isinstance(versions, dict) else versions
+    if not isinstance(found, int) or found > FORMAT:
+        by = versions.get("jaxgpt", "?") if isinstance(versions, dict) else "?"
+        raise ConfigError(
+            f"versions.format={found!r} was written by jaxgpt {by}; this is {jaxgpt.__version__}, "
+            f"which reads up to format {FORMAT}: install a newer jaxgpt."
+        )
 
 
 def list_differences(old: Config, new: Config) -> list[str]:

@@ -140,7 +140,8 @@ def check_train(arguments: list[str]) -> Config:
 def check_sample(arguments: list[str]) -> Config:
     _, (run, *settings) = parse_arguments("sample", arguments)
     assert run.startswith("runs/")
-    return override(Config(), [f"sample.{setting}" for setting in settings])
+    settings = [x if x.startswith("plugins=") else f"sample.{x}" for x in settings]
+    return override(Config(), settings)
 
 
 def check_module(name: str, arguments: list[str]):

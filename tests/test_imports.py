@@ -11,11 +11,12 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = [
     {"settings"},
-    {"architecture", "config_files", "optional", "script"},
+    {"sections"},
+    {"architecture", "config_files", "optional", "plugins", "script", "text"},
     {"config"},
     {"backend", "dims", "tokenizer"},
     {"sharding"},
-    {"hosts", "moments"},
+    {"hosts", "moments", "selection"},
     {"data", "model"},
     {"objectives", "optimizer", "generate"},
     {"predict"},

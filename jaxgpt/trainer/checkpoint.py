@@ -12,7 +12,7 @@ optimizer and random state, so that sampling reads no more than it needs.
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +41,10 @@ class Progress:
     best_step: int = 0
     stale: int = 0  # evaluations since the best one
     data: str = ""  # fingerprint of the tokens trained on
+    tokenizer: str = ""  # fingerprint of the tokenizer, "" in older runs
+    evaluation: str = ""  # what `best_loss` was measured on (see `run.describe_evaluation`)
     is_done: bool = False  # it has stopped early
+    stop_reason: str = ""
 
 
 class ShapeMismatchError(ConfigError):
@@ -121,12 +124,15 @@ class Checkpoints:
         self._best.close()
 
 
-def load_run(run_folder: str, checkpoint: str = "best") -> tuple[Config, Any, Any, int]:
+def load_run(
+    run_folder: str, checkpoint: str = "best", plugins: Sequence[str] | None = None
+) -> tuple[Config, Any, Any, int]:
     """Load a run for inference.
 
     Args:
         run_folder: such as runs/gpt_mini.
         checkpoint: "best" (the latest if there is no best) or "latest".
+        plugins: see `read_config`.
 
     Returns:
         (config, tokenizer, params, step).
@@ -134,7 +140,7 @@ def load_run(run_folder: str, checkpoint: str = "best") -> tuple[Config, Any, An
     Raises:
         ConfigError: there is no such run, or it has no checkpoint yet, or it cannot be read.
     """
-    config = read_config(run_folder)
+    config = read_config(run_folder, plugins)
     tokenizer = tokenizers.load(os.path.join(run_folder, "tokenizer.json"))
     order = {"best": ("best", "checkpoints"), "latest": ("checkpoints",)}
     for name in configs.choose(order, checkpoint, "checkpoint"):
@@ -142,10 +148,24 @@ def load_run(run_folder: str, checkpoint: str = "best") -> tuple[Config, Any, An
         step = latest_step(folder)
         if step is not None:
             path = os.path.join(folder, f"{step}")
-            with ocp.StandardCheckpointer() as reader, _describe_read_errors(path):
-                params = reader.restore(os.path.join(path, "params"), _make_abstract_params(config))
-            return config, tokenizer, params, step
+            tokenizer.check_fingerprint(_read_progress(path).tokenizer, run_folder)
+            return config, tokenizer, read_params(path, _make_abstract_params(config)), step
     raise ConfigError(f"{run_folder} has no checkpoint yet: train it first, or for longer.")
+
+
+def read_params(folder: str, abstract) -> Any:
+    """Read the parameters of one checkpoint, with the shapes and shardings of `abstract`."""
+    with ocp.StandardCheckpointer() as reader, _describe_read_errors(folder):
+        return reader.restore(os.path.join(folder, "params"), abstract)
+
+
+def _read_progress(folder: str) -> Progress:
+    """Read the progress saved with a checkpoint; that of a new run if it was left out."""
+    path = os.path.join(folder, "progress")
+    if not os.path.isdir(path):
+        return Progress()
+    with _describe_read_errors(folder), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        return Progress(**reader.restore(path))
 
 
 @contextmanager
@@ -210,11 +230,15 @@ def latest_step(folder: str) -> int | None:
     return max(ocp.utils.checkpoint_steps(folder), default=None)
 
 
-def read_config(run_folder: str) -> Config:
-    """Read the config of a run."""
+def read_config(run_folder: str, plugins: Sequence[str] | None = None) -> Config:
+    """Read the config of a run.
+
+    Args:
+        plugins: modules, or paths of .py files, in place of those that the config names.
+    """
     path = find_run_config(run_folder)
     with open(path) as file:
-        return configs.from_json(file.read(), path)
+        return configs.from_json(file.read(), path, plugins)
 
 
 def read_labels(run_folder: str) -> list[str]:

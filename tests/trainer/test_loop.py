@@ -1,5 +1,6 @@
 """Whole runs: their files, and that stopping and resuming a run changes nothing."""
 
+import json
 import math
 import os
 import re
@@ -20,10 +21,10 @@ from jaxgpt.config import override
 from jaxgpt.data import Loader, make_eval_batches, prepare
 from jaxgpt.model import Coords, build, compute_logits
 from jaxgpt.settings import ConfigError
-from jaxgpt.trainer import DivergedError, load_run, loop, read_config, train
+from jaxgpt.trainer import DivergedError, evaluate, load_run, loop, read_config, train
+from jaxgpt.trainer import run as run_module
 from jaxgpt.trainer.checkpoint import latest_step
 from jaxgpt.trainer.logging import read_metrics
-from jaxgpt.trainer.loop import evaluate
 from jaxgpt.trainer.step import make_eval_step
 
 # Everything that resuming must restore: dropout, microbatches, the order of windows, evaluations.
@@ -58,7 +59,7 @@ def compiled_once(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def known_peak(monkeypatch):
-    monkeypatch.setattr(loop, "peak_flops", lambda devices: (1e12, "a guess"))
+    monkeypatch.setattr(run_module, "peak_flops", lambda devices: (1e12, "a guess"))
 
 
 @pytest.fixture(scope="module")
@@ -341,6 +342,20 @@ def test_settings_without_effect_on_the_result_may_change(uninterrupted_run):
     assert train(free, is_quiet=True).step == 12
 
 
+@pytest.mark.parametrize("use", ["best", "latest", "resume"])
+def test_the_tokenizer_of_another_run_is_rejected(uninterrupted_run, use):
+    cfg = copy_run(uninterrupted_run, f"swapped_{use}")
+    path = os.path.join(cfg.run_folder, "tokenizer.json")
+    with open(path, encoding="utf-8") as file:
+        spec = json.load(file)
+    vocab = spec["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(spec, file)
+    with pytest.raises(ConfigError, match=r"tokenizer\.json is not the tokenizer that .* trained"):
+        train(cfg, is_quiet=True) if use == "resume" else load_run(cfg.run_folder, use)
+
+
 def test_other_data_is_rejected(uninterrupted_run, tmp_path):
     cfg = override(run_config(tmp_path, *SETTINGS), ["name=moved"])
     shutil.copytree(uninterrupted_run.run_folder, cfg.run_folder)
@@ -443,8 +458,8 @@ def test_a_run_that_diverges_later_keeps_its_last_good_checkpoint(uninterrupted_
     log_metrics = loop.log_metrics
 
     def poison(run, step, metrics):
-        loss = metrics.loss * (math.nan if step == 7 else 1)
-        log_metrics(run, step, metrics._replace(loss=loss))
+        loss = metrics["loss"] * (math.nan if step == 7 else 1)
+        log_metrics(run, step, metrics | {"loss": loss})
 
     monkeypatch.setattr(loop, "log_metrics", poison)
     with pytest.raises(DivergedError, match=r"nan at step 7 \(the last checkpoint is of step 5\)"):
