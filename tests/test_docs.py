@@ -309,7 +309,7 @@ def test_links_between_pages_lead_to_files(page):
 
 
 def test_readme_is_short():
-    assert len(read("README.md").splitlines()) <= 150
+    assert len(read("README.md").splitlines()) <= 130
 
 
 def test_the_reading_path_has_about_1500_lines():
