@@ -126,7 +126,8 @@ def parse_arguments(script: str, words: list[str]) -> tuple[dict[str, str], list
         word = words.pop(0)
         if word.startswith("--"):
             assert f'"{word}"' in source, f"jaxgpt {script} has no flag {word}"
-            flags[word] = words.pop(0)
+            is_switch = re.search(rf'"{word}",\s+action="store_true"', source)
+            flags[word] = "" if is_switch else words.pop(0)
         else:
             rest.append(word)
     return flags, rest
