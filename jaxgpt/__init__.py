@@ -1,3 +1,31 @@
 """jaxgpt: a Transformer library to read in an afternoon and to train anywhere JAX runs."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the same names as in LAZY, for type checkers
+    from jaxgpt.config import Config as Config
+    from jaxgpt.trainer import train as train
+
 __version__ = "0.1.0"
+
+# The names of `jaxgpt.NAME` and the modules that define them. A module is imported when one of its
+# names is first used (PEP 562), so that `import jaxgpt` does not wait for jax.
+LAZY = {
+    "Config": "jaxgpt.config",
+    "train": "jaxgpt.trainer",
+}
+
+__all__ = ["Config", "__version__", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *LAZY})

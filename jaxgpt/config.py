@@ -9,25 +9,25 @@ the key, the value and what would be right. A config file is a Python file with
 and any field is set on the command line with `path=value`: `model.width=512 optimizer.lr=3e-4`.
 """
 
-import difflib
-import glob
 import json
 import os
 import runpy
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 from jaxgpt.architecture import ModelConfig
+from jaxgpt.config_files import find_config, importable_configs
 from jaxgpt.settings import (
     ConfigError,
     Section,
+    check_field,
     choose,
     describe_unknown_key,
     format_nearest_multiples,
     from_dict,
     get,
+    list_choices,
     list_fields,
     list_types,
     option,
@@ -51,6 +51,7 @@ __all__ = [
     "list_differences",
     "load",
     "override",
+    "parse_assignments",
     "rename_setting",
     "to_json",
 ]
@@ -386,32 +387,21 @@ def load(path: str, assignments: Iterable[str] = ()) -> Config:
     """Run a config file and apply `path=value` assignments.
 
     Args:
-        path: a Python file that defines `config`, or the bare name of one in configs/.
+        path: a Python file that defines `config`, or the bare name of one in ./configs or of one
+            that comes with jaxgpt.
         assignments: such as ["model.width=512", "data.source=text/*.txt"].
 
     Raises:
         ConfigError: there is no such file, it defines no config, or a value is invalid.
     """
-    file = path.removesuffix(".py") + ".py"
-    candidates = (path, file, os.path.join("configs", file))
-    found = next((path for path in candidates if os.path.isfile(path)), None)
-    if not found:
-        known = sorted(glob.glob("configs/*.py"))
-        near = difflib.get_close_matches(path, known, n=1, cutoff=0.3)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise ConfigError(
-            f"--config {path}: no such file.{hint} Available: {', '.join(known) or 'none'}."
-        )
-    root = os.path.dirname(os.path.dirname(os.path.abspath(found)))
-    sys.path.insert(0, root)  # so that configs can import others: `from configs.x import`
+    found = find_config(path)
     try:
-        config = runpy.run_path(found).get("config")
+        with importable_configs(found):
+            config = runpy.run_path(found).get("config")
     except ConfigError:
         raise
     except Exception as error:
         raise ConfigError(f"--config {found}: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(root)
     if not isinstance(config, Config):
         raise ConfigError(
             f"--config {found} must define `config = Config(...)`; "
@@ -427,7 +417,26 @@ def override(config: Config, assignments: Iterable[str]) -> Config:
     64
     """
     tree = to_dict(config)
-    hints = list_types(type(config))
+    for key, value in parse_assignments(assignments).items():
+        node = tree
+        *sections, name = key.split(".")
+        for section in sections:
+            node = node[section]
+        node[name] = value
+    return from_dict(type(config), tree)
+
+
+def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
+    """Return the values of `path=value` assignments by key.
+
+    Checks keys, types and bounds only, which is fast: to check names of registries and combinations
+    of settings, the modules of the model would have to be imported.
+
+    Raises:
+        ConfigError: there is no such setting, or the value has another type or is out of bounds.
+    """
+    fields, hints = list_fields(Config), list_types(Config)
+    values = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         key = key.removeprefix("--").replace("-", "_")
@@ -436,12 +445,8 @@ def override(config: Config, assignments: Iterable[str]) -> Config:
         key, text = rename_setting(key, text)
         if key not in hints:
             raise ConfigError(describe_unknown_key(key, hints))
-        node = tree
-        *sections, name = key.split(".")
-        for section in sections:
-            node = node[section]
-        node[name] = parse(text, hints[key], key)
-    return from_dict(type(config), tree)
+        values[key] = check_field(parse(text, hints[key], key), fields[key], hints[key], key)
+    return values
 
 
 def rename_setting(key: str, value: Any) -> tuple[str, Any]:
@@ -490,13 +495,12 @@ def list_differences(old: Config, new: Config) -> list[str]:
 def describe(section: str = "") -> str:
     """List the settings with their defaults, meanings and choices: the body of `--help`."""
     lines = []
-    defaults = Config()
     for key, f in list_fields(Config).items():
         if not key.startswith(section):
             continue
-        value = get(defaults, key)
+        value: Any = f.default
         shown = {None: "none", "": "''", (): "''"}.get(value, value)
         lines.append(f"  {f'{key}={shown}':34} {f.metadata['doc']}")
         if f.metadata["table"]:
-            lines.append(f"{'':37}{' | '.join(resolve_table(f.metadata['table']))}")
+            lines.append(f"{'':37}{' | '.join(list_choices(f.metadata['table']))}")
     return "\n".join(lines)

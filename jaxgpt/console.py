@@ -33,16 +33,13 @@ def sample_cli(
         prompts: texts to continue, to answer, to fill or to classify, by the run's objective;
             None takes those of `file`, or the run's `sample.prompt`.
         file: a path with one prompt a line, "-" for standard input, or None.
-        settings: assignments such as "tokens=300", on top of the run's `sample` section.
+        settings: assignments such as "sample.tokens=300", on top of the run's `sample` section.
 
     Raises:
         ConfigError: a setting, the run or the file is invalid.
     """
     config, tokenizer, params, step = load_run(run_folder, checkpoint)
-    assignments = [
-        s if s.startswith("sample.") else f"sample.{s.removeprefix('--')}" for s in settings
-    ]
-    config = override(config, assignments)
+    config = override(config, settings)
     texts = [*(prompts or ()), *(_read_prompts(file) if file else ())] or [config.sample.prompt]
     print(f"[{run_folder}, step {step}, seed {config.sample.seed}]", file=sys.stderr)
     if config.train.objective in PREDICTORS:

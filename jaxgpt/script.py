@@ -1,4 +1,4 @@
-"""Exit codes and one-line error messages of both scripts, in place of tracebacks.
+"""Exit codes and one-line error messages of commands, in place of tracebacks.
 
 This module imports nothing heavy, so that its handlers are in place while JAX is imported.
 """
@@ -11,12 +11,14 @@ from typing import NoReturn
 from jaxgpt.settings import ConfigError
 
 
-def run(main: Callable[[], int]) -> NoReturn:
+def run(main: Callable[[], int], name: str = "") -> NoReturn:
     """Run `main` and exit with its return value, 2 for an invalid setting, 130 for Ctrl-C.
 
-    If standard output is closed by its reader, as in `train.py --help | head -1`, exit with 1.
+    Messages begin with `name`, the command as the user called it; by default the script's file
+    name. If standard output is closed by its reader, as in `jaxgpt train --help | head -1`, exit
+    with 1.
     """
-    name = os.path.basename(sys.argv[0])
+    name = name or os.path.basename(sys.argv[0])
     try:
         status = main()
         sys.stdout.flush()

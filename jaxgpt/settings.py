@@ -3,11 +3,13 @@
 This module is independent of what is configured; the schema is in config.py.
 """
 
+import ast
 import dataclasses
 import difflib
 import functools
 import importlib
 import json
+import os
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,7 +28,7 @@ def option(
 
     Args:
         default: the value if it is not set.
-        doc: its meaning and unit, shown by `train.py --help`.
+        doc: its meaning and unit, shown by `jaxgpt train --help`.
         table: the registry of its possible names, as "module:NAME". It is a string rather than
             an import so that adding a row to the registry is all it takes to add a choice.
         low, high, above: inclusive bounds, and an exclusive lower bound.
@@ -56,6 +58,26 @@ def resolve_table(pointer: str) -> Mapping[str, Any]:
     return getattr(importlib.import_module(module), name)
 
 
+def list_choices(pointer: str) -> list[str]:
+    """Return the names in the registry that "module:NAME" points to, read from the source.
+
+    Importing the module would import jax, which takes a second. A registry that is not written as a
+    dict with literal keys is imported nevertheless.
+    """
+    module, name = pointer.split(":")
+    stem = os.path.join(os.path.dirname(__file__), *module.split(".")[1:])
+    path = next(path for path in (f"{stem}.py", f"{stem}/__init__.py") if os.path.isfile(path))
+    with open(path, encoding="utf-8") as file:
+        statements = ast.parse(file.read()).body
+    for node in statements:
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
+        if name in [getattr(target, "id", None) for target in targets]:
+            keys = getattr(getattr(node, "value", None), "keys", [])
+            if keys and all(isinstance(key, ast.Constant) for key in keys):
+                return [key.value for key in keys]
+    return list(resolve_table(pointer))
+
+
 @dataclass(frozen=True)
 class Section:
     """A group of settings that is validated when it is constructed."""
@@ -66,10 +88,8 @@ class Section:
         hints = _read_type_hints(type(self))
         for f in dataclasses.fields(self):
             key = f"{self.section}.{f.name}" if self.section else f.name
-            value = _coerce(getattr(self, f.name), hints[f.name], key)
+            value = check_field(getattr(self, f.name), f, hints[f.name], key)
             object.__setattr__(self, f.name, value)
-            if not dataclasses.is_dataclass(value):
-                _check_bounds(value, key, **{k: f.metadata[k] for k in ("low", "high", "above")})
             if f.metadata.get("table"):
                 for name in value if isinstance(value, tuple) else (value,):
                     choose(resolve_table(f.metadata["table"]), name, key)
@@ -190,11 +210,17 @@ def describe_unknown_key(key: str, known: Iterable[str]) -> str:
         leaves = {k.split(".")[-1]: k for k in known}
         near = [leaves[n] for n in difflib.get_close_matches(key.split(".")[-1], leaves, n=1)]
     hint = (
-        f" Did you mean {' or '.join(near)}?"
-        if near
-        else " `python train.py --help` lists all keys."
+        f" Did you mean {' or '.join(near)}?" if near else " `jaxgpt train --help` lists all keys."
     )
     return f"there is no setting {key!r}.{hint}"
+
+
+def check_field(value, f: dataclasses.Field, kind, key: str):
+    """Check a value against the type and the bounds of its field, and return it with that type."""
+    value = _coerce(value, kind, key)
+    if not _is_section(kind):
+        _check_bounds(value, key, **{k: f.metadata[k] for k in ("low", "high", "above")})
+    return value
 
 
 def _coerce(value, kind, key: str):

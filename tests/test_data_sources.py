@@ -136,7 +136,7 @@ def test_zstandard_is_required_only_for_files_that_need_it(tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "zstandard", None)
     write_files(tmp_path, {"a.txt": b"1", "b.txt.zst": COMPRESS[".zst"](b"2")})
     assert read_source(tmp_path / "a.txt")
-    assert "pip install zstandard" in get_error(tmp_path)
+    assert "b.txt.zst needs zstandard: pip install 'jaxgpt[zstd]'" in get_error(tmp_path)
 
 
 def test_a_source_that_matches_nothing_is_rejected(tmp_path):
@@ -624,7 +624,9 @@ def test_a_data_set_without_random_access_is_rejected(tfds_folder):
 
 def test_the_error_for_missing_tensorflow_datasets_names_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    assert "pip install tensorflow-datasets" in get_error("tfds:tiny_shakespeare")
+    assert get_error("tfds:tiny_shakespeare") == (
+        "data.source=tfds:tiny_shakespeare needs tensorflow-datasets: pip install 'jaxgpt[tfds]'"
+    )
 
 
 def test_a_range_of_a_split_is_a_unit(tfds_folder, monkeypatch):
@@ -709,4 +711,4 @@ def test_a_folder_without_data_is_rejected(hub, tmp_path):
 
 def test_the_error_for_missing_datasets_names_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "pip install datasets" in get_error("hf:name")
+    assert get_error("hf:name") == "data.source=hf:name needs datasets: pip install 'jaxgpt[hub]'"

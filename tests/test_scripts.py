@@ -70,7 +70,7 @@ def test_training_succeeds_without_warnings(trained):
 
 def test_training_prints_its_progress_and_the_sampling_command(trained, folder):
     assert "step 20/20  loss " in trained.stdout
-    assert trained.stdout.endswith(f"python sample.py {folder / 'runs' / 'tiny'}\n")
+    assert trained.stdout.endswith(f"jaxgpt sample {folder / 'runs' / 'tiny'}\n")
 
 
 def test_the_same_command_has_nothing_to_do_after_a_complete_run(run, folder):
@@ -92,9 +92,7 @@ def test_a_value_of_the_wrong_type_is_one_line(folder):
 
 
 def test_a_missing_config_file_is_one_line():
-    assert_rejected(
-        run_script("train.py", "--config", "gpt_mimi"), "Did you mean configs/gpt_mini.py?"
-    )
+    assert_rejected(run_script("train.py", "--config", "gpt_mimi"), "Did you mean gpt_mini?")
 
 
 def test_other_settings_for_an_existing_run_are_rejected(run, folder):

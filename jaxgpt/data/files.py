@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 from jaxgpt.config import DataConfig
 from jaxgpt.data.units import RawDocuments, SourceUnit, count_units, make_file_unit, read_stamp
+from jaxgpt.optional import require
 from jaxgpt.settings import ConfigError
 
 CHUNK_BYTES = 1 << 20  # read at a time
@@ -177,11 +178,6 @@ def _read_decompressed(path: str, compression: str, begin: int = 0) -> Chunks:
         with open(path, "rb") as file:
             file.seek(begin)
             yield from DECOMPRESSORS[compression](file)
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"data.source: {path} is compressed by zstandard, and the package that reads it is "
-            "missing: pip install zstandard."
-        ) from error
     except (OSError, EOFError, zlib.error) as error:
         raise ConfigError(
             f"data.source: {path} cannot be read: {error or type(error).__name__}. "
@@ -200,7 +196,7 @@ def _read_gzip(file: BinaryIO) -> Chunks:
 
 
 def _read_zstd(file: BinaryIO) -> Chunks:
-    import zstandard
+    zstandard = require("zstandard", f"data.source: {file.name}")
 
     # Frame by frame, because zstandard's own stream reader does not detect a truncated file.
     decompressor = zstandard.ZstdDecompressor()

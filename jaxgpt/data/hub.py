@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxgpt.config import DataConfig
 from jaxgpt.data.units import RawDocuments, SourceUnit, Split, extract_texts, make_split_units
+from jaxgpt.optional import require
 from jaxgpt.settings import ConfigError
 
 
@@ -63,13 +64,7 @@ def _read_range(
 
 def _load_dataset(source: str) -> dict[str, Any]:
     """Return the splits by name."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise ConfigError(
-            f"data.source={source!r} needs a package that is missing ({error}): "
-            "pip install datasets."
-        ) from error
+    datasets = require("datasets", f"data.source={source}")
     datasets.disable_progress_bars()
     path = source.removeprefix("hf:")
     folder = os.path.expanduser(path)

@@ -25,6 +25,7 @@ from jaxgpt.data.units import (
     make_split_units,
     read_stamp,
 )
+from jaxgpt.optional import require
 from jaxgpt.settings import ConfigError
 
 
@@ -66,13 +67,7 @@ def _read_range(cfg: DataConfig, split: str, begin: int, end: int, part: str) ->
 
 def _open_builder(source: str) -> tuple[Any, dict[str, Any]]:
     """Return the builder, and random-access sequences of examples by split name."""
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise ConfigError(
-            f"data.source={source!r} needs a package that is missing ({error}): "
-            "pip install tensorflow-datasets importlib_resources."
-        ) from error
+    tfds = require("tensorflow_datasets", f"data.source={source}")
     builder = _find_builder(tfds, source)
     with _replace_tensorflow(builder):
         try:

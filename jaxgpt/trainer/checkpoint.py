@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 from jaxgpt import config as configs
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.config import Config
+from jaxgpt.config_files import find_run_config
 from jaxgpt.model import abstract_params
 from jaxgpt.settings import ConfigError
 from jaxgpt.trainer.state import TrainState
@@ -209,12 +210,7 @@ def latest_step(folder: str) -> int | None:
 
 def read_config(run_folder: str) -> Config:
     """Read the config of a run."""
-    path = os.path.join(run_folder, "config.json")
-    if not os.path.isfile(path):
-        raise ConfigError(
-            f"{run_folder} is not a run: it has no config.json. Give a folder that train.py made, "
-            "such as runs/stdlib."
-        )
+    path = find_run_config(run_folder)
     with open(path) as file:
         return configs.from_json(file.read(), path)
 

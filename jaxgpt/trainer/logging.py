@@ -9,6 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from jaxgpt import hosts
+from jaxgpt.optional import is_installed
 
 
 class MetricsFile:
@@ -20,27 +21,32 @@ class MetricsFile:
 
     @hosts.run_on_first
     def __init__(self, run_folder: str, step: int):
-        from tensorboardX import SummaryWriter
-
         self.path = os.path.join(run_folder, "metrics.jsonl")
         kept = [line for line in _read_lines(self.path) if _parse_step(line) <= step]
         write_text_atomically(self.path, "".join(kept))
         self._file = open(self.path, "a", buffering=1)  # noqa: SIM115
-        board = os.path.join(run_folder, "tensorboard")
-        self._board = SummaryWriter(board, purge_step=step + 1 if step else None)
+        self._board = None
+        if is_installed("tensorboardX"):
+            from tensorboardX import SummaryWriter
+
+            board = os.path.join(run_folder, "tensorboard")
+            self._board = SummaryWriter(board, purge_step=step + 1 if step else None)
 
     @hosts.run_on_first
     def write(self, kind: str, step: int, values: Mapping[str, float]):
         """Write the metrics of a step. kind: "train" or "eval"; units are in the names."""
         record = {"kind": kind, "step": step} | {k: _round_value(v) for k, v in values.items()}
         self._file.write(json.dumps(record) + "\n")
+        if self._board is None:
+            return
         for name, value in values.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
 
     @hosts.run_on_first
     def close(self):
         self._file.close()
-        self._board.close()
+        if self._board:
+            self._board.close()
 
 
 def _read_lines(path: str) -> list[str]:
@@ -80,8 +86,11 @@ def write_text_atomically(path: str, text: str):
 def plot_curves(run_folder: str, title: str, unit: str = "token"):
     """Plot training and held-out metrics over the steps, from metrics.jsonl.
 
-    Writes plots/loss.png, and for text classification plots/accuracy.png.
+    Writes plots/loss.png, and for text classification plots/accuracy.png; nothing without
+    matplotlib.
     """
+    if not is_installed("matplotlib"):
+        return
     records = read_metrics(run_folder)
     _plot_metric(records, run_folder, title, "loss", ("nats", "loss"), f"loss (nats per {unit})")
     if unit == "text":
@@ -115,6 +124,8 @@ def _plot_metric(
 @hosts.run_on_first
 def plot_confusion(run_folder: str, labels: Sequence[str], rows: Sequence[Sequence[int]]):
     """Plot the confusion matrix, true classes in rows, in plots/confusion.png."""
+    if not is_installed("matplotlib"):
+        return
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.2 * len(labels) + 2, 1.2 * len(labels) + 1.5), dpi=120,

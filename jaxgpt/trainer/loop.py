@@ -27,6 +27,7 @@ from jaxgpt.data.work import print_line
 from jaxgpt.model import abstract_params, build, count_params
 from jaxgpt.objectives import Sums
 from jaxgpt.optimizer import build as build_optimizer
+from jaxgpt.optional import describe_missing
 from jaxgpt.predict import check_prompts, predict
 from jaxgpt.settings import ConfigError
 from jaxgpt.sharding import check_fits, list_unsharded_dims, make_mesh
@@ -319,6 +320,14 @@ class RunInputs(NamedTuple):
     resume_step: int | None  # of the checkpoint to restore
 
 
+# What is disabled if an optional package is missing.
+OPTIONAL_USES = {
+    "matplotlib": "plots/*.png",
+    "tensorboardX": "tensorboard/",
+    "grain": "prefetching",
+}
+
+
 def open_run(cfg: Config, is_quiet: bool = False) -> Run:
     """Build everything that `cfg` describes, or restore it from the run folder."""
     hosts.check_equal({key: configs.get(cfg, key) for key in configs.list_fields(Config)})
@@ -358,6 +367,8 @@ def open_run(cfg: Config, is_quiet: bool = False) -> Run:
         peak_flops=peak * hosts.process_count(),
     )
     run.console.log(_format_header(run, peak_source))
+    if missing := describe_missing(OPTIONAL_USES):
+        run.console.log(missing)
     return run
 
 
@@ -458,7 +469,12 @@ def _format_header(run: Run, peak_source: str) -> str:
 
 
 def _format_sample_hint(cfg: Config) -> str:
-    return f" Sample from it:\n  python sample.py {cfg.run_folder}"
+    return f" Sample from it:\n  jaxgpt sample {cfg.run_folder}"
+
+
+def _format_plot_hint(cfg: Config) -> str:
+    path = os.path.join(cfg.run_folder, "plots", "loss.png")
+    return f"; curve in {path}" if os.path.isfile(path) else ""
 
 
 def _format_summary(cfg: Config, progress: Progress, signal_name: str) -> str:
@@ -472,8 +488,7 @@ def _format_summary(cfg: Config, progress: Progress, signal_name: str) -> str:
     return (
         f"Done: {time_spent}{why}. Best held-out loss {progress.best_loss:.4f} nats/"
         f"{cfg.objective.loss_unit} at step "
-        f"{progress.best_step}; curve in {os.path.join(cfg.run_folder, 'plots', 'loss.png')}."
-        + _format_sample_hint(cfg)
+        f"{progress.best_step}{_format_plot_hint(cfg)}." + _format_sample_hint(cfg)
     )
 
 

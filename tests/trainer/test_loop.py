@@ -294,7 +294,7 @@ def test_a_complete_run_reports_that_and_changes_nothing(uninterrupted_run, caps
     assert progress.step == 12
     out = capsys.readouterr().out
     assert (
-        f"This run is complete. Sample from it:\n  python sample.py {uninterrupted_run.run_folder}"
+        f"This run is complete. Sample from it:\n  jaxgpt sample {uninterrupted_run.run_folder}"
         in out
     )
     assert read_records(uninterrupted_run) == before
@@ -540,7 +540,7 @@ def test_a_run_prints_a_header_and_a_summary(uninterrupted_run, capsys):
     )
     assert "--- sample at step 4 ---" in out
     assert lines[-2].startswith("Done: 4 steps, ")
-    assert lines[-1] == f"  python sample.py {cfg.run_folder}"
+    assert lines[-1] == f"  jaxgpt sample {cfg.run_folder}"
 
 
 def test_a_stopped_run_prints_how_to_resume(uninterrupted_run, capsys):

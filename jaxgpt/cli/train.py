@@ -1,0 +1,68 @@
+"""Train a Transformer.
+
+    jaxgpt train                                           a small GPT on Python's own text
+    jaxgpt train --config gpt_mini data.source=my_texts/
+    jaxgpt train --config my_config.py model.width=512 optimizer.lr=3e-4
+
+The same command resumes from the last checkpoint. Ctrl-C saves a checkpoint and stops.
+
+On several machines, start it once on each. Slurm (srun), TPU pods, Kubernetes and MPI are detected;
+elsewhere, three flags describe the processes:
+
+    jaxgpt train --coordinator 10.0.0.1:1234 --processes 2 --process 0    (1 on the other)
+"""
+
+import argparse
+import sys
+
+from jaxgpt import config as configs
+from jaxgpt.config_files import find_config
+
+
+def main(argv: list[str], program: str) -> int:
+    """Train the model that the arguments configure.
+
+    Returns:
+        The exit status: 0, or 1 if training diverged.
+
+    Raises:
+        ConfigError: there is no such config, or a setting is invalid.
+    """
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+    )
+    parser.add_argument(
+        "-h", "--help", action="store_true", help="show this text and every setting"
+    )
+    parser.add_argument(
+        "--config",
+        default="stdlib",
+        help="a config file, or the name of one in ./configs or of one that comes with jaxgpt",
+    )
+    parser.add_argument("--coordinator", help="host:port of process 0, auto or none")
+    parser.add_argument("--processes", type=int, help="number of processes")
+    parser.add_argument("--process", type=int, help="index of this process, from 0")
+    parser.add_argument("--timeout", type=int, default=300, help="seconds to wait for the others")
+    parser.add_argument("settings", nargs="*", metavar="path=value", help="model.width=512, ...")
+    args, more = parser.parse_known_intermixed_args(argv)
+    settings = args.settings + more
+    if args.help:
+        parser.print_help()
+        print(f"\nsettings and their defaults:\n{configs.describe()}")
+        return 0
+    find_config(args.config)
+    configs.parse_assignments(settings)
+
+    from jaxgpt import hosts, trainer
+
+    with hosts.distributed(args.coordinator, args.processes, args.process, args.timeout):
+        try:
+            config = hosts.run_on_all(lambda: configs.load(args.config, settings))
+            trainer.train(config)
+        except trainer.DivergedError as error:
+            print(f"{program}: {error}", file=sys.stderr)
+            return 1
+    return 0

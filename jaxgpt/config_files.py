@@ -1,0 +1,97 @@
+"""Find config files and run folders, without heavy imports, so that errors appear at once."""
+
+import contextlib
+import difflib
+import glob
+import os
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+
+from jaxgpt.settings import ConfigError
+
+
+def shipped_folder() -> str:
+    """Return the folder of the configs that come with jaxgpt.
+
+    In an installed wheel it is inside the package, in a checkout beside it: see setup.py.
+    """
+    package = os.path.dirname(os.path.abspath(__file__))
+    inside = os.path.join(package, "configs")
+    return inside if os.path.isdir(inside) else os.path.join(os.path.dirname(package), "configs")
+
+
+def find_config(path: str) -> str:
+    """Return the config file that `path` names, with or without its ending.
+
+    Args:
+        path: a path, or the name of a file in ./configs or of one that comes with jaxgpt; they are
+            searched in this order.
+
+    Raises:
+        ConfigError: there is no such file; the message gives the nearest name and all of them.
+    """
+    file = path.removesuffix(".py") + ".py"
+    places = (path, *(os.path.join(folder, file) for folder in ("", "configs", shipped_folder())))
+    found = next((place for place in places if os.path.isfile(place)), None)
+    if found:
+        return found
+    known = list_configs()
+    name = os.path.basename(file).removesuffix(".py")
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise ConfigError(f"--config {path}: no such file.{hint} Available: {', '.join(known)}.")
+
+
+def list_configs() -> list[str]:
+    """Return the names of the configs in ./configs and of those that come with jaxgpt."""
+    files = [
+        file for folder in ("configs", shipped_folder()) for file in glob.glob(f"{folder}/*.py")
+    ]
+    return sorted({os.path.basename(file).removesuffix(".py") for file in files})
+
+
+@contextlib.contextmanager
+def importable_configs(file: str) -> Iterator[None]:
+    """Make `from configs.gpt2_124m import ...` work while a config file runs.
+
+    The package `configs` has the files beside `file`, those in ./configs, and those that come with
+    jaxgpt; of several with one name, the first is imported. It is created here because a wheel has
+    it inside the package. A folder with another name is imported from its parent folder.
+    """
+    folder = os.path.dirname(os.path.abspath(file))
+    package = ModuleType("configs")
+    package.__path__ = [folder, os.path.abspath("configs"), shipped_folder()]
+    others = _pop_modules("configs")
+    sys.modules["configs"] = package
+    # In a wheel the parent of the shipped configs is the package: its modules are not top-level.
+    parents = [] if folder == shipped_folder() else [os.path.dirname(folder)]
+    sys.path[:0] = parents
+    try:
+        yield
+    finally:
+        for parent in parents:
+            sys.path.remove(parent)
+        _pop_modules("configs")
+        sys.modules.update(others)
+
+
+def _pop_modules(package: str) -> dict[str, ModuleType]:
+    """Remove a package and its modules from the imported ones, and return them."""
+    names = [name for name in sys.modules if f"{name}.".startswith(f"{package}.")]
+    return {name: sys.modules.pop(name) for name in names}
+
+
+def find_run_config(run_folder: str) -> str:
+    """Return the path of a run's config.json.
+
+    Raises:
+        ConfigError: the folder is not a run.
+    """
+    path = os.path.join(run_folder, "config.json")
+    if not os.path.isfile(path):
+        raise ConfigError(
+            f"{run_folder} is not a run: it has no config.json. Give a run folder of "
+            "`jaxgpt train`, such as runs/stdlib."
+        )
+    return path

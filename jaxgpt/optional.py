@@ -1,0 +1,67 @@
+"""Optional packages: imported where they are used; error messages name the extra to install."""
+
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from jaxgpt.settings import ConfigError
+
+
+class Extra(NamedTuple):
+    """What to install for a module: the package, and the extra in pyproject.toml with it."""
+
+    package: str
+    name: str
+
+
+EXTRAS = {
+    "datasets": Extra("datasets", "hub"),
+    "grain": Extra("grain", "grain"),
+    "matplotlib": Extra("matplotlib", "plots"),
+    "tensorboardX": Extra("tensorboardX", "tensorboard"),
+    "tensorflow_datasets": Extra("tensorflow-datasets", "tfds"),
+    "zstandard": Extra("zstandard", "zstd"),
+}
+
+
+def require(module: str, user: str) -> Any:
+    """Import an optional module.
+
+    Args:
+        module: a row of EXTRAS.
+        user: the setting or file that needs it, for the message: "data.source=tfds:lm1b".
+
+    Raises:
+        ConfigError: the package, or one that it imports, is missing; the message names the extra.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package, extra = EXTRAS[module]
+        cause = "" if error.name == module else f" ({error})"
+        raise ConfigError(
+            f"{user} needs {package}{cause}: pip install 'jaxgpt[{extra}]'"
+        ) from error
+
+
+def is_installed(module: str) -> bool:
+    """Return whether an optional module can be found, without importing it."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
+
+
+def describe_missing(uses: Mapping[str, str]) -> str:
+    """Return one line that lists the missing packages and their extras; "" if none is missing.
+
+    Args:
+        uses: what is disabled if a module is missing, by module: {"matplotlib": "plots/*.png"}.
+    """
+    missing = {module: use for module, use in uses.items() if not is_installed(module)}
+    if not missing:
+        return ""
+    without = ", ".join(f"{use} ({EXTRAS[module].package})" for module, use in missing.items())
+    extras = ",".join(EXTRAS[module].name for module in missing)
+    return f"not installed: {without}: pip install 'jaxgpt[{extras}]'"
