@@ -78,10 +78,10 @@ import jax
 
 from benchmarks.hlo import SENT_FRACTION, Collective, list_collectives
 from benchmarks.step import lower_step
+from jaxgpt.backend import BACKENDS
 from jaxgpt.config import Config, ConfigError, ModelConfig, TrainConfig, override
 from jaxgpt.model import abstract_params
 from jaxgpt.model.pipeline import count_microbatches
-from jaxgpt.objectives import MAX_CHUNK_SCORES
 from jaxgpt.script import run
 from jaxgpt.settings import choose
 from jaxgpt.sharding import get_axis_names
@@ -222,7 +222,7 @@ class Theory:
                 self.P = count_microbatches(step.cfg.train.batch, stages)
         self.ticks = self.P + stages - 1
         self.scored = self.n // stages  # tokens whose loss a device computes
-        limit = step.cfg.train.loss_chunk or MAX_CHUNK_SCORES["cpu"] // self.d["V"]
+        limit = step.cfg.train.loss_chunk or BACKENDS["cpus"].max_chunk_scores // self.d["V"]
         self.chunk = next(c for c in range(min(limit, self.scored), 0, -1) if self.scored % c == 0)
 
     def count_devices(self, *axes: str) -> int:

@@ -28,6 +28,7 @@ from jaxgpt.config import (
 from jaxgpt.model import count_params
 from jaxgpt.trainer import train
 from jaxgpt.trainer.logging import read_metrics, write_text_atomically
+from jaxgpt.trainer.memory import retain_freed_memory
 
 SHAPE = dict(vocab=260, context=64, width=128, layers=4, heads=4)
 MODELS = {
@@ -61,6 +62,7 @@ def measure(cfg: Config) -> dict:
     """Train from scratch and return the held-out curve with its costs."""
     shutil.rmtree(cfg.run_folder, ignore_errors=True)
     start = time.perf_counter()
+    retain_freed_memory()  # as train.py does
     progress = train(cfg, is_quiet=True)
     records = read_metrics(cfg.run_folder)
     with open(os.path.join(cfg.run_folder, "samples", f"step_{progress.step:06d}.txt")) as file:

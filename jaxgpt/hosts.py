@@ -6,6 +6,7 @@ could not take part in one, and its peers would hang.
 """
 
 import collections
+import contextvars
 import functools
 import json
 import os
@@ -18,7 +19,6 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax._src.distributed import global_state  # the client has no public name
 from jax.experimental.multihost_utils import process_allgather
 
 from jaxgpt.settings import ConfigError
@@ -28,6 +28,10 @@ Result = TypeVar("Result")
 DEFAULT_TIMEOUT_SECONDS = 300  # after which an unreachable process counts as lost
 MAX_WAIT_MILLISECONDS = 7 * 24 * 3600 * 1000  # peers may be slow; the heartbeat detects a crash
 MIN_CPU_THREADS = 16  # of XLA's CPU client, at least
+
+EndProcess = Callable[[int], object]  # of an exit status
+_end_process: contextvars.ContextVar[EndProcess | None]
+_end_process = contextvars.ContextVar("end_process", default=None)
 
 # --- initialization --------------------------------------------------------------------------
 
@@ -121,16 +125,21 @@ def distributed(
     processes: int | None = None,
     process: int | None = None,
     timeout: int = DEFAULT_TIMEOUT_SECONDS,
+    end_process: EndProcess | None = None,
 ) -> Iterator[None]:
     """Initialize `jax.distributed` for the duration of the context, before any device is used.
 
     A ConfigError propagates, because all processes raise it (see `run_on_all`). Any other error is
-    local: it aborts this process (see `abort_on_error`), and its peers detect that and end too.
+    local: it ends this process (see `abort_on_error`), and its peers detect that and end too.
 
     Args:
         coordinator, processes, process: see `make_initialize_args`.
         timeout: seconds to wait for the peers to start, for their heartbeat, and for their
             shutdown.
+        end_process: ends this process at once with an exit status, as `os._exit`, which a command
+            passes: after a local error, or if the peers did not start. A thread that is blocked
+            inside JAX cannot be ended otherwise. None (for a library call) never ends the
+            process: a local error is raised, and shutting down waits `timeout` for the peers.
 
     Raises:
         ConfigError: the flags are inconsistent, or JAX cannot find the other processes.
@@ -139,20 +148,25 @@ def distributed(
     if init_args is None:
         yield
         return
-    _connect(init_args, timeout)
+    token = _end_process.set(end_process)
     try:
-        with abort_on_error():
-            yield
+        _connect(init_args, timeout)
+        try:
+            with abort_on_error():
+                yield
+        finally:
+            jax.distributed.shutdown()
     finally:
-        jax.distributed.shutdown()
+        _end_process.reset(token)
 
 
 @contextmanager
 def abort_on_error(*shared_errors: type[Exception]) -> Iterator[None]:
-    """Abort this process on a local error; an orderly exit would deadlock with its peers.
+    """End this process on a local error; an orderly exit would deadlock with its peers.
 
     Closing files and shutting down synchronize with the other processes, which in turn wait for
-    this one.
+    this one. The process is ended by `end_process` of `distributed`; without it, the error is
+    raised.
 
     Args:
         shared_errors: errors that, like ConfigError, all processes raise at the same time.
@@ -160,9 +174,12 @@ def abort_on_error(*shared_errors: type[Exception]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if process_count() == 1 or isinstance(error, (ConfigError, *shared_errors)):
+        end_process = _end_process.get()
+        is_shared = isinstance(error, (ConfigError, *shared_errors))
+        if process_count() == 1 or is_shared or end_process is None:
             raise
-        _abort(error)
+        _print_abort(error)
+        end_process(130 if isinstance(error, KeyboardInterrupt) else 1)
 
 
 def _connect(init_args: dict[str, Any], timeout: int):
@@ -172,7 +189,7 @@ def _connect(init_args: dict[str, Any], timeout: int):
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # It would swallow every SIGTERM from here on, even before the training loop handles signals.
     jax.config.update("jax_enable_preemption_service", False)
-    timer = threading.Timer(timeout, _exit_on_timeout, [init_args, timeout])
+    timer = threading.Timer(timeout, _report_timeout, [init_args, timeout, _end_process.get()])
     timer.daemon = True
     timer.start()
     try:
@@ -191,7 +208,7 @@ def _connect(init_args: dict[str, Any], timeout: int):
         timer.cancel()
 
 
-def _exit_on_timeout(init_args: dict[str, Any], timeout: int):
+def _report_timeout(init_args: dict[str, Any], timeout: int, end_process: EndProcess | None):
     is_numbered = "process_id" in init_args
     name = "process {process_id} of {num_processes}".format(**init_args) if is_numbered else "it"
     where = init_args.get("coordinator_address", "the address given by the cluster")
@@ -202,10 +219,11 @@ def _exit_on_timeout(init_args: dict[str, Any], timeout: int):
         file=sys.stderr,
         flush=True,
     )
-    os._exit(2)  # the main thread is blocked inside JAX
+    if end_process is not None:
+        end_process(2)  # the main thread is blocked inside JAX, which ends the process later
 
 
-def _abort(error: BaseException):
+def _print_abort(error: BaseException):
     traceback.print_exception(error)
     print(
         f"\n{os.path.basename(sys.argv[0])}: process {process_index()} of {process_count()} ends "
@@ -215,20 +233,30 @@ def _abort(error: BaseException):
     )
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)
 
 
 # --- process indices -------------------------------------------------------------------------
 
 
+def _get_global_state() -> Any:
+    """Return JAX's record of the run: the client of the coordinator, and the processes' numbers.
+
+    JAX gives its client no public name, and `jax.process_count` would initialize the devices, after
+    which much can no longer be configured.
+    """
+    from jax._src.distributed import global_state
+
+    return global_state
+
+
 def process_count() -> int:
     """Return the number of processes of the run."""
-    return global_state.num_processes if global_state.client else 1
+    return _get_global_state().num_processes if jax.distributed.is_initialized() else 1
 
 
 def process_index() -> int:
     """Return the index of this process, from 0."""
-    return global_state.process_id if global_state.client else 0
+    return _get_global_state().process_id if jax.distributed.is_initialized() else 0
 
 
 def run_on_first(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -253,7 +281,7 @@ def _make_unique_key(name: str) -> str:
 
 
 def _get_client() -> Any:
-    return global_state.client
+    return _get_global_state().client
 
 
 def all_gather_text(name: str, text: str) -> list[str]:

@@ -18,25 +18,19 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jaxgpt.backend import get_backend
 from jaxgpt.config import TrainConfig
 from jaxgpt.data import Batch, tasks
 from jaxgpt.model import Coords, EncoderInput, Head, make_head
 from jaxgpt.model.kernels.score import MASKED_LOGIT
-from jaxgpt.model.layers import transpose_copy
+from jaxgpt.model.products import transpose_copy
 from jaxgpt.sharding import (
     constrain,
     get_active_mesh,
     get_axis_names,
-    get_platform,
     make_spec,
     map_shards,
 )
-
-# Numbers of logits per chunk. On a CPU a chunk should fit the cache: for [4096 384] x [8192], loss
-# and gradient take 462 ms at 2**22 and 553 ms at 2**25. Accelerators need larger products.
-MAX_CHUNK_SCORES = {"cpu": 2**22}
-DEFAULT_MAX_CHUNK_SCORES = 2**28
-VOCAB_ALIGNMENT = 64  # the vocabulary is padded to a multiple: GPT-2 has 50257 tokens
 
 
 class Sums(NamedTuple):
@@ -104,8 +98,6 @@ def _normalize_backward(saved, cotangents):
 
 
 normalize_in_one_pass.defvjp(_normalize_forward, _normalize_backward)
-# By platform, where it is not `normalize_in_two_passes`: CPU compilers make scalar loops of it.
-NORMALIZERS = {"gpu": normalize_in_one_pass}
 
 
 def chunk_loss(hidden, head: Head, targets, weights, smoothing: float, z_loss: float):
@@ -127,7 +119,8 @@ def chunk_loss(hidden, head: Head, targets, weights, smoothing: float, z_loss: f
     chex.assert_rank(hidden, 2)
     chex.assert_shape([targets, weights], hidden.shape[:1])
     scores = constrain(head(hidden), "NV")
-    maximum, log_z = NORMALIZERS.get(get_platform(), normalize_in_two_passes)(scores)
+    is_one_pass = get_backend().use_one_pass_normalizer
+    maximum, log_z = (normalize_in_one_pass if is_one_pass else normalize_in_two_passes)(scores)
     hit = gather_target_scores(scores, targets)
     nats = log_z - hit
     loss = nats
@@ -169,19 +162,22 @@ def vocabulary_loss(
     chex.assert_rank(head.table, 2)
     chex.assert_axis_dimension(head.table, 1, D)
     chex.assert_shape([targets, weights], (B, T))
-    scores = MAX_CHUNK_SCORES.get(get_platform(), DEFAULT_MAX_CHUNK_SCORES)
-    chunk = chunk or max(1, scores // head.table.shape[0])
-    table, V, letters = constrain(head.table, "V."), head.table.shape[0], "VD"
-    if get_platform() == "cpu":
-        table, letters = transpose_copy(table), "DV"
-    if get_platform() == "gpu":  # tensor cores reach full speed only with aligned rows
-        padding = -V % VOCAB_ALIGNMENT
+    chunk = chunk or max(1, get_backend().max_chunk_scores // head.table.shape[0])
+    loss = functools.partial(chunk_loss, smoothing=smoothing, z_loss=z_loss)
+    return _sum_over_chunks(loss, chunk, hidden, _lay_out_head(head), targets, weights)
+
+
+def _lay_out_head(head: Head) -> Head:
+    """Return the head with its table [V D] padded and transposed as the platform multiplies it."""
+    backend, V = get_backend(), head.table.shape[0]
+    table = constrain(head.table, "V.")
+    if padding := -V % backend.vocab_alignment:
         table = jnp.pad(table, [(0, padding), (0, 0)])
         bias = head.bias if head.bias is None else jnp.pad(head.bias, (0, padding))
-        head = dataclasses.replace(head, bias=bias, vocab=V if padding else None)
-    head = dataclasses.replace(head, table=table, letters=letters)
-    loss = functools.partial(chunk_loss, smoothing=smoothing, z_loss=z_loss)
-    return _sum_over_chunks(loss, chunk, hidden, head, targets, weights)
+        head = dataclasses.replace(head, bias=bias, vocab=V)
+    if backend.use_transposed_copies:
+        return dataclasses.replace(head, table=transpose_copy(table), letters="DV")
+    return dataclasses.replace(head, table=table)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

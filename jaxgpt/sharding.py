@@ -125,20 +125,6 @@ def get_active_mesh():
     return None if mesh.empty or mesh.size == 1 else mesh
 
 
-def get_platform() -> str:
-    """Return the platform for which a program is being traced: "cpu", "gpu" or "tpu".
-
-    It is that of the active mesh, whose devices need not exist on this machine.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device else jax.default_backend()
-
-
-def is_one_cpu() -> bool:
-    """Return whether a program is being traced for a single CPU device."""
-    return get_platform() == "cpu" and not get_active_mesh()
-
-
 def map_shards(f: Callable, in_specs: tuple, out_specs, has_kernel: bool = False) -> Callable:
     """Wrap `f` in `jax.shard_map`, manual only over the mesh axes that the specs name.
 

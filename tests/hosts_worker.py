@@ -4,6 +4,7 @@ python hosts_worker.py host:port process
 """
 
 import json
+import os
 import sys
 
 import jax
@@ -32,7 +33,7 @@ def fail_in(process):
     return index
 
 
-with hosts.distributed(address, 2, index, timeout=60):
+with hosts.distributed(address, 2, index, timeout=60, end_process=os._exit):
     results["index_and_count"] = [hosts.process_index(), hosts.process_count()]
     results["all_gather_text"] = [hosts.all_gather_text("word", f"{index}{i}") for i in range(3)]
     results["run_on_first"] = hosts.run_on_first(lambda: "written")()

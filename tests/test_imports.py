@@ -13,7 +13,7 @@ LAYERS = [
     {"settings"},
     {"architecture", "config_files", "optional", "script"},
     {"config"},
-    {"dims", "tokenizer"},
+    {"backend", "dims", "tokenizer"},
     {"sharding"},
     {"hosts", "moments"},
     {"data", "model"},

@@ -80,7 +80,7 @@ def test_the_loss_and_its_gradients_equal_float64_for_every_chunk_size(chunk, op
 def test_on_a_gpu_the_vocabulary_is_padded_to_full_blocks_and_the_loss_is_the_same(
     options, monkeypatch
 ):
-    monkeypatch.setattr(objectives, "get_platform", lambda: "gpu")
+    monkeypatch.setattr("jaxgpt.backend.get_platform", lambda: "gpu")
     arrays, all_options = make_arrays(), dict(chunk=6, **options)
     (loss, sums), gradients = value_and_gradients(arrays, **all_options)
     wanted, nats, *slopes = compute_exact(*arrays, **options)

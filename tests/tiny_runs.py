@@ -6,6 +6,7 @@ import random
 from typing import NamedTuple
 
 import jax
+import matplotlib.image
 import numpy as np
 
 from jaxgpt.config import (
@@ -174,6 +175,12 @@ def assert_same_bits(a, b):
         to_numpy(a),
         to_numpy(b),
     )
+
+
+def has_drawing(path) -> bool:
+    """Return whether a PNG file has colors: axes and text are gray, curves and matrices are not."""
+    colors = matplotlib.image.imread(path)[..., :3]
+    return bool(np.ptp(colors, axis=-1).max() > 0.1)
 
 
 def single_device_env(environment=None) -> dict[str, str]:

@@ -13,6 +13,7 @@ elsewhere, three flags describe the processes:
 """
 
 import argparse
+import os
 import sys
 
 from jaxgpt import config as configs
@@ -57,10 +58,13 @@ def main(argv: list[str], program: str) -> int:
     configs.parse_assignments(settings)
 
     from jaxgpt import hosts, trainer
+    from jaxgpt.trainer.memory import retain_freed_memory
 
-    with hosts.distributed(args.coordinator, args.processes, args.process, args.timeout):
+    processes = args.coordinator, args.processes, args.process, args.timeout
+    with hosts.distributed(*processes, end_process=os._exit):
         try:
             config = hosts.run_on_all(lambda: configs.load(args.config, settings))
+            retain_freed_memory()
             trainer.train(config)
         except trainer.DivergedError as error:
             print(f"{program}: {error}", file=sys.stderr)

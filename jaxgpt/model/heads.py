@@ -16,8 +16,9 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.dims import declare_param
 from jaxgpt.model.feedforward import ACTIVATIONS
 from jaxgpt.model.kernels.score import MASKED_LOGIT
-from jaxgpt.model.layers import Linear, einsum_float32, zeros
+from jaxgpt.model.layers import Linear, zeros
 from jaxgpt.model.norms import NORMS
+from jaxgpt.model.products import einsum_float32
 
 
 @struct.dataclass

@@ -22,9 +22,8 @@ from jax.tree_util import Partial
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.dims import declare_param
-from jaxgpt.model.layers import normal
+from jaxgpt.model.layers import compute_once, normal
 from jaxgpt.model.masks import Coords, relative_position
-from jaxgpt.sharding import get_platform
 
 # --- pure functions --------------------------------------------------------------------------
 
@@ -52,16 +51,8 @@ def compute_sin_cos(
     """
     chex.assert_rank(positions, 2)
     angle = positions[..., None].astype(jnp.float32) * frequencies
-
-    def wave(is_sine):
-        return attention_factor * jnp.where(is_sine, jnp.sin(angle), jnp.cos(angle))
-
-    if get_platform() == "cpu":
-        # Otherwise XLA recomputes them at every use, for each head of each layer; it does not fuse
-        # out of a loop.
-        sin, cos = jax.lax.map(wave, jnp.array([True, False]))
-        return sin, cos
-    return wave(True), wave(False)
+    sin, cos = compute_once(jnp.sin, jnp.cos, angle)
+    return attention_factor * sin, attention_factor * cos
 
 
 def apply_rope(sin: jax.Array, cos: jax.Array, x: jax.Array) -> jax.Array:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from jaxgpt.backend import get_backend
 from jaxgpt.config import ModelConfig
 from jaxgpt.dims import declare_param, split
 from jaxgpt.model.block import REMAT_POLICIES, WIRINGS_WITHOUT_FINAL_NORM, Dropout, LayerGroup
@@ -31,10 +32,7 @@ from jaxgpt.model.mixers.mixer import LayerContext, update_slots
 from jaxgpt.model.norms import NORMS
 from jaxgpt.model.pipeline import count_stages, run_pipeline
 from jaxgpt.model.positions import POSITION_ENCODINGS
-from jaxgpt.sharding import constrain, get_platform, is_one_cpu
-
-# Layer groups; see `count_unrolled`. 16 layers of Llama 3.2 1B compile in 29 s on an H200.
-MAX_UNROLLED_LAYERS, MAX_UNROLLED_LAYERS_ON_GPU = 8, 48
+from jaxgpt.sharding import constrain
 
 
 class EncoderInput(NamedTuple):
@@ -55,19 +53,11 @@ class Cache:
 
 
 def count_unrolled(cfg: ModelConfig, repeats: int) -> int:
-    """Return how many layer groups are unrolled per iteration of the loop in a training step.
-
-    A loop stores the activations for the backward pass in stacked buffers. Zeroing, writing and
-    slicing them takes 3 to 9% of a step on a CPU, 9 to 12% on a GPU. More than
-    `MAX_UNROLLED_LAYERS` would take long to compile, and without a loop the CPU compiler undoes
-    `model.remat`.
-    """
-    if get_platform() == "gpu":
-        is_worthwhile = repeats <= MAX_UNROLLED_LAYERS_ON_GPU
-    else:
-        is_small = cfg.remat == "none" and repeats <= MAX_UNROLLED_LAYERS
-        is_worthwhile = is_one_cpu() and is_small
-    return cfg.unroll or (repeats if is_worthwhile else 1)
+    """Return how many layer groups are unrolled per iteration of the loop in a training step."""
+    backend = get_backend()
+    is_worthwhile = repeats <= backend.max_unrolled_layers
+    is_effective = cfg.remat == "none" or backend.use_unrolled_remat
+    return cfg.unroll or (repeats if is_worthwhile and is_effective else 1)
 
 
 class Stack(nn.Module):
@@ -138,8 +128,7 @@ class Stack(nn.Module):
             metadata_params={"letter": "L"},
         )
         stacked = states and _stack_states(states, len(c.layer_cycle))
-        # 4 to 11% of a step on a GPU, and a third of its memory; the CPU compiler ignores it.
-        with prevent_cse(is_training and count == repeats and get_platform() == "gpu"):
+        with prevent_cse(is_training and count == repeats and get_backend().use_cse_guard):
             x, stacked = scanned(c, self.direction, name="layers")(x, stacked, layer_context)
         return x, stacked and _unstack_states(stacked)
 

@@ -46,7 +46,6 @@ from jaxgpt.trainer.logging import (
     plot_curves,
     write_text_atomically,
 )
-from jaxgpt.trainer.memory import retain_freed_memory
 from jaxgpt.trainer.speed import Clock, flops_per_token, peak_flops
 from jaxgpt.trainer.state import TrainState, abstract_state, make_state
 from jaxgpt.trainer.step import Metrics, make_eval_step, make_train_step
@@ -91,7 +90,6 @@ def train(cfg: Config, *, is_quiet: bool = False) -> Progress:
             a run with other settings or data.
         DivergedError: the loss became infinite or NaN.
     """
-    retain_freed_memory()
     run = open_run(cfg, is_quiet or hosts.process_index() > 0)
     progress = run.progress
     with closing(run.console), closing(run.metrics), closing(run.saver):

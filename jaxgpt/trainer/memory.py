@@ -6,8 +6,8 @@ import platform
 import jax
 
 # Options of mallopt(3), with their values
-M_TRIM_THRESHOLD, MASKED_LOGIT = -1, -1
-M_MMAP_MAX, NONE = -4, 0
+M_TRIM_THRESHOLD, NEVER = -1, -1
+M_MMAP_MAX, NO_BLOCKS = -4, 0
 
 
 def retain_freed_memory():
@@ -18,13 +18,14 @@ def retain_freed_memory():
     step of gpt_mini, 4% of its time. glibc can retain large blocks only in the heap of the main
     thread, so computations are dispatched synchronously, which runs them there.
 
-    Call it before any device is used: later, dispatch cannot be changed. It does nothing with
-    another C library, and has no effect on other devices, or several.
+    It changes the whole process, so it is for commands to call, not for a library; and before any
+    device is used, because dispatch cannot be changed later. It does nothing with another C
+    library, and has no effect on other devices, or several.
     """
     if platform.libc_ver()[0] != "glibc":
         return
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     if jax.default_backend() == "cpu" and jax.device_count() == 1:
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, NONE)
-        libc.mallopt(M_TRIM_THRESHOLD, MASKED_LOGIT)
+        libc.mallopt(M_MMAP_MAX, NO_BLOCKS)
+        libc.mallopt(M_TRIM_THRESHOLD, NEVER)

@@ -8,16 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxgpt.backend import get_backend
 from jaxgpt.config import Config, TrainConfig
 from jaxgpt.data.loader import Batch
 from jaxgpt.objectives import OBJECTIVES, Sums
-from jaxgpt.sharding import constrain, is_one_cpu
+from jaxgpt.sharding import constrain
 from jaxgpt.trainer.state import TrainState
-
-# A CPU is faster on microbatches that fit its caches, and needs less memory for them; but every
-# microbatch adds to the gradients. Small models leave more cache for tokens.
-MIN_MICROBATCH_TOKENS, MIN_SMALL_MODEL_MICROBATCH_TOKENS = 1024, 2048
-MAX_SMALL_MODEL_PARAMS = 2**22
 
 
 class Metrics(NamedTuple):
@@ -55,10 +51,9 @@ def compute_gradient(
 def choose_microbatch_count(cfg: Config, params, B: int, T: int) -> int:
     """Choose the number of microbatches of a batch [B T], if `train.accumulate` does not set it."""
     # Expert load is balanced within each microbatch, so their number would change the loss.
-    if not is_one_cpu() or cfg.model.has_experts:
+    min_tokens = get_backend().find_min_microbatch_tokens(optax.tree.size(params))
+    if min_tokens is None or cfg.model.has_experts:
         return 1
-    is_small = optax.tree.size(params) <= MAX_SMALL_MODEL_PARAMS
-    min_tokens = MIN_SMALL_MODEL_MICROBATCH_TOKENS if is_small else MIN_MICROBATCH_TOKENS
     return max(p for p in range(1, B + 1) if B % p == 0 and (p == 1 or B // p * T >= min_tokens))
 
 

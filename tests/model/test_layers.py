@@ -10,7 +10,8 @@ import pytest
 from helpers import tiny
 
 from jaxgpt.dims import split
-from jaxgpt.model.layers import DTYPES, Linear, einsum_float32, make_residual_init, matmul_2d
+from jaxgpt.model.layers import DTYPES, Linear, compute_once, make_residual_init
+from jaxgpt.model.products import einsum_float32, matmul_2d
 
 B, T = 2, 5
 
@@ -30,7 +31,9 @@ def apply_random_linear(letters, bias=False, dtype=jnp.float32):
 
 @pytest.mark.parametrize("letters", ["D>HK", "D>GK", "HK>D", "D>F", "F>D"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_linear_map_is_the_einsum_of_its_letters(letters, bias):
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_a_linear_map_is_the_einsum_of_its_letters(letters, bias, platform, monkeypatch):
+    monkeypatch.setattr("jaxgpt.backend.get_platform", lambda: platform)
     inputs, outputs = letters.split(">")
     x, w, b, y = apply_random_linear(letters, bias)
     x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
@@ -64,6 +67,16 @@ def test_input_fn_equals_mapping_its_output_in_values_and_gradients():
     )
     # float32 sums of products of order 1, in another order.
     chex.assert_trees_all_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_what_is_computed_once_has_the_bits_of_what_is_recomputed(platform, monkeypatch):
+    monkeypatch.setattr("jaxgpt.backend.get_platform", lambda: platform)
+    x = jnp.linspace(-20, 20, 24).reshape(2, 3, 4)
+    compute = jax.jit(lambda x: compute_once(jnp.sin, jnp.cos, x))
+    assert ("while" in compute.lower(x).as_text()) == (platform == "cpu")
+    found, wanted = compute(x), (jax.jit(jnp.sin)(x), jax.jit(jnp.cos)(x))
+    chex.assert_trees_all_equal(found, wanted)
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(3, 8), (8, 3)])

@@ -1,46 +1,93 @@
-"""Memory freed by a step, counted in pages that the system had to zero again."""
+"""Memory freed by a step: which options the C library gets, and what they retain."""
 
+import ctypes
+import pathlib
 import platform
 import subprocess
 import sys
 
+import jax
 import pytest
 
-from jaxgpt import config as configs
-from tests.tiny_runs import run_config, single_device_env
+import jaxgpt
+from jaxgpt.cli import train as command
+from jaxgpt.trainer import memory
+from tests.tiny_runs import single_device_env
 
-# Prints the MiB of pages that were newly mapped per run of a computation that needs 64 MiB.
+pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+
+# Prints how many free MiB glibc retains after a computation that needs 64 MiB for a while.
 CODE = """
-import resource, sys
+import ctypes, sys
 import jax, jax.numpy as jnp
-from jaxgpt import config, trainer
+from jaxgpt.trainer.memory import retain_freed_memory
 
-if len(sys.argv) > 1:
-    trainer.train(config.from_json(open(sys.argv[1]).read()), is_quiet=True)
-wide = jax.jit(lambda x, y: jnp.tanh(x @ y) @ x)
+if sys.argv[1] == "retain":
+    retain_freed_memory()
+
+
+class Mallinfo2(ctypes.Structure):  # mallinfo(3)
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+
+read_mallinfo = ctypes.CDLL(None).mallinfo2
+read_mallinfo.restype = Mallinfo2
 x = jnp.ones((4096, 8))
 y = jax.block_until_ready(x.T)  # a computation that waits for its inputs runs in another thread
-pages = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(2):
-    jax.block_until_ready(wide(x, y))
-before = pages()
-for _ in range(10):
-    jax.block_until_ready(wide(x, y))
-print((pages() - before) / 10 * resource.getpagesize() / 2**20)
+jax.block_until_ready(jax.jit(lambda x, y: jnp.tanh(x @ y) @ x)(x, y))
+print(read_mallinfo().fordblks / 2**20)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
-def test_after_training_on_one_cpu_memory_is_zeroed_once(tmp_path):
-    config = tmp_path / "config.json"
-    config.write_text(configs.to_json(run_config(tmp_path, "train.steps=2")))
-
-    def measure_zeroed_mib(*arguments: str) -> float:
-        command = [sys.executable, "-c", CODE, *arguments]
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc before 2.33")
+def test_one_cpu_retains_the_memory_of_a_computation():
+    def measure_retained_mib(mode: str) -> float:
+        command = [sys.executable, "-c", CODE, mode]
         done = subprocess.run(
             command, env=single_device_env(), capture_output=True, text=True, check=True
         )
         return float(done.stdout.split()[-1])
 
-    assert measure_zeroed_mib() > 60
-    assert measure_zeroed_mib(str(config)) < 1
+    assert measure_retained_mib("retain") > 60
+    assert measure_retained_mib("default") < 60
+
+
+@pytest.fixture
+def changes(monkeypatch):
+    """Record the calls of mallopt, and of changes of JAX's dispatch; neither has an effect."""
+    recorded, update = [], jax.config.update
+
+    class Libc:
+        def mallopt(self, option, value):
+            recorded.append((option, value))
+
+    def record_update(name, value):
+        if name == "jax_cpu_enable_async_dispatch":
+            recorded.append((name, value))
+        else:
+            update(name, value)
+
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: Libc())
+    monkeypatch.setattr(jax.config, "update", record_update)
+    return recorded
+
+
+@pytest.mark.parametrize(("count", "options"), [(1, [(-4, 0), (-1, -1)]), (8, [])])
+def test_memory_is_retained_for_one_cpu_only(count, options, changes, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: count)
+    memory.retain_freed_memory()
+    assert changes == [("jax_cpu_enable_async_dispatch", False), *options]
+
+
+def test_only_a_command_retains_memory():
+    package = pathlib.Path(jaxgpt.__file__).parent
+    files = [file for file in package.rglob("*.py") if file.parent.name != "cli"]
+    users = [file.name for file in files if "retain_freed_memory" in file.read_text()]
+    assert users == ["memory.py"]
+
+
+def test_the_command_retains_memory_before_it_trains(changes, monkeypatch):
+    monkeypatch.setattr("jaxgpt.trainer.train", lambda config: changes.append("train"))
+    assert command.main(["--config", "stdlib"], "jaxgpt train") == 0
+    assert changes == [("jax_cpu_enable_async_dispatch", False), "train"]

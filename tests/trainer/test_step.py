@@ -1,5 +1,6 @@
 """The reference is the textbook: all logits at once, jax.grad, and optax's own AdamW."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,11 +10,12 @@ import optax
 import pytest
 from tiny_runs import assert_same_bits, config, make_training, random_batch, to_numpy
 
+from jaxgpt import backend
 from jaxgpt.config import MeshConfig, OptimizerConfig
 from jaxgpt.model import Coords, abstract_params, build, compute_logits
 from jaxgpt.model.block import REMAT_POLICIES
 from jaxgpt.sharding import make_mesh
-from jaxgpt.trainer.step import MAX_SMALL_MODEL_PARAMS, choose_microbatch_count, make_eval_step
+from jaxgpt.trainer.step import choose_microbatch_count, make_eval_step
 
 # An eps that is not tiny, because Adam divides a rounding error of 1e-9 by a moment of 1e-9.
 ADAMW = OptimizerConfig(lr=1e-2, warmup=2, eps=1e-4, weight_decay=0.3, clip=0.5)
@@ -194,6 +196,9 @@ def test_microbatches_are_weighted_by_their_tokens():
     assert_close(state_2.params, state.params, atol=2e-6)
 
 
+MAX_SMALL_MODEL_PARAMS = backend.ONE_CPU.max_small_model_params
+
+
 def count_microbatches(B, T, *assignments, parameters=MAX_SMALL_MODEL_PARAMS):
     return choose_microbatch_count(config(*assignments), np.broadcast_to(0, parameters), B, T)
 
@@ -215,12 +220,13 @@ def test_batches_are_not_split_on_other_devices_or_with_experts(monkeypatch):
     assert count_microbatches(16, 256, "model.feedforward=moe_gated") == 1
     with jax.set_mesh(make_mesh(MeshConfig(data=2), jax.devices()[:2])):
         assert count_microbatches(16, 256) == 1
-    monkeypatch.setattr("jaxgpt.sharding.get_platform", lambda: "gpu")
+    monkeypatch.setattr("jaxgpt.backend.get_platform", lambda: "gpu")
     assert count_microbatches(16, 256) == 1
 
 
 def test_chosen_microbatches_equal_configured_ones(monkeypatch):
-    monkeypatch.setattr("jaxgpt.trainer.step.MIN_SMALL_MODEL_MICROBATCH_TOKENS", 128)
+    small = dataclasses.replace(backend.ONE_CPU, min_small_model_microbatch_tokens=128)
+    monkeypatch.setitem(backend.BACKENDS, "cpu", small)
     chosen, given = (
         make_training(config(f"train.accumulate={n}", optimizer=ADAMW)).step(
             make_initial_state(), random_batch()

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
+from jaxgpt.backend import get_backend
 from jaxgpt.model.kernels import cudnn, splash
 from jaxgpt.model.kernels.blockwise import blockwise
 from jaxgpt.model.kernels.dense import dense
@@ -36,23 +37,12 @@ from jaxgpt.model.masks import Coords
 from jaxgpt.sharding import (
     constrain,
     get_active_mesh,
-    get_platform,
     is_sharded,
     make_spec,
     map_shards,
 )
 
 __all__ = ["KERNELS", "LIMITS", "MASKED_LOGIT", "ScoreMod", "attend"]
-
-# Forward and backward on a CPU with two cores, in ms, by (dense, strips, blockwise): 64 rows of 16
-# and 4 heads of width 32 take (1.5, 1.7, 2.2), 12 rows of 64 (3.9, 2.5, 3.5); 6 heads of width 64
-# take (203, 123, 171) for 16 rows of 256, (-, 304, 254) for one of 2048.
-MIN_STRIP_QUERIES = 32  # fewer are computed by `dense`; decoding has one
-MAX_STRIP_SCORES = 1024 * 1024  # T·S; above, `blockwise` is faster
-# On other devices a loop iteration costs a few kernel launches, so that `blockwise` only serves to
-# save memory. Not measured yet.
-MAX_DENSE_SCORES = 2048 * 2048  # T·S
-MIN_ACCELERATED_SCORES = 256 * 256  # T·S from which an accelerated kernel is used
 
 HEAD_AXES = ("tensor", "context")  # mesh axes that heads are sharded over
 
@@ -117,17 +107,16 @@ def attend_on_mesh(
 
 def choose_portable(q, k) -> str:
     """Return the name of the fastest kernel that runs on every kind of device."""
-    T, S = q.shape[1], k.shape[1]
-    if get_platform() != "cpu":
-        return "dense" if T * S < MAX_DENSE_SCORES else "blockwise"
-    if T < MIN_STRIP_QUERIES:
+    backend, queries, scores = get_backend(), q.shape[1], q.shape[1] * k.shape[1]
+    if queries < backend.min_strip_queries or scores < backend.max_dense_scores:
         return "dense"
-    return "strips" if T * S <= MAX_STRIP_SCORES else "blockwise"
+    return "strips" if scores <= backend.max_strip_scores else "blockwise"
 
 
 def run_auto(q, k, v, q_coords: Coords, k_coords: Coords, score_mod: ScoreMod) -> jax.Array:
     """Run the fastest kernel available for these shapes on this device."""
-    accelerated = ACCELERATED.values() if q.shape[1] * k.shape[1] >= MIN_ACCELERATED_SCORES else ()
+    is_large = q.shape[1] * k.shape[1] >= get_backend().min_accelerated_scores
+    accelerated = ACCELERATED.values() if is_large else ()
     usable = (kernel for kernel, explain in accelerated if not explain(q, k, score_mod))
     kernel = next(usable, None) or KERNELS[choose_portable(q, k)]
     return kernel(q, k, v, q_coords, k_coords, score_mod)

@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxgpt.backend import get_platform
 from jaxgpt.model.kernels.score import ScoreMod, find_lookback, select_windows
 from jaxgpt.model.masks import Causal, Coords, Mask, OneSegment
-from jaxgpt.sharding import get_platform
 
 ASSUMED_CAPABILITY = 9.0  # Hopper's, where the device does not report one
 UNSUPPORTED_SOFTCAP = "cuDNN's kernel has no soft cap"

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxgpt.model.kernels.score import ScoreMod
-from jaxgpt.model.layers import ATTENTION_LOGITS, ATTENTION_OUTPUT, einsum_float32
+from jaxgpt.model.layers import ATTENTION_LOGITS, ATTENTION_OUTPUT
 from jaxgpt.model.masks import Coords
+from jaxgpt.model.products import einsum_float32
 
 
 def dense(q, k, v, q_coords: Coords, k_coords: Coords, score_mod: ScoreMod) -> jax.Array:

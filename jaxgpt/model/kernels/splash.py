@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxgpt.backend import get_platform
 from jaxgpt.model.kernels.score import ScoreMod, find_lookback, select_windows, split_conjunction
 from jaxgpt.model.layers import ATTENTION_OUTPUT
 from jaxgpt.model.masks import DOCUMENT_MASKS, Causal, Coords, Mask, OneSegment
-from jaxgpt.sharding import get_platform
 
 LANES = 128  # of a TPU's vector registers; the number of tokens per block is a multiple of it
 

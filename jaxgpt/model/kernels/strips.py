@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxgpt.model.kernels.score import ScoreMod, find_lookback
-from jaxgpt.model.layers import ATTENTION_OUTPUT, transpose_copy
+from jaxgpt.model.layers import ATTENTION_OUTPUT
 from jaxgpt.model.masks import Causal, Coords
+from jaxgpt.model.products import transpose_copy
 
 
 def choose_strip_size(T: int) -> int:
