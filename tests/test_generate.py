@@ -19,6 +19,7 @@ from transformers.generation import logits_process as hf
 from jaxgpt import generate as g
 from jaxgpt.config import ConfigError, ModelConfig, SampleConfig
 from jaxgpt.generate import (
+    Row,
     SamplingParams,
     draw,
     generate,
@@ -215,9 +216,12 @@ def generate_all(prompts, sample, cfg=CFG, params=PARAMS, tokenizer=TOKENIZER):
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def compute_last_logits(cfg, params, tokens, n):
+def compute_last_logits(cfg, params, tokens, n, prefix):
     """Compute the logits of the uncached model after the first n of tokens [1 context]."""
-    logits = compute_logits(cfg, params, tokens, single_document_coords(tokens))
+    coords = single_document_coords(tokens)
+    if "prefix" in cfg.pattern:
+        coords = coords._replace(prefix=jnp.full_like(tokens, prefix))
+    logits = compute_logits(cfg, params, tokens, coords)
     return jax.lax.dynamic_index_in_dim(logits, n - 1, 1, False)
 
 
@@ -235,7 +239,8 @@ def generate_uncached(prompt, sample, index=0, cfg=CFG, params=PARAMS):
         padded = np.zeros((1, cfg.context), np.int32)
         padded[0, : len(ids)] = ids
         was_seen = np.isin(np.arange(cfg.vocab), ids)[None]
-        x = compute_last_logits(cfg, params, padded, len(ids))
+        prefix = max(len(ids) - len(out), 0)  # what is left of the prompt
+        x = compute_last_logits(cfg, params, padded, len(ids), prefix)
         token = int(jit_draw(x, was_seen, settings, jax.random.fold_in(key, len(out))[None])[0])
         if token == TOKENIZER.eos:
             break
@@ -404,6 +409,22 @@ def test_a_stop_string_ends_the_text_before_it(stop, kept_text):
     assert len(pieces) <= 2
 
 
+class MergedTokens:
+    """A decoder of tokens of several characters."""
+
+    def push(self, ids):
+        return "".join({5: "a, b, c", 6: "d"}[i] for i in ids)
+
+    def flush(self):
+        return ""
+
+
+def test_a_stop_string_that_is_twice_in_a_token_ends_the_text_before_the_first():
+    row = Row([], [0], 9, MergedTokens(), stops=(", ",))
+    assert row.push(6, eos=1) + row.push(5, eos=1) == "da"
+    assert row.ending == "stop"
+
+
 def test_text_is_streamed_as_soon_as_it_cannot_be_part_of_a_stop_string():
     _, _, pieces = run_reciting_model("the quick brown fox jumps", stop=("wn!",))
     assert pieces == ["the quick brown ", "fox jumps"]
@@ -456,6 +477,16 @@ def test_with_slide_generation_past_the_context_equals_the_uncached_loop():
     for index, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
         assert (row.ending, len(row.drawn)) == ("tokens", 150)
         assert row.drawn == generate_uncached(prompt, sample, index, params=PARAMS_WITHOUT_EOS)
+
+
+def test_a_prefix_is_the_prompt_and_never_takes_in_what_is_drawn():
+    cfg, sample = dataclasses.replace(CFG, pattern=("prefix",)), dataclasses.replace(
+        NO_EOS, slide=True, tokens=80
+    )
+    prompts = ["hello", "x" * 50]  # of the second, half is left after the first slide
+    rows, _ = generate_all(prompts, sample, cfg, PARAMS_WITHOUT_EOS)
+    for index, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+        assert row.drawn == generate_uncached(prompt, sample, index, cfg, PARAMS_WITHOUT_EOS)
 
 
 # --- prompts ---
