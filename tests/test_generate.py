@@ -480,9 +480,8 @@ def test_with_slide_generation_past_the_context_equals_the_uncached_loop():
 
 
 def test_a_prefix_is_the_prompt_and_never_takes_in_what_is_drawn():
-    cfg, sample = dataclasses.replace(CFG, pattern=("prefix",)), dataclasses.replace(
-        NO_EOS, slide=True, tokens=80
-    )
+    cfg = dataclasses.replace(CFG, pattern=("prefix",))
+    sample = dataclasses.replace(NO_EOS, slide=True, tokens=80)
     prompts = ["hello", "x" * 50]  # of the second, half is left after the first slide
     rows, _ = generate_all(prompts, sample, cfg, PARAMS_WITHOUT_EOS)
     for index, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):

@@ -1,4 +1,4 @@
-"""The list of planted faults fits the code, so that `python tests/mutants/run.py` can plant them."""
+"""The list of planted faults fits the code, so that tests/mutants/run.py can plant them."""
 
 import ast
 import pathlib
@@ -28,5 +28,5 @@ def test_names_are_unique():
 
 def test_a_mutant_that_does_not_fit_is_refused():
     mutant = Mutant("name", "file.py", "x", "y", "why", ())
-    with pytest.raises(ValueError, match="2 times in file.py"):
+    with pytest.raises(ValueError, match=r"2 times in file\.py"):
         mutant.apply("x x")

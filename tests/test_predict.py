@@ -32,8 +32,6 @@ def test_masks_are_filled_with_the_probabilities_of_text_and_never_with_the_end_
         best = np.argsort(-p_mask)[:3]
         answers = (f"{TOKENIZER.decode([i + 4])!r} {p_mask[i]:.1%}" for i in best)
         lines.append("<mask>  " + "  ".join(answers))
-    config = Config(
-        model=cfg, train=TrainConfig(objective="masked"), sample=SampleConfig(top_k=3)
-    )
+    config = Config(model=cfg, train=TrainConfig(objective="masked"), sample=SampleConfig(top_k=3))
     (found,) = predict(config, params, TOKENIZER, ["the c<mask>t<mask>"])
     assert found == ["\n".join(lines)]

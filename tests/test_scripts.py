@@ -1,6 +1,5 @@
 """The scripts as a user sees them: output, exit codes, and no traceback for a typo."""
 
-import os
 import pathlib
 import subprocess
 import sys

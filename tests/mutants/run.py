@@ -1,4 +1,4 @@
-"""Plant each fault of mutants.toml in a copy of the project and run the tests that should notice it.
+"""Plant each fault of mutants.toml in a copy of the project; run the tests that should notice it.
 
     python tests/mutants/run.py                     all, and print which survived
     python tests/mutants/run.py stop_string dropout those whose name has one of these words
@@ -44,8 +44,8 @@ class Mutant:
         """
         if text.count(self.old) != 1 or self.old == self.new:
             raise ValueError(
-                f"{self.name}: {self.old!r} is {text.count(self.old)} times in {self.file}; it must "
-                "be there once: adapt tests/mutants/mutants.toml to the code."
+                f"{self.name}: {self.old!r} is {text.count(self.old)} times in {self.file}; it "
+                "must be there once: adapt tests/mutants/mutants.toml to the code."
             )
         return text.replace(self.old, self.new)
 
