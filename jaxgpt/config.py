@@ -9,15 +9,24 @@ the key, the value and what would be right. A config file is a Python file with
 and any field is set on the command line with `path=value`: `model.width=512 optimizer.lr=3e-4`.
 """
 
+import importlib.metadata
 import json
 import os
 import runpy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
+import jaxgpt
 from jaxgpt.architecture import ModelConfig
 from jaxgpt.config_files import find_config, importable_configs
+from jaxgpt.plugins import (
+    OTHER_TABLES,
+    import_plugins,
+    import_recorded_plugins,
+    parse_plugins,
+    read_plugins,
+)
 from jaxgpt.settings import (
     ConfigError,
     Section,
@@ -302,6 +311,12 @@ class Config(Section):
         table="jaxgpt.config:RESUME_MODES",
         is_runtime=True,
     )
+    plugins: tuple[str, ...] = option(
+        (),
+        "modules, or paths of .py files, that are imported first and add mixers, sources, ...; "
+        "see jaxgpt/plugins.py",
+        is_runtime=True,
+    )
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -394,7 +409,10 @@ def load(path: str, assignments: Iterable[str] = ()) -> Config:
     Raises:
         ConfigError: there is no such file, it defines no config, or a value is invalid.
     """
-    found = find_config(path)
+    found, assignments = find_config(path), list(assignments)
+    folder = os.path.dirname(os.path.abspath(found))
+    import_plugins(read_plugins(found), list_tables(), folder)
+    import_plugins(parse_plugins(assignments) or (), list_tables(), folder)
     try:
         with importable_configs(found):
             config = runpy.run_path(found).get("config")
@@ -416,6 +434,8 @@ def override(config: Config, assignments: Iterable[str]) -> Config:
     >>> override(Config(), ["model.width=512", "model.heads=8"]).model.sizes["K"]
     64
     """
+    assignments = list(assignments)
+    import_plugins(parse_plugins(assignments) or (), list_tables())
     tree = to_dict(config)
     for key, value in parse_assignments(assignments).items():
         node = tree
@@ -449,6 +469,12 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
     return values
 
 
+def list_tables() -> list[str]:
+    """Return all registries, as "module:NAME"."""
+    named = [f.metadata["table"] for f in list_fields(Config).values()]
+    return [*dict.fromkeys([*filter(None, named), *OTHER_TABLES])]
+
+
 def rename_setting(key: str, value: Any) -> tuple[str, Any]:
     """Return the present key and value of a setting that may have been renamed."""
     key = RENAMED_SETTINGS.get(key, key)
@@ -470,19 +496,58 @@ def _rename_settings(tree: Any) -> Any:
     return tree
 
 
+FORMAT = 1  # of run folders; raised when an older version could not read them
+
+
 def to_json(config: Config) -> str:
-    """Serialize a config; `from_json` is the inverse."""
-    return json.dumps(to_dict(config), indent=2) + "\n"
+    """Serialize a config, with the versions that write it; `from_json` is the inverse."""
+    versions = {
+        "format": FORMAT,
+        "jaxgpt": jaxgpt.__version__,
+        "jax": importlib.metadata.version("jax"),
+    }
+    return json.dumps({"versions": versions, **to_dict(config)}, indent=2) + "\n"
 
 
-def from_json(text: str, where: str = "config.json") -> Config:
-    """Parse the output of `to_json`, also of older versions. `where` names the file in errors."""
+def from_json(
+    text: str, where: str = "config.json", plugins: Sequence[str] | None = None
+) -> Config:
+    """Parse the output of `to_json`, also of older versions.
+
+    Args:
+        where: the path of the file.
+        plugins: imported in place of those that the file names, which are imported as far as that
+            is safe; see plugins.py.
+
+    Raises:
+        ConfigError: a setting is invalid, a plugin is missing, or the format is newer.
+    """
     try:
-        return from_dict(Config, _rename_settings(json.loads(text)))
+        tree = _rename_settings(json.loads(text))
+        if isinstance(tree, dict):
+            _check_format(tree.pop("versions", {}))
+            if plugins is None:
+                recorded = [str(name) for name in tree.get("plugins", ())]
+                import_recorded_plugins(recorded, list_tables(), os.path.dirname(where) or ".")
+            else:
+                import_plugins(plugins, list_tables())
+                tree["plugins"] = plugins
+        return from_dict(Config, tree)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{where} is not a saved config: {error}.") from error
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
+
+
+def _check_format(versions: Any) -> None:
+    """Raise ConfigError if a newer version, whose format this one cannot read, wrote the file."""
+    found = versions.get("format", 0) if isinstance(versions, dict) else versions
+    if not isinstance(found, int) or found > FORMAT:
+        by = versions.get("jaxgpt", "?") if isinstance(versions, dict) else "?"
+        raise ConfigError(
+            f"versions.format={found!r} was written by jaxgpt {by}; this is {jaxgpt.__version__}, "
+            f"which reads up to format {FORMAT}: install a newer jaxgpt."
+        )
 
 
 def list_differences(old: Config, new: Config) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from jaxgpt.config import override
 from jaxgpt.generate import Row, generate_rows
+from jaxgpt.plugins import parse_plugins
 from jaxgpt.predict import PREDICTORS, predict
 from jaxgpt.settings import ConfigError
 from jaxgpt.trainer.checkpoint import load_run, read_labels
@@ -33,12 +34,14 @@ def sample_cli(
         prompts: texts to continue, to answer, to fill or to classify, by the run's objective;
             None takes those of `file`, or the run's `sample.prompt`.
         file: a path with one prompt a line, "-" for standard input, or None.
-        settings: assignments such as "sample.tokens=300", on top of the run's `sample` section.
+        settings: assignments such as "sample.tokens=300", on top of the run's `sample` section; and
+            plugins=..., in place of those that the run names.
 
     Raises:
         ConfigError: a setting, the run or the file is invalid.
     """
-    config, tokenizer, params, step = load_run(run_folder, checkpoint)
+    plugins = parse_plugins(settings)
+    config, tokenizer, params, step = load_run(run_folder, checkpoint, plugins)
     config = override(config, settings)
     texts = [*(prompts or ()), *(_read_prompts(file) if file else ())] or [config.sample.prompt]
     print(f"[{run_folder}, step {step}, seed {config.sample.seed}]", file=sys.stderr)

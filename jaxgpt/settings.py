@@ -10,6 +10,7 @@ import functools
 import importlib
 import json
 import os
+import sys
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -65,6 +66,8 @@ def list_choices(pointer: str) -> list[str]:
     dict with literal keys is imported nevertheless.
     """
     module, name = pointer.split(":")
+    if module in sys.modules:  # plugins may have added rows
+        return list(resolve_table(pointer))
     stem = os.path.join(os.path.dirname(__file__), *module.split(".")[1:])
     path = next(path for path in (f"{stem}.py", f"{stem}/__init__.py") if os.path.isfile(path))
     with open(path, encoding="utf-8") as file:

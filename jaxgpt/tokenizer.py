@@ -23,7 +23,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from jaxgpt.settings import ConfigError
+from jaxgpt.settings import ConfigError, choose
 
 SPECIALS = ("<pad>", "<unk>", "<bos>", "<eos>")
 MIN_VOCAB = len(SPECIALS) + 256  # a vocabulary without merges
@@ -81,6 +81,10 @@ class Tokenizer:
 
     def __init__(self, content: str, name: str = "tokenizer.json"):
         self._content, self._name = content, name
+        self.parse(content, name)
+
+    def parse(self, content: str, name: str) -> None:
+        """Set `token_bytes`, `pad`, `unk`, `bos` and `eos` from the text of a tokenizer.json."""
         try:
             spec = json.loads(content)
             model, added = spec["model"], spec["added_tokens"]
@@ -109,8 +113,7 @@ class Tokenizer:
             for names in (BOS_NAMES, PAD_NAMES, UNK_NAMES)
         )
         names = {**model["vocab"], **spelled, **specials}
-        self.vocab_size = max(names.values()) + 1
-        self.token_bytes = [b""] * self.vocab_size
+        self.token_bytes = [b""] * (max(names.values()) + 1)
         for token, index in names.items():
             if token in spelled:
                 self.token_bytes[index] = token.encode()
@@ -118,7 +121,6 @@ class Tokenizer:
                 if not CHARACTER_BYTES.keys() >= set(token):
                     raise _make_error(name, f"token {token!r} is not written in its bytes")
                 self.token_bytes[index] = bytes(map(CHARACTER_BYTES.__getitem__, token))
-        self.lengths = np.array([len(token) for token in self.token_bytes], np.int32)  # [V]
         self._byte_ids = np.array(
             [names[character] for character in BYTE_CHARACTERS], np.int32
         )  # [256]
@@ -129,7 +131,20 @@ class Tokenizer:
 
     def __reduce__(self):
         # The library's own pickle loses `encode_special_tokens`.
-        return Tokenizer, (self._content, self._name)
+        return type(self), (self._content, self._name)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.token_bytes)
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(token) for token in self.token_bytes], np.int32)
+
+    @staticmethod
+    def make(argument: str) -> "Tokenizer":
+        """Return the tokenizer of this kind that data.tokenizer=KIND:argument names."""
+        return load(argument)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -307,7 +322,8 @@ def load(path: str | os.PathLike) -> Tokenizer:
     file = path / "tokenizer.json" if path.is_dir() else path
     ranks, pairs = path / "encoder.json", path / "vocab.bpe"
     if file.is_file():
-        return Tokenizer(_read(file), str(file))
+        content = _read(file)
+        return TOKENIZER_KINDS[_read_kind(content, str(file))](content, str(file))
     if not (ranks.is_file() and pairs.is_file()):
         raise ConfigError(
             f"data.tokenizer={str(path)!r}: there is no such tokenizer. {_USAGE_HINT}"
@@ -320,6 +336,21 @@ def load(path: str | os.PathLike) -> Tokenizer:
         raise
     except Exception as error:  # not JSON, not pairs; and the library raises bare Exceptions
         raise _make_error(str(path), f"{type(error).__name__}: {error}") from error
+
+
+# By the key "kind" in a tokenizer.json, which files of the tokenizers library do not have. Another
+# kind is a subclass of `Tokenizer` that defines `parse`, `encode_batch` and `make`.
+TOKENIZER_KINDS: dict[str, type[Tokenizer]] = {"bpe": Tokenizer}
+
+
+def _read_kind(content: str, name: str) -> str:
+    """Return the kind of tokenizer that a tokenizer.json describes."""
+    try:
+        kind = json.loads(content).get("kind", "bpe")
+    except (ValueError, AttributeError):
+        return "bpe"  # which reports what is wrong
+    choose(TOKENIZER_KINDS, kind, f"{name}: kind")
+    return kind
 
 
 def measure_compression(tokenizer: Tokenizer, documents: Iterable[str | bytes]) -> float:

@@ -31,3 +31,19 @@ def key():
 def count_compilations():
     """Return a function that counts the compiled programs of jitted functions."""
     return lambda *jitted: sum(f._cache_size() for f in jitted)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--plugins",
+        dest="jaxgpt_plugins",
+        help="modules or .py files whose rows join the tests that run over every row of a registry",
+    )
+
+
+def pytest_configure(config):
+    if names := config.getoption("jaxgpt_plugins", None):
+        from jaxgpt.config import list_tables
+        from jaxgpt.plugins import import_plugins
+
+        import_plugins(names.split(","), list_tables())

@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = [
     {"settings"},
-    {"architecture", "config_files", "optional", "script"},
+    {"architecture", "config_files", "optional", "plugins", "script"},
     {"config"},
     {"backend", "dims", "tokenizer"},
     {"sharding"},

@@ -42,7 +42,7 @@ def main(argv: list[str], program: str) -> int:
         print(f"\nsettings and their defaults:\n{configs.describe('sample')}")
         return 0 if args.help else 2
     keys = [setting.removeprefix("--").removeprefix("sample.") for setting in args.settings + more]
-    settings = [f"sample.{key}" for key in keys]
+    settings = [key if key.startswith("plugins=") else f"sample.{key}" for key in keys]
     find_run_config(args.run)
     configs.parse_assignments(settings)
 

@@ -18,6 +18,7 @@ import sys
 
 from jaxgpt import config as configs
 from jaxgpt.config_files import find_config
+from jaxgpt.plugins import import_plugins, parse_plugins
 
 
 def main(argv: list[str], program: str) -> int:
@@ -51,6 +52,7 @@ def main(argv: list[str], program: str) -> int:
     args, more = parser.parse_known_intermixed_args(argv)
     settings = args.settings + more
     if args.help:
+        import_plugins(parse_plugins(settings) or (), configs.list_tables())
         parser.print_help()
         print(f"\nsettings and their defaults:\n{configs.describe()}")
         return 0

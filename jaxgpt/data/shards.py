@@ -316,6 +316,9 @@ def _get_target(document: Document, cfg: DataConfig) -> bytes:
 
 def _load_configured_tokenizer(cfg: DataConfig) -> Tokenizer | None:
     """Return the tokenizer that `data.tokenizer` names; None for "train"."""
+    kind, _, argument = cfg.tokenizer.partition(":")
+    if kind in tokenizers.TOKENIZER_KINDS:
+        return tokenizers.TOKENIZER_KINDS[kind].make(argument)
     factories = {"train": lambda: None, "bytes": tokenizers.make_byte_tokenizer}
     return factories.get(cfg.tokenizer, lambda: tokenizers.load(cfg.tokenizer))()
 

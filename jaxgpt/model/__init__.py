@@ -6,6 +6,7 @@ Every variant is one function chosen by a name in `ModelConfig`, from the regist
 its file.
 """
 
+from jaxgpt.model.capture import capture, list_activations
 from jaxgpt.model.heads import Head, make_head
 from jaxgpt.model.masks import Coords
 from jaxgpt.model.transformer import (
@@ -27,10 +28,12 @@ __all__ = [
     "Head",
     "abstract_params",
     "build",
+    "capture",
     "compute_logits",
     "count_params",
     "init_cache",
     "init_params",
+    "list_activations",
     "make_head",
     "unstack_layers",
 ]

@@ -13,36 +13,53 @@ from jaxgpt.model.mixers import MIXERS
 from jaxgpt.model.mixers.attention import CrossAttention
 from jaxgpt.model.mixers.mixer import LayerContext
 from jaxgpt.model.norms import NORMS
+from jaxgpt.model.taps import tap
 from jaxgpt.sharding import constrain
 
 Sublayer = Callable[[jax.Array], jax.Array]  # [B T D] -> [B T D]
 Sublayers = Mapping[str, Sublayer]  # by sublayer name, in order
 MakeNorm = Callable[[str, str], Sublayer]  # (sublayer name, "in" or "out") -> a norm
+TapResidual = Callable[[str, jax.Array], jax.Array]  # (sublayer name, x before it) -> x
+
+# Names of the residual stream before each sublayer, see capture.py.
+RESIDUAL_NAMES = {"mixer": "residual_pre", "cross": "residual_cross", "ffn": "residual_mid"}
 
 
-def apply_pre_norm(x: jax.Array, sublayers: Sublayers, norm: MakeNorm) -> jax.Array:
+def apply_pre_norm(
+    x: jax.Array, sublayers: Sublayers, norm: MakeNorm, tap: TapResidual
+) -> jax.Array:
     """x + sublayer(norm(x)): GPT-2, Llama (Xiong et al. 2020, arXiv:2002.04745)."""
     for site, sublayer in sublayers.items():
+        x = tap(site, x)
         x = x + sublayer(norm(site, "in")(x))
     return x
 
 
-def apply_post_norm(x: jax.Array, sublayers: Sublayers, norm: MakeNorm) -> jax.Array:
+def apply_post_norm(
+    x: jax.Array, sublayers: Sublayers, norm: MakeNorm, tap: TapResidual
+) -> jax.Array:
     """norm(x + sublayer(x)): the original Transformer, BERT."""
     for site, sublayer in sublayers.items():
+        x = tap(site, x)
         x = norm(site, "out")(x + sublayer(x))
     return x
 
 
-def apply_sandwich_norm(x: jax.Array, sublayers: Sublayers, norm: MakeNorm) -> jax.Array:
+def apply_sandwich_norm(
+    x: jax.Array, sublayers: Sublayers, norm: MakeNorm, tap: TapResidual
+) -> jax.Array:
     """x + norm(sublayer(norm(x))): Gemma 2 (Ding et al. 2021, arXiv:2105.13290, section 3.2)."""
     for site, sublayer in sublayers.items():
+        x = tap(site, x)
         x = x + norm(site, "out")(sublayer(norm(site, "in")(x)))
     return x
 
 
-def apply_parallel(x: jax.Array, sublayers: Sublayers, norm: MakeNorm) -> jax.Array:
+def apply_parallel(
+    x: jax.Array, sublayers: Sublayers, norm: MakeNorm, tap: TapResidual
+) -> jax.Array:
     """x + a(norm(x)) + b(norm(x)): GPT-NeoX (Black et al. 2022, arXiv:2204.06745, section 2.1)."""
+    x = tap("mixer", x)
     return x + sum(sublayer(norm(site, "in")(x)) for site, sublayer in sublayers.items())
 
 
@@ -83,9 +100,10 @@ class Block(nn.Module):
             def sublayer(y):
                 if not getattr(module, "HAS_SEQUENCE_SHARDING", True):
                     y = constrain(y, "BSD")
+                y = tap(module, "in", y)
                 y, new = module(y, layer_context, None if state is None else state[site])
                 new_states[site] = new
-                return Dropout(c.dropout)(y)
+                return Dropout(c.dropout)(tap(module, "out", y))
 
             return sublayer
 
@@ -97,12 +115,21 @@ class Block(nn.Module):
         make_ffn = FEEDFORWARDS[c.feedforward]
         if make_ffn is not None:
             ffn = make_ffn(c, name="ffn")
-            sublayers["ffn"] = lambda y: Dropout(c.dropout)(ffn(y, layer_context.q_coords))
+
+            def apply_ffn(y):
+                y = ffn(tap(ffn, "in", y), layer_context.q_coords)
+                return Dropout(c.dropout)(tap(ffn, "out", y))
+
+            sublayers["ffn"] = apply_ffn
 
         def norm(site: str, end: str) -> Sublayer:
             return NORMS[c.norm](c, name=f"{site}_norm_{end}")
 
-        x = WIRINGS[c.wiring](x, sublayers, norm)
+        def tap_residual(site: str, x: jax.Array) -> jax.Array:
+            return tap(self, RESIDUAL_NAMES[site], x)
+
+        x = WIRINGS[c.wiring](x, sublayers, norm, tap_residual)
+        x = tap(self, "residual_post", x)
         return constrain(x, "BTD"), None if state is None else new_states
 
 

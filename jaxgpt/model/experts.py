@@ -23,6 +23,7 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.dims import Letters, declare_param, split
 from jaxgpt.model.layers import normal
 from jaxgpt.model.masks import Coords
+from jaxgpt.model.taps import tap
 from jaxgpt.sharding import constrain, get_active_mesh, get_axis_names, make_spec, map_shards
 
 MAX_BLOCK_TOKENS = 64  # tokens that an expert computes at once
@@ -57,6 +58,7 @@ class Experts(nn.Module):
     def __call__(self, x: jax.Array, coords: Coords) -> jax.Array:
         c, mesh = self.cfg, get_active_mesh()
         scores = constrain(Router(c, name="router")(x), "BT.")  # [B T E]
+        scores = tap(self, "router", scores)
         if self.is_initializing():
             self.init_experts(x)
             return x

@@ -16,6 +16,7 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.model.experts import Experts
 from jaxgpt.model.layers import Linear, make_residual_init
 from jaxgpt.model.masks import Coords
+from jaxgpt.model.taps import tap, tap_input
 from jaxgpt.sharding import constrain
 
 
@@ -44,8 +45,10 @@ class PlainFeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, coords: Coords | None = None) -> jax.Array:
         act = ACTIVATIONS[self.cfg.activation]
-        up = constrain_hidden(Linear(self.cfg, "D>F", name="up")(x))
-        return Linear(self.cfg, "F>D", make_residual_init(self.cfg), name="down")(up, input_fn=act)
+        up = tap(self, "up", constrain_hidden(Linear(self.cfg, "D>F", name="up")(x)))
+        act, inputs = tap_input(self, "hidden", act, up)
+        down = Linear(self.cfg, "F>D", make_residual_init(self.cfg), name="down")
+        return down(*inputs, input_fn=act)
 
 
 class GatedFeedForward(nn.Module):
@@ -59,10 +62,11 @@ class GatedFeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, coords: Coords | None = None) -> jax.Array:
         act = ACTIVATIONS[self.cfg.activation]
-        gate = constrain_hidden(Linear(self.cfg, "D>F", name="gate")(x))
-        up = constrain_hidden(Linear(self.cfg, "D>F", name="up")(x))
+        gate = tap(self, "gate", constrain_hidden(Linear(self.cfg, "D>F", name="gate")(x)))
+        up = tap(self, "up", constrain_hidden(Linear(self.cfg, "D>F", name="up")(x)))
+        multiply, inputs = tap_input(self, "hidden", lambda gate, up: act(gate) * up, gate, up)
         down = Linear(self.cfg, "F>D", make_residual_init(self.cfg), name="down")
-        return down(gate, up, input_fn=lambda gate, up: act(gate) * up)
+        return down(*inputs, input_fn=multiply)
 
 
 def constrain_hidden(x: jax.Array) -> jax.Array:

@@ -32,6 +32,7 @@ from jaxgpt.model.mixers.mixer import LayerContext, update_slots
 from jaxgpt.model.norms import NORMS
 from jaxgpt.model.pipeline import count_stages, run_pipeline
 from jaxgpt.model.positions import POSITION_ENCODINGS
+from jaxgpt.model.taps import CAPTURED, LAYER_INDEX, is_capturing, tap
 from jaxgpt.sharding import constrain
 
 
@@ -84,7 +85,7 @@ class Stack(nn.Module):
         x = encoding.embed(x, coords.positions)
         if c.embed_norm:
             x = NORMS[c.norm](c, name="embed_norm")(x)
-        x = constrain(Dropout(c.dropout)(x), "BTD")
+        x = tap(self, "embedding", constrain(Dropout(c.dropout)(x), "BTD"))
         k_coords, cursor = coords, None
         if cache is not None:
             k_coords, cursor = update_slots(cache.coords, coords, cache.cursor), cache.cursor
@@ -94,6 +95,7 @@ class Stack(nn.Module):
         x, states = self.apply_layers(x, None if cache is None else cache.states, layer_context)
         if c.wiring not in WIRINGS_WITHOUT_FINAL_NORM:
             x = NORMS[c.norm](c, name="norm")(x)
+        x = tap(self, "final_norm", x)
         if cache is not None and states is not None:
             cache = Cache(states, k_coords, cache.cursor + x.shape[1], memory_coords)
         return x, cache
@@ -108,7 +110,7 @@ class Stack(nn.Module):
         is_training = states is None and not self.is_initializing()
         count = count_unrolled(c, repeats) if is_training else 1
         group = REMAT_POLICIES[c.remat](LayerGroup, prevent_cse=count == repeats)
-        if is_training and count_stages(repeats) > 1:
+        if is_training and count_stages(repeats) > 1 and not is_capturing():
             key = self.make_rng("dropout") if self.has_rng("dropout") else None
 
             def layer(params, x, layer_context, number):
@@ -120,7 +122,7 @@ class Stack(nn.Module):
             return run_pipeline(layer, params, x, layer_context, count_stages(repeats)), None
         scanned = nn.scan(
             group,
-            variable_axes={"params": 0, "losses": 0},
+            variable_axes={"params": 0, "losses": 0, CAPTURED: 0, LAYER_INDEX: 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast),
             length=repeats,

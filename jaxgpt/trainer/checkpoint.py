@@ -12,7 +12,7 @@ optimizer and random state, so that sampling reads no more than it needs.
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -119,12 +119,15 @@ class Checkpoints:
         self._best.close()
 
 
-def load_run(run_folder: str, checkpoint: str = "best") -> tuple[Config, Any, Any, int]:
+def load_run(
+    run_folder: str, checkpoint: str = "best", plugins: Sequence[str] | None = None
+) -> tuple[Config, Any, Any, int]:
     """Load a run for inference.
 
     Args:
         run_folder: such as runs/gpt_mini.
         checkpoint: "best" (the latest if there is no best) or "latest".
+        plugins: see `read_config`.
 
     Returns:
         (config, tokenizer, params, step).
@@ -132,7 +135,7 @@ def load_run(run_folder: str, checkpoint: str = "best") -> tuple[Config, Any, An
     Raises:
         ConfigError: there is no such run, or it has no checkpoint yet, or it cannot be read.
     """
-    config = read_config(run_folder)
+    config = read_config(run_folder, plugins)
     tokenizer = tokenizers.load(os.path.join(run_folder, "tokenizer.json"))
     order = {"best": ("best", "checkpoints"), "latest": ("checkpoints",)}
     for name in configs.choose(order, checkpoint, "checkpoint"):
@@ -208,11 +211,15 @@ def latest_step(folder: str) -> int | None:
     return max(ocp.utils.checkpoint_steps(folder), default=None)
 
 
-def read_config(run_folder: str) -> Config:
-    """Read the config of a run."""
+def read_config(run_folder: str, plugins: Sequence[str] | None = None) -> Config:
+    """Read the config of a run.
+
+    Args:
+        plugins: modules, or paths of .py files, in place of those that the config names.
+    """
     path = find_run_config(run_folder)
     with open(path) as file:
-        return configs.from_json(file.read(), path)
+        return configs.from_json(file.read(), path, plugins)
 
 
 def read_labels(run_folder: str) -> list[str]:

@@ -1,15 +1,19 @@
 """Softmax attention: the projections around an attention kernel."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.model.kernels import ScoreMod, attend
+from jaxgpt.model.kernels.dense import apply_weights, compute_logits
 from jaxgpt.model.layers import DTYPES, Linear, make_residual_init
-from jaxgpt.model.masks import SameSegment, make_layer_mask
+from jaxgpt.model.masks import Coords, SameSegment, make_layer_mask
 from jaxgpt.model.mixers.mixer import KV, LayerContext, Mixer, update_kv_cache
 from jaxgpt.model.norms import NORMS
+from jaxgpt.model.taps import is_patched, is_tapped, tap, tap_input
 from jaxgpt.sharding import constrain
 
 
@@ -41,12 +45,11 @@ class Attention(Mixer):
             mask, layer_context.bias, c.attention_scale, c.softcap, is_self=state is None
         )
         q, k, v = constrain(q, "BTHK"), constrain(k, "BTGK"), constrain(v, "BTGK")
-
-        def attend_heads(q, k, v):
-            return attend(c.kernel, q, k, v, layer_context.q_coords, layer_context.k_coords, score)
-
+        attend_heads, inputs = prepare_attention(
+            self, q, k, v, layer_context.q_coords, layer_context.k_coords, score
+        )
         return Linear(c, "HK>D", make_residual_init(c), name="o")(
-            q, k, v, input_fn=attend_heads
+            *inputs, input_fn=attend_heads
         ), state
 
 
@@ -73,12 +76,37 @@ class CrossAttention(nn.Module):
         assert layer_context.memory_coords is not None
         score = ScoreMod(SameSegment(), scale=c.attention_scale)
         q, k, v = constrain(q, "BTHK"), constrain(k, "BTGK"), constrain(v, "BTGK")
-
-        def attend_heads(q, k, v):
-            return attend(
-                c.kernel, q, k, v, layer_context.q_coords, layer_context.memory_coords, score
-            )
-
+        attend_heads, inputs = prepare_attention(
+            self, q, k, v, layer_context.q_coords, layer_context.memory_coords, score
+        )
         return Linear(c, "HK>D", make_residual_init(c), name="o")(
-            q, k, v, input_fn=attend_heads
+            *inputs, input_fn=attend_heads
         ), state
+
+
+def prepare_attention(
+    module: nn.Module, q, k, v, q_coords: Coords, k_coords: Coords, score: ScoreMod
+) -> tuple[Callable, tuple[jax.Array, ...]]:
+    """Return (function, inputs) whose value is the attention output [B T H K], for `Linear`.
+
+    The function runs the kernel. Logits and weights exist only if `capture` requests them; if it
+    replaces them, their replacement is applied to the values instead of the kernel's.
+    """
+    q, k, v = tap(module, "q", q), tap(module, "k", k), tap(module, "v", v)
+    (B, T, H, _), (S, G) = q.shape, k.shape[1:3]
+
+    def attend_heads(q, k, v):
+        return attend(module.cfg.kernel, q, k, v, q_coords, k_coords, score)
+
+    run: Callable = attend_heads
+    if is_tapped(module, "logits", "weights"):
+        logits = compute_logits(q, k, q_coords, k_coords, score).reshape(B, H, T, S)
+        logits = tap(module, "logits", logits)
+        weights = tap(module, "weights", jax.nn.softmax(logits, axis=-1))
+        if is_patched(module, "logits", "weights"):
+            by_group = weights.reshape(B, G, H // G, T, S)
+
+            def run(q, k, v):
+                return apply_weights(by_group, v)
+
+    return tap_input(module, "z", run, q, k, v)

@@ -28,6 +28,7 @@ from jaxgpt.model.mixers.chunks import (
     split_chunks,
 )
 from jaxgpt.model.mixers.mixer import KV, LayerContext, Mixer, update_kv_cache
+from jaxgpt.model.taps import tap
 
 
 def _project_qkv(module: Mixer, x: jax.Array, layer_context: LayerContext) -> tuple[jax.Array, KV]:
@@ -37,6 +38,7 @@ def _project_qkv(module: Mixer, x: jax.Array, layer_context: LayerContext) -> tu
     k = Linear(c, "D>GK", name="k")(x)
     v = Linear(c, "D>GK", name="v")(x)
     q, k = layer_context.apply_rotation(q), layer_context.apply_rotation(k)
+    q, k, v = tap(module, "q", q), tap(module, "k", k), tap(module, "v", v)
     return q * c.attention_scale, KV(k, v)
 
 
@@ -77,7 +79,7 @@ class Linformer(Mixer):
         ))  # [B n Q P]: the weight of each token in each summary  # fmt: skip
         q = q.reshape(*q.shape[:3], G, H // G, K)
         y = self._attend(q, kv, projections, index_documents(coords))
-        y = join_chunks(y.reshape(*y.shape[:3], H, K), T).astype(x.dtype)
+        y = tap(self, "z", join_chunks(y.reshape(*y.shape[:3], H, K), T).astype(x.dtype))
         return Linear(c, "HK>D", make_residual_init(c), name="o")(y), state
 
     def _attend(self, q, kv: KV, projections: KV, document_index) -> jax.Array:
@@ -102,7 +104,7 @@ class Linformer(Mixer):
         logits = jnp.einsum("bntgms,bnsp->bntgmp", logits, projections.k)
         for carries, is_same in outside:
             logits += jnp.where(is_same, jnp.einsum("bntgmk,bnpgk->bntgmp", q, carries.k), 0)
-        weights = jax.nn.softmax(logits, axis=-1)
+        weights = tap(self, "weights", jax.nn.softmax(logits, axis=-1))
         inside = jnp.einsum("bntgmp,bnsp->bntgms", weights, projections.v) * same_document
         y = jnp.einsum("bntgms,bnsgk->bntgmk", inside, kv.v)
         for carries, is_same in outside:
@@ -147,6 +149,7 @@ class CausalLinformer(Mixer):
                 lambda y: y[:, None], (q, q_coords, kv, k_coords)
             )
         y = join_chunks(self._attend(q, kv, far, q_coords, k_coords, far_coords), T)
+        y = tap(self, "z", y)
         return Linear(c, "HK>D", make_residual_init(c), name="o")(y), state
 
     def _summarize_blocks(self, kv: KV, coords: Coords) -> tuple[KV, Coords]:
@@ -183,7 +186,7 @@ class CausalLinformer(Mixer):
         )
         far_logits = jnp.where(mask[:, :, None, None, :, :, None], far_logits, MASKED_LOGIT)
         all_logits = jnp.concatenate([logits, far_logits.reshape(*logits.shape[:-1], -1)], axis=-1)
-        weights = jax.nn.softmax(all_logits, axis=-1).astype(near.v.dtype)
+        weights = tap(self, "weights", jax.nn.softmax(all_logits, axis=-1)).astype(near.v.dtype)
         S = logits.shape[-1]
         y = jnp.einsum("bngmts,bnsgk->bntgmk", weights[..., :S], near.v)
         weights = weights[..., S:].reshape(far_logits.shape)

@@ -20,6 +20,7 @@ from jaxgpt.dims import declare_param
 from jaxgpt.model.layers import DTYPES, Linear, make_residual_init, normal, ones, zeros
 from jaxgpt.model.mixers.mixer import LayerContext, Mixer
 from jaxgpt.model.mixers.recurrent import TokenFlags, flag_tokens, log_uniform, scan_in_chunks
+from jaxgpt.model.taps import is_tapped, store, tap
 from jaxgpt.sharding import constrain
 
 
@@ -52,14 +53,14 @@ class Mamba(Mixer):
         flags = flag_tokens(coords)
         old = self.init_state(c, len(x), 0) if state is None else state
         u = constrain(Linear(c, "D>I", name="in")(x), "BSI")
-        gate = constrain(Linear(c, "D>I", name="gate")(x), "BSI")
+        gate = tap(self, "gate", constrain(Linear(c, "D>I", name="gate")(x), "BSI"))
         u = jnp.where(flags.is_token[..., None], u, 0)
         past = jnp.concatenate([old.tail.astype(u.dtype), u], axis=1)  # [B W-1+T I]
         w = declare_param(self, "conv_w", "WI", c.sizes, _init_uniform_fan_in).astype(u.dtype)
         b = declare_param(self, "conv_b", "I", c.sizes, zeros).astype(u.dtype)
-        u = jax.nn.silu(convolve_depthwise(past, w, coords.positions) + b)
+        u = tap(self, "u", jax.nn.silu(convolve_depthwise(past, w, coords.positions) + b))
         h, y = self.scan(u, flags, old.h)
-        y = y.astype(x.dtype) * jax.nn.silu(gate)
+        y = tap(self, "y", y).astype(x.dtype) * jax.nn.silu(gate)
         y = Linear(c, "I>D", make_residual_init(c), name="o")(y)
         return y, None if state is None else MambaState(select_last_tokens(past, flags.is_token), h)
 
@@ -77,12 +78,18 @@ class Mamba(Mixer):
         skip = declare_param(self, "skip", "I", sizes, ones)
         # A step of size 0 leaves the state unchanged.
         step = jnp.where(flags.is_token[..., None], jax.nn.softplus(step), 0)
+        step, B, C = tap(self, "step", step), tap(self, "B", B), tap(self, "C", C)
         u, B, C = (x.astype(jnp.float32) for x in (u, B, C))
+        has_states = is_tapped(self, "h")
 
         def scan_chunk(h, xs):
-            return selective_scan(A, h, *xs)
+            states, y = selective_scan(A, h, *xs)
+            return states[:, -1], (y, states) if has_states else y
 
         h, y = scan_in_chunks(scan_chunk, h, (u, step, B, C, flags.is_first), self.cfg.mixer.chunk)
+        if has_states:
+            y, states = y
+            store(self, "h", states)
         return h, y + skip * u
 
 
@@ -94,7 +101,7 @@ def selective_scan(A, h, u, step, B, C, is_first):
         u, step: [B Q I]. B, C: [B Q Z]. begins: bool [B Q], where the state is reset to 0.
 
     Returns:
-        h [B I Z] after the last token, and y [B Q I].
+        h [B Q I Z] after each token, and y [B Q I].
     """
     decay = jnp.where(is_first[..., None, None], 0, jnp.exp(step[..., None] * A))
     update = (step * u)[..., None] * B[:, :, None]  # [B Q I Z]
@@ -105,7 +112,7 @@ def selective_scan(A, h, u, step, B, C, is_first):
 
     decay, update = jax.lax.associative_scan(compose, (decay, update), axis=1)
     h = decay * h[:, None] + update
-    return h[:, -1], jnp.einsum("bqiz,bqz->bqi", h, C)
+    return h, jnp.einsum("bqiz,bqz->bqi", h, C)
 
 
 def convolve_depthwise(past: jax.Array, w: jax.Array, positions: jax.Array) -> jax.Array:

@@ -30,6 +30,7 @@ from jaxgpt.model.mixers.chunks import (
     split_chunks,
 )
 from jaxgpt.model.mixers.mixer import LayerContext, Mixer
+from jaxgpt.model.taps import tap
 
 
 @functools.cache
@@ -97,10 +98,12 @@ class Performer(Mixer):
         k = Linear(c, "D>GK", name="k")(x)
         v = Linear(c, "D>GK", name="v")(x).astype(jnp.float32)
         q, k = layer_context.apply_rotation(q), layer_context.apply_rotation(k)
+        q, k, v = tap(self, "q", q), tap(self, "k", k), tap(self, "v", v)
         # Each takes half of the scale, so that q·k is the logit.
         half = c.attention_scale**0.5
         w = draw_feature_projections(c.mixer.features, K)
         q, k = (compute_log_features(half * y.astype(jnp.float32), w) for y in (q, k))
+        q, k = tap(self, "log_features_q", q), tap(self, "log_features_k", k)
         q = jnp.exp(q - jax.lax.stop_gradient(q.max(-1, keepdims=True)))  # cancels in the quotient
         v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)  # numerator and denominator
         q, k, v, coords = split_chunks((q, k, v, layer_context.q_coords), min(c.mixer.chunk, T))
@@ -108,7 +111,7 @@ class Performer(Mixer):
         sums, state = self._attend(q, k, v, coords, state)
         numerator, denominator = sums[..., :K], sums[..., K:]
         y = numerator / jnp.where(denominator > 0, denominator, 1)  # 0 where there is no token
-        y = join_chunks(y.reshape(*y.shape[:3], H, K), T).astype(x.dtype)
+        y = tap(self, "z", join_chunks(y.reshape(*y.shape[:3], H, K), T).astype(x.dtype))
         return Linear(c, "HK>D", make_residual_init(c), name="o")(y), state
 
     def _attend(self, q, log_k, v, coords, state):

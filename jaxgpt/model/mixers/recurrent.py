@@ -21,6 +21,7 @@ from jaxgpt.model.layers import Linear, make_residual_init, normal, ones, zeros
 from jaxgpt.model.masks import Coords
 from jaxgpt.model.mixers.chunks import join_chunks, split_chunks
 from jaxgpt.model.mixers.mixer import LayerContext, Mixer
+from jaxgpt.model.taps import is_tapped, store, tap
 
 # --- shared by all recurrent mixers ---
 
@@ -62,7 +63,7 @@ def scan_tokens(cell, state, xs, flags: TokenFlags):
         return select(flags.is_token, new, old), y
 
     state, y = jax.lax.scan(step, state, jax.tree.map(_swap_time_axis, (xs, flags)))
-    return state, _swap_time_axis(y)
+    return state, jax.tree.map(_swap_time_axis, y)
 
 
 def scan_in_chunks(scan_chunk, state, xs, size: int):
@@ -81,7 +82,7 @@ def scan_in_chunks(scan_chunk, state, xs, size: int):
     chunks = jax.tree.map(_swap_time_axis, split_chunks(xs, min(size, T)))
     # CSE cannot merge forward and backward passes of a scan, so its prevention is not needed.
     state, y = jax.lax.scan(jax.checkpoint(scan_chunk, prevent_cse=False), state, chunks)
-    return state, join_chunks(_swap_time_axis(y), T)
+    return state, jax.tree.map(lambda y: join_chunks(_swap_time_axis(y), T), y)
 
 
 def _swap_time_axis(x: jax.Array) -> jax.Array:
@@ -145,14 +146,20 @@ class GatedCell(Mixer):
         )
         input_proj = jnp.dot(x.reshape(B * T, D), w, preferred_element_type=jnp.float32) + b
 
+        inner = [name for name in self.STATE._fields if name != "h"]
+        has_inner = is_tapped(self, *inner)
+
         def cell(old, input_proj):
             new = self.update_state(old, input_proj, project_state(old.h))
-            return new, new.h
+            return new, new if has_inner else new.h
 
         initial = self.init_state(c, B, T) if state is None else state
-        final, h = scan_tokens(
+        final, out = scan_tokens(
             cell, initial, input_proj.reshape(B, T, -1), flag_tokens(layer_context.q_coords)
         )
+        for name in inner if has_inner else ():
+            store(self, name, getattr(out, name))
+        h = tap(self, "h", out.h if has_inner else out)
         y = Linear(c, "D>D", make_residual_init(c), name="o")(h.astype(x.dtype))
         return y, None if state is None else final
 

@@ -26,6 +26,7 @@ from jaxgpt.model.layers import DTYPES, Linear, make_residual_init
 from jaxgpt.model.masks import Coords
 from jaxgpt.model.mixers.chunks import gather_neighbors, join_chunks, split_chunks
 from jaxgpt.model.mixers.mixer import KV, LayerContext, Mixer, update_slots
+from jaxgpt.model.taps import tap
 
 SELF_LOGIT = (
     -1e5
@@ -65,7 +66,7 @@ class Reformer(Mixer):
         c, T = self.cfg, x.shape[1]
         q = Linear(c, "D>HK", name="q")(x)
         v = Linear(c, "D>GK", name="v")(x)
-        q = layer_context.apply_rotation(q)
+        q, v = tap(self, "q", layer_context.apply_rotation(q)), tap(self, "v", v)
         qv = KV(q, v) if state is None else update_slots(state, KV(q, v), layer_context.cursor)
         k, v = (y.swapaxes(1, 2) for y in qv)  # [B H S K], [B G S K]
         v = jnp.repeat(v, c.heads // v.shape[1], axis=1)
@@ -77,7 +78,8 @@ class Reformer(Mixer):
             q_ranks = jax.tree.map(lambda m: take(m, layer_context.cursor), ranks)
             counts, is_self = self._count_rounds(q_ranks, ranks)
             y, _ = self._attend(q.swapaxes(1, 2), k, v, counts > 0, is_self)
-        y = Linear(c, "HK>D", make_residual_init(c), name="o")(y.swapaxes(1, 2))
+        y = tap(self, "z", y.swapaxes(1, 2))
+        y = Linear(c, "HK>D", make_residual_init(c), name="o")(y)
         return y, None if state is None else qv
 
     def _rank_buckets(self, x: jax.Array, coords: Coords) -> BucketRanks:
@@ -86,6 +88,7 @@ class Reformer(Mixer):
         a = draw_rotations(x.shape[-1], m.hashes, m.buckets)
         rotated = jnp.einsum("bhsk,krc->bhsrc", x.astype(jnp.float32), a)
         bucket = jnp.argmax(jnp.concatenate([rotated, -rotated], axis=-1), axis=-1)
+        bucket = tap(self, "buckets", bucket)
         bucket_id = coords.segment_ids[:, None, :, None] * m.buckets + bucket
         order = jnp.argsort(bucket_id, axis=2, stable=True)
         return BucketRanks(bucket_id, jnp.argsort(order, axis=2))  # the inverse permutation

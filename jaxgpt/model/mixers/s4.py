@@ -31,6 +31,7 @@ from jaxgpt.model.mixers.recurrent import (
     scan_in_chunks,
     scan_tokens,
 )
+from jaxgpt.model.taps import is_tapped, store, tap
 
 
 class S4State(NamedTuple):
@@ -71,6 +72,11 @@ class S4(Mixer):
         c, flags = self.cfg, flag_tokens(layer_context.q_coords)
         u = jnp.where(flags.is_token[..., None], x, 0).astype(jnp.float32)
         system = self.make_system()
+        if is_tapped(self, "re", "im"):
+            start = self.init_state(c, len(x), 0) if state is None else state
+            states = run_recurrence(system, start, u, flags, c.mixer.chunk, is_output=False)[1]
+            store(self, "re", states.re)
+            store(self, "im", states.im)
         if state is None:
             first = self.init_state(c, len(x), 0)
             y = jax.lax.cond(
@@ -80,7 +86,7 @@ class S4(Mixer):
             )
         else:
             state, y = run_recurrence(system, state, u, flags, c.mixer.chunk)
-        y = y + u * declare_param(self, "skip", "D", c.sizes, ones)
+        y = tap(self, "y", y + u * declare_param(self, "skip", "D", c.sizes, ones))
         y = jax.nn.gelu(y, approximate=False).astype(x.dtype)
         return Linear(c, "D>D", make_residual_init(c), name="o")(y), state
 
@@ -138,8 +144,12 @@ def has_packed_documents(flags: TokenFlags) -> jax.Array:
 # --- token by token ---
 
 
-def run_recurrence(s: System, state: S4State, u: jax.Array, flags: TokenFlags, size: int):
+def run_recurrence(
+    s: System, state: S4State, u: jax.Array, flags: TokenFlags, size: int, is_output: bool = True
+):
     """Run the system token by token on u float32 [B T D]: (last state, 2 Re(C x) [B T D]).
+
+    Without `is_output`, the states after each token, [B T D Z], take the place of 2 Re(C x).
 
     (1 - Δ/2 A)⁻¹ = (1 - Δ/2 Λ + Δ/2 P P*)⁻¹ is the inverse of a diagonal matrix plus, by
     Woodbury's identity, a matrix of rank 1; so a token costs Z and not Z².
@@ -156,7 +166,8 @@ def run_recurrence(s: System, state: S4State, u: jax.Array, flags: TokenFlags, s
         x = x + half * (s.rates * x - s.P * sum_conjugates(s.P.conj() * x)[..., None])
         x = D * (x + s.step * s.B * u[..., None])
         x = x - low_rank * sum_conjugates(s.P.conj() * x)[..., None]
-        return S4State(x.real, x.imag), sum_conjugates(s.C * x)
+        new = S4State(x.real, x.imag)
+        return new, sum_conjugates(s.C * x) if is_output else new
 
     def scan_chunk(state, xs):
         return scan_tokens(cell, state, *xs)

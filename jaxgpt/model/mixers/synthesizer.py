@@ -16,6 +16,7 @@ from jaxgpt.model.kernels import MASKED_LOGIT
 from jaxgpt.model.layers import DTYPES, Linear, make_residual_init, normal
 from jaxgpt.model.masks import Coords, make_layer_mask
 from jaxgpt.model.mixers.mixer import LayerContext, Mixer, update_slots
+from jaxgpt.model.taps import tap
 
 
 class Synthesizer(Mixer):
@@ -38,7 +39,7 @@ class Synthesizer(Mixer):
     @nn.compact
     def __call__(self, x: jax.Array, layer_context: LayerContext, state: jax.Array | None):
         c, (B, T, _) = self.cfg, x.shape
-        v = Linear(c, "D>GK", name="v")(x)
+        v = tap(self, "v", Linear(c, "D>GK", name="v")(x))
         if state is not None:
             v = state = update_slots(state, v, layer_context.cursor)
         mask = make_layer_mask(c, self.pattern, self.direction)(
@@ -51,8 +52,10 @@ class Synthesizer(Mixer):
             MASKED_LOGIT,
         )
         G, S = v.shape[2], v.shape[1]
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B, G, -1, T, S)
+        weights = tap(self, "weights", jax.nn.softmax(tap(self, "logits", scores), axis=-1))
+        weights = weights.astype(v.dtype).reshape(B, G, -1, T, S)
         y = jnp.einsum("bgmts,bsgk->btgmk", weights, v).reshape(B, T, c.heads, -1)
+        y = tap(self, "z", y)
         return Linear(c, "HK>D", make_residual_init(c), name="o")(y), state
 
 

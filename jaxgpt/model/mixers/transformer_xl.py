@@ -26,6 +26,7 @@ from jaxgpt.model.mixers.chunks import (
 )
 from jaxgpt.model.mixers.mixer import KV, LayerContext, Mixer, update_kv_cache
 from jaxgpt.model.positions import encode_sinusoidal
+from jaxgpt.model.taps import tap
 
 
 class TransformerXL(Mixer):
@@ -47,9 +48,9 @@ class TransformerXL(Mixer):
     @nn.compact
     def __call__(self, x: jax.Array, layer_context: LayerContext, state: KV | None):
         c, (_, T, _), size = self.cfg, x.shape, self.cfg.mixer.memory
-        q = Linear(c, "D>HK", name="q")(x) * c.attention_scale
+        q = tap(self, "q", Linear(c, "D>HK", name="q")(x)) * c.attention_scale
         key, value = Linear(c, "D>GK", name="k"), Linear(c, "D>GK", name="v")
-        current = KV(key(x), value(x))
+        current = KV(tap(self, "k", key(x)), tap(self, "v", value(x)))
         # The same values without gradient to x: the compiler computes them once.
         memory = KV(*(project(jax.lax.stop_gradient(x)) for project in (key, value)))
         q_coords, k_coords = layer_context.q_coords, layer_context.k_coords
@@ -66,6 +67,7 @@ class TransformerXL(Mixer):
             )
             memory = current
         y = join_chunks(self._attend(q, current, memory, q_coords, k_coords), T)
+        y = tap(self, "z", y)
         return Linear(c, "HK>D", make_residual_init(c), name="o")(y), state
 
     def _attend(self, q, current: KV, memory: KV, q_coords, k_coords) -> jax.Array:
@@ -98,7 +100,7 @@ class TransformerXL(Mixer):
         logits = jnp.where(
             mask_chunks(mask, q_coords, k_coords)[:, :, None, None], logits, MASKED_LOGIT
         )
-        weights = jax.nn.softmax(logits, axis=-1).astype(current.v.dtype)
+        weights = tap(self, "weights", jax.nn.softmax(logits, axis=-1)).astype(current.v.dtype)
         y = jnp.einsum("bngmts,bnsgk->bntgmk", jnp.where(is_current, weights, 0), current.v)
         y += jnp.einsum("bngmts,bnsgk->bntgmk", jnp.where(is_current, 0, weights), memory.v)
         return y.reshape(B, n, T, H, K)
