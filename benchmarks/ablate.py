@@ -306,7 +306,7 @@ def train(step, state, batches: list):
 def compute_held_out_loss(run_eval, params, batches) -> float:
     """Return the loss in nats per token."""
     sums = [run_eval(params, batch) for batch in batches]
-    return float(np.sum([s.nats for s in sums]) / np.sum([s.weight for s in sums]))
+    return float(np.sum([s["nats"] for s in sums]) / np.sum([s["weight"] for s in sums]))
 
 
 # --- rows.jsonl ------------------------------------------------------------------------------

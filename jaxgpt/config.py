@@ -145,6 +145,11 @@ class OptimizerConfig(Section):
     matrix_lr: float | None = option(
         None, "peak learning rate of muon for the matrices in blocks: none = lr", above=0
     )
+    train: tuple[str, ...] = option(
+        (),
+        "parameters to train, by path (stack.layers.*), group (stack) or letters (L*>*), as in "
+        "the shell; empty = all",
+    )
 
     def check(self):
         without = resolve_table("jaxgpt.optimizer:OPTIMIZERS_WITHOUT_MOMENTS")
@@ -234,6 +239,16 @@ class TrainConfig(Section):
         low=0,
         is_runtime=True,
     )
+    start: str = option(
+        "",
+        "begin with the parameters of another run (its best, or with @latest its latest), of one "
+        "of its checkpoints or of a saved model",
+    )
+    start_missing: str = option(
+        "refuse",
+        "parameters that train.start does not have, or in another shape: refuse, or init (random)",
+        table="jaxgpt.config:START_MISSING",
+    )
     eval_every: int = option(250, "steps between evaluations", low=1)
     eval_batches: int = option(0, "batches per evaluation, 0 = all held-out text", low=0)
     patience: int = option(0, "early stopping: evaluations without improvement, 0 = never", low=0)
@@ -245,6 +260,11 @@ class TrainConfig(Section):
     sample_every: int = option(
         250, "steps between samples, 0 = only at the end", low=0, is_runtime=True
     )
+    profile: str = option(
+        "",
+        "first:last, steps to trace for TensorBoard and XProf, in the run's plugins/profile",
+        is_runtime=True,
+    )
 
     def check(self):
         if self.batch % (self.accumulate or 1):
@@ -253,6 +273,24 @@ class TrainConfig(Section):
                 f"train.batch={self.batch} is not divisible by train.accumulate={self.accumulate}: "
                 f"use train.batch={near}."
             )
+        self.parse_profile()
+
+    def parse_profile(self) -> tuple[int, int]:
+        """Return the first and last step of `profile`; (0, 0) if it is empty."""
+        if not self.profile:
+            return 0, 0
+        first, colon, last = self.profile.partition(":")
+        if not (colon and first.isdecimal() and last.isdecimal() and 0 < int(first) <= int(last)):
+            raise ConfigError(
+                f"train.profile={self.profile!r} must be the first and last step to trace, counted "
+                "from 1, such as 100:110."
+            )
+        if int(first) > self.steps:
+            raise ConfigError(
+                f"train.profile={self.profile!r} begins after the last step, "
+                f"train.steps={self.steps}: nothing would be traced."
+            )
+        return int(first), int(last)
 
 
 @dataclass(frozen=True)
@@ -386,6 +424,7 @@ class Config(Section):
 
 
 RESUME_MODES = {"auto": "resume if the config agrees", "force": "resume with the new config"}
+START_MISSING = {"refuse": "name them and stop", "init": "initialize them as in a new run"}
 
 # Renamed keys and values, old -> new. Old ones are still accepted on the command line and in the
 # config.json of a run, so that old run folders open and old commands work.

@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import jax
@@ -32,15 +32,38 @@ from jaxgpt.sharding import (
     map_shards,
 )
 
+# The metrics of an objective by name: sums over tokens or texts, float32 [] each, so that parts of
+# a batch can be added. Every objective has
+#
+#     loss       what is minimized: nats, with smoothing and auxiliary losses
+#     nats       plain negative log-likelihood, nats
+#     weight     tokens that count
+#     correct    of these, tokens whose likeliest prediction is right
+#
+# and may have `confusion` [A A] (texts by true and predicted class), and metrics of its own: their
+# sums divided by `weight` are in metrics.jsonl, TensorBoard and the console under the same name.
+Sums = dict[str, jax.Array]
+SUM_NAMES = ("loss", "nats", "weight", "correct", "confusion")
+RESERVED_METRICS = (
+    *("accuracy", "tokens", "grad_norm", "lr", "tokens_per_second", "mfu", "eta_seconds"),
+    *("perplexity", "bits_per_byte", "kind", "step"),
+)
 
-class Sums(NamedTuple):
-    """Sums over tokens or texts, float32 [] each, so that parts of a batch can be added."""
 
-    loss: jax.Array  # what is minimized: nats, with smoothing and auxiliary losses
-    nats: jax.Array  # plain negative log-likelihood, nats
-    weight: jax.Array  # tokens that count
-    correct: jax.Array  # of these, tokens whose likeliest prediction is right
-    confusion: jax.Array | None = None  # [A A], texts by true and predicted class
+def compute_own_means(sums: Sums, weight) -> dict[str, Any]:
+    """Return the metrics that only this objective has, divided by `weight`.
+
+    Raises:
+        ValueError: one is no scalar, or has the name of another metric.
+    """
+    own = {name: x for name, x in sums.items() if name not in SUM_NAMES}
+    for name, x in own.items():
+        if name in RESERVED_METRICS or x.shape:
+            raise ValueError(
+                f"an objective returned the metric {name!r} of shape {list(x.shape)}: a metric is "
+                f"a sum of shape [], and its name none of {', '.join(RESERVED_METRICS)}."
+            )
+    return {name: x / weight for name, x in own.items()}
 
 
 @jax.custom_vjp
@@ -133,7 +156,13 @@ def chunk_loss(hidden, head: Head, targets, weights, smoothing: float, z_loss: f
     # A target with the maximum score is the prediction: one comparison instead of an argmax over V.
     correct = hit >= maximum
     total = jnp.sum(weights * loss)
-    return total, Sums(total, jnp.sum(weights * nats), jnp.sum(weights), jnp.sum(weights * correct))
+    sums = dict(
+        loss=total,
+        nats=jnp.sum(weights * nats),
+        weight=jnp.sum(weights),
+        correct=jnp.sum(weights * correct),
+    )
+    return total, sums
 
 
 def vocabulary_loss(
@@ -194,7 +223,7 @@ def _sum_over_chunks(loss: Callable, chunk: int, hidden, head, targets, weights)
         return None, jax.lax.scan(add, _make_zero_sums(), chunks)[0]
 
     _, sums = _run_on_shards(compute_local, hidden, head, targets, weights)
-    return sums.loss, sums
+    return sums["loss"], sums
 
 
 def _sum_over_chunks_forward(loss, chunk, hidden, head, targets, weights):
@@ -212,7 +241,7 @@ def _sum_over_chunks_forward(loss, chunk, hidden, head, targets, weights):
         return d_hidden.reshape(hidden.shape), carry
 
     d_hidden, (sums, d_head) = _run_on_shards(compute_local, hidden, head, targets, weights)
-    return (sums.loss, sums), (d_hidden, d_head)
+    return (sums["loss"], sums), (d_hidden, d_head)
 
 
 def _sum_over_chunks_backward(loss, chunk, saved, cotangents):
@@ -256,12 +285,12 @@ def _run_on_shards(compute_local, hidden, head, targets, weights):
 
 
 def _make_zero_sums() -> Sums:
-    return Sums(*(jnp.zeros((), jnp.float32) for _ in range(4)))
+    return {name: jnp.zeros((), jnp.float32) for name in ("loss", "nats", "weight", "correct")}
 
 
 # --- losses: (model, params, batch, rngs, cfg) -> (summed loss [], Sums) ---------------------
 #
-# `rngs` is {"dropout": key} to train with dropout, {} without. Divide by `Sums.weight` for means.
+# `rngs` is {"dropout": key} to train with dropout, {} without. Divide by `weight` for means.
 
 Loss = Callable[[Any, Any, Batch, dict, TrainConfig], tuple[jax.Array, Sums]]
 
@@ -325,12 +354,12 @@ def classification_loss(
     predicted = jax.nn.one_hot(jnp.argmax(scores, axis=-1), scores.shape[-1])
     confusion = jnp.einsum("B,BA,BG->AG", weights, one_hot_targets, predicted)
     total = jnp.sum(weights * loss)
-    sums = Sums(
-        total,
-        jnp.sum(weights * nats),
-        jnp.sum(weights),
-        jnp.trace(confusion),
-        confusion,
+    sums = dict(
+        loss=total,
+        nats=jnp.sum(weights * nats),
+        weight=jnp.sum(weights),
+        correct=jnp.trace(confusion),
+        confusion=confusion,
     )
     return _add_aux_loss(total, sums, aux, cfg)
 
@@ -338,8 +367,8 @@ def classification_loss(
 def _add_aux_loss(loss, sums: Sums, aux, cfg: TrainConfig) -> tuple[jax.Array, Sums]:
     """Add the auxiliary losses of the layers: the load-balancing loss of experts."""
     aux_loss = sum(map(jnp.sum, jax.tree.leaves(aux)), jnp.float32(0))
-    loss = loss + cfg.balance * aux_loss * sums.weight
-    return loss, sums._replace(loss=loss)
+    loss = loss + cfg.balance * aux_loss * sums["weight"]
+    return loss, sums | {"loss": loss}
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from jaxgpt.config import OptimizerConfig, choose
 from jaxgpt.moments import quantize_moments
+from jaxgpt.selection import select, select_letters
 
 Letters = Any  # a pytree of strings, of the same structure as the parameters
 
@@ -36,18 +37,31 @@ def build(
 
     Returns:
         The optax transformation, and the schedule: 0-based step -> learning rate, for logging.
+        With `cfg.train` the transformation updates, and has state for, the selected parameters
+        only: those of `jaxgpt.selection.select`.
 
     Raises:
-        ConfigError: the rule or the schedule is unknown.
+        ConfigError: the rule or the schedule is unknown, or `cfg.train` matches no parameter.
 
     >>> optimizer, schedule = build(OptimizerConfig(lr=1.0, warmup=4), 100, {"w": "D>F"})
     >>> [float(schedule(step)) for step in range(4)]
     [0.25, 0.5, 0.75, 1.0]
     """
     schedule = choose(SCHEDULES, cfg.schedule, "optimizer.schedule")(cfg, steps)
-    rule = choose(OPTIMIZERS, cfg.name, "optimizer.name")(cfg, schedule, letters)
+    selection = select_letters(letters, cfg.train)
+    rule = choose(OPTIMIZERS, cfg.name, "optimizer.name")(cfg, schedule, selection)
     clip = optax.clip_by_global_norm(cfg.clip) if cfg.clip else optax.identity()
-    return optax.chain(clip, rule), schedule
+    rule = optax.chain(clip, rule)
+    return _restrict(rule, selection) if cfg.train else rule, schedule
+
+
+def _restrict(rule: optax.GradientTransformation, selection) -> optax.GradientTransformation:
+    """Restrict a rule to the selected ones of the parameters and gradients that it is given."""
+
+    def update(grads, state, params=None):
+        return rule.update(select(grads, selection), state, select(params, selection))
+
+    return optax.GradientTransformation(lambda p: rule.init(select(p, selection)), update)
 
 
 def get_state_letters(optimizer: optax.GradientTransformation, state, letters: Letters):
@@ -56,7 +70,7 @@ def get_state_letters(optimizer: optax.GradientTransformation, state, letters: L
     Args:
         optimizer: what `build` returned.
         state: its state, or the shapes of it: `jax.eval_shape(optimizer.init, params)`.
-        letters: the letters of every parameter.
+        letters: the letters of every parameter that is trained.
 
     Returns:
         A pytree like `state` with a string per array, one letter per dimension. A dimension of

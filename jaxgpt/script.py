@@ -6,7 +6,7 @@ This module imports nothing heavy, so that its handlers are in place while JAX i
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from jaxgpt.settings import ConfigError
 
@@ -33,3 +33,13 @@ def run(main: Callable[[], int], name: str = "") -> NoReturn:
         # Python flushes standard output at exit, which must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def print_text(text: str, file: TextIO | None = None):
+    """Print and flush a text, with "?" for what the encoding of `file` cannot represent."""
+    file = sys.stdout if file is None else file
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    try:
+        print(text, file=file, flush=True)
+    except UnicodeEncodeError:  # raised before anything is written
+        print(text.encode(encoding, "replace").decode(encoding), file=file, flush=True)

@@ -23,6 +23,7 @@ from jaxgpt.config import MeshConfig, override
 from jaxgpt.settings import ConfigError
 from jaxgpt.sharding import make_mesh
 from jaxgpt.trainer import loop, train
+from jaxgpt.trainer import run as run_module
 from jaxgpt.trainer.checkpoint import latest_step
 from jaxgpt.trainer.logging import read_metrics
 
@@ -305,7 +306,7 @@ CONFIG = """
 import os
 from jaxgpt import hosts
 from jaxgpt.config import *
-from jaxgpt.trainer import loop
+from jaxgpt.trainer import loop, run as run_module
 
 config = Config(
     name="straight",
@@ -316,7 +317,7 @@ config = Config(
     train=TrainConfig(steps=10, batch=8, eval_every=4, save_every=3, sample_every=0, log_every=1),
     sample=SampleConfig(prompt="the ", tokens=4),
 )
-loop.peak_flops = lambda devices: (1e12, "a guess")
+run_module.peak_flops = lambda devices: (1e12, "a guess")
 step_to_act, who, number = map(int, os.environ.get("ACT", "0 0 0").split())
 log_metrics = loop.log_metrics
 
@@ -358,7 +359,8 @@ class Launcher:
 
     def config(self, *settings):
         with pytest.MonkeyPatch.context() as patch:  # the config file patches the loop
-            for name in ("peak_flops", "log_metrics", "log_sample"):
+            patch.setattr(run_module, "peak_flops", run_module.peak_flops)
+            for name in ("log_metrics", "log_sample"):
                 patch.setattr(loop, name, getattr(loop, name))
             return configs.load(str(self.file), settings)
 
@@ -397,8 +399,8 @@ def single_process_run(launcher):
     """A run of one process with one device."""
     cfg = launcher.config("name=alone")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "peak_flops", lambda devices: (1e12, "a guess"))
-        patch.setattr(loop, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))
+        patch.setattr(run_module, "peak_flops", lambda devices: (1e12, "a guess"))
+        patch.setattr(run_module, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))
         patch.setattr(loop, "log_sample", lambda run: None)
         train(cfg, is_quiet=True)
     return cfg
@@ -479,7 +481,7 @@ def test_another_number_of_processes_resumes_and_stops_at_one_step(
     # Resume on the eight devices of this process.
     cfg = override(launcher.config(*mesh), ["mesh.tensor=1", "mesh.data=4"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "peak_flops", lambda devices: (1e12, "a guess"))
+        patch.setattr(run_module, "peak_flops", lambda devices: (1e12, "a guess"))
         patch.setattr(loop, "log_sample", lambda run: None)
         train(cfg, is_quiet=True)
     assert_near(single_process_run, cfg)

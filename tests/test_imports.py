@@ -15,7 +15,7 @@ LAYERS = [
     {"config"},
     {"backend", "dims", "tokenizer"},
     {"sharding"},
-    {"hosts", "moments"},
+    {"hosts", "moments", "selection"},
     {"data", "model"},
     {"objectives", "optimizer", "generate"},
     {"predict"},

@@ -126,7 +126,7 @@ class Training(NamedTuple):
                 shardings = jax.tree.map(lambda x: make_batch_sharding(self.mesh, x.shape), batch)
                 batch = jax.device_put(batch, shardings)
                 state, metrics = self.step(state, batch)
-                losses.append(float(metrics.loss))
+                losses.append(float(metrics["loss"]))
         return state, losses
 
 
@@ -134,7 +134,7 @@ def make_training(cfg: Config, devices: int = 1) -> Training:
     mesh = make_mesh(cfg.mesh, devices=jax.devices()[:devices])
     _, letters = abstract_params(cfg.model)
     optimizer, schedule = build_optimizer(cfg.optimizer, cfg.train.steps, letters)
-    abstract = abstract_state(cfg.model, optimizer, cfg.seed, mesh)
+    abstract = abstract_state(cfg.model, optimizer, cfg.seed, mesh, cfg.optimizer.train)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     make_first = functools.cache(lambda: make_state(cfg.model, optimizer, cfg.seed, abstract))
     step = make_train_step(cfg, build(cfg.model), optimizer, schedule)

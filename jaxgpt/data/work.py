@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from jaxgpt.script import print_text
 from jaxgpt.settings import ConfigError
 
 try:
@@ -33,7 +34,7 @@ LogFn = Callable[[str], None]
 
 def print_line(line: str):
     """Print the line and flush it."""
-    print(line, flush=True)
+    print_text(line)
 
 
 class Job(NamedTuple):

@@ -41,7 +41,9 @@ class Progress:
     best_step: int = 0
     stale: int = 0  # evaluations since the best one
     data: str = ""  # fingerprint of the tokens trained on
+    evaluation: str = ""  # what `best_loss` was measured on (see `run.describe_evaluation`)
     is_done: bool = False  # it has stopped early
+    stop_reason: str = ""
 
 
 class ShapeMismatchError(ConfigError):
@@ -143,10 +145,14 @@ def load_run(
         step = latest_step(folder)
         if step is not None:
             path = os.path.join(folder, f"{step}")
-            with ocp.StandardCheckpointer() as reader, _describe_read_errors(path):
-                params = reader.restore(os.path.join(path, "params"), _make_abstract_params(config))
-            return config, tokenizer, params, step
+            return config, tokenizer, read_params(path, _make_abstract_params(config)), step
     raise ConfigError(f"{run_folder} has no checkpoint yet: train it first, or for longer.")
+
+
+def read_params(folder: str, abstract) -> Any:
+    """Read the parameters of one checkpoint, with the shapes and shardings of `abstract`."""
+    with ocp.StandardCheckpointer() as reader, _describe_read_errors(folder):
+        return reader.restore(os.path.join(folder, "params"), abstract)
 
 
 @contextmanager

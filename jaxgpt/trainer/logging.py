@@ -1,5 +1,6 @@
-"""Logging: metrics.jsonl, TensorBoard, plots, and console output."""
+"""Logging: metrics.jsonl, TensorBoard, plots, and console output, each a hook of the loop."""
 
+import contextlib
 import json
 import os
 import sys
@@ -10,9 +11,12 @@ from tqdm import tqdm
 
 from jaxgpt import hosts
 from jaxgpt.optional import is_installed
+from jaxgpt.script import print_text
+from jaxgpt.trainer.hooks import Hook, RunView
+from jaxgpt.trainer.report import format_confusion, format_duration, format_eval
 
 
-class MetricsFile:
+class MetricsFile(Hook):
     """Metrics in metrics.jsonl, one JSON object per line, and in TensorBoard.
 
     A run that resumes at step s drops the records of later steps, so that every step is in the
@@ -41,6 +45,12 @@ class MetricsFile:
             return
         for name, value in values.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def on_metrics(self, view: RunView, step: int, values: Mapping[str, float]):
+        self.write("train", step, values)
+
+    def on_eval(self, view: RunView, values: Mapping[str, Any]):
+        self.write("eval", view.step, {k: v for k, v in values.items() if k != "confusion"})
 
     @hosts.run_on_first
     def close(self):
@@ -77,9 +87,22 @@ def write_text_atomically(path: str, text: str):
     """Write a file atomically, and create its folder."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
+    with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
     os.replace(temporary, path)
+
+
+class Plots(Hook):
+    """The curves, and for a classifier the confusion matrix, drawn after every evaluation."""
+
+    def on_eval(self, view: RunView, values: Mapping[str, Any]):
+        folder = view.cfg.run_folder
+        plot_curves(folder, view.cfg.name, view.cfg.objective.loss_unit)
+        if "confusion" in values:
+            record = {"step": view.step, "labels": view.labels, "rows": values["confusion"]}
+            path = os.path.join(folder, "confusion.json")
+            write_text_atomically(path, json.dumps(record) + "\n")
+            plot_confusion(folder, view.labels, values["confusion"])
 
 
 @hosts.run_on_first
@@ -152,8 +175,11 @@ def _save_figure(figure, run_folder: str, name: str):
     os.replace(f"{path}.tmp", path)
 
 
-class Console:
-    """Console output: a progress bar on a terminal, plain lines elsewhere."""
+class Console(Hook):
+    """Console output: a progress bar on a terminal, plain lines elsewhere.
+
+    Output that fails (a closed pipe, a full disk) ends the output, not the run.
+    """
 
     def __init__(self, steps: int, step: int, is_quiet: bool = False):
         self._steps, self._is_quiet = steps, is_quiet
@@ -165,10 +191,11 @@ class Console:
     def log(self, text: str = ""):
         if self._is_quiet:
             return
-        if self._bar is None:
-            print(text, flush=True)
-        else:
-            self._bar.write(text)
+        try:
+            with self._bar.external_write_mode() if self._bar else contextlib.nullcontext():
+                print_text(text)
+        except (OSError, ValueError):  # ValueError: the file is closed
+            self._is_quiet = True
 
     def log_step(self, step: int, values: Mapping[str, float]):
         """Show a step's loss and lr; tokens_per_second, mfu and eta_seconds where known."""
@@ -184,16 +211,17 @@ class Console:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(step - self._bar.n)
 
+    def on_metrics(self, view: RunView, step: int, values: Mapping[str, float]):
+        self.log_step(step, values)
+
+    def on_eval(self, view: RunView, values: Mapping[str, Any]):
+        loss, step = view.best
+        best = "(best)" if step == view.step else f"(best {loss:.4f})"
+        figures = format_eval(values, view.cfg.objective.loss_unit)
+        self.log(f"step {view.step}  {figures}  {best}")
+        if "confusion" in values:
+            self.log(format_confusion(values["confusion"], view.labels))
+
     def close(self):
         if self._bar is not None:
             self._bar.close()
-
-
-def format_duration(seconds: float) -> str:
-    """Format a duration as 12s, 3m05s or 2h07m."""
-    total = round(seconds)
-    if total < 60:
-        return f"{total}s"
-    if total < 3600:
-        return f"{total // 60}m{total % 60:02d}s"
-    return f"{total // 3600}h{total % 3600 // 60:02d}m"

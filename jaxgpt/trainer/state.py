@@ -1,5 +1,6 @@
 """The training state: everything that changes during training, as one pytree."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from jaxgpt.backend import get_backend
 from jaxgpt.config import ModelConfig
 from jaxgpt.model import abstract_params, init_params
 from jaxgpt.optimizer import get_state_letters
+from jaxgpt.selection import select_letters
 
 
 class TrainState(struct.PyTreeNode):
@@ -31,15 +33,17 @@ def init_state(cfg: ModelConfig, optimizer: optax.GradientTransformation, seed: 
     return TrainState(jax.numpy.int32(0), params, optimizer.init(params), rng)
 
 
-def abstract_state(cfg: ModelConfig, optimizer, seed: int, mesh: Mesh) -> TrainState:
+def abstract_state(
+    cfg: ModelConfig, optimizer, seed: int, mesh: Mesh, trained: Sequence[str] = ()
+) -> TrainState:
     """Return the result of `init_state` as shapes and shardings in place of arrays.
 
     Optimizer moments are sharded like their parameters; state that belongs to no parameter is
-    small, and replicated.
+    small, and replicated. `trained`: the patterns `optimizer.train` that the optimizer is made for.
     """
     shapes = jax.eval_shape(lambda: init_state(cfg, optimizer, seed))
     _, letters = abstract_params(cfg)
-    moments = get_state_letters(optimizer, shapes.opt_state, letters)
+    moments = get_state_letters(optimizer, shapes.opt_state, select_letters(letters, trained))
     letters = shapes.replace(step="", params=letters, opt_state=moments, rng="")
     return jax.tree.map(_add_sharding, shapes, sharding.make_shardings(shapes, letters, mesh))
 

@@ -1,7 +1,7 @@
 """The training step and the evaluation step: pure functions of (state, batch)."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -11,40 +11,50 @@ import optax
 from jaxgpt.backend import get_backend
 from jaxgpt.config import Config, TrainConfig
 from jaxgpt.data.loader import Batch
-from jaxgpt.objectives import OBJECTIVES, Sums
+from jaxgpt.model import abstract_params
+from jaxgpt.objectives import OBJECTIVES, Sums, compute_own_means
+from jaxgpt.selection import merge, select, select_letters
 from jaxgpt.sharding import constrain
 from jaxgpt.trainer.state import TrainState
 
-
-class Metrics(NamedTuple):
-    """The metrics of a training step, float32 [] each."""
-
-    loss: jax.Array  # nats per token (or text), as minimized
-    nats: jax.Array  # nats per token, without label smoothing, z-loss and load balancing
-    accuracy: jax.Array  # fraction of tokens predicted correctly
-    tokens: jax.Array  # tokens with a weight in the loss
-    grad_norm: jax.Array  # before clipping
-    lr: jax.Array
+# By name, float32 [] each:
+#
+#     loss        nats per token (or text), as minimized
+#     nats        nats per token, without label smoothing, z-loss and load balancing
+#     accuracy    fraction of tokens predicted correctly
+#     tokens      tokens with a weight in the loss
+#     grad_norm   before clipping
+#     lr          learning rate
+#
+# and the objective's own metrics (see `jaxgpt.objectives.Sums`).
+Metrics = dict[str, jax.Array]
 
 
 def compute_gradient(
-    model: nn.Module, cfg: TrainConfig, params, batch: Batch, rng: jax.Array | None
+    model: nn.Module,
+    cfg: TrainConfig,
+    params,
+    batch: Batch,
+    rng: jax.Array | None,
+    selection: Any = None,
 ):
     """Compute the gradient of the *summed* loss of a batch, and its sums.
 
     Args:
         batch: arrays [B T].
         rng: key for dropout, or None for no dropout.
+        selection: the parameters to differentiate by (see `jaxgpt.selection`); None for all.
 
     Returns:
-        (gradient like params, Sums).
+        (gradient like the selected params, Sums).
     """
     rngs = {} if rng is None else {"dropout": rng}
 
-    def loss(params):
-        return OBJECTIVES[cfg.objective].loss(model, params, batch, rngs, cfg)
+    def loss(selected):
+        full = selected if selection is None else merge(selected, params)
+        return OBJECTIVES[cfg.objective].loss(model, full, batch, rngs, cfg)
 
-    grads, sums = jax.grad(loss, has_aux=True)(params)
+    grads, sums = jax.grad(loss, has_aux=True)(select(params, selection))
     return grads, sums
 
 
@@ -58,11 +68,17 @@ def choose_microbatch_count(cfg: Config, params, B: int, T: int) -> int:
 
 
 def accumulate_gradient(
-    microbatch_count: int, model, cfg: TrainConfig, params, batch: Batch, rng: jax.Array | None
+    microbatch_count: int,
+    model,
+    cfg: TrainConfig,
+    params,
+    batch: Batch,
+    rng: jax.Array | None,
+    selection: Any = None,
 ):
     """Compute `compute_gradient` over microbatches in sequence, with the memory of one of them."""
     if microbatch_count == 1:
-        return compute_gradient(model, cfg, params, batch, rng)
+        return compute_gradient(model, cfg, params, batch, rng, selection)
 
     def split(x):  # microbatch i has rows i::microbatch_count, so each one spans all devices
         return x.reshape(-1, microbatch_count, *x.shape[1:]).swapaxes(0, 1)
@@ -71,10 +87,10 @@ def accumulate_gradient(
         index, microbatch = indexed_microbatch
         microbatch = jax.tree.map(lambda x: constrain(x, "BT"[: x.ndim]), microbatch)
         key = None if rng is None else jax.random.fold_in(rng, index)
-        grads, sums = compute_gradient(model, cfg, params, microbatch, key)
+        grads, sums = compute_gradient(model, cfg, params, microbatch, key, selection)
         return jax.tree.map(jnp.add, total, grads), sums
 
-    zeros = jax.tree.map(jnp.zeros_like, params)
+    zeros = jax.tree.map(jnp.zeros_like, select(params, selection))
     indexed = (jnp.arange(microbatch_count), jax.tree.map(split, batch))
     total, sums = jax.lax.scan(add_microbatch, zeros, indexed)
     return total, jax.tree.map(lambda x: jnp.sum(x, 0), sums)
@@ -87,6 +103,8 @@ def make_train_step(
     schedule: Callable[[Any], Any],
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Return the pure function (state, batch [B T]) -> (state, metrics). Donate the state."""
+    trained = cfg.optimizer.train
+    selection = select_letters(abstract_params(cfg.model)[1], trained) if trained else None
 
     def train_step(state: TrainState, batch: Batch):
         rng = jax.random.fold_in(state.rng, state.step) if cfg.model.dropout else None
@@ -94,20 +112,23 @@ def make_train_step(
             cfg, state.params, *batch.tokens.shape
         )
         grads, sums = accumulate_gradient(
-            microbatch_count, model, cfg.train, state.params, batch, rng
+            microbatch_count, model, cfg.train, state.params, batch, rng, selection
         )
-        weight = jnp.maximum(sums.weight, 1.0)
+        weight = jnp.maximum(sums["weight"], 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics = Metrics(
-            loss=sums.loss / weight,
-            nats=sums.nats / weight,
-            accuracy=sums.correct / weight,
-            tokens=sums.weight,
+        params = optax.apply_updates(select(state.params, selection), updates)
+        if selection is not None:
+            params = merge(params, state.params)
+        metrics = dict(
+            loss=sums["loss"] / weight,
+            nats=sums["nats"] / weight,
+            accuracy=sums["correct"] / weight,
+            tokens=sums["weight"],
             grad_norm=optax.tree.norm(grads),
             lr=jnp.asarray(schedule(state.step), jnp.float32),
         )
+        metrics |= compute_own_means(sums, weight)
         return TrainState(state.step + 1, params, opt_state, state.rng), metrics
 
     return train_step

@@ -20,10 +20,10 @@ from jaxgpt.config import override
 from jaxgpt.data import Loader, make_eval_batches, prepare
 from jaxgpt.model import Coords, build, compute_logits
 from jaxgpt.settings import ConfigError
-from jaxgpt.trainer import DivergedError, load_run, loop, read_config, train
+from jaxgpt.trainer import DivergedError, evaluate, load_run, loop, read_config, train
+from jaxgpt.trainer import run as run_module
 from jaxgpt.trainer.checkpoint import latest_step
 from jaxgpt.trainer.logging import read_metrics
-from jaxgpt.trainer.loop import evaluate
 from jaxgpt.trainer.step import make_eval_step
 
 # Everything that resuming must restore: dropout, microbatches, the order of windows, evaluations.
@@ -58,7 +58,7 @@ def compiled_once(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def known_peak(monkeypatch):
-    monkeypatch.setattr(loop, "peak_flops", lambda devices: (1e12, "a guess"))
+    monkeypatch.setattr(run_module, "peak_flops", lambda devices: (1e12, "a guess"))
 
 
 @pytest.fixture(scope="module")
@@ -457,8 +457,8 @@ def test_a_run_that_diverges_later_keeps_its_last_good_checkpoint(uninterrupted_
     log_metrics = loop.log_metrics
 
     def poison(run, step, metrics):
-        loss = metrics.loss * (math.nan if step == 7 else 1)
-        log_metrics(run, step, metrics._replace(loss=loss))
+        loss = metrics["loss"] * (math.nan if step == 7 else 1)
+        log_metrics(run, step, metrics | {"loss": loss})
 
     monkeypatch.setattr(loop, "log_metrics", poison)
     with pytest.raises(DivergedError, match=r"nan at step 7 \(the last checkpoint is of step 5\)"):

@@ -1,0 +1,151 @@
+"""Hooks: what is called at every step, at every evaluation and checkpoint, and at the end of a run.
+
+    class Patience(Hook):
+        def on_eval(self, view, values):
+            if values["accuracy"] > 0.9:
+                view.stop("accurate enough")
+
+    train(config, hooks=[Patience()])
+
+The files, plots and console output of a run are hooks too (see `jaxgpt.trainer.logging`). With
+several processes every process calls its hooks, with the same values: what they decide must follow
+from these values alone, so that all processes decide the same.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from jaxgpt import hosts
+from jaxgpt.config import Config
+from jaxgpt.tokenizer import Tokenizer
+
+
+class RunView:
+    """What hooks may see of a run, and the two things that they may do: log, and stop it."""
+
+    def __init__(self, run: Any):  # a `jaxgpt.trainer.run.Run`, a module that imports this one
+        self._run = run
+
+    @property
+    def cfg(self) -> Config:
+        return self._run.cfg
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._run.corpus.tokenizer
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the classes, for a classifier."""
+        return list(self._run.task.labels)
+
+    @property
+    def step(self) -> int:
+        """Steps done so far."""
+        return self._run.progress.step
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on so far."""
+        return self._run.progress.tokens
+
+    @property
+    def best(self) -> tuple[float, int]:
+        """The lowest held-out loss, nats, and its step."""
+        return self._run.progress.best_loss, self._run.progress.best_step
+
+    @property
+    def stale(self) -> int:
+        """Evaluations since the best one."""
+        return self._run.progress.stale
+
+    @property
+    def params(self) -> Any:
+        """The parameters: valid until the next step, which takes their memory."""
+        return self._run.state.params
+
+    def log(self, text: str):
+        """Print a text, above the progress bar."""
+        self._run.console.log(text)
+
+    def stop(self, reason: str):
+        """End the run after this step; it stays ended when it is resumed, but for resume=force."""
+        self._run.progress.is_done = True
+        self._run.progress.stop_reason = reason
+
+
+class Hook:
+    """Does nothing. Override what is needed.
+
+    None of its methods may change the run, and `on_step` must not wait for the devices: a step has
+    been dispatched, not computed, when it is called.
+    """
+
+    def on_start(self, view: RunView):
+        """Act before the first step, also of a resumed run."""
+
+    def on_step(self, view: RunView):
+        """Act after every step."""
+
+    def on_metrics(self, view: RunView, step: int, values: Mapping[str, float]):
+        """Act on the metrics of a training step, one step later: every `train.log_every` steps."""
+
+    def on_eval(self, view: RunView, values: Mapping[str, Any]):
+        """Act on the metrics of an evaluation (see `evaluate`), after the best one is updated."""
+
+    def on_save(self, view: RunView):
+        """Act when a checkpoint is about to be saved: of this step, with these parameters."""
+
+    def on_end(self, view: RunView):
+        """Act when the run is complete or stopped, with its last checkpoint on disk."""
+
+    def close(self):
+        """Release files and the like, also after an error."""
+
+
+class EarlyStop(Hook):
+    """Stop the run after some evaluations without a new best one. `patience`: 0 = never."""
+
+    def __init__(self, patience: int):
+        self._patience = patience
+
+    def on_eval(self, view: RunView, values: Mapping[str, Any]):
+        if self._patience and view.stale >= self._patience:
+            view.stop(f"no better for {view.stale} evaluations")
+
+
+class Profiler(Hook):
+    """Trace a window of steps, for the profile tab of TensorBoard, or XProf.
+
+    Args:
+        folder: of the run; traces are in its plugins/profile.
+        first, last: the steps to trace; 0, 0 = none.
+    """
+
+    def __init__(self, folder: str, first: int, last: int):
+        self._folder, self._first, self._last = folder, first, last
+        self._is_tracing = False
+
+    def on_start(self, view: RunView):
+        self.on_step(view)
+
+    def on_step(self, view: RunView):
+        if hosts.process_index() > 0:
+            return
+        if self._is_tracing and view.step >= self._last:
+            jax.block_until_ready(view.params)
+            self.close()
+            view.log(
+                f"traced up to step {view.step}: "
+                f"tensorboard --logdir {self._folder} (with xprof installed)"
+            )
+        elif not self._is_tracing and self._first - 1 <= view.step < self._last:
+            jax.profiler.start_trace(self._folder)
+            self._is_tracing = True
+
+    def close(self):
+        if self._is_tracing:
+            jax.profiler.stop_trace()
+            self._is_tracing = False

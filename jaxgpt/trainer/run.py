@@ -1,0 +1,305 @@
+"""Open a run: build everything that a config describes, or restore it from the run folder."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import jax
+
+from jaxgpt import config as configs
+from jaxgpt import hosts
+from jaxgpt import tokenizer as tokenizers
+from jaxgpt.config import Config
+from jaxgpt.data import Batch, Corpus, prepare
+from jaxgpt.data.tasks import Task
+from jaxgpt.data.work import print_line
+from jaxgpt.model import abstract_params, build
+from jaxgpt.optimizer import build as build_optimizer
+from jaxgpt.optional import describe_missing
+from jaxgpt.predict import check_prompts
+from jaxgpt.selection import select_letters
+from jaxgpt.settings import ConfigError
+from jaxgpt.sharding import check_fits, make_mesh
+from jaxgpt.trainer.checkpoint import (
+    Checkpoints,
+    Progress,
+    ShapeMismatchError,
+    latest_step,
+    read_config,
+)
+from jaxgpt.trainer.hooks import EarlyStop, Hook, Profiler, RunView
+from jaxgpt.trainer.logging import Console, MetricsFile, Plots, write_text_atomically
+from jaxgpt.trainer.report import format_header
+from jaxgpt.trainer.speed import Clock, peak_flops
+from jaxgpt.trainer.start import Start, find_start, match_start, take_params
+from jaxgpt.trainer.state import TrainState, abstract_state, make_state
+from jaxgpt.trainer.step import make_eval_step, make_train_step
+
+
+@dataclass
+class Run:
+    """A run in progress: what was built from its config, its state and its progress."""
+
+    cfg: Config
+    mesh: jax.sharding.Mesh
+    corpus: Corpus
+    task: Task
+    state: TrainState
+    progress: Progress
+    train_step: Callable
+    eval_step: Callable
+    saver: Checkpoints
+    console: Console
+    hooks: Sequence[Hook]
+    peak_flops: float  # FLOP/s of all devices
+    start_note: str = ""  # which parameters it began with, if not with random ones
+    clock: Clock = field(default_factory=Clock)
+
+    def place_batch(self, batch: Batch) -> Batch:
+        """Put a batch [B T], or this process's rows of it, on the devices."""
+        return hosts.place_batch(batch, self.mesh, self.cfg.train.batch)
+
+    def notify(self, event: str, *args):
+        """Call the method `event` of every hook."""
+        view = RunView(self)
+        for hook in self.hooks:
+            getattr(hook, event)(view, *args)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no step is left to do."""
+        return self.progress.is_done or self.progress.step >= self.cfg.train.steps
+
+    def close(self):
+        """Close everything, also after an error."""
+        with ExitStack() as stack:
+            for part in (*self.hooks, self.saver):
+                stack.callback(part.close)
+
+
+class RunInputs(NamedTuple):
+    """The inputs of a run, checked to be compatible with each other."""
+
+    mesh: jax.sharding.Mesh
+    corpus: Corpus
+    task: Task
+    resume_step: int | None  # of the checkpoint to restore
+    start: Start | None  # of a new run
+
+
+# What is disabled if an optional package is missing.
+OPTIONAL_USES = {
+    "matplotlib": "plots/*.png",
+    "tensorboardX": "tensorboard/",
+    "grain": "prefetching",
+}
+
+
+def open_run(cfg: Config, hooks: Sequence[Hook] = (), is_quiet: bool = False) -> Run:
+    """Build everything that `cfg` describes, or restore it from the run folder."""
+    hosts.check_equal({key: configs.get(cfg, key) for key in configs.list_fields(Config)})
+    inputs = hosts.run_on_all(lambda: _prepare_inputs(cfg, is_quiet))
+    mesh, corpus, task, resume_step, start = inputs
+    hosts.check_equal(
+        {"text": corpus.fingerprint, f"latest checkpoint in {cfg.run_folder}": resume_step}
+    )
+
+    saver = Checkpoints(cfg.run_folder, cfg.train.keep)
+    _, letters = abstract_params(cfg.model)
+    optimizer, schedule = build_optimizer(cfg.optimizer, cfg.train.steps, letters)
+    abstract = abstract_state(cfg.model, optimizer, cfg.seed, mesh, cfg.optimizer.train)
+    if resume_step is None:
+        state, progress = _begin(cfg, corpus, saver, optimizer, abstract, start)
+    else:
+        state, progress = hosts.run_on_all(lambda: _restore(cfg, corpus, saver, abstract))
+
+    model = build(cfg.model)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    train_step = make_train_step(cfg, model, optimizer, schedule)
+    peak, peak_source = peak_flops(mesh.local_devices)
+    console = Console(cfg.train.steps, progress.step, is_quiet)
+    run = Run(
+        cfg=cfg,
+        mesh=mesh,
+        corpus=corpus,
+        task=task,
+        state=state,
+        progress=progress,
+        train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)),
+        eval_step=jax.jit(make_eval_step(cfg, model)),
+        saver=saver,
+        console=console,
+        hooks=(
+            MetricsFile(cfg.run_folder, progress.step),
+            console,
+            Plots(),
+            EarlyStop(cfg.train.patience),
+            Profiler(cfg.run_folder, *cfg.train.parse_profile()),
+            *hooks,
+        ),
+        peak_flops=peak * hosts.process_count(),
+        start_note=start.note if start else "",
+    )
+    if not run.is_complete:
+        _write_run_files(cfg, corpus, task)
+    console.log(format_header(run, peak_source))
+    if missing := describe_missing(OPTIONAL_USES):
+        console.log(missing)
+    return run
+
+
+def _prepare_inputs(cfg: Config, is_quiet: bool) -> RunInputs:
+    """Load and check all inputs of a run, before the first array is created."""
+    mesh = make_mesh(cfg.mesh)
+    check_fits(cfg, mesh)
+    select_letters(abstract_params(cfg.model)[1], cfg.optimizer.train)
+    resume_step = latest_step(os.path.join(cfg.run_folder, "checkpoints"))
+    if resume_step is not None:
+        _check_same_config(cfg)
+    start = find_start(cfg.train.start) if cfg.train.start and resume_step is None else None
+    if not is_quiet:  # the first pass over a large text takes a while
+        print_line(f"reading {cfg.data.source}, and tokenizing what is not in {cfg.data.cache}")
+    corpus = prepare(
+        cfg.data,
+        cfg.model.vocab - cfg.objective.task.count_mask_tokens(cfg),
+        tokenizer=_load_tokenizer(cfg, resume_step, start),
+        is_paired=cfg.objective.task.IS_PAIRED,
+        log=(lambda line: None) if is_quiet else print_line,
+    )
+    task = cfg.objective.task(cfg, corpus)
+    _check_held_out(cfg, task)
+    if can_sample(cfg):
+        check_prompts(cfg, corpus.tokenizer, [cfg.sample.prompt])
+    if start:
+        start = match_start(start, cfg, corpus.tokenizer)
+    return RunInputs(mesh, corpus, task, resume_step, start)
+
+
+def _load_tokenizer(
+    cfg: Config, resume_step: int | None, start: Start | None
+) -> tokenizers.Tokenizer | None:
+    """Return the tokenizer of the run or of its start; None for the one that the config names."""
+    if resume_step is not None:
+        return tokenizers.load(join_run_path(cfg, "tokenizer.json"))
+    return start.tokenizer if start and cfg.data.tokenizer == "train" else None
+
+
+def _check_held_out(cfg: Config, task: Task):
+    """Check that something in the held-out text is predicted: the mean loss of nothing is 0."""
+    if not any(batch.weights.any() for batch in task.make_eval_batches()):
+        tokens = task.corpus.held_out.ids.size
+        raise ConfigError(
+            f"nothing in the {tokens} held-out tokens is to be predicted, so there would be no "
+            f"held-out loss: train on more text, or raise data.holdout={cfg.data.holdout:g} or, "
+            f"with train.objective=masked or span, train.mask_rate={cfg.train.mask_rate:g}."
+        )
+
+
+def can_sample(cfg: Config) -> bool:
+    """Return whether the run can sample: only a decoder can with an empty prompt."""
+    return bool(cfg.sample.prompt) or cfg.model.family == "decoder"
+
+
+# --- the state: new, or restored -------------------------------------------------------------
+
+# The settings besides the text itself that give the held-out loss its meaning.
+EVALUATION_SETTINGS = (
+    *("train.objective", "train.mask_rate", "train.span", "train.eval_batches"),
+    *("model.context", "model.documents", "data.packing", "data.text_key", "data.target_key"),
+)
+
+
+def describe_evaluation(cfg: Config, fingerprint: str) -> str:
+    """Return a text that differs if held-out losses are not comparable. fingerprint: of the text"""
+    settings = {key: configs.get(cfg, key) for key in EVALUATION_SETTINGS}
+    if cfg.train.eval_batches:
+        settings["train.batch"] = cfg.train.batch
+    return json.dumps({"text": fingerprint} | settings)
+
+
+def _begin(
+    cfg: Config, corpus: Corpus, saver: Checkpoints, optimizer, abstract, start: Start | None
+) -> tuple[TrainState, Progress]:
+    """Make the state of a new run."""
+    state = make_state(cfg.model, optimizer, cfg.seed, abstract)
+    if start:
+        initial = state
+        state = hosts.run_on_all(lambda: take_params(start, initial, abstract))
+    saver.delete_best()  # of a run that was killed before its first checkpoint
+    evaluation = describe_evaluation(cfg, corpus.fingerprint)
+    return state, Progress(data=corpus.fingerprint, evaluation=evaluation)
+
+
+def _restore(
+    cfg: Config, corpus: Corpus, saver: Checkpoints, abstract: TrainState
+) -> tuple[TrainState, Progress]:
+    """Restore the state of the latest checkpoint."""
+    try:
+        state, progress = saver.restore(abstract)
+    except ShapeMismatchError as error:
+        changed = "\n  ".join(configs.list_differences(read_config(cfg.run_folder), cfg))
+        raise ConfigError(
+            f"{error}\nSettings that differ from the run's:\n  {changed}\nresume=force works only "
+            "if the parameters and the optimizer state keep their shapes: give the new run its "
+            "own name=..."
+        ) from None
+    if progress.data != corpus.fingerprint and cfg.resume != "force":
+        raise ConfigError(
+            f"data.source={cfg.data.source!r} has changed since {cfg.run_folder} was started, so "
+            "its position in the data is no longer valid. Give the new run its own name=..., or "
+            "continue with the new data by resume=force."
+        )
+    _renew_progress(cfg, corpus, saver, progress)
+    return state, progress
+
+
+def _renew_progress(cfg: Config, corpus: Corpus, saver: Checkpoints, progress: Progress):
+    """Drop from the progress what the settings of this run make invalid.
+
+    A best loss on another text, or of another objective, cannot be compared with those to come,
+    and would keep the parameters of then for sampling.
+    """
+    # Older runs do not record it.
+    old = progress.evaluation or describe_evaluation(read_config(cfg.run_folder), progress.data)
+    new = describe_evaluation(cfg, corpus.fingerprint)
+    if cfg.resume == "force":
+        patience = cfg.train.patience if old == new else 0
+        progress.is_done = bool(patience) and progress.stale >= patience
+        progress.stop_reason = progress.stop_reason if progress.is_done else ""
+    if progress.is_done or progress.step >= cfg.train.steps:
+        return  # nothing is trained with the new settings
+    progress.data, progress.evaluation = corpus.fingerprint, new
+    if old != new:
+        progress.best_loss, progress.best_step, progress.stale = float("inf"), 0, 0
+        saver.delete_best()
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+@hosts.run_on_first
+def _write_run_files(cfg: Config, corpus: Corpus, task: Task):
+    """Write the config of the run, its tokenizer and the names of its classes."""
+    corpus.tokenizer.save(join_run_path(cfg, "tokenizer.json"))
+    if task.labels:
+        labels = json.dumps(task.labels) + "\n"
+        write_text_atomically(join_run_path(cfg, "labels.json"), labels)
+    write_text_atomically(join_run_path(cfg, "config.json"), configs.to_json(cfg))
+
+
+def join_run_path(cfg: Config, name: str) -> str:
+    """Return the path of a file in the run folder."""
+    return os.path.join(cfg.run_folder, name)
+
+
+def _check_same_config(cfg: Config):
+    changed = configs.list_differences(read_config(cfg.run_folder), cfg)
+    if changed and cfg.resume != "force":
+        lines = "\n  ".join(changed)
+        raise ConfigError(
+            f"{cfg.run_folder} holds a run with other settings:\n  {lines}\nGive the new run its "
+            f"own name=..., continue with the new settings by resume=force, or delete the folder."
+        )

@@ -1,0 +1,141 @@
+"""`train.start`: begin a new run with the parameters of another one.
+
+Only parameters are taken, and only those of the same path and shape (and, where they belong to the
+vocabulary, of the same tokenizer). Optimizer, schedule, data and best are the new run's own. Once
+it has a checkpoint of its own, the run that it started from is not read again.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jaxgpt import config as configs
+from jaxgpt import tokenizer as tokenizers
+from jaxgpt.config import Config
+from jaxgpt.model import abstract_params
+from jaxgpt.selection import merge, select
+from jaxgpt.settings import ConfigError
+from jaxgpt.tokenizer import Tokenizer
+from jaxgpt.trainer.checkpoint import latest_step, read_config, read_params
+from jaxgpt.trainer.state import TrainState
+
+CHECKPOINT_FOLDERS = {"best": ("best", "checkpoints"), "latest": ("checkpoints",)}  # by preference
+
+
+@dataclass(frozen=True)
+class Start:
+    """A checkpoint to begin with.
+
+    Args:
+        folder: of the checkpoint, such as runs/a/best/500.
+        config, tokenizer: of its run.
+        taken: the parameters that fit the new run, as a selection (see `jaxgpt.selection`).
+        differences: a line for each parameter that does not fit, and for each setting of the model
+            that differs.
+    """
+
+    folder: str
+    config: Config
+    tokenizer: Tokenizer
+    taken: Any = None
+    differences: tuple[str, ...] = ()
+
+    @property
+    def note(self) -> str:
+        """The line of a run's header."""
+        count = len(jax.tree.leaves(self.taken))
+        return "\n         ".join([f"{count} arrays of {self.folder}", *self.differences])
+
+
+def find_start(path: str) -> Start:
+    """Find the checkpoint that `train.start` names.
+
+    Args:
+        path: a run folder or saved model (its best checkpoint, or the latest if there is no best;
+            with "@latest" the latest), a run's `best` or `checkpoints`, or one checkpoint in it.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        run_folder, folder = _find_checkpoint(path)
+        tokenizer = tokenizers.load(os.path.join(run_folder, "tokenizer.json"))
+        return Start(folder, read_config(run_folder), tokenizer)
+    except ConfigError as error:
+        raise ConfigError(f"train.start={path!r}: {error}") from error
+
+
+def _find_checkpoint(path: str) -> tuple[str, str]:
+    """Return the folders of the run and of the checkpoint that a path names."""
+    which = path.rpartition("@")[2] if path.endswith(("@best", "@latest")) else ""
+    path = os.path.normpath(os.path.expanduser(path.removesuffix(f"@{which}")))
+    if os.path.basename(path).isdecimal() and os.path.isdir(os.path.join(path, "params")):
+        return os.path.dirname(os.path.dirname(path)), path
+    run_folder, names = path, CHECKPOINT_FOLDERS[which or "best"]
+    if os.path.basename(path) in ("best", "checkpoints"):
+        run_folder, names = os.path.dirname(path), (os.path.basename(path),)
+    read_config(run_folder)  # the error of a folder that is no run is clearer than the one below
+    for name in names:
+        step = latest_step(os.path.join(run_folder, name))
+        if step is not None:
+            return run_folder, os.path.join(run_folder, name, str(step))
+    raise ConfigError(f"{run_folder} has no checkpoint in {' or '.join(names)}.")
+
+
+def match_start(start: Start, cfg: Config, tokenizer: Tokenizer) -> Start:
+    """Return `start` with `taken` and `differences` for a new run.
+
+    Args:
+        cfg, tokenizer: of the new run.
+
+    Raises:
+        ConfigError: parameters do not fit, and `train.start_missing` is not init; or none fits.
+    """
+    old = flatten_dict(abstract_params(start.config.model)[0], sep=".")
+    new_shapes, letters = (flatten_dict(x, sep=".") for x in abstract_params(cfg.model))
+    has_same_tokens = start.tokenizer.fingerprint == tokenizer.fingerprint
+    taken, unfit = {}, []
+    for path in new_shapes | old:
+        shapes = [list(x[path].shape) if path in x else "nothing" for x in (old, new_shapes)]
+        if shapes[0] != shapes[1]:
+            unfit.append(f"{path}: {shapes[0]} there, {shapes[1]} here")
+        elif "V" in letters[path] and not has_same_tokens:
+            unfit.append(f"{path}: {shapes[0]} of another tokenizer there")
+        else:
+            taken[path] = letters[path]
+    if not taken or (unfit and cfg.train.start_missing != "init"):
+        lines = "\n  ".join(unfit)
+        remedy = "Set the model's sizes to those there"
+        if taken:
+            remedy += ", or initialize what is missing here by train.start_missing=init"
+        raise ConfigError(
+            f"train.start={cfg.train.start!r}: parameters of {start.folder} do not fit:\n  {lines}"
+            f"\n{remedy}."
+        )
+    changed = [
+        line for line in configs.list_differences(start.config, cfg) if line.startswith("model.")
+    ]
+    return Start(
+        start.folder, start.config, start.tokenizer, unflatten_dict(taken, sep="."),
+        tuple([f"not taken: {line}" for line in unfit] + [f"settings: {line}" for line in changed]),
+    )  # fmt: skip
+
+
+def take_params(start: Start, state: TrainState, abstract: TrainState) -> TrainState:
+    """Return a new state with the parameters that are taken from `start`.
+
+    Args:
+        state: as initialized.
+        abstract: shapes and shardings of it.
+    """
+    there, _ = abstract_params(start.config.model)
+    replicated = abstract.step.sharding
+    there = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), there
+    )
+    there = merge(select(abstract.params, start.taken), there)
+    params = read_params(os.path.abspath(start.folder), there)
+    return state.replace(params=merge(select(params, start.taken), state.params))
