@@ -419,9 +419,10 @@ class MergedTokens:
         return ""
 
 
-def test_a_stop_string_that_is_twice_in_a_token_ends_the_text_before_the_first():
-    row = Row([], [0], 9, MergedTokens(), stops=(", ",))
-    assert row.push(6, eos=1) + row.push(5, eos=1) == "da"
+@pytest.mark.parametrize(("stops", "kept_text"), [((", ",), "da"), (("c", "b"), "da, ")], ids=str)
+def test_the_first_of_several_stop_strings_in_a_token_ends_the_text(stops, kept_text):
+    row = Row([], [0], 9, MergedTokens(), stops=stops)
+    assert row.push(6, eos=1) + row.push(5, eos=1) == kept_text
     assert row.ending == "stop"
 
 
