@@ -1,5 +1,7 @@
 """The command line of sample.py: read prompts, stream the generated text."""
 
+import codecs
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -43,7 +45,8 @@ def sample_cli(
     plugins = parse_plugins(settings)
     config, tokenizer, params, step = load_run(run_folder, checkpoint, plugins)
     config = override(config, settings)
-    texts = [*(prompts or ()), *(_read_prompts(file) if file else ())] or [config.sample.prompt]
+    texts = [*map(_decode_argument, prompts or ()), *(_read_prompts(file) if file else ())]
+    texts = texts or [config.sample.prompt]
     print(f"[{run_folder}, step {step}, seed {config.sample.seed}]", file=sys.stderr)
     if config.train.objective in PREDICTORS:
         (answers,) = predict(config, params, tokenizer, texts, read_labels(run_folder))
@@ -88,16 +91,24 @@ def _print_rows(prompts: Sequence[str], stream) -> list[Row]:
     return rows
 
 
+def _decode_argument(text: str) -> str:
+    """Return an argument as UTF-8, whatever the locale that Python read it by."""
+    if sys.getfilesystemencoding() == "utf-8":
+        return text
+    return os.fsencode(text).decode("utf-8", "surrogateescape")
+
+
 def _read_prompts(file: str) -> list[str]:
     """Return the lines of a file that are not blank."""
     try:
         if file == "-":
-            text = sys.stdin.read()
+            content = sys.stdin.buffer.read()
         else:
-            with open(file, encoding="utf-8", errors="surrogateescape") as handle:
-                text = handle.read()
+            with open(file, "rb") as handle:
+                content = handle.read()
     except OSError as error:
         raise ConfigError(f"--file {file}: {error.strerror}.") from None
+    text = content.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
     prompts = [line for line in text.splitlines() if line.strip()]
     if not prompts:
         raise ConfigError(f"--file {file} has no prompt: give one per line.")

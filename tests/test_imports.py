@@ -11,7 +11,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = [
     {"settings"},
-    {"architecture", "config_files", "optional", "plugins", "script"},
+    {"sections"},
+    {"architecture", "config_files", "optional", "plugins", "script", "text"},
     {"config"},
     {"backend", "dims", "tokenizer"},
     {"sharding"},

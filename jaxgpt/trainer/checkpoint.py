@@ -41,6 +41,7 @@ class Progress:
     best_step: int = 0
     stale: int = 0  # evaluations since the best one
     data: str = ""  # fingerprint of the tokens trained on
+    tokenizer: str = ""  # fingerprint of the tokenizer, "" in older runs
     evaluation: str = ""  # what `best_loss` was measured on (see `run.describe_evaluation`)
     is_done: bool = False  # it has stopped early
     stop_reason: str = ""
@@ -145,6 +146,7 @@ def load_run(
         step = latest_step(folder)
         if step is not None:
             path = os.path.join(folder, f"{step}")
+            tokenizer.check_fingerprint(_read_progress(path).tokenizer, run_folder)
             return config, tokenizer, read_params(path, _make_abstract_params(config)), step
     raise ConfigError(f"{run_folder} has no checkpoint yet: train it first, or for longer.")
 
@@ -153,6 +155,15 @@ def read_params(folder: str, abstract) -> Any:
     """Read the parameters of one checkpoint, with the shapes and shardings of `abstract`."""
     with ocp.StandardCheckpointer() as reader, _describe_read_errors(folder):
         return reader.restore(os.path.join(folder, "params"), abstract)
+
+
+def _read_progress(folder: str) -> Progress:
+    """Read the progress saved with a checkpoint; that of a new run if it was left out."""
+    path = os.path.join(folder, "progress")
+    if not os.path.isdir(path):
+        return Progress()
+    with _describe_read_errors(folder), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        return Progress(**reader.restore(path))
 
 
 @contextmanager

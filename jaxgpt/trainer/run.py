@@ -230,7 +230,8 @@ def _begin(
         state = hosts.run_on_all(lambda: take_params(start, initial, abstract))
     saver.delete_best()  # of a run that was killed before its first checkpoint
     evaluation = describe_evaluation(cfg, corpus.fingerprint)
-    return state, Progress(data=corpus.fingerprint, evaluation=evaluation)
+    tokenizer = corpus.tokenizer.fingerprint
+    return state, Progress(data=corpus.fingerprint, tokenizer=tokenizer, evaluation=evaluation)
 
 
 def _restore(
@@ -246,6 +247,8 @@ def _restore(
             "if the parameters and the optimizer state keep their shapes: give the new run its "
             "own name=..."
         ) from None
+    corpus.tokenizer.check_fingerprint(progress.tokenizer, cfg.run_folder)
+    progress.tokenizer = corpus.tokenizer.fingerprint  # older runs do not record it
     if progress.data != corpus.fingerprint and cfg.resume != "force":
         raise ConfigError(
             f"data.source={cfg.data.source!r} has changed since {cfg.run_folder} was started, so "

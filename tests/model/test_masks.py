@@ -172,7 +172,7 @@ def test_blocks_of_an_encoder_are_drawn_from_its_whole_context(context, blocks):
 # --- patterns ---
 
 
-SPARSE = SparseConfig(window=3, stride=4, block=2, near=3, anchors=1, random=1)
+SPARSE = SparseConfig(window=3, chunk=5, stride=4, block=2, near=3, anchors=1, random=1)
 
 
 def is_allowed(pattern: str, direction: str, q: int, k: int, prefix: int, context: int) -> bool:
@@ -180,6 +180,8 @@ def is_allowed(pattern: str, direction: str, q: int, k: int, prefix: int, contex
     is_before = k <= q or direction == "both"
     if pattern == "window":
         return is_before and abs(q - k) < 3
+    if pattern == "chunked":
+        return is_before and q // 5 == k // 5
     if pattern == "strided":
         return is_before and (abs(q - k) < 4 or (q - k) % 4 == 0)
     if pattern == "blocks":

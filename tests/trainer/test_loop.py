@@ -1,5 +1,6 @@
 """Whole runs: their files, and that stopping and resuming a run changes nothing."""
 
+import json
 import math
 import os
 import re
@@ -339,6 +340,20 @@ def test_settings_without_effect_on_the_result_may_change(uninterrupted_run):
     cfg = copy_run(uninterrupted_run, "free")
     free = override(cfg, ["train.log_every=3", "train.keep=2", "mesh.data=4", "mesh.fsdp=2"])
     assert train(free, is_quiet=True).step == 12
+
+
+@pytest.mark.parametrize("use", ["best", "latest", "resume"])
+def test_the_tokenizer_of_another_run_is_rejected(uninterrupted_run, use):
+    cfg = copy_run(uninterrupted_run, f"swapped_{use}")
+    path = os.path.join(cfg.run_folder, "tokenizer.json")
+    with open(path, encoding="utf-8") as file:
+        spec = json.load(file)
+    vocab = spec["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(spec, file)
+    with pytest.raises(ConfigError, match=r"tokenizer\.json is not the tokenizer that .* trained"):
+        train(cfg, is_quiet=True) if use == "resume" else load_run(cfg.run_folder, use)
 
 
 def test_other_data_is_rejected(uninterrupted_run, tmp_path):
