@@ -178,6 +178,7 @@ def test_invalid_settings_are_rejected_with_key_value_and_remedy(assignments, pa
 UPPER_BOUNDS = {
     "model.rope.share": 1.0,
     "model.dropout": 0.99,
+    "model.attention_dropout": 0.99,
     "data.holdout": 0.5,
     "optimizer.b1": 0.99999,
     "optimizer.b2": 0.99999,
