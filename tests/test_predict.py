@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 from helpers import forward, random_params, single_document_coords, tiny
 
-from jaxgpt.config import Config, SampleConfig, TrainConfig
-from jaxgpt.predict import predict
+from jaxgpt.config import Config, TrainConfig
+from jaxgpt.predict import fill
 from jaxgpt.tokenizer import make_byte_tokenizer
 
 TOKENIZER = make_byte_tokenizer()
@@ -19,19 +19,22 @@ def test_masks_are_filled_with_the_probabilities_of_text_and_never_with_the_end_
     hidden = np.float64(forward(cfg, params, tokens, single_document_coords(tokens))[0][0])
     at_masks = hidden[np.flatnonzero(tokens[0] == mask)]  # [2 D]
     # Special tokens, and ids that no token has, are far likelier than any text.
+    table = params["head"]["table"]
     special = np.r_[0:4, 260:264]
-    table = params["head"]["table"].at[special].set(100 * at_masks.mean(0))
+    table = table.at[special].set(100 * at_masks.mean(0))
     params = params | {"head": {"table": table}}
     scores = at_masks @ np.float64(table).T
     assert np.isin(scores.argmax(-1), special).all()
     p = np.exp(scores[:, 4:260])
     p /= p.sum(-1, keepdims=True)
 
-    lines = []
-    for p_mask in p:
+    config = Config(model=cfg, train=TrainConfig(objective="masked"))
+    (found,) = fill(config, params, TOKENIZER, ["the c<mask>t<mask>"], 3)
+    assert len(found) == 2
+    for mask, p_mask in zip(found, p, strict=True):
         best = np.argsort(-p_mask)[:3]
-        answers = (f"{TOKENIZER.decode([i + 4])!r} {p_mask[i]:.1%}" for i in best)
-        lines.append("<mask>  " + "  ".join(answers))
-    config = Config(model=cfg, train=TrainConfig(objective="masked"), sample=SampleConfig(top_k=3))
-    (found,) = predict(config, params, TOKENIZER, ["the c<mask>t<mask>"])
-    assert found == ["\n".join(lines)]
+        assert [c.token for c in mask.candidates] == (best + 4).tolist()
+        assert [c.text for c in mask.candidates] == [TOKENIZER.decode([i]) for i in best + 4]
+        np.testing.assert_allclose(
+            [c.probability for c in mask.candidates], p_mask[best], rtol=1e-4
+        )

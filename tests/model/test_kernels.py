@@ -388,6 +388,11 @@ def test_a_strip_computes_the_keys_that_its_mask_allows_and_no_others(mask, is_s
     assert [(k.start, k.stop) for _, k in found] == wanted
 
 
+def test_every_strip_of_cross_attention_computes_all_keys_however_few():
+    found = list(iterate_strips(ScoreMod(Everything()), 45, 3, 20))
+    assert [(k.start, k.stop) for _, k in found] == [(0, 3)] * 3
+
+
 def test_a_causal_mask_across_documents_is_not_evaluated_on_row_indices():
     found = iterate_strips(ScoreMod(Causal(), is_self=True), LENGTH, LENGTH, 20)
     assert [(k.start, k.stop) for _, k in found] == [(0, 45)] * 3
