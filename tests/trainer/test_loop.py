@@ -393,7 +393,7 @@ def test_missing_data_is_rejected_before_anything_is_written(uninterrupted_run):
 # --- best checkpoint, early stopping ---
 
 # The best resets the patience of 2, an equal one is not better, and 1.0 comes too late.
-SCRIPTED = [3.0, 2.5, 2.6, 2.0, 2.0, 2.1, 1.0]
+SCRIPTED = [3.0, 2.5, 2.6, 2.0, 2.0, 2.1, 1.0, *[3.0] * 5]
 
 
 @pytest.fixture(scope="module")
