@@ -13,7 +13,7 @@ LAYERS = [
     {"settings"},
     {"architecture", "config_files", "optional", "plugins", "script"},
     {"config"},
-    {"backend", "dims", "tokenizer"},
+    {"backend", "dims", "saved_arrays", "tokenizer"},
     {"sharding"},
     {"hosts", "moments", "selection"},
     {"data", "model"},

@@ -20,16 +20,11 @@ from jaxgpt.model import abstract_params, build
 from jaxgpt.optimizer import build as build_optimizer
 from jaxgpt.optional import describe_missing
 from jaxgpt.predict import check_prompts
+from jaxgpt.saved_arrays import ShapeMismatchError, latest_step
 from jaxgpt.selection import select_letters
 from jaxgpt.settings import ConfigError
 from jaxgpt.sharding import check_fits, make_mesh
-from jaxgpt.trainer.checkpoint import (
-    Checkpoints,
-    Progress,
-    ShapeMismatchError,
-    latest_step,
-    read_config,
-)
+from jaxgpt.trainer.checkpoint import Checkpoints, Progress, read_config
 from jaxgpt.trainer.hooks import EarlyStop, Hook, Profiler, RunView
 from jaxgpt.trainer.logging import Console, MetricsFile, Plots, write_text_atomically
 from jaxgpt.trainer.report import format_header

@@ -16,10 +16,11 @@ from jaxgpt import config as configs
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.config import Config
 from jaxgpt.model import abstract_params
+from jaxgpt.saved_arrays import latest_step
 from jaxgpt.selection import merge, select
 from jaxgpt.settings import ConfigError
 from jaxgpt.tokenizer import Tokenizer
-from jaxgpt.trainer.checkpoint import latest_step, read_config, read_params
+from jaxgpt.trainer.checkpoint import read_config, read_params
 from jaxgpt.trainer.state import TrainState
 
 CHECKPOINT_FOLDERS = {"best": ("best", "checkpoints"), "latest": ("checkpoints",)}  # by preference

@@ -19,10 +19,10 @@ from jaxgpt import config as configs
 from jaxgpt.config import override
 from jaxgpt.data import Loader, make_eval_batches, prepare
 from jaxgpt.model import Coords, build, compute_logits
+from jaxgpt.saved_arrays import latest_step
 from jaxgpt.settings import ConfigError
 from jaxgpt.trainer import DivergedError, evaluate, load_run, loop, read_config, train
 from jaxgpt.trainer import run as run_module
-from jaxgpt.trainer.checkpoint import latest_step
 from jaxgpt.trainer.logging import read_metrics
 from jaxgpt.trainer.step import make_eval_step
 
