@@ -30,6 +30,7 @@ from jaxgpt.model import (
     init_cache,
     unstack_layers,
 )
+from jaxgpt.seeds import make_key
 from jaxgpt.settings import ConfigError
 from jaxgpt.tokenizer import StreamDecoder, Tokenizer
 
@@ -314,7 +315,7 @@ def generate_rows(
     """Do as `generate`, and also yield the rows: their tokens, and why they ended."""
     rows = [_make_row(cfg, tokenizer, prompt, sample, masks) for prompt in prompts]
     sampling = SamplingParams.from_config(sample, sampleable_tokens(tokenizer, cfg.vocab, masks))
-    root = jax.random.key(sample.seed)
+    root = make_key(sample.seed)
     keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(jnp.arange(len(rows)))
     state, decode_params = None, unstack_layers(params)
     while any(not row.ending for row in rows):

@@ -46,7 +46,8 @@ class Progress:
     step: int = 0
     tokens: int = 0  # trained on so far
     seconds: float = 0.0  # spent so far
-    best_loss: float = float("inf")  # held-out, nats per token
+    best_loss: float = float("inf")  # held-out, nats per token, at the best step
+    best_accuracy: float = -1.0  # held-out, at the best step; -1 if there is none
     best_step: int = 0
     stale: int = 0  # evaluations since the best one
     data: str = ""  # fingerprint of the tokens trained on
@@ -239,8 +240,12 @@ def read_config(run_folder: str, plugins: Sequence[str] | None = None) -> Config
         plugins: modules, or paths of .py files, in place of those that the config names.
     """
     path = find_run_config(run_folder)
-    with open(path) as file:
-        return configs.from_json(file.read(), path, plugins)
+    try:
+        with open(path, encoding="utf-8") as file:
+            return configs.from_json(file.read(), path, plugins)
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"{path} cannot be read: {reason}.") from error
 
 
 def read_labels(run_folder: str) -> list[str]:

@@ -53,8 +53,13 @@ class RunView:
 
     @property
     def best(self) -> tuple[float, int]:
-        """The lowest held-out loss, nats, and its step."""
+        """The held-out loss of the best evaluation (see `train.best_by`), nats, and its step."""
         return self._run.progress.best_loss, self._run.progress.best_step
+
+    @property
+    def best_accuracy(self) -> float:
+        """The held-out accuracy of the best evaluation."""
+        return self._run.progress.best_accuracy
 
     @property
     def stale(self) -> int:

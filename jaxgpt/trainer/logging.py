@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -26,7 +26,8 @@ class MetricsFile(Hook):
     @hosts.run_on_first
     def __init__(self, run_folder: str, step: int):
         self.path = os.path.join(run_folder, "metrics.jsonl")
-        kept = [line for line in _read_lines(self.path) if _parse_step(line) <= step]
+        lines = _read_lines(self.path)
+        kept = [line for line in lines if (r := _parse_record(line)) and r["step"] <= step]
         write_text_atomically(self.path, "".join(kept))
         self._file = open(self.path, "a", buffering=1)  # noqa: SIM115
         self._board = None
@@ -62,15 +63,19 @@ class MetricsFile(Hook):
 def _read_lines(path: str) -> list[str]:
     if not os.path.exists(path):
         return []
-    with open(path) as file:
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
         return [line for line in file if line.endswith("\n")]  # a kill can truncate the last one
 
 
-def _parse_step(line: str) -> float:
+def _parse_record(line: str) -> dict[str, Any] | None:
+    """Return the record of a line; None if it is none, whatever has damaged the file."""
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
-        return float("inf")
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+        return None
+    return record if isinstance(record.get("step"), int) else None
 
 
 def _round_value(value: float) -> float | int:
@@ -79,7 +84,13 @@ def _round_value(value: float) -> float | int:
 
 def read_metrics(run_folder: str) -> list[dict[str, Any]]:
     """Return the records of metrics.jsonl, in order."""
-    return [json.loads(line) for line in _read_lines(os.path.join(run_folder, "metrics.jsonl"))]
+    lines = _read_lines(os.path.join(run_folder, "metrics.jsonl"))
+    return [record for record in map(_parse_record, lines) if record is not None]
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value of a record is a number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @hosts.run_on_first
@@ -126,8 +137,10 @@ def _plot_metric(
     """Plot one metric: a curve for training and one for held-out data."""
     from matplotlib.figure import Figure
 
-    train = [(r["step"], r[keys[0]]) for r in records if r["kind"] == "train"]
-    held = [(r["step"], r[keys[1]]) for r in records if r["kind"] == "eval"]
+    train, held = (
+        [(r["step"], r[key]) for r in records if r["kind"] == kind and is_number(r.get(key))]
+        for kind, key in (("train", keys[0]), ("eval", keys[1]))
+    )
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     axes = figure.subplots()
     if train:
@@ -184,22 +197,31 @@ class Console(Hook):
     def __init__(self, steps: int, step: int, is_quiet: bool = False):
         self._steps, self._is_quiet = steps, is_quiet
         self._bar = None
-        if sys.stderr.isatty() and not is_quiet:
+        if sys.stderr and sys.stderr.isatty() and not is_quiet:
             layout = "{percentage:3.0f}%|{bar:10}| step {n_fmt}/{total_fmt}{postfix}"
             self._bar = tqdm(total=steps, initial=step, bar_format=layout, dynamic_ncols=True)
 
     def log(self, text: str = ""):
-        if self._is_quiet:
-            return
-        try:
-            with self._bar.external_write_mode() if self._bar else contextlib.nullcontext():
+        with (
+            self._end_output_on_error(),
+            self._bar.external_write_mode() if self._bar else contextlib.nullcontext(),
+        ):
+            if not self._is_quiet and sys.stdout:
                 print_text(text)
+
+    @contextlib.contextmanager
+    def _end_output_on_error(self) -> Iterator[None]:
+        try:
+            yield
         except (OSError, ValueError):  # ValueError: the file is closed
-            self._is_quiet = True
+            self._is_quiet, self._bar = True, None
 
     def log_step(self, step: int, values: Mapping[str, float]):
         """Show a step's loss and lr; tokens_per_second, mfu and eta_seconds where known."""
-        text = f"loss {values['loss']:.3f}  lr {values['lr']:.2e}"
+        nats = values.get("nats", values["loss"])  # as of held-out text, and in the plot
+        text = f"loss {nats:.3f}  lr {values['lr']:.2e}"
+        if f"{nats:.3f}" != f"{values['loss']:.3f}":
+            text = f"loss {nats:.3f} ({values['loss']:.3f} with penalties)  lr {values['lr']:.2e}"
         if "mfu" in values:
             text += (
                 f"  {values['tokens_per_second']:,.0f} tokens/s  MFU {values['mfu']:.0%}  "
@@ -208,15 +230,17 @@ class Console(Hook):
         if self._bar is None:
             self.log(f"step {step:>{len(str(self._steps))}}/{self._steps}  {text}")
         else:
-            self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update(step - self._bar.n)
+            with self._end_output_on_error():
+                self._bar.set_postfix_str(text, refresh=False)
+                self._bar.update(step - self._bar.n)
 
     def on_metrics(self, view: RunView, step: int, values: Mapping[str, float]):
         self.log_step(step, values)
 
     def on_eval(self, view: RunView, values: Mapping[str, Any]):
         loss, step = view.best
-        best = "(best)" if step == view.step else f"(best {loss:.4f})"
+        figure = f"{view.best_accuracy:.2%}" if view.cfg.best_by == "accuracy" else f"{loss:.4f}"
+        best = "(best)" if step == view.step else f"(best {figure})"
         figures = format_eval(values, view.cfg.objective.loss_unit)
         self.log(f"step {view.step}  {figures}  {best}")
         if "confusion" in values:
@@ -224,4 +248,5 @@ class Console(Hook):
 
     def close(self):
         if self._bar is not None:
-            self._bar.close()
+            with self._end_output_on_error():
+                self._bar.close()

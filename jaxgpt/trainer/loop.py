@@ -6,8 +6,8 @@ due every so many steps. What follows from that (files, plots, output) is done b
 
 import math
 import os
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from typing import NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ from jaxgpt import hosts
 from jaxgpt.config import Config
 from jaxgpt.data import prefetch_batches
 from jaxgpt.predict import predict
-from jaxgpt.trainer.checkpoint import Progress
+from jaxgpt.trainer.checkpoint import Progress, RunError, describe_last_step
 from jaxgpt.trainer.evaluate import evaluate
 from jaxgpt.trainer.hooks import Hook
 from jaxgpt.trainer.logging import write_text_atomically
@@ -28,7 +28,7 @@ from jaxgpt.trainer.step import Metrics
 from jaxgpt.trainer.stop import StopSignal, make_stop_signal
 
 
-class DivergedError(RuntimeError):
+class DivergedError(RunError):
     """The loss or the parameters are infinite or NaN."""
 
 
@@ -55,14 +55,32 @@ def train(cfg: Config, *, hooks: Sequence[Hook] = (), is_quiet: bool = False) ->
         with (
             hosts.abort_on_error(DivergedError),
             jax.set_mesh(run.mesh),
-            make_stop_signal(run.progress.step) as stop,
+            make_stop_signal(run.progress.step, run.console.log) as stop,
         ):
             run.notify("on_start")
-            run_steps(run, stop)
-            run.saver.wait()
-            run.notify("on_end")
+            with describe_file_errors(cfg.run_folder):
+                run_steps(run, stop)
+                run.saver.wait()
+                run.notify("on_end")
         run.console.log(format_summary(cfg, run.progress, stop.name))
     return run.progress
+
+
+@contextmanager
+def describe_file_errors(run_folder: str) -> Iterator[None]:
+    """Turn an error of a file into one that gives its path and the last good step.
+
+    Raises:
+        RunError: in place of the original error.
+    """
+    try:
+        yield
+    except OSError as error:
+        path = error.filename if error.filename is not None else run_folder
+        raise RunError(
+            f"{path}: {error.strerror or error}; {describe_last_step(run_folder)}. The same "
+            "command continues from there."
+        ) from error
 
 
 def run_steps(run: Run, stop: StopSignal):
@@ -154,12 +172,21 @@ def run_eval(run: Run):
         run.eval_step, run.state.params, run.task.make_eval_batches(), lengths, run.place_batch
     )
     check_finite(run, progress.step, "held-out loss", values["loss"])
-    if values["loss"] < progress.best_loss:
-        progress.best_loss, progress.best_step, progress.stale = values["loss"], progress.step, 0
+    if is_better(cfg, values, progress):
+        progress.best_loss, progress.best_accuracy = values["loss"], values["accuracy"]
+        progress.best_step, progress.stale = progress.step, 0
         run.saver.save_best(run.state, progress)
     else:
         progress.stale += 1
     run.notify("on_eval", values)
+
+
+def is_better(cfg: Config, values: Mapping[str, float], best: Progress) -> bool:
+    """Return whether an evaluation is better than the best one so far, by `train.best_by`."""
+    if cfg.best_by == "loss":
+        return values["loss"] < best.best_loss
+    found = values["accuracy"], -values["loss"]  # of the same accuracy, the lower loss
+    return found > (best.best_accuracy, -best.best_loss)
 
 
 def log_sample(run: Run):
@@ -193,12 +220,14 @@ def check_finite(run: Run, step: int, quantity: str, value: float):
     """Raise DivergedError, with advice, unless `value` is finite."""
     if math.isfinite(value):
         return
-    last, cfg = run.saver.latest_step(), run.cfg.optimizer
-    checkpoint = f"the last checkpoint is of step {last}" if last else "there is no checkpoint yet"
+    cfg = run.cfg.optimizer
+    with suppress(RunError):
+        run.saver.wait()  # the last one may still be being saved
+    checkpoint = describe_last_step(run.cfg.run_folder)
     clip = f"clip harder than optimizer.clip={cfg.clip}" if cfg.clip else "set optimizer.clip=1"
     raise DivergedError(
         f"the {quantity} is {value} at step {step} ({checkpoint}): lower optimizer.lr={cfg.lr}, "
-        f"lengthen optimizer.warmup={cfg.warmup}, or {clip}."
+        f"lengthen optimizer.warmup={cfg.count_warmup(run.cfg.train.steps)}, or {clip}."
     )
 
 

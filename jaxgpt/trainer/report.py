@@ -112,12 +112,17 @@ def format_summary(cfg: Config, progress: Progress, signal_name: str) -> str:
         )
     why = f", stopped early{_format_reason(progress)}" if progress.is_done else ""
     best = "No evaluation yet" if not progress.best_step else (
-        f"Best held-out loss {progress.best_loss:.4f} nats/{cfg.objective.loss_unit} at step "
-        f"{progress.best_step}"
+        f"Best held-out {_format_best(cfg, progress)} at step {progress.best_step}"
     )  # fmt: skip
     plot = os.path.join(cfg.run_folder, "plots", "loss.png")
     curve = f"; curve in {plot}" if os.path.isfile(plot) else ""
     return f"Done: {time_spent}{why}. {best}{curve}.{_format_sample_hint(cfg)}"
+
+
+def _format_best(cfg: Config, progress: Progress) -> str:
+    if cfg.best_by == "accuracy":
+        return f"accuracy {progress.best_accuracy:.2%}"
+    return f"loss {progress.best_loss:.4f} nats/{cfg.objective.loss_unit}"
 
 
 def _format_reason(progress: Progress) -> str:

@@ -447,7 +447,9 @@ def test_a_run_that_diverges_later_keeps_its_last_good_checkpoint(uninterrupted_
         log_metrics(run, step, metrics | {"loss": loss})
 
     monkeypatch.setattr(loop, "log_metrics", poison)
-    with pytest.raises(DivergedError, match=r"nan at step 7 \(the last checkpoint is of step 5\)"):
+    with pytest.raises(
+        DivergedError, match=r"nan at step 7 \(the last good checkpoint is of step 5\)"
+    ):
         train(cfg, is_quiet=True)
     state, progress = restore_latest(cfg)
     assert progress.step == 5
