@@ -5,106 +5,54 @@ Names choose a function; numbers choose a size. Every variant declares its capab
 few variants by name as possible.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from jaxgpt.sections import ExpertsConfig, MixerConfig, RopeConfig, SparseConfig
 from jaxgpt.settings import ConfigError, Section, format_nearest_multiples, option, resolve_table
 
-
-@dataclass(frozen=True)
-class RopeConfig(Section):
-    """Rotary position embedding, and its scaling to contexts longer than in training."""
-
-    section: ClassVar[str] = "model.rope"
-
-    theta: float = option(10_000.0, "base of the wavelengths", above=0)
-    share: float = option(
-        1.0, "fraction of the channels of each head that is rotated", above=0, high=1
-    )
-    scaling: str = option(
-        "none", "method of context extension", table="jaxgpt.model.positions:SCALINGS"
-    )
-    factor: float = option(1.0, "context extension factor, relative to the original context", low=1)
-    original: int | None = option(
-        None, "original context before extension, in tokens: none = context / factor", low=1
-    )
+# Where there are bias vectors: at the projections of attention or at other sites. See `Linear`.
+BIASES: dict[str, tuple[str, ...]] = {
+    "all": ("qkv", "attention_output", "other"),
+    "attention": ("qkv", "attention_output"),
+    "qkv": ("qkv",),
+}
 
 
 @dataclass(frozen=True)
-class SparseConfig(Section):
-    """The sizes of sparse attention patterns, in tokens or blocks."""
+class LayerSpec:
+    """What one layer is made of."""
 
-    section: ClassVar[str] = "model.sparse"
+    mixer: str
+    pattern: str
+    feedforward: str
+    ffn: int
+    position: str
+    rope: RopeConfig  # of this layer: single numbers
 
-    window: int = option(
-        128, "width of `window` on each side, in tokens, including the query", low=1
-    )
-    stride: int = option(
-        16, "`strided` attends to the last `stride` tokens and to every stride-th one", low=1
-    )
-    block: int = option(16, "block size of `blocks`, in tokens", low=1)
-    near: int = option(3, "local blocks of `blocks`, including the own one (odd)", low=1)
-    anchors: int = option(1, "global blocks of `blocks`: the first ones of a document", low=0)
-    random: int = option(2, "random blocks that each block of `blocks` attends to", low=0)
-
-    def check(self):
-        if self.near % 2 == 0:
-            raise ConfigError(
-                f"model.sparse.near={self.near} must be odd: the same number of blocks on both "
-                f"sides of the own one. Use {self.near - 1} or {self.near + 1}."
-            )
+    @property
+    def position_scheme(self) -> tuple[str, RopeConfig]:
+        """The position encoding and its numbers; layers that agree in them share its arrays."""
+        return self.position, self.rope
 
 
-@dataclass(frozen=True)
-class ExpertsConfig(Section):
-    """Mixture of experts, for a feed-forward of type moe_*."""
+# The settings that may have several values, which are cycled by the layers.
+PER_LAYER = ("mixers", "pattern", "feedforward", "ffn", "position")
+ROPE_PER_LAYER = ("theta", "scaling", "factor")  # in `model.rope`
 
-    section: ClassVar[str] = "model.moe"
-
-    experts: int = option(8, "E, number of experts", low=1)
-    active: int = option(2, "experts per token (top-k routing)", low=1)
-    capacity: float = option(
-        0.0,
-        "capacity factor: maximum tokens of an expert over the even share; 0 = unlimited",
-        low=0,
-    )
-
-    def check(self):
-        if self.active > self.experts:
-            raise ConfigError(
-                f"model.moe.active={self.active} is more than model.moe.experts={self.experts}: "
-                "a token cannot be routed to more experts than there are."
-            )
+OPTIONS_OF_ATTENTION = (
+    "softcap",
+    "qk_norm",
+    "sinks",
+    "attention_dropout",
+)  # which a mixer declares in `USES`
 
 
-@dataclass(frozen=True)
-class MixerConfig(Section):
-    """The sizes of the token mixers other than attention."""
-
-    section: ClassVar[str] = "model.mixer"
-
-    state: int = option(16, "Z, state size per channel of mamba and (complex) s4", low=1)
-    expand: int = option(2, "inner width of mamba, relative to the width", low=1)
-    conv: int = option(4, "width of the convolution of mamba, in tokens", low=1)
-    features: int = option(64, "random features of performer, per head", low=1)
-    summary: int = option(32, "projected length of linformer: keys per sequence (or block)", low=1)
-    chunk: int = option(
-        32,
-        "chunk length of performer and linformer, block size of linformer_causal, in tokens",
-        low=1,
-    )
-    hashes: int = option(4, "hash rounds of reformer", low=1)
-    buckets: int = option(8, "hash buckets of reformer (even)", low=2)
-    bucket_window: int = option(32, "latest tokens of a bucket that reformer attends to", low=1)
-    memory: int = option(64, "segment length and memory length of transformer_xl, in tokens", low=1)
-
-    def check(self):
-        if self.buckets % 2:
-            raise ConfigError(
-                f"model.mixer.buckets={self.buckets} must be even: a rotation gives pairs of "
-                f"buckets. Use {format_nearest_multiples(self.buckets, 2)}."
-            )
+def _cycle(values: Any, i: int) -> Any:
+    """Return the value of layer i of a setting with one value, or several that are cycled."""
+    return values[i % len(values)] if isinstance(values, tuple) else values
 
 
 @dataclass(frozen=True)
@@ -128,7 +76,9 @@ class ModelConfig(Section):
         None, "G, key and value heads: none = heads (MHA), 1 = MQA, between = GQA", low=1
     )
     head_width: int | None = option(None, "K, width of a head: none = width / heads", low=1)
-    ffn: int = option(1024, "F, width of the feed-forward layer", low=1)
+    ffn: int | tuple[int, ...] = option(
+        1024, "F, width of the feed-forward layer, or per layer, cycled", low=1
+    )
     mixers: tuple[str, ...] = option(
         ("attention",),
         "token mixer per layer, cycled",
@@ -146,28 +96,47 @@ class ModelConfig(Section):
         table="jaxgpt.model.masks:DOCUMENT_MASKS",
     )
     sparse: SparseConfig = field(default_factory=SparseConfig)
-    position: str = option(
-        "rope", "position encoding", table="jaxgpt.model.positions:POSITION_ENCODINGS"
+    position: str | tuple[str, ...] = option(
+        "rope",
+        "position encoding, or one per layer, cycled",
+        table="jaxgpt.model.positions:POSITION_ENCODINGS",
     )
     rope: RopeConfig = field(default_factory=RopeConfig)
     position_buckets: int = option(32, "U, buckets of the relative position bias of t5", low=4)
     position_reach: int = option(
         128, "maximum distance of the relative position bias of t5, in tokens", low=2
     )
-    qk_norm: bool = option(False, "normalize queries and keys per head (QK-norm)")
+    temperature_scale: float = option(
+        0.1, "scale of the attention temperature of the position encoding temperature", low=0
+    )
+    temperature_floor: int = option(
+        8192, "tokens after which the attention temperature grows (position temperature)", low=1
+    )
+    qk_norm: str | None = option(
+        None,
+        "normalize queries and keys (QK-norm): per head, over the width of all heads, or without "
+        "a scale after the rotation (l2)",
+        table="jaxgpt.model.mixers.attention:QK_NORMS",
+        aliases={True: "head", "true": "head", False: None, "false": None, "none": None},
+    )
     softcap: float | None = option(
         None, "softcap of the attention logits, ± this: none = off", above=0
     )
     query_scale: float | None = option(
         None, "scale of the attention logits: none = 1 / sqrt(head width)", above=0
     )
+    sinks: bool = option(
+        False, "attention sinks: a learned logit per head in the denominator of the softmax"
+    )
     norm: str = option("rms", "normalization layer", table="jaxgpt.model.norms:NORMS")
     norm_eps: float = option(1e-5, "epsilon, added to the variance in the norm", above=0)
     wiring: str = option(
         "pre", "placement of norms and residual connections", table="jaxgpt.model.block:WIRINGS"
     )
-    feedforward: str = option(
-        "gated", "feed-forward layer", table="jaxgpt.model.feedforward:FEEDFORWARDS"
+    feedforward: str | tuple[str, ...] = option(
+        "gated",
+        "feed-forward layer, or one per layer, cycled",
+        table="jaxgpt.model.feedforward:FEEDFORWARDS",
     )
     activation: str = option(
         "silu",
@@ -176,7 +145,12 @@ class ModelConfig(Section):
     )
     moe: ExpertsConfig = field(default_factory=ExpertsConfig)
     mixer: MixerConfig = field(default_factory=MixerConfig)
-    bias: bool = option(False, "bias vectors in linear layers and LayerNorm")
+    bias: str | None = option(
+        None,
+        "bias vectors: in all linear layers and LayerNorms, or in attention's alone",
+        table="jaxgpt.architecture:BIASES",
+        aliases={True: "all", "true": "all", False: None, "false": None, "none": None},
+    )
     embed_norm: bool = option(False, "normalize embeddings before the first block")
     embed_scale: bool = option(False, "multiply embeddings by sqrt(width)")
     types: int = option(0, "number of token type embeddings (BERT: 2), 0 = none", low=0)
@@ -188,6 +162,9 @@ class ModelConfig(Section):
     )
     classes: int = option(0, "number of classes of a text classifier (encoder), 0 = none", low=0)
     dropout: float = option(0.0, "dropout rate during training", low=0.0, high=0.99)
+    attention_dropout: float = option(
+        0.0, "dropout rate of attention weights during training", low=0.0, high=0.99
+    )
     kernel: str = option("auto", "attention kernel", table="jaxgpt.model.kernels:KERNELS")
     dtype: str = option(
         "float32",
@@ -199,7 +176,7 @@ class ModelConfig(Section):
         "plain",
         "matrix products in blocks: plain (in dtype) or fp8 (GPUs since Hopper; MFU stays "
         "relative to bfloat16)",
-        table="jaxgpt.model.layers:MATMULS",
+        table="jaxgpt.model.products:MATMULS",
         is_runtime=True,
     )
     remat: str = option(
@@ -225,7 +202,7 @@ class ModelConfig(Section):
             H=self.heads,
             G=self.kv_heads or self.heads,
             K=self.head_width or self.width // self.heads,
-            F=self.ffn,
+            F=max(self.ffn) if isinstance(self.ffn, tuple) else self.ffn,
             E=self.moe.experts,
             U=self.position_buckets,
             I=self.mixer.expand * self.width,
@@ -240,8 +217,13 @@ class ModelConfig(Section):
 
     @property
     def has_experts(self) -> bool:
-        """Whether the feed-forward is a mixture of experts."""
-        return self.feedforward.startswith("moe")
+        """Whether the feed-forward of a layer is a mixture of experts."""
+        return any(spec.feedforward.startswith("moe") for spec in self.layer_cycle)
+
+    @property
+    def bias_sites(self) -> tuple[str, ...]:
+        """The sites with bias vectors."""
+        return BIASES[self.bias] if self.bias else ()
 
     @property
     def attention_scale(self) -> float:
@@ -249,13 +231,52 @@ class ModelConfig(Section):
         return self.sizes["K"] ** -0.5 if self.query_scale is None else self.query_scale
 
     @property
-    def layer_cycle(self) -> tuple[tuple[str, str], ...]:
-        """(mixer, pattern) of the layers in one period of both lists: the body of the scan."""
-        size = math.lcm(len(self.mixers), len(self.pattern))
-        return tuple(
-            (self.mixers[i % len(self.mixers)], self.pattern[i % len(self.pattern)])
-            for i in range(size)
+    def layer_cycle(self) -> tuple[LayerSpec, ...]:
+        """The layers in one period of all settings that are given per layer."""
+        values = [getattr(self, name) for name in PER_LAYER]
+        values += [getattr(self.rope, name) for name in ROPE_PER_LAYER]
+        size = math.lcm(*(len(value) for value in values if isinstance(value, tuple)))
+        return tuple(self._make_spec(i) for i in range(size))
+
+    def _make_spec(self, i: int) -> LayerSpec:
+        mixer, pattern, feedforward, ffn, position = (
+            _cycle(getattr(self, name), i) for name in PER_LAYER
         )
+        numbers = {name: _cycle(getattr(self.rope, name), i) for name in ROPE_PER_LAYER}
+        if numbers["scaling"] == "none":
+            numbers["factor"] = 1.0  # of the layers that are scaled
+        rope = dataclasses.replace(self.rope, **numbers) if position == "rope" else RopeConfig()
+        return LayerSpec(mixer, pattern, feedforward, ffn, position, rope)
+
+    def group_layers(self, layers: int) -> tuple[tuple[LayerSpec, ...], int, tuple[LayerSpec, ...]]:
+        """Divide a stack into (the layers that repeat, how often, the tail after the repeats).
+
+        >>> cfg = ModelConfig(pattern=("window", "full"))
+        >>> cycle, repeats, tail = cfg.group_layers(5)
+        >>> len(cycle), repeats, [spec.pattern for spec in tail]
+        (2, 2, ['window'])
+        """
+        cycle = self.layer_cycle[:layers]
+        repeats, rest = divmod(layers, len(cycle))
+        return cycle, repeats, cycle[:rest]
+
+    def list_layers(self, layers: int) -> tuple[LayerSpec, ...]:
+        """Return the specs of all layers of a stack."""
+        cycle, repeats, tail = self.group_layers(layers)
+        return cycle * repeats + tail
+
+    @property
+    def position_schemes(self) -> tuple[tuple[str, RopeConfig], ...]:
+        """The distinct position schemes of the layers, in the order of their first layers."""
+        return tuple(dict.fromkeys(spec.position_scheme for spec in self.layer_cycle))
+
+    def at_layer(self, spec: LayerSpec) -> "ModelConfig":
+        """Return the config of a model whose layers all have this feed-forward and position."""
+        names = ("feedforward", "ffn", "position", "rope")
+        changes = {name: getattr(spec, name) for name in names}
+        if changes == {name: getattr(self, name) for name in names}:
+            return self
+        return dataclasses.replace(self, unroll=0, **changes)  # which divides the repeats of all
 
     @property
     def directions(self) -> tuple[str, ...]:
@@ -285,27 +306,30 @@ class ModelConfig(Section):
             )
 
     def _check_layers(self):
-        for key, names in (("mixers", self.mixers), ("pattern", self.pattern)):
-            if not names:
-                raise ConfigError(f"model.{key} is empty: give at least one.")
-        cycle = len(self.layer_cycle)
+        values = {f"model.{name}": getattr(self, name) for name in PER_LAYER}
+        values |= {f"model.rope.{name}": getattr(self.rope, name) for name in ROPE_PER_LAYER}
+        for key, value in values.items():
+            if value == ():
+                raise ConfigError(f"{key} is empty: give at least one.")
         for key in ("layers", "encoder_layers"):
             layers = getattr(self, key)
-            if layers and layers % cycle:
+            repeats = self.group_layers(layers)[1] if layers else 0
+            if repeats % (self.unroll or 1):
                 raise ConfigError(
-                    f"model.{key}={layers} is not a multiple of the {cycle} layers that "
-                    f"model.mixers={','.join(self.mixers)} and model.pattern="
-                    f"{','.join(self.pattern)} repeat: "
-                    f"use {format_nearest_multiples(layers, cycle)}."
-                )
-            if layers and layers // cycle % (self.unroll or 1):
-                raise ConfigError(
-                    f"model.unroll={self.unroll} does not divide the {layers // cycle} repeats of "
+                    f"model.unroll={self.unroll} does not divide the {repeats} repeats of "
                     f"model.{key}={layers}: use a divisor, or 1."
                 )
 
     def _check_positions(self):
-        if self.position == "rope":
+        names = {spec.position for spec in self.layer_cycle}
+        encodings = resolve_table("jaxgpt.model.positions:POSITION_ENCODINGS")
+        embedded = sorted(name for name in names if encodings[name].ADDS_TO_EMBEDDING)
+        if embedded and len(names) > 1:
+            raise ConfigError(
+                f"model.position={','.join(self.position)}: {embedded[0]!r} adds to the embedding, "
+                "which all layers share, so it must be the only position encoding."
+            )
+        if "rope" in names:
             rotated = self.sizes["K"] * self.rope.share
             if rotated % 2:
                 raise ConfigError(
@@ -318,15 +342,15 @@ class ModelConfig(Section):
                 f"model.rope.* is set, but model.position={self.position!r} does not use it: set "
                 "model.position=rope, or leave model.rope as it is."
             )
-        if self.rope.factor > 1 and self.rope.scaling == "none":
+        if self.rope.factor != 1 and self.rope.scaling == "none":
             raise ConfigError(
-                f"model.rope.factor={self.rope.factor:g} has no effect with model.rope.scaling"
+                f"model.rope.factor={self.rope.factor} has no effect with model.rope.scaling"
                 "='none': choose linear, ntk, yarn or llama3."
             )
-        sinusoids = sorted({"sinusoidal", "transformer_xl"} & {self.position, *self.mixers})
+        sinusoids = sorted({"sinusoidal", "transformer_xl"} & {*names, *self.mixers})
         if sinusoids and self.width % 2:
             raise ConfigError(f"{sinusoids[0]!r} needs an even model.width; it is {self.width}.")
-        if self.position == "t5" and self.position_reach <= self.position_buckets // 2:
+        if "t5" in names and self.position_reach <= self.position_buckets // 2:
             raise ConfigError(
                 f"model.position_reach={self.position_reach} must be more than half of "
                 f"model.position_buckets={self.position_buckets}, the number of exact distances."
@@ -335,8 +359,7 @@ class ModelConfig(Section):
     def _check_mixers(self):
         mixers = resolve_table("jaxgpt.model.mixers:MIXERS")
         encodings = resolve_table("jaxgpt.model.positions:POSITION_ENCODINGS")
-        hook = encodings[self.position].ATTENTION_HOOK
-        for name, pattern in self.layer_cycle:
+        for name, pattern in {(spec.mixer, spec.pattern): None for spec in self.layer_cycle}:
             for direction in self.directions:
                 if direction not in mixers[name].DIRECTIONS:
                     problem = {"causal": "is not causal", "both": "is causal only"}
@@ -351,12 +374,11 @@ class ModelConfig(Section):
                     "no attention mask: use 'full' there, or one of "
                     f"{_join_names_with(mixers, 'USES', 'pattern')}."
                 )
-        requested = {
-            "position": hook,
-            "softcap": self.softcap and "softcap",
-            "qk_norm": self.qk_norm and "qk_norm",
-        }
-        for key, what in requested.items():
+        hooks = {encodings[spec.position].ATTENTION_HOOK for spec in self.layer_cycle}
+        requested = dict.fromkeys(sorted(hooks), "position")
+        requested |= {"attention_bias": "bias"} if self.bias in ("qkv", "attention") else {}
+        requested |= {key: key for key in OPTIONS_OF_ATTENTION if getattr(self, key)}
+        for what, key in requested.items():
             if what and not any(what in mixers[name].USES for name in self.mixers):
                 remedy = {"position": "use none, sinusoidal or learned"}.get(key, "leave it out")
                 raise ConfigError(
@@ -366,20 +388,19 @@ class ModelConfig(Section):
                 )
 
     def _check_kernel(self):
-        limits = resolve_table("jaxgpt.model.kernels:LIMITS").get(self.kernel, {})
+        all_limits = resolve_table("jaxgpt.model.kernels:LIMITS")
+        limits = all_limits.get(self.kernel, {})
         encodings = resolve_table("jaxgpt.model.positions:POSITION_ENCODINGS")
-        hook = encodings[self.position].ATTENTION_HOOK
-        requested = {
-            "bias": ("position", hook == "bias"),
-            "softcap": ("softcap", self.softcap is not None),
-        }
+        hooks = {encodings[spec.position].ATTENTION_HOOK for spec in self.layer_cycle}
         for what, reason in limits.items():
-            key, is_requested = requested[what]
-            if is_requested:
+            key = {"bias": "position"}.get(what, what)
+            if what in hooks if key == "position" else getattr(self, key):
+                kernels = resolve_table("jaxgpt.model.kernels:KERNELS")
+                others = [name for name in kernels if what not in all_limits.get(name, {})]
                 raise ConfigError(
                     f"model.kernel={self.kernel!r} does not support model.{key}="
                     f"{getattr(self, key)!r}: {reason}. "
-                    "Use model.kernel=auto, strips, blockwise or dense."
+                    f"Use model.kernel={' or '.join(others)}."
                 )
 
     def _check_family(self):

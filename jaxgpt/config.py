@@ -80,12 +80,21 @@ class DataConfig(Section):
     source: str = option(
         "stdlib",
         "stdlib (Python's own documentation and library source, no download), a file, folder or "
-        "glob of .txt .md .py .jsonl(.gz|.zst), tfds:name, hf:name[:config] or hf:folder, or "
-        "classes:folder (one text per line, or per file; its class is the file extension, or for "
-        ".txt the folder); several are mixed as '0.7 * wiki/ + 0.3 * tfds:lm1b'",
+        "glob of .txt .md .py .jsonl .csv .tsv(.gz|.zst), tfds:name, hf:name[:config] or hf:folder "
+        "(@split reads one split), or classes:folder (one text per line, or per file; its class is "
+        "the file extension, or for .txt the folder); several are mixed as '0.7 * wiki/ + 0.3 * "
+        "tfds:lm1b'",
+    )
+    validation: str = option(
+        "",
+        "a source of its own for the held-out text, in place of a part of data.source (holdout and "
+        "split are then not used)",
+    )
+    test: str = option(
+        "", "a source for the final measurement, used by nothing before it", is_runtime=True
     )
     text_key: str = option(
-        "text", "field of a .jsonl record or data set example that holds the text"
+        "text", "field of a .jsonl record, column of a .csv, or data set feature with the text"
     )
     tokenizer: str = option(
         "train",
@@ -94,6 +103,22 @@ class DataConfig(Section):
     )
     target_key: str = option(
         "", "field that holds the target (a translation, a class) where texts come in pairs"
+    )
+    separator: str = option(
+        "",
+        "text between the documents of a .txt, .md or .py file, such as '<|endoftext|>' or "
+        "'\\n\\n'; line breaks beside it are dropped; none = a file is one document",
+    )
+    encoding: str = option(
+        "auto",
+        "encoding of text files: auto (UTF-8, or what is recognized, which is printed), utf-8 (any "
+        "other bytes are kept), or latin-1, utf-16, gb18030, ...",
+    )
+    max_document: float = option(
+        256.0,
+        "longest document or line in MB (10^6 bytes, decompressed); longer ones are refused",
+        above=0,
+        is_runtime=True,
     )
     holdout: float = option(
         0.1, "fraction of the text held out for evaluation", above=0.0, high=0.5
@@ -117,6 +142,15 @@ class DataConfig(Section):
         0, "processes that tokenize a large source, 0 = one per core", low=0, is_runtime=True
     )
     prefetch: int = option(2, "batches to prefetch to the device", low=0, is_runtime=True)
+
+    def check(self):
+        try:
+            "".encode("utf-8" if self.encoding == "auto" else self.encoding)
+        except LookupError:  # also for codecs that are not of text
+            raise ConfigError(
+                f"data.encoding={self.encoding!r} is not known: use auto, or an encoding of Python "
+                "such as utf-8, latin-1, cp1252, utf-16, gb18030, shift_jis."
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -383,6 +417,7 @@ class Config(Section):
 
     @property
     def run_folder(self) -> str:
+        """Return the path of the run's folder."""
         return os.path.join(os.path.expanduser(self.folder), self.name)
 
     @property
@@ -496,8 +531,9 @@ def load(path: str, assignments: Iterable[str] = ()) -> Config:
 def override(config: Config, assignments: Iterable[str]) -> Config:
     """Apply `path=value` assignments, all at once, so that only the result must be valid.
 
-    >>> override(Config(), ["model.width=512", "model.heads=8"]).model.sizes["K"]
-    64
+    Examples:
+        >>> override(Config(), ["model.width=512", "model.heads=8"]).model.sizes["K"]
+        64
     """
     assignments = list(assignments)
     import_plugins(parse_plugins(assignments) or (), list_tables())

@@ -23,7 +23,15 @@ class ConfigError(ValueError):
 
 
 def option(
-    default, doc: str, *, table: str = "", low=None, high=None, above=None, is_runtime=False
+    default,
+    doc: str,
+    *,
+    table: str = "",
+    low=None,
+    high=None,
+    above=None,
+    is_runtime=False,
+    aliases=None,
 ) -> Any:
     """Declare one field of a section.
 
@@ -35,9 +43,11 @@ def option(
         low, high, above: inclusive bounds, and an exclusive lower bound.
         is_runtime: whether it concerns how a run is executed rather than what is learned, so that
             it may change when the run is resumed.
+        aliases: other values that are accepted, such as those of older versions, and the present
+            ones that they stand for.
     """
     metadata = dict(doc=doc, table=table, low=low, high=high, above=above, is_runtime=is_runtime)
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata=metadata | dict(aliases=aliases or {}))
 
 
 def choose(table: Mapping[str, Any], name: str, key: str) -> Any:
@@ -93,7 +103,7 @@ class Section:
             key = f"{self.section}.{f.name}" if self.section else f.name
             value = check_field(getattr(self, f.name), f, hints[f.name], key)
             object.__setattr__(self, f.name, value)
-            if f.metadata.get("table"):
+            if f.metadata.get("table") and value is not None:
                 for name in value if isinstance(value, tuple) else (value,):
                     choose(resolve_table(f.metadata["table"]), name, key)
         self.check()
@@ -108,6 +118,8 @@ class Section:
 def parse(text: str, kind, key: str) -> Any:
     """Parse a value of type `kind` from a command-line string."""
     args = typing.get_args(kind)
+    if _is_per_layer(kind):
+        return parse(text, args[1], key)
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return None if text.lower() == "none" else parse(text, args[0], key)
     if typing.get_origin(kind) is tuple:
@@ -198,6 +210,11 @@ def _is_section(kind) -> bool:
     return dataclasses.is_dataclass(kind)
 
 
+def _is_per_layer(kind) -> bool:
+    """Whether a type is `T | tuple[T, ...]`: one value, or several that the layers cycle."""
+    return any(typing.get_origin(arg) is tuple for arg in typing.get_args(kind))
+
+
 def format_nearest_multiples(value: int, divisor: int) -> str:
     """Format the multiples of `divisor` on either side of `value`, for messages: "12 or 16"."""
     below, above = value // divisor * divisor, -(-value // divisor) * divisor
@@ -220,6 +237,8 @@ def describe_unknown_key(key: str, known: Iterable[str]) -> str:
 
 def check_field(value, f: dataclasses.Field, kind, key: str):
     """Check a value against the type and the bounds of its field, and return it with that type."""
+    if isinstance(value, (str, bool)):
+        value = f.metadata.get("aliases", {}).get(value, value)
     value = _coerce(value, kind, key)
     if not _is_section(kind):
         _check_bounds(value, key, **{k: f.metadata[k] for k in ("low", "high", "above")})
@@ -229,6 +248,9 @@ def check_field(value, f: dataclasses.Field, kind, key: str):
 def _coerce(value, kind, key: str):
     """Check a value against its annotated type; an int is accepted where a float is expected."""
     args = typing.get_args(kind)
+    if _is_per_layer(kind):
+        values = _coerce(value if isinstance(value, (tuple, list)) else (value,), args[1], key)
+        return values[0] if len(values) == 1 else values
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return None if value is None else _coerce(value, args[0], key)
     if typing.get_origin(kind) is tuple:
@@ -250,7 +272,11 @@ def _describe_type(kind: type) -> str:
 
 
 def _check_bounds(value, key: str, low, high, above):
-    if value is None or isinstance(value, (str, tuple, bool)):
+    if isinstance(value, tuple):
+        for item in value:
+            _check_bounds(item, key, low, high, above)
+        return
+    if value is None or isinstance(value, (str, bool)):
         return
     limits = [
         f"at least {low}" if low is not None else "",

@@ -11,11 +11,9 @@ pattern that splits text into words; no token crosses a word boundary).
 import codecs
 import functools
 import hashlib
-import itertools
 import json
 import os
 import pathlib
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -24,6 +22,13 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jaxgpt.settings import ConfigError, choose
+from jaxgpt.text import (
+    PRE_TOKENIZER,
+    cut_long_text,
+    cut_very_long_text,
+    group_by_size,
+    split_non_utf8,
+)
 
 SPECIALS = ("<pad>", "<unk>", "<bos>", "<eos>")
 MIN_VOCAB = len(SPECIALS) + 256  # a vocabulary without merges
@@ -39,15 +44,12 @@ _VISIBLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
 _SUBSTITUTES = iter(range(256, 512))
 BYTE_CHARACTERS = [chr(byte if byte in _VISIBLE else next(_SUBSTITUTES)) for byte in range(256)]
 CHARACTER_BYTES = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
-PRE_TOKENIZER = pre_tokenizers.ByteLevel(add_prefix_space=False)  # GPT-2's pattern
 
-# Bytes that are not UTF-8, as surrogateescape writes them.
-_NON_UTF8 = re.compile("([\udc80-\udcff]+)")
-# Where text can be cut without changing a word: in GPT-2's pattern no word has a space after a
-# visible character, and there is no look-behind.
-_CUT_POINT = re.compile(r"(?<=[!-~])[ \n]")
-_MIN_PIECE_CHARACTERS = 16_384  # between cuts: enough pieces for all cores, and bounded memory
+MAX_VOCAB = 1 << 24  # ids in a tokenizer.json: a larger one is a mistake, and would fill the memory
+MAX_TRAINED_WORD_BYTES = 256  # training takes time in the square of the length of a word
+
 _PIECES_PER_CALL = 512  # of the library, whose results take about 100 bytes per token
+_BYTES_PER_CALL = 1 << 20  # of text, at least one piece: at most so many tokens
 _PROBE = "A  b\r\n\t c'd 1234 é e\u0301 ﬁ 北京 \U0001f642 <eos>  ".encode() + bytes(range(256))
 _USAGE_HINT = (
     "Use 'train', 'bytes', the path of a byte-level BPE tokenizer.json, "
@@ -58,11 +60,12 @@ _USAGE_HINT = (
 class Tokenizer:
     """Converts text to token ids and back. Made by `train`, `load` or `make_byte_tokenizer`.
 
-    >>> tokenizer = make_byte_tokenizer()
-    >>> tokenizer.encode("hi")
-    array([108, 109], dtype=int32)
-    >>> tokenizer.decode([2, 108, 109, 3])
-    'hi'
+    Examples:
+        >>> tokenizer = make_byte_tokenizer()
+        >>> tokenizer.encode("hi")
+        array([108, 109], dtype=int32)
+        >>> tokenizer.decode([2, 108, 109, 3])
+        'hi'
 
     Args:
         content: the text of a tokenizer.json.
@@ -88,9 +91,13 @@ class Tokenizer:
         try:
             spec = json.loads(content)
             model, added = spec["model"], spec["added_tokens"]
+            if model.get("type", "BPE") == "BPE":
+                _check_ids(name, [*model["vocab"].values(), *(token["id"] for token in added)])
             step = spec["pre_tokenizer"] or {"type": "none"}
             steps = step.get("pretokenizers", [step])
             self._library = _make_encoder(spec)
+        except ConfigError:
+            raise
         except Exception as error:  # the library raises bare Exceptions
             raise _make_error(name, f"{type(error).__name__}: {error}") from error
         kind, words = model.get("type", "BPE"), [step["type"] for step in steps]
@@ -124,9 +131,14 @@ class Tokenizer:
         self._byte_ids = np.array(
             [names[character] for character in BYTE_CHARACTERS], np.int32
         )  # [256]
-        # Words of other patterns may cross a space; only for GPT-2's is it proven that none does.
-        self._can_cut = words == ["ByteLevel"] and steps[0].get("use_regex", True) and not spelled
-        if self.decode_bytes(self.encode(_PROBE)) != _PROBE:
+        has_gpt2_pattern = words == ["ByteLevel"] and steps[0].get("use_regex", True)
+        # Words of other patterns, and added tokens, may cross a space.
+        self._cut_text = cut_long_text
+        if spelled or not has_gpt2_pattern:
+            split = self._library.pre_tokenizer.pre_tokenize_str
+            self._cut_text = functools.partial(cut_very_long_text, split, tuple(spelled))
+        probe = b" \t ".join([_PROBE, *(token.encode() for token in spelled), b""])
+        if self.decode_bytes(self.encode(probe)) != probe:
             raise _make_error(name, "it changes text before it encodes it")
 
     def __reduce__(self):
@@ -135,10 +147,12 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
+        """Return the number of tokens."""
         return len(self.token_bytes)
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
+        """Return the number of bytes of each token, int32 [V]."""
         return np.array([len(token) for token in self.token_bytes], np.int32)
 
     @staticmethod
@@ -152,12 +166,30 @@ class Tokenizer:
         canonical = json.dumps(json.loads(self._content), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
+    def check_fingerprint(self, expected: str, run_folder: str) -> None:
+        """Check that this is the tokenizer that a run was trained with.
+
+        Args:
+            expected: its fingerprint, saved with the run; "" if the run is older than that.
+            run_folder: names the run in the error.
+
+        Raises:
+            ConfigError: it is another one, whose ids would mean other text.
+        """
+        if expected and expected != self.fingerprint:
+            raise ConfigError(
+                f"{self._name} is not the tokenizer that {run_folder} was trained with: its "
+                f"fingerprint is {self.fingerprint[:12]}, and that of the run {expected[:12]}. The "
+                "same text would have other ids: put the run's own tokenizer.json back."
+            )
+
     def encode(self, text: str | bytes) -> np.ndarray:
         """Return the ids of a text, without bos or eos.
 
         Args:
-            text: any str or bytes. Bytes that are not UTF-8 become single-byte tokens; a lone
-                surrogate in a str becomes its three bytes by "surrogatepass".
+            text: any str or bytes. Bytes that are not UTF-8 become single-byte tokens; for lone
+                surrogates in a str see `text.encode_utf8`. Of a word of more than 32,768 characters
+                (no language has one), each 32,768 are a word.
 
         Returns:
             int32 [N]; `decode_bytes` maps them back to exactly the bytes of the text.
@@ -173,25 +205,39 @@ class Tokenizer:
         Returns:
             One int32 [N] per document: the same as `encode` returns.
         """
-        parts = [
+        ids: list[list[np.ndarray]] = [[] for _ in documents]
+        for place, piece in self._encode_parts(documents):
+            ids[place].append(piece)
+        return [pieces[0] if len(pieces) == 1 else np.concatenate(pieces) for pieces in ids]
+
+    def encode_pieces(self, documents: Sequence[str | bytes]) -> Iterator[tuple[int, np.ndarray]]:
+        """Return the ids of many texts in pieces, computed on all cores in bounded memory.
+
+        Args:
+            documents: as for `encode`.
+
+        Returns:
+            Pairs of the index of a document and the next of its ids, int32 [N], in order; at least
+            one per document.
+        """
+        if type(self).encode_batch is Tokenizer.encode_batch:
+            return self._encode_parts(documents)
+        return enumerate(self.encode_batch(documents))  # of another kind of tokenizer
+
+    def _encode_parts(self, documents: Sequence[str | bytes]) -> Iterator[tuple[int, np.ndarray]]:
+        parts = (
             (place, part)
             for place, document in enumerate(documents)
-            for part in _split_non_utf8(document, self._can_cut)
-        ]
-        encoded = (
-            np.array(encoding.ids, np.int32)
-            for group in _iterate_groups(
-                (part for _, part in parts if isinstance(part, str)), _PIECES_PER_CALL
-            )
-            for encoding in self._library.encode_batch_fast(group, add_special_tokens=False)
+            for part in split_non_utf8(document, self._cut_text)
         )
-        ids: list[list[np.ndarray]] = [[] for _ in documents]
-        for place, part in parts:
-            if isinstance(part, bytes):
-                ids[place].append(self._byte_ids[np.frombuffer(part, np.uint8)])
-            else:
-                ids[place].append(next(encoded))
-        return [np.concatenate(pieces) for pieces in ids]
+        for group in group_by_size(parts, _PIECES_PER_CALL, _BYTES_PER_CALL):
+            texts = [part for _, part in group if isinstance(part, str)]
+            encodings = iter(self._library.encode_batch_fast(texts, add_special_tokens=False))
+            for place, part in group:
+                if isinstance(part, bytes):
+                    yield place, self._byte_ids[np.frombuffer(part, np.uint8)]
+                else:
+                    yield place, np.array(next(encodings).ids, np.int32)
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         """Return the bytes of these ids; special tokens have none.
@@ -200,9 +246,13 @@ class Tokenizer:
             ids: integers of any shape, read in order.
 
         Raises:
-            ValueError: an id is outside the vocabulary.
+            ValueError: an id is outside the vocabulary, or not an integer.
         """
-        flat = np.asarray(ids, np.int64).reshape(-1)  # [N]
+        flat = np.asarray(ids).reshape(-1)  # [N]
+        if flat.dtype.kind not in "iu":  # a list of floats, none, or with integers of over 64 bits
+            flat = np.asarray(ids, object).reshape(-1)
+            if wrong := [index for index in flat if not _is_integer(index)][:1]:
+                raise ValueError(f"token ids must be integers, and {wrong[0]!r} is not.")
         outside = flat[(flat < 0) | (flat >= self.vocab_size)]
         if outside.size:
             raise ValueError(
@@ -228,9 +278,10 @@ class StreamDecoder:
 
     The concatenated results of `push` and `flush` equal `decode` of all ids at once.
 
-    >>> stream = StreamDecoder(make_byte_tokenizer())
-    >>> [stream.push(index) for index in make_byte_tokenizer().encode("né")], stream.flush()
-    (['n', '', 'é'], '')
+    Examples:
+        >>> stream = StreamDecoder(make_byte_tokenizer())
+        >>> [stream.push(index) for index in make_byte_tokenizer().encode("né")], stream.flush()
+        (['n', '', 'é'], '')
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -249,13 +300,17 @@ class StreamDecoder:
 
 
 def train(documents: Iterable[str | bytes], vocab: int) -> Tokenizer:
-    """Learn the merges of a byte-level BPE from text, exactly.
+    """Learn the merges of a byte-level BPE from text.
 
     Each step merges the most frequent pair of adjacent tokens. Ties go to the pair whose left token
     has the smallest id, then to the one whose right token has. So the result depends only on the
     counts: not on the order of documents, nor on the number of threads. In a run of one token
     ("aaa") overlapping pairs count, and merging goes from left to right. Words are those of GPT-2's
     pattern; bytes that are not UTF-8 are left out.
+
+    The counts are exact, with one bound: of a word of more than MAX_TRAINED_WORD_BYTES (DNA, CJK
+    without punctuation, rulers), each so many bytes are counted as a word. Without it the time is
+    quadratic in the length of a word.
 
     Ids: the SPECIALS, then the bytes at 4 + byte, then the merges in the order learned. (No two
     merges make the same bytes: merging is deterministic inside the borders of a token.)
@@ -285,8 +340,11 @@ def train(documents: Iterable[str | bytes], vocab: int) -> Tokenizer:
         vocab_size=vocab, special_tokens=[*SPECIALS, *BYTE_CHARACTERS], show_progress=False
     )
     library = tokenizers.Tokenizer(models.BPE())
-    library.pre_tokenizer = PRE_TOKENIZER
-    texts = (part for document in documents for part in _split_non_utf8(document))
+    library.pre_tokenizer = pre_tokenizers.Sequence(
+        # After ByteLevel a character is a byte.
+        [PRE_TOKENIZER, pre_tokenizers.FixedLength(MAX_TRAINED_WORD_BYTES)]
+    )
+    texts = (part for document in documents for part in split_non_utf8(document))
     library.train_from_iterator((text for text in texts if isinstance(text, str)), trainer)
     if not trainer.get_word_count():
         raise ConfigError(
@@ -318,7 +376,7 @@ def load(path: str | os.PathLike) -> Tokenizer:
     Raises:
         ConfigError: there is no such file, or it is not a byte-level BPE tokenizer.
     """
-    path = pathlib.Path(path)
+    path = pathlib.Path(path).expanduser()
     file = path / "tokenizer.json" if path.is_dir() else path
     ranks, pairs = path / "encoder.json", path / "vocab.bpe"
     if file.is_file():
@@ -360,8 +418,8 @@ def measure_compression(tokenizer: Tokenizer, documents: Iterable[str | bytes]) 
         ConfigError: the documents contain no text.
     """
     size = tokens = 0
-    for group in _iterate_groups(documents, _PIECES_PER_CALL):
-        for ids in tokenizer.encode_batch(group):
+    for document in documents:
+        for _, ids in tokenizer.encode_pieces([document]):
             size += int(tokenizer.lengths[ids].sum())
             tokens += ids.size
     if not tokens:
@@ -393,6 +451,9 @@ def _make_encoder(spec: dict[str, Any]) -> tokenizers.Tokenizer:
     without = dict.fromkeys(("post_processor", "truncation", "padding"))
     if (spec.get("normalizer") or {}).get("type") == "NFC":
         without["normalizer"] = None
+    # Stripping the whitespace beside an added token would lose it.
+    exact = {"lstrip": False, "rstrip": False}
+    without["added_tokens"] = [token | exact for token in spec["added_tokens"]]
     library = tokenizers.Tokenizer.from_str(json.dumps(spec | without))
     if isinstance(library.model, models.BPE):
         library.model.dropout = None
@@ -413,43 +474,11 @@ def _make_error(name: str, found: str) -> ConfigError:
     )
 
 
-# --- text ---
+def _check_ids(name: str, ids: Iterable[Any]):
+    """Refuse ids that a table, or the library, would never come to the end of."""
+    if wrong := [index for index in ids if not _is_integer(index) or not 0 <= index < MAX_VOCAB]:
+        raise _make_error(name, f"it has the token id {wrong[0]!r}, not 0 to {MAX_VOCAB - 1:,}")
 
 
-def _split_non_utf8(document: str | bytes, can_cut: bool = True) -> Iterator[str | bytes]:
-    """Split a document into pieces of text (str) and, between them, bytes that are not UTF-8.
-
-    Text costs one decode (or, for a str, one check) and the search for cut points.
-    """
-    try:
-        if isinstance(document, str):
-            document.encode()
-            runs = [document]
-        else:
-            runs = [str(document, "utf-8")]
-    except UnicodeError:
-        if isinstance(document, str):
-            document = document.encode("utf-8", "surrogatepass")
-        runs = _NON_UTF8.split(bytes(document).decode("utf-8", "surrogateescape"))
-    for place, run in enumerate(runs):  # text, bytes, text, ..., text
-        if place % 2:
-            yield run.encode("utf-8", "surrogateescape")
-        elif can_cut:
-            yield from _cut_long_text(run)
-        else:
-            yield run
-
-
-def _cut_long_text(text: str) -> Iterator[str]:
-    """Split a long text between words of GPT-2's pattern."""
-    start = 0
-    while found := _CUT_POINT.search(text, start + _MIN_PIECE_CHARACTERS):
-        yield text[start : found.start()]
-        start = found.start()
-    yield text[start:] if start else text
-
-
-def _iterate_groups(items: Iterable, size: int) -> Iterator[list]:
-    items = iter(items)
-    while group := list(itertools.islice(items, size)):
-        yield group
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)

@@ -32,6 +32,11 @@ BOTH = ("model.family=encoder_decoder", "train.objective=span")
          ["model.kernel='splash'", "model.position='t5'", "bias"]),
         (["model.kernel=splash", "model.position=alibi"], ["'splash'", "'alibi'", "blockwise"]),
         (["model.kernel=cudnn", "model.softcap=50"], ["model.kernel='cudnn'", "model.softcap=50"]),
+        (["model.kernel=strips", "model.attention_dropout=0.1"],
+         ["model.kernel='strips'", "model.attention_dropout=0.1", "auto or dense."]),
+        (["model.mixers=performer", "model.attention_dropout=0.1"],
+         ["model.attention_dropout=0.1", "performer", "attention"]),
+        (["model.mixers=performer", "model.sinks=true"], ["model.sinks=True", "performer"]),
         # mixers
         (["model.mixers=linformer"],
          ["model.mixers='linformer'", "not causal", "linformer_causal"]),
@@ -42,7 +47,8 @@ BOTH = ("model.family=encoder_decoder", "train.objective=span")
         (["model.mixers=performer", "model.position=alibi"], ["'alibi'", "performer", "attention"]),
         (["model.mixers=gru", "model.position=none", "model.softcap=5"],
          ["model.softcap=5", "gru"]),
-        (["model.mixers=gru", "model.position=none", "model.qk_norm=true"], ["model.qk_norm=True"]),
+        (["model.mixers=gru", "model.position=none", "model.qk_norm=true"],
+         ["model.qk_norm='head'", "gru"]),
         (["model.mixers=performer", "model.pattern=window"],
          ["model.pattern='window'", "'performer'"]),
         (["model.mixers=mamba,attention", "model.pattern=window"], ["'window'", "'mamba'"]),
@@ -52,9 +58,13 @@ BOTH = ("model.family=encoder_decoder", "train.objective=span")
          ["'transformer_xl'", "even model.width", "15"]),
         (["model.mixer.buckets=7"], ["model.mixer.buckets=7", "6 or 8"]),
         # layers
-        (["model.pattern=window,full", "model.layers=5"], ["model.layers=5", "2 layers", "4 or 6"]),
-        (["model.pattern=full,full", "model.mixers=attention,performer,gru", "model.layers=8"],
-         ["model.layers=8", "6 layers", "6 or 12"]),
+        (["model.feedforward="], ["model.feedforward is empty"]),
+        (["model.rope.theta="], ["model.rope.theta is empty"]),
+        (["model.rope.theta=1e4,0"], ["model.rope.theta=0.0", "more than 0"]),
+        (["model.position=rope,alibbi"], ["'alibbi'", "Did you mean 'alibi'"]),
+        (["model.position=rope,learned"], ["model.position=rope,learned", "'learned'", "only"]),
+        (["model.position=rope,none", "model.head_width=15"], ["'rope'", "even", "15"]),
+        (["model.position=rope,alibi", "model.kernel=splash"], ["'splash'", "alibi", "bias"]),
         (["model.pattern=window,full", "model.unroll=2"], ["model.unroll=2", "3 repeats"]),
         (["model.sparse.near=2"], ["model.sparse.near=2", "1 or 3"]),
         # positions
@@ -137,7 +147,12 @@ def test_every_pattern_is_initialized_where_it_is_possible():
 
 
 def test_every_kernel_rejects_its_limitations_and_nothing_else():
-    features = {"bias": dict(position="alibi"), "softcap": dict(softcap=5.0)}
+    features = {
+        "bias": dict(position="alibi"),
+        "softcap": dict(softcap=5.0),
+        "sinks": dict(sinks=True),
+        "attention_dropout": dict(attention_dropout=0.1),
+    }
     for kernel, (what, changes) in itertools.product(KERNELS, features.items()):
         assert is_valid(kernel=kernel, **changes) == (what not in LIMITS.get(kernel, {}))
 

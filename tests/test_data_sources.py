@@ -1,4 +1,6 @@
+import csv
 import gzip
+import io
 import json
 import os
 import pickle
@@ -8,7 +10,7 @@ import types
 
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxgpt.config import DataConfig
@@ -87,13 +89,14 @@ def test_empty_documents_are_left_out(tmp_path):
 
 
 def test_text_that_is_not_utf8_is_unchanged(tmp_path):
-    content = bytes(range(1, 256)) + b"\r\n"
+    content = bytes(range(256)) + b"\r\n"
     write_files(tmp_path, {"a.txt": content})
-    assert read_source(tmp_path)[0].content == content
+    assert read_source(tmp_path, encoding="utf-8")[0].content == content
 
 
 @pytest.mark.parametrize("compression", COMPRESS)
 @given(texts=st.lists(st.text(min_size=1), min_size=1, max_size=5), piece=st.integers(1, 40))
+@settings(deadline=None)
 def test_jsonl_yields_each_record_with_its_line(tmp_path_factory, compression, texts, piece):
     folder = tmp_path_factory.mktemp("records")
     lines = "\n".join(json.dumps({"id": 1, "text": text}) for text in texts)
@@ -148,11 +151,11 @@ def test_a_source_that_matches_nothing_is_rejected(tmp_path):
 
 
 def test_a_source_without_a_readable_ending_is_rejected(tmp_path):
-    write_files(tmp_path, {"a.parquet": b"x", "b.csv": b"x"})
+    write_files(tmp_path, {"a.parquet": b"x", "b.pdf": b"x"})
     message = get_error(tmp_path)
     assert "matches 2 files" in message
-    assert ".csv, .parquet" in message
-    assert ".txt .md .py .jsonl (each also with .gz or .zst)" in message
+    assert ".parquet, .pdf" in message
+    assert ".txt .md .py .jsonl .csv .tsv (each also with .gz or .zst)" in message
 
 
 @pytest.mark.parametrize(
@@ -175,50 +178,48 @@ def test_a_bad_record_is_rejected_with_its_line(tmp_path, line, complaint):
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.md", "a.py.gz"])
-def test_a_binary_file_with_the_ending_of_text_is_rejected_by_name(tmp_path, name):
-    content = "UTF-16 has NULs".encode("utf-16")
+@pytest.mark.parametrize("before", [10, 10_000, 2_000_000])
+def test_a_binary_file_with_the_ending_of_text_is_rejected_by_name(tmp_path, name, before):
+    content = b"x" * before + b"\0\0"
     write_files(tmp_path, {name: COMPRESS[".gz" if name.endswith("gz") else ""](content)})
     message = get_error(tmp_path)
-    assert f"{name} is not text: it has a NUL byte at 3" in message
+    assert f"{name} is not text: it has a NUL byte at {before}" in message
     assert "leave it out with a glob" in message
 
 
 @pytest.mark.parametrize("compression", COMPRESS)
 @pytest.mark.parametrize(
-    ("name", "content", "expected"),
+    ("name", "content"),
     [
-        ("a.txt", b"x" * 5000, "a.txt{} is one text of 5000 bytes"),
-        (
-            "a.jsonl",
-            b'{"text": "fine"}\n' + b"y" * 4000 + b"\n\n",
-            "a.jsonl{}:2 is one text of 4000",
-        ),
+        ("a.txt", b"x" * 5000),
+        ("a.jsonl", b'{"text": "fine"}\n' + b"y" * 4000 + b"\n\n"),
+        ("a.csv", b"text\nfine\n" + b"y" * 4000),
+        ("a.csv", b'text\n"' + b"y\n" * 2000 + b'"'),
     ],
 )
-def test_a_gigantic_text_is_rejected_with_its_size_and_never_loaded(
-    tmp_path, monkeypatch, compression, name, content, expected
+def test_a_gigantic_text_is_rejected_and_never_loaded(
+    tmp_path, monkeypatch, compression, name, content
 ):
     write_files(tmp_path, {name + compression: COMPRESS[compression](content)})
     monkeypatch.setattr(files, "CHUNK_BYTES", 64)
-    monkeypatch.setattr(files, "MAX_TEXT_BYTES", 3000)
     buffered = []
     real = files._BoundedBuffer.add
 
-    def add(self, piece):
-        real(self, piece)
+    def add(self, piece, name):
+        real(self, piece, name)
         buffered.append(sum(map(len, self.chunks)))
 
     monkeypatch.setattr(files._BoundedBuffer, "add", add)
-    message = get_error(tmp_path)
-    assert expected.format(compression) in message
-    assert "the longest that can be read has 3000" in message
-    assert max(buffered) <= 3000
+    message = get_error(tmp_path, max_document=0.003)
+    assert name + compression in message
+    assert "data.max_document=0.003 MB" in message or "field larger than field limit" in message
+    assert max(buffered, default=0) <= 3000
 
 
-def test_a_text_of_the_longest_size_is_read(tmp_path, monkeypatch):
+def test_a_text_of_the_longest_size_is_read(tmp_path):
     write_files(tmp_path, {"a.txt": b"x" * 5000})
-    monkeypatch.setattr(files, "MAX_TEXT_BYTES", 5000)
-    assert len(read_source(tmp_path)[0].content) == 5000
+    assert len(read_source(tmp_path, max_document=0.005)[0].content) == 5000
+    assert "max_document=0.004999" in get_error(tmp_path, max_document=0.004999)
 
 
 def test_a_file_that_vanishes_after_it_was_listed_is_named(tmp_path, monkeypatch):
@@ -227,7 +228,7 @@ def test_a_file_that_vanishes_after_it_was_listed_is_named(tmp_path, monkeypatch
     (tmp_path / "b.txt").unlink()
     with pytest.raises(ConfigError, match=r"b\.txt cannot be read.*No such file"):
         list(sources.read_unit(unit))
-    monkeypatch.setattr(files, "_find_files", lambda source: [str(tmp_path / "b.txt")])
+    monkeypatch.setattr(files, "find_files", lambda source: [str(tmp_path / "b.txt")])
     assert "b.txt cannot be read" in get_error(tmp_path)
 
 
@@ -239,6 +240,90 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         os, "access", lambda path, mode: os.fspath(path) != closed and real(path, mode)
     )
     assert f"the folder {closed} cannot be read" in get_error(tmp_path)
+
+
+# --- several documents in a file ---
+
+
+@given(
+    texts=st.lists(st.text("ab<|>\n"), min_size=1, max_size=6),
+    separator=st.sampled_from(["<|endoftext|>", "||", "\\n\\n", "é"]),
+    piece=st.integers(1, 40),
+)
+@settings(deadline=None)
+def test_a_separator_divides_a_file_into_documents(tmp_path_factory, texts, separator, piece):
+    folder = tmp_path_factory.mktemp("stories")
+    content = separator.replace("\\n", "\n").join(texts)
+    write_files(folder, {"a.txt": content.encode()})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "CHUNK_BYTES", piece)
+        patch.setattr("jaxgpt.data.encodings.SAMPLE_BYTES", piece)
+        found = read_source(folder, separator=separator)
+    parts = [part.strip("\r\n") for part in content.split(separator.replace("\\n", "\n"))]
+    numbered = [(f"a.txt:{n}", part) for n, part in enumerate(parts, start=1) if part]
+    assert [(os.path.basename(d.name), d.content.decode()) for d in found] == numbered
+
+
+def test_documents_between_separators_are_read_one_by_one(tmp_path):
+    write_files(tmp_path, {"a.txt": (b"x" * 900 + b"\n<|endoftext|>\n") * 10})
+    found = read_source(tmp_path, separator="<|endoftext|>", max_document=0.001)
+    assert [document.content for document in found] == [b"x" * 900] * 10
+    assert "of more than data.max_document" in get_error(tmp_path, max_document=0.001)
+
+
+# --- tables ---
+
+
+@pytest.mark.parametrize(("ending", "dialect"), [(".csv", "excel"), (".tsv", "excel-tab")])
+@pytest.mark.parametrize("compression", COMPRESS)
+@given(
+    rows=st.lists(st.tuples(st.text("a\"',\t é\n"), st.text("xy,")), min_size=1, max_size=5),
+    piece=st.integers(1, 40),
+)
+@settings(deadline=None)
+def test_a_table_yields_each_row(tmp_path_factory, ending, dialect, compression, rows, piece):
+    folder, buffer = tmp_path_factory.mktemp("table"), io.StringIO(newline="")
+    writer = csv.writer(buffer, dialect)
+    writer.writerows([("id", "body", "label"), *((7, *row) for row in rows)])
+    content = COMPRESS[compression](buffer.getvalue().encode("utf-8-sig"))
+    write_files(folder, {f"a{ending}{compression}": content})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "CHUNK_BYTES", piece)
+        found = read_source(folder, text_key="body", target_key="label")
+    expected = [(text.encode(), target.encode()) for text, target in rows if text]
+    assert [(document.content, document.target) for document in found] == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"id,body\n1,x\n", "a.csv:2 has no key 'text'; it has id, body"),
+        (b"id,text\n1,x\n2,y,z\n", "a.csv:3 has 3 fields, and the first row names 2 columns"),
+        (b'id,text\n1,"x"y\n', "a.csv:2 is not a row of a table: ',' expected after '\"'"),
+        (b'id,text\n1,"x\n', "is not a row of a table: unexpected end of data"),
+    ],
+)
+def test_a_bad_table_is_rejected_with_its_line(tmp_path, content, complaint):
+    write_files(tmp_path, {"a.csv": content})
+    assert complaint in get_error(tmp_path)
+
+
+def test_tables_beside_other_texts_of_a_folder_are_not_read(tmp_path):
+    write_files(tmp_path, {"a.txt": b"1", "b.csv": b"text\n2\n"})
+    assert [document.content for document in read_source(tmp_path)] == [b"1"]
+    assert [document.content for document in read_source(tmp_path / "*")] == [b"1", b"2"]
+
+
+@pytest.mark.parametrize(("label", "expected"), [(b"3", b"3"), (b"-1", b"-1"), (b'"x"', b"x")])
+def test_the_number_of_a_class_is_an_answer(tmp_path, label, expected):
+    write_files(tmp_path, {"a.jsonl": b'{"text": "t", "label": ' + label + b"}"})
+    assert read_source(tmp_path, target_key="label")[0].target == expected
+
+
+def test_surrogates_in_json_have_the_bytes_that_they_have_in_a_prompt(tmp_path):
+    write_files(tmp_path, {"a.jsonl": rb'{"text": "\udcff\ud800\ud83d\ude42"}'})
+    expected = b"\xff\xed\xa0\x80" + "\U0001f642".encode()
+    assert read_source(tmp_path)[0].content == expected
 
 
 # --- units ---
@@ -300,7 +385,7 @@ def test_the_digest_does_not_depend_on_how_documents_are_divided(tmp_path, monke
     assert survey_source(DataConfig(source=str(tmp_path / "in"))).digest != found[0].digest
 
 
-@pytest.mark.parametrize("change", ["size", "time", "name", "key"])
+@pytest.mark.parametrize("change", ["size", "time", "name", "key", "text"])
 def test_the_facts_of_a_unit_change_with_its_files_and_settings(tmp_path, change):
     write_files(tmp_path, {"a.jsonl": b'{"text": "x"}'})
     os.utime(tmp_path / "a.jsonl", ns=(1, 1))
@@ -314,6 +399,8 @@ def test_the_facts_of_a_unit_change_with_its_files_and_settings(tmp_path, change
     assert facts() == before
     changes = dict(
         size=lambda: (write_files(tmp_path, {"a.jsonl": b'{"text": "xy"}'}),
+                      os.utime(tmp_path / "a.jsonl", ns=(1, 1))),
+        text=lambda: (write_files(tmp_path, {"a.jsonl": b'{"text": "y"}'}),
                       os.utime(tmp_path / "a.jsonl", ns=(1, 1))),
         time=lambda: os.utime(tmp_path / "a.jsonl", ns=(2, 2)),
         name=lambda: os.rename(tmp_path / "a.jsonl", tmp_path / "b.jsonl"),
@@ -353,6 +440,23 @@ def test_weights_precede_their_sources():
 )
 def test_weights_are_for_all_sources_or_none_and_above_0(source, complaint):
     assert complaint in get_error(source)
+
+
+@pytest.mark.parametrize("name", ["a + b.txt", "0.5 * x.txt", "c + d + e/f.txt"])
+def test_a_path_that_looks_like_several_sources_is_read(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(write_files(tmp_path, {name: b"1", "g.txt": b"2"}))
+    assert [document.content for document in read_source(name)] == [b"1"]
+    assert [document.content for document in read_source(f"g.txt + {name}")] == [b"2", b"1"]
+    weights = [
+        (weight, cfg.source)
+        for weight, cfg in sources.parse_sources(DataConfig(source=f"0.3 * {name} + 0.7 * g.txt"))
+    ]
+    assert weights == [(0.3, name), (0.7, "g.txt")]
+
+
+def test_a_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(write_files(tmp_path, {"a + b/c.txt": b"1"})))
+    assert read_source("~/a + b")[0].content == b"1"
 
 
 def test_text_key_names_the_field(tmp_path):
@@ -684,6 +788,16 @@ def test_a_data_set_saved_to_disk_is_read_in_ranges(hub, tmp_path, monkeypatch, 
     assert [unit.facts for unit in sources.list_units(cfg)] == [unit.facts for unit in found]
     read_back = [d for unit in pickle.loads(pickle.dumps(found)) for d in sources.read_unit(unit)]
     assert read_back == whole
+
+
+def test_one_split_of_a_data_set_is_read_by_its_name(hub, tmp_path):
+    for split in ("train", "test"):
+        hub.Dataset.from_dict({"text": [f"{split} {n}" for n in range(3)]}).to_parquet(
+            tmp_path / "data" / f"{split}.parquet"
+        )
+    found = read_source(f"hf:{tmp_path / 'data'}@test")
+    assert [(d.content, d.part) for d in found] == [(b"test %d" % n, "") for n in range(3)]
+    assert "has the splits test, train" in get_error(f"hf:{tmp_path / 'data'}@dev")
 
 
 def test_a_column_that_is_missing_or_not_text_is_rejected(hub, tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.config import Config, DataConfig, ModelConfig, TrainConfig
-from jaxgpt.data import Tokens, prepare
+from jaxgpt.data import Tokens, prepare, prepare_evaluation
 from jaxgpt.data.tasks import (
     CausalTask,
     ClassifyTask,
@@ -20,6 +20,7 @@ from jaxgpt.data.tasks import (
 )
 from jaxgpt.model import Coords, build, init_params
 from jaxgpt.settings import ConfigError
+from jaxgpt.tokenizer import make_byte_tokenizer
 
 V, T, B = 300, 24, 8
 SHAPES = {
@@ -452,3 +453,46 @@ def test_mask_tokens_do_not_collide_with_tokenizer_tokens(folder):
         assert task.corpus.tokenizer.vocab_size + row.count_mask_tokens(task.cfg) <= V
     for row in (CausalTask, PrefixTask, PairTask, ClassifyTask):
         assert row.count_mask_tokens(task.cfg) == 0
+
+
+# --- sources of their own ---
+
+
+def make_evaluation(folder, name, source, labels=(), **changes):
+    cfg = make_config(folder, name, **changes)
+    data = dataclasses.replace(cfg.data, test=str(source))
+    corpus = prepare_evaluation(
+        data, make_byte_tokenizer(), cfg.objective.task.IS_PAIRED, labels=labels
+    )
+    return cfg.objective.task(cfg, corpus)
+
+
+@every_task
+def test_a_test_set_has_the_batches_that_it_would_have_as_the_held_out_text(folder, name):
+    own = make_config(folder, name).data.source
+    task = make_task(folder, name, data=dict(test=own))
+    alone = make_evaluation(folder, name, own, labels=task.labels)
+    batches = list(task.make_eval_batches(task.corpus.test))
+    assert len(batches) == len(list(alone.make_eval_batches())) > 0
+    for batch, other in zip(batches, alone.make_eval_batches(), strict=True):
+        for ours, theirs in zip(list_arrays(batch), list_arrays(other), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_test_set_may_lack_a_class_but_has_no_other(folder, tmp_path):
+    (tmp_path / "y.odd").write_text("number 1\nnumber 3")
+    task = make_evaluation(folder, "classify", f"classes:{tmp_path}", labels=["even", "odd"])
+    (batch,) = task.make_eval_batches()
+    assert batch.targets[batch.weights > 0].tolist() == [1, 1]
+    (tmp_path / "z.prime").write_text("number 2")
+    with pytest.raises(ConfigError, match="'prime', which the model does not have: it has 'even'"):
+        make_evaluation(folder, "classify", f"classes:{tmp_path}", labels=["even", "odd"])
+
+
+def test_a_pair_counts_once(folder):
+    task = make_task(folder, "pairs")
+    assert task.corpus.is_paired
+    pairs = sum(rows.size for rows in task.loader.rows)
+    assert task.corpus.train_documents == pairs == task.corpus.train.documents / 2
+    causal = make_task(folder, "causal").corpus
+    assert causal.train_documents == causal.train.documents

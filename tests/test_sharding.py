@@ -97,6 +97,8 @@ REFUSED = {
         dict(pipe=4), ("model.layers=6",)),
     "model.layers=6 cannot be divided in mesh.pipe=2 x layers that repeat=2 = 4 parts: use "
     "model.layers=4 or 8.": (dict(pipe=2), ("model.layers=6", "model.pattern=full,window")),
+    "model.layers=7 cannot be divided in mesh.pipe=2 x layers that repeat=2 = 4 parts: use "
+    "model.layers=4 or 8.": (dict(pipe=2), ("model.layers=7", "model.position=rope,none")),
     "mesh.pipe=2 with model.feedforward='moe_gated': a pipeline does not add up": (
         dict(pipe=2), ("model.feedforward=moe_gated",)),
 }  # fmt: skip
@@ -222,6 +224,14 @@ VARIANTS = {
     "mamba": (
         dict(fsdp=2, context=2, tensor=2),
         ("model.mixers=mamba", "model.position=none", "model.layers=1")),
+    "layers that differ, with a tail": (
+        dict(data=2, fsdp=2, tensor=2),
+        ("model.layers=3", "model.pattern=window,full", "model.position=rope,alibi",
+         "model.feedforward=gated,plain", "model.sinks=true", "model.qk_norm=width")),
+    "layers that differ, in a pipeline": (
+        dict(data=2, pipe=2, tensor=2),
+        ("model.layers=4", "model.position=rope,temperature", "model.temperature_floor=2",
+         "model.feedforward=gated,plain")),
 }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from jaxgpt import text as text_module
 from jaxgpt import tokenizer as module
 from jaxgpt.settings import ConfigError
 from jaxgpt.tokenizer import (
@@ -165,10 +166,10 @@ def test_training_does_not_depend_on_document_order_or_on_getting_a_list():
 
 def test_training_does_not_depend_on_where_long_documents_are_cut(monkeypatch):
     whole = "\n".join(TOPICS)
-    monkeypatch.setattr(module, "_MIN_PIECE_CHARACTERS", 10**9)
+    monkeypatch.setattr(text_module, "MIN_PIECE_CHARACTERS", 10**9)
     uncut = train([whole], 1000)
     for size in (1, 1000):
-        monkeypatch.setattr(module, "_MIN_PIECE_CHARACTERS", size)
+        monkeypatch.setattr(text_module, "MIN_PIECE_CHARACTERS", size)
         assert train([whole], 1000).fingerprint == uncut.fingerprint
 
 
@@ -196,6 +197,15 @@ def test_training_does_not_depend_on_the_number_of_threads(environment):
 def test_text_and_its_bytes_train_the_same_and_bytes_that_are_not_utf8_are_left_out():
     texts = [text.encode() + b"\xff" for text in TOPICS]
     assert train(texts, 1000).fingerprint == train_on_topics().fingerprint
+
+
+def test_each_part_of_a_long_word_counts_as_a_word():
+    word, size = "acgtt" * 400, module.MAX_TRAINED_WORD_BYTES
+    parts = [word[start : start + size] for start in range(0, len(word), size)]
+    assert train([word], 300).fingerprint == train(parts, 300).fingerprint
+    # So the time is not quadratic in the size of a word; without the parts this has no end.
+    letters = np.random.default_rng(0).choice(list("ACGT"), 500_000)
+    assert train(["".join(letters)], 2000).vocab_size == 2000
 
 
 def test_a_corpus_with_too_few_pairs_gives_a_smaller_tokenizer():
@@ -230,7 +240,7 @@ def test_any_bytes_come_back_exactly(data):
 @settings(max_examples=300, deadline=None)
 def test_any_text_comes_back_exactly(text):
     ids = train_on_topics().encode(text)
-    assert train_on_topics().decode_bytes(ids) == text.encode("utf-8", "surrogatepass")
+    assert train_on_topics().decode_bytes(ids) == text_module.encode_utf8(text)
     if not any("\ud800" <= character <= "\udfff" for character in text):
         assert train_on_topics().decode(ids) == text
 
@@ -239,8 +249,22 @@ def test_any_text_comes_back_exactly(text):
     "text", [UNICODE, SPELLED_SPECIALS, "", "\ud83d", "\ud83d\ude42", "\udcff x"]
 )
 def test_text_and_its_bytes_encode_the_same(text):
-    data = text.encode("utf-8", "surrogatepass")
+    data = text_module.encode_utf8(text)
     np.testing.assert_array_equal(train_on_topics().encode(text), train_on_topics().encode(data))
+
+
+@given(any_bytes)
+@settings(max_examples=300, deadline=None)
+def test_bytes_in_an_argument_encode_as_those_in_a_document(data):
+    argument = data.decode("utf-8", "surrogateescape")  # as Python reads sys.argv
+    assert text_module.encode_utf8(argument) == data
+    np.testing.assert_array_equal(
+        train_on_topics().encode(argument), train_on_topics().encode(data)
+    )
+
+
+def test_a_surrogate_that_stands_for_no_byte_has_its_three_bytes():
+    assert text_module.encode_utf8("a\ud800\udcffb\udc7f") == b"a\xed\xa0\x80\xffb\xed\xb1\xbf"
 
 
 def test_bytes_that_are_not_utf8_become_byte_tokens_and_do_not_change_adjacent_text():
@@ -261,14 +285,51 @@ def test_encoding_real_text_applies_the_merges_by_rank():
     assert train_on_topics().encode(text).tolist() == encode_reference(train_on_topics(), text)
 
 
-@given(st.text("ab1.,é北 \n\t\r'\u3000\x85\x1c", max_size=80), st.integers(1, 5))
-@settings(max_examples=300, deadline=None)
-def test_a_cut_is_always_between_two_words(text, size):
+awkward_text = st.text("ab1.,é北 \n\t\r'sre\u3000\x85\x1c\u180e", max_size=80)
+
+
+@given(awkward_text, st.integers(1, 5), st.integers(3, 12))
+@settings(max_examples=500, deadline=None)
+def test_a_cut_is_always_between_two_words_or_in_a_gigantic_one(text, size, longest):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_MIN_PIECE_CHARACTERS", size)
-        pieces = list(module._cut_long_text(text))
+        patch.setattr(text_module, "MIN_PIECE_CHARACTERS", size)
+        patch.setattr(text_module, "MAX_WORD_CHARACTERS", longest)
+        pieces = list(text_module.cut_long_text(text))
     assert "".join(pieces) == text
-    assert [word for piece in pieces for word in split_words(piece)] == split_words(text)
+    expected, longest = {len(text)}, max(size, longest)
+    for _, (begin, end) in module.PRE_TOKENIZER.pre_tokenize_str(text):
+        expected |= {begin, *range(begin + longest, end, longest)}
+    cuts = set(itertools.accumulate(map(len, pieces)))
+    assert cuts <= expected
+    assert max(map(len, pieces), default=0) <= max(longest, size)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "北京是中华人民共和国的首都，位于华北平原。" * 2000,
+        "ภาษาไทยเป็นภาษาที่มีระดับเสียง" * 2000,
+        "SGVsbG8gd29ybGQh4oCmL0+x" * 2000,
+        "var a=b(c,function(){return'd're've}),e=[1,2];" * 800,
+        "北京 是\n" * 8000,
+        "x" + " \n" * 15_000 + "y",
+    ],
+    ids=["Chinese", "Thai", "base64", "minified", "lines", "whitespace"],
+)
+def test_a_long_text_has_the_tokens_of_the_library(text):
+    tokenizer = train_on_topics()
+    expected = tokenizer._library.encode(text, add_special_tokens=False).ids
+    assert tokenizer.encode(text).tolist() == expected
+    if "\n" not in text:
+        assert len(list(text_module.cut_long_text(text))) > 1
+
+
+def test_each_part_of_a_gigantic_word_is_a_word():
+    word = "acgt" * 10_000
+    size = text_module.MAX_WORD_CHARACTERS
+    parts = [train_on_topics().encode(part) for part in ("x. ", word[:size], word[size:], "!")]
+    ids = train_on_topics().encode(f"x.{word}!")
+    np.testing.assert_array_equal(ids, np.concatenate([train_on_topics().encode("x."), *parts[1:]]))
 
 
 def test_encode_batch_equals_encoding_each_document():
@@ -285,6 +346,20 @@ def test_encode_batch_equals_encoding_each_document():
     for ids, document in zip(train_on_topics().encode_batch(documents), documents, strict=True):
         np.testing.assert_array_equal(ids, train_on_topics().encode(document))
     assert train_on_topics().encode_batch([]) == []
+
+
+def test_another_kind_of_tokenizer_encodes_pieces_by_its_own_encode_batch():
+    class Kind(Tokenizer):
+        def encode_batch(self, documents):
+            calls.append(list(documents))
+            return super().encode_batch(documents)
+
+    calls: list = []
+    tokenizer = Kind(train_on_topics()._content)
+    (number, ids), (_, other) = tokenizer.encode_pieces(["the text", "x"])
+    assert calls[-1] == ["the text", "x"]
+    assert (number, other.size) == (0, 1)
+    assert ids.tolist() == train_on_topics().encode("the text").tolist()
 
 
 @pytest.mark.parametrize("copy", ["trained", "saved", "pickled", "bytes"])
@@ -316,10 +391,16 @@ def test_specials_decode_to_nothing():
     assert train_on_topics().decode_bytes(np.array(ids)) == b"text"
 
 
-@pytest.mark.parametrize("index", [-1, 1000])
+@pytest.mark.parametrize("index", [-1, 1000, 10**30, 2**63, -(2**40)])
 def test_an_id_outside_the_vocabulary_is_rejected(index):
     with pytest.raises(ValueError, match=rf"token id {index} .* ids go from 0 to 999"):
         train_on_topics().decode([5, index])
+
+
+@pytest.mark.parametrize("ids", [[5.0], [5.5], np.array([np.nan]), ["5"], [None], [True]])
+def test_ids_that_are_not_integers_are_rejected(ids):
+    with pytest.raises(ValueError, match="token ids must be integers"):
+        train_on_topics().decode(ids)
 
 
 def test_without_merges_a_byte_is_a_token():
@@ -476,7 +557,9 @@ def test_padding_truncation_dropout_and_nfc_of_foreign_tokenizers_are_dropped(tm
 
 
 def test_an_added_token_that_is_not_special_decodes_to_its_text(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_MIN_PIECE_CHARACTERS", 1)  # even where a long text would be cut
+    monkeypatch.setattr(
+        text_module, "MIN_PIECE_CHARACTERS", 1
+    )  # even where a long text would be cut
     library = make_foreign_tokenizer()
     library.add_tokens(["<tool>", "y z"])
     tokenizer = read(library, tmp_path)
@@ -486,7 +569,68 @@ def test_an_added_token_that_is_not_special_decodes_to_its_text(tmp_path, monkey
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@pytest.mark.parametrize("strips", [{"lstrip": True}, {"rstrip": True}, {"single_word": True}])
+@pytest.mark.parametrize("is_special", [True, False])
+def test_whitespace_beside_an_added_token_comes_back(strips, is_special, tmp_path):
+    library = make_foreign_tokenizer()
+    token = tokenizers.AddedToken("<tool>", special=is_special, normalized=False, **strips)
+    (library.add_special_tokens if is_special else library.add_tokens)([token])
+    tokenizer = read(library, tmp_path)
+    for text in ("a  <tool>\n\n b", " <tool> ", "x<tool>y<tool>"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        is_found = 259 in tokenizer.encode(text)
+        assert not (is_special and is_found)
+        assert is_special or is_found or ("single_word" in strips and "x<" in text)
+
+
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def make_llama3(**changes) -> tokenizers.Tokenizer:
+    split = pre_tokenizers.Split(tokenizers.Regex(LLAMA3), "isolated")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    library = make_foreign_tokenizer(
+        pre_tokenizer=pre_tokenizers.Sequence([split, level]), **changes
+    )
+    library.no_truncation()
+    library.no_padding()
+    return library
+
+
+@given(awkward_text)
+@settings(max_examples=200, deadline=None)
+def test_very_long_texts_of_other_patterns_have_the_tokens_of_the_library(text):
+    library = make_llama3()
+    library.add_tokens(["b a", ". x"])
+    library.model.dropout = None
+    text = (text + " x. x b a") * 20
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_module, "_MIN_OTHER_PIECE_CHARACTERS", 100)
+        tokenizer = Tokenizer(library.to_str())
+        pieces = list(tokenizer._cut_text(text))
+        ids = tokenizer.encode(text).tolist()
+    assert "".join(pieces) == text
+    assert len(pieces) > 1 or len(text) <= 200
+    assert ids == library.encode(text, add_special_tokens=False).ids
+
+
 # --- errors ---
+
+
+@pytest.mark.parametrize("index", [10**9, -1, 1.5, "7"])
+@pytest.mark.parametrize("where", ["vocab", "added_tokens"])
+def test_an_impossible_id_is_rejected_at_once(index, where, tmp_path):
+    spec = json.loads(make_foreign_tokenizer().to_str())
+    if where == "vocab":
+        spec["model"]["vocab"]["ab"] = index
+    else:
+        spec["added_tokens"][0]["id"] = index
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(ConfigError, match=f"it has the token id {index!r}, not 0 to 16,777,215"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -564,3 +708,41 @@ def test_an_empty_corpus_is_rejected(documents):
 
 def test_the_docstring_examples_are_correct():
     assert doctest.testmod(module).failed == 0
+    assert doctest.testmod(text_module).failed == 0
+
+
+# --- memory and time ---
+
+
+def measure_peak(script: str) -> float:
+    """Return the megabytes by which the script's second part raises a process's peak memory."""
+    setup, work = script.split("---\n")
+    peak = "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024"
+    code = f"import resource\n{setup}\nbefore = {peak}\n{work}\nprint({peak} - before)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return float(done.stdout)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "'北京是中华人民共和国的首都，\\n' * 200_000",
+        "'北京是首都，' * 450_000",
+        "'acgt' * 2_000_000",
+    ],
+    ids=["lines", "no space", "one word"],
+)
+def test_the_memory_of_encoding_is_a_small_multiple_of_the_text(text):
+    # Texts of 8 MB. Before they were cut, their tokens in the library took 1.2 GB and more.
+    peak = measure_peak(f"""
+from jaxgpt.tokenizer import make_byte_tokenizer
+tokenizer = make_byte_tokenizer()
+text = {text}
+tokenizer.encode("warm" * 100)
+---
+count = sum(ids.size for _, ids in tokenizer.encode_pieces([text]))
+assert count == len(text.encode()) > 7_900_000
+""")
+    assert peak < 300  # megabytes; 185 measured, most of them for the tokens of one call

@@ -1,10 +1,10 @@
-"""Documents in files: plain text or .jsonl records, optionally compressed by gzip or zstandard.
+"""Documents in files: text, .jsonl records or tables, optionally compressed by gzip or zstandard.
 
-Text is bytes; only JSON is decoded. Files are read in chunks, so only one document at a time is in
-memory. A unit is a group of files, one large file, or some megabytes of a large .jsonl.
+Text is bytes in UTF-8. Files are read in chunks, so only one document at a time is in memory. A
+unit is a group of files, one large file, or some megabytes of a large .jsonl.
 """
 
-import glob
+import csv
 import gzip
 import itertools
 import json
@@ -16,27 +16,30 @@ from functools import partial
 from typing import BinaryIO
 
 from jaxgpt.config import DataConfig
+from jaxgpt.data.encodings import Chunks, decode_chunks
+from jaxgpt.data.paths import find_files
 from jaxgpt.data.units import RawDocuments, SourceUnit, count_units, make_file_unit, read_stamp
 from jaxgpt.optional import require
 from jaxgpt.settings import ConfigError
+from jaxgpt.text import encode_utf8
 
 CHUNK_BYTES = 1 << 20  # read at a time
-MAX_TEXT_BYTES = 1 << 30  # of a document or line; more is a mistake, and would fill the memory
-NUL_CHECK_BYTES = 8192  # at the start of a file; a NUL among them means that it is not text
+READER_VERSION = 2  # what is read from the same bytes; with another number they are read again
 
-Chunks = Iterator[bytes]
 Reader = Callable[[str, Chunks, DataConfig], RawDocuments]
 
 
 def list_units(cfg: DataConfig) -> list[SourceUnit]:
     """Return the units of a file, a folder (searched recursively) or a glob (`**`: any depth).
 
-    Hidden files and files with other endings are skipped. The name of a document is its path, or
-    path:line for .jsonl, or its byte offset if the line number is not known.
+    Hidden files and files with other endings are skipped, and tables if a folder has other texts.
+    The name of a document is its path, or path:line for .jsonl and tables, or its byte offset if
+    the line number is not known; path:number if `separator` divides a file.
 
     Args:
-        cfg: `source` names the files, `text_key` the field of a .jsonl record with the text, and
-            `target_key` the one with the answer if texts come in pairs.
+        cfg: `source` names the files, `text_key` the field of a .jsonl record (the column of a .csv
+            or .tsv) with the text, and `target_key` the one with the answer if texts come in
+            pairs. `separator`, `encoding` and `max_document` are about their bytes.
 
     Returns:
         The units in the order of the paths.
@@ -62,7 +65,7 @@ def list_class_units(cfg: DataConfig) -> list[SourceUnit]:
         ConfigError: nothing matches. Reading raises it too, if a file is corrupt.
     """
     source = cfg.source.removeprefix("classes:")
-    files = [path for path in _find_files(source) if _split_ending(path)[0] not in ("", ".md")]
+    files = [path for path in find_files(source) if _split_ending(path)[0] not in ("", ".md")]
     if not files:
         raise ConfigError(
             f"data.source={cfg.source!r} matches no file with an ending: it takes files with "
@@ -78,7 +81,7 @@ def _group_files(
     """Return units of adjacent files, and of ranges of those that can be divided."""
     # These strings are part of the keys of cached surveys, so they must not change.
     reader = {_read_files: "_read", _read_class_files: "_read_classes"}[read]
-    facts = [reader, cfg.text_key, cfg.target_key]
+    facts = [reader, READER_VERSION, cfg.text_key, cfg.target_key, cfg.encoding, cfg.separator]
     groups: list[list[str]] = []
     stamps, total = {path: read_stamp(path) for path in paths}, 0
     for path in paths:
@@ -119,13 +122,13 @@ def _read_files(cfg: DataConfig, paths: list[str]) -> RawDocuments:
 def _read_class_files(cfg: DataConfig, paths: list[str]) -> RawDocuments:
     for path in paths:
         ending, compression = _split_ending(path)
-        chunks = _read_decompressed(path, compression)
+        chunks = decode_chunks(path, _read_decompressed(path, compression), cfg.encoding)
         if ending == ".txt":
-            label = os.path.basename(os.path.dirname(path)).encode()
-            yield path, _join_text(path, chunks), "", label
+            label = encode_utf8(os.path.basename(os.path.dirname(path)))
+            yield path, _join_text(path, chunks, cfg), "", label
         else:
-            for _, name, line in _split_lines(path, chunks):
-                yield name, line.strip(), "", ending[1:].encode()
+            for _, name, line in _split_lines(path, chunks, cfg):
+                yield name, line.strip(), "", encode_utf8(ending[1:])
 
 
 def _read_range(cfg: DataConfig, path: str, begin: int, end: int) -> RawDocuments:
@@ -133,21 +136,13 @@ def _read_range(cfg: DataConfig, path: str, begin: int, end: int) -> RawDocument
     return _read_jsonl(path, _read_decompressed(path, "", max(begin - 1, 0)), cfg, begin, end)
 
 
-def _find_files(source: str) -> list[str]:
-    path = os.path.expanduser(source)
-    pattern = os.path.join(glob.escape(path), "**") if os.path.isdir(path) else path
-    found = [path] if os.path.isfile(path) else glob.glob(pattern, recursive=True)
-    for folder in filter(os.path.isdir, found):  # glob silently skips unreadable folders
-        if not os.access(folder, os.R_OK | os.X_OK):
-            raise ConfigError(f"data.source={source!r}: the folder {folder} cannot be read.")
-    return sorted(file for file in found if os.path.isfile(file))
-
-
 def _find_readable_files(source: str) -> list[str]:
-    files = _find_files(source)
+    files = find_files(source)
     readable = [file for file in files if _split_ending(file)[0] in READERS]
     if readable:
-        return readable
+        texts = [file for file in readable if _split_ending(file)[0] not in TABLES]
+        is_folder = os.path.isdir(os.path.expanduser(source))
+        return texts if texts and is_folder else readable
     compressed = " or ".join(filter(None, DECOMPRESSORS))
     supported = f"{' '.join(READERS)} (each also with {compressed})"
     if not files:
@@ -222,55 +217,76 @@ DECOMPRESSORS = {"": _read_chunks, ".gz": _read_gzip, ".zst": _read_zstd}
 
 
 class _BoundedBuffer:
-    """Collects the chunks of one text after another; beyond MAX_TEXT_BYTES only counts them."""
+    """Collects the chunks of one text after another, each of at most `data.max_document` MB."""
 
-    def __init__(self) -> None:
+    def __init__(self, cfg: DataConfig) -> None:
         self.chunks: list[bytes] = []
-        self.size = 0
+        self.size, self.limit = 0, cfg.max_document
 
-    def add(self, chunk: bytes):
+    def add(self, chunk: bytes, name: str):
+        """Add a chunk of the text called `name`.
+
+        Raises:
+            ConfigError: the text is too long; what was collected is dropped.
+        """
         self.size += len(chunk)
-        if self.size > MAX_TEXT_BYTES:
+        if self.size > self.limit * 1e6:
             self.chunks.clear()
-        else:
-            self.chunks.append(chunk)
-
-    def take(self, name: str) -> bytes:
-        """Return the text and empty the buffer."""
-        if self.size > MAX_TEXT_BYTES:
             raise ConfigError(
-                f"data.source: {name} is one text of {self.size} bytes, and the longest that can "
-                f"be read has {MAX_TEXT_BYTES}: divide it, or leave it out of data.source."
+                f"data.source: {name} is one text of more than data.max_document={self.limit:g} "
+                "MB: divide it (by data.separator, if one stands between its documents), leave it "
+                "out of data.source, or set a larger data.max_document if the memory has room for "
+                "some times as much."
             )
+        self.chunks.append(chunk)
+
+    def take(self) -> bytes:
+        """Return the text and empty the buffer."""
         text = b"".join(self.chunks)
         self.chunks, self.size = [], 0
         return text
 
 
-def _join_text(path: str, chunks: Chunks) -> bytes:
-    buffer = _BoundedBuffer()
-    for number, chunk in enumerate(chunks):
-        if not number and b"\0" in chunk[:NUL_CHECK_BYTES]:
-            raise ConfigError(
-                f"data.source: {path} is not text: it has a NUL byte at {chunk.index(0)}. If it is "
-                "UTF-16, save it as UTF-8; else move it, or leave it out with a glob that does not "
-                "match it."
-            )
-        buffer.add(chunk)
-    return buffer.take(path)
+def _join_text(path: str, chunks: Chunks, cfg: DataConfig) -> bytes:
+    buffer = _BoundedBuffer(cfg)
+    for chunk in chunks:
+        buffer.add(chunk, path)
+    return buffer.take()
 
 
-def read_text_file(path: str) -> bytes:
+def read_text_file(path: str, cfg: DataConfig) -> bytes:
     """Return the content of an uncompressed text file.
 
     Raises:
         ConfigError: it cannot be read, or is not text.
     """
-    return _join_text(path, _read_decompressed(path, ""))
+    return _join_text(path, decode_chunks(path, _read_decompressed(path, ""), cfg.encoding), cfg)
 
 
-def _read_whole(path: str, chunks: Chunks, cfg: DataConfig) -> RawDocuments:
-    yield path, _join_text(path, chunks), "", b""
+def _read_text(path: str, chunks: Chunks, cfg: DataConfig) -> RawDocuments:
+    """Yield a file as one document, or those between separators."""
+    chunks = decode_chunks(path, chunks, cfg.encoding)
+    if not cfg.separator:
+        yield path, _join_text(path, chunks, cfg), "", b""
+        return
+    separator = encode_utf8(cfg.separator.replace("\\n", "\n").replace("\\t", "\t"))
+    for number, text in enumerate(_split_chunks(path, chunks, separator, cfg), start=1):
+        yield f"{path}:{number}", text.strip(b"\r\n"), "", b""
+
+
+def _split_chunks(path: str, chunks: Chunks, separator: bytes, cfg: DataConfig) -> Iterator[bytes]:
+    """Yield the texts between separators, also where one is cut by the end of a chunk."""
+    text, rest = _BoundedBuffer(cfg), b""
+    for chunk in chunks:
+        *ends, rest = (rest + chunk).split(separator)
+        for end in ends:
+            text.add(end, path)
+            yield text.take()
+        kept = max(len(rest) - len(separator) + 1, 0)  # what follows may begin a separator
+        text.add(rest[:kept], path)
+        rest = rest[kept:]
+    text.add(rest, path)
+    yield text.take()
 
 
 def _read_jsonl(
@@ -281,7 +297,7 @@ def _read_jsonl(
     The chunks start one byte before, so that a line at the beginning of the range is recognized as
     whole.
     """
-    for offset, name, line in _split_lines(path, chunks, max(begin - 1, 0)):
+    for offset, name, line in _split_lines(path, chunks, cfg, max(begin - 1, 0)):
         if offset >= end:
             return
         if offset >= begin and line.strip():
@@ -291,30 +307,62 @@ def _read_jsonl(
             yield name, text, "", _get_text(record, key, "data.target_key", name) if key else b""
 
 
-def _split_lines(path: str, chunks: Chunks, begin: int = 0) -> Iterator[tuple[int, str, bytes]]:
+def _read_table(delimiter: str, path: str, chunks: Chunks, cfg: DataConfig) -> RawDocuments:
+    """Yield the rows of a table; its first row has the names of the columns."""
+    csv.field_size_limit(int(min(cfg.max_document * 1e6, 2**31 - 1)))
+    chunks = decode_chunks(path, chunks, cfg.encoding)
+    lines = (
+        line.decode("utf-8", "surrogateescape") + "\n"
+        for *_, line in _split_lines(path, chunks, cfg)
+    )
+    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    names = None
+    try:
+        for row in filter(None, rows):
+            where = f"{path}:{rows.line_num}"
+            if names is None:
+                names = row
+            elif len(row) != len(names):
+                raise ConfigError(
+                    f"{where} has {len(row)} fields, and the first row names {len(names)} columns: "
+                    f"{', '.join(names)}. Quote fields that have the delimiter {delimiter!r}."
+                )
+            else:
+                record, key = dict(zip(names, row, strict=True)), cfg.target_key
+                text = _get_text(record, cfg.text_key, "data.text_key", where)
+                target = _get_text(record, key, "data.target_key", where) if key else b""
+                yield where, text, "", target
+    except csv.Error as error:
+        raise ConfigError(f"{path}:{rows.line_num} is not a row of a table: {error}.") from error
+
+
+def _split_lines(
+    path: str, chunks: Chunks, cfg: DataConfig, begin: int = 0
+) -> Iterator[tuple[int, str, bytes]]:
     """Yield lines, each with its byte offset and its name.
 
     The name is path:number, or the byte offset if reading began inside the file.
     """
-    line, number, offset = _BoundedBuffer(), 1, begin
+    line, number, offset = _BoundedBuffer(cfg), 1, begin
     for chunk in itertools.chain(chunks, [b"\n"]):
         *ends, rest = chunk.split(b"\n")
         for end in ends:
-            line.add(end)
-            next_offset = offset + line.size + 1
             name = f"{path} at byte {offset}" if begin else f"{path}:{number}"
-            yield offset, name, line.take(name)
+            line.add(end, name)
+            next_offset = offset + line.size + 1
+            yield offset, name, line.take()
             number, offset = number + 1, next_offset
-        line.add(rest)
+        line.add(rest, f"{path} at byte {offset}" if begin else f"{path}:{number}")
 
 
 def _parse_record(line: bytes, key: str, name: str) -> dict:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
+        wide = " It has NULs, as in UTF-16: save it as UTF-8." if b"\0" in line else ""
         raise ConfigError(
-            f"{name} is not JSON: {error}. Each line of a .jsonl file must be one record, such as "
-            f'{{"{key}": "a document"}}.'
+            f"{name} is not JSON: {error}.{wide} Each line of a .jsonl file must be one record, "
+            f'such as {{"{key}": "a document"}}.'
         ) from error
     if not isinstance(record, dict):
         raise ConfigError(
@@ -330,17 +378,22 @@ def _get_text(record: dict, key: str, setting: str, name: str) -> bytes:
             f"{name} has no key {key!r}; it has {', '.join(record) or 'none'}. "
             f"Set {setting} to the one with the text."
         )
-    if not isinstance(record[key], str):
+    value = record[key]
+    if setting == "data.target_key" and isinstance(value, int):
+        value = str(value)  # the number of a class
+    if not isinstance(value, str):
         raise ConfigError(
-            f"{name}: {key!r} is {record[key]!r:.60}, not a string. "
+            f"{name}: {key!r} is {value!r:.60}, not a string. "
             f"Set {setting} to the key with the text."
         )
-    return record[key].encode("utf-8", "surrogatepass")
+    return encode_utf8(value)
 
 
+TABLES = {".csv": ",", ".tsv": "\t"}
 READERS: dict[str, Reader] = {
-    ".txt": _read_whole,
-    ".md": _read_whole,
-    ".py": _read_whole,
+    ".txt": _read_text,
+    ".md": _read_text,
+    ".py": _read_text,
     ".jsonl": _read_jsonl,
+    **{ending: partial(_read_table, delimiter) for ending, delimiter in TABLES.items()},
 }

@@ -9,13 +9,22 @@ from functools import partial
 from typing import Any
 
 from jaxgpt.config import DataConfig
-from jaxgpt.data.units import RawDocuments, SourceUnit, Split, extract_texts, make_split_units
+from jaxgpt.data.units import (
+    RawDocuments,
+    SourceUnit,
+    Split,
+    extract_texts,
+    make_split_units,
+    split_source,
+)
 from jaxgpt.optional import require
 from jaxgpt.settings import ConfigError
 
 
 def list_units(cfg: DataConfig) -> list[SourceUnit]:
     """Return the units of the data set `cfg.source`: hf:name, hf:org/name:config, or hf:./folder.
+
+    Each may end in @split: hf:name@test.
 
     A folder is one written by `save_to_disk`, or has files that the library reads (parquet, csv,
     json, ...).
@@ -30,7 +39,7 @@ def list_units(cfg: DataConfig) -> list[SourceUnit]:
     Raises:
         ConfigError: the package, the data set or the column is missing, or it cannot be read.
     """
-    splits = _load_dataset(cfg.source)
+    splits = _load_dataset(split_source(cfg.source)[0])
     keys = [key for key in (cfg.text_key, cfg.target_key) if key]
     found = {}
     facts: list[Any] = ["hf", *keys]

@@ -22,7 +22,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -93,6 +93,7 @@ class Tokens(NamedTuple):
 
     @property
     def documents(self) -> int:
+        """Return the number of documents."""
         return len(self.starts) - 1
 
     def gather_windows(self, firsts: np.ndarray, size: int) -> np.ndarray:
@@ -117,6 +118,9 @@ class Corpus:
         mixture: the share of each stream in training (they add up to 1), and the stream: one for
             each source that has a weight, else only `train`.
         names: of the streams in the mixture.
+        is_paired: every second document is the answer to the one before.
+        test: the tokens of data.test, for the final measurement; None if there are none.
+        labels: names of the classes, if they are known; else they are found in the answers.
     """
 
     tokenizer: Tokenizer
@@ -129,6 +133,14 @@ class Corpus:
     held_out_bytes: int
     mixture: tuple[tuple[float, Tokens], ...] = ()
     names: tuple[str, ...] = ()
+    is_paired: bool = False
+    test: Tokens | None = None
+    labels: tuple[str, ...] = ()
+
+    @property
+    def train_documents(self) -> int:
+        """The number of documents, or of pairs, to train on."""
+        return self.train.documents // (2 if self.is_paired else 1)
 
     @property
     def bytes_per_token(self) -> float:
@@ -163,8 +175,59 @@ def prepare(
         ConfigError: the source or the tokenizer cannot be read or does not fit, or a file of the
             cache is damaged.
     """
+    with _name_cache_errors(cfg):
+        corpus = _prepare_corpus(cfg, vocab, tokenizer, is_paired, log)
+        if not cfg.test:
+            return corpus
+        test, _ = _prepare_held_out(cfg, "test", corpus.tokenizer, is_paired, log)
+        return dataclasses.replace(corpus, test=test)
+
+
+def prepare_evaluation(
+    cfg: DataConfig,
+    tokenizer: Tokenizer,
+    is_paired: bool = False,
+    labels: Sequence[str] = (),
+    setting: str = "test",
+    log: LogFn = work.print_line,
+) -> Corpus:
+    """Return a corpus to evaluate a trained model on: all of `data.test`, or of `data.source`.
+
+    Args:
+        cfg: the source, the cache.
+        tokenizer: that of the model.
+        is_paired: as for `prepare`.
+        labels: the classes of the model, in order, if it is a classifier.
+        setting: "test" or "source": which source to evaluate on.
+        log: as for `prepare`.
+
+    Returns:
+        The corpus; all of the source is held out (and also `train`, so that tasks accept it).
+
+    Raises:
+        ConfigError: as for `prepare`.
+    """
+    with _name_cache_errors(cfg):
+        tokens, survey = _prepare_held_out(cfg, setting, tokenizer, is_paired, log)
+    size = survey.sizes["document"][1]
+    return Corpus(
+        tokenizer=tokenizer,
+        train=tokens,
+        held_out=tokens,
+        fingerprint=_digest([FORMAT_VERSION, survey.digest, tokenizer.fingerprint]),
+        source=getattr(cfg, setting),
+        rule="own",
+        train_bytes=size,
+        held_out_bytes=size,
+        is_paired=is_paired,
+        labels=tuple(labels),
+    )
+
+
+@contextlib.contextmanager
+def _name_cache_errors(cfg: DataConfig) -> Iterator[None]:
     try:
-        return _prepare_corpus(cfg, vocab, tokenizer, is_paired, log)
+        yield
     except OSError as error:  # errors of reading the source are ConfigErrors already
         raise ConfigError(f"data.cache={cfg.cache!r} cannot be used: {error}.") from error
 
@@ -179,10 +242,12 @@ class Plan(NamedTuple):
 
     @property
     def dtype(self) -> str:
+        """Return the smallest type that holds all token ids."""
         return "uint16" if self.known_tokenizer.vocab_size <= 1 << 16 else "uint32"
 
     @property
     def known_tokenizer(self) -> Tokenizer:
+        """Return the tokenizer, where it exists by now."""
         assert self.tokenizer is not None
         return self.tokenizer
 
@@ -199,7 +264,7 @@ def _prepare_corpus(
     cfg: DataConfig, vocab: int, tokenizer: Tokenizer | None, is_paired: bool, log: LogFn
 ) -> Corpus:
     weighted_sources = sources.parse_sources(cfg)
-    units_by_source = [sources.list_units(source) for _, source in weighted_sources]
+    units_by_source = sources.list_groups(cfg)
     units = [unit for group in units_by_source for unit in group]
     surveys = _survey_units(units, cfg, log)
     total = sum(surveys, sources.EMPTY_SURVEY)
@@ -219,8 +284,9 @@ def _prepare_corpus(
     train_tokenizer = partial(_train_tokenizer, plan, vocab, units, surveys, log)
     plan = plan._replace(tokenizer=_get_tokenizer(folder, given, train_tokenizer))
 
-    records = _make_shards(folder, units, surveys, plan, log)
-    borders = [0, *itertools.accumulate(map(len, units_by_source))]
+    list_again = lambda: itertools.chain(*sources.list_groups(cfg))  # noqa: E731
+    records = _make_shards(folder, units, surveys, plan, list_again, log)
+    borders = [0, *itertools.accumulate(map(len, units_by_source[: len(weighted_sources)]))]
     spans = [slice(*border) for border in itertools.pairwise(borders)]
     train, held_out, mixture = _map_streams(folder, records, spans, plan)
     digests = [sum(surveys[span], sources.EMPTY_SURVEY).digest for span in spans]
@@ -241,11 +307,36 @@ def _prepare_corpus(
         held_out_bytes=total.sizes[rule][1],
         mixture=mixture,
         names=names,
+        is_paired=is_paired,
     )
 
 
+def _prepare_held_out(
+    cfg: DataConfig, setting: str, tokenizer: Tokenizer, is_paired: bool, log: LogFn
+) -> tuple[Tokens, Survey]:
+    """Return all tokens of the source that this setting names, and its survey."""
+    list_units = partial(sources.list_held_out_units, cfg, setting)
+    units = list_units()
+    surveys = _survey_units(units, cfg, log)
+    total = sum(surveys, sources.EMPTY_SURVEY)
+    if not total.documents:
+        raise ConfigError(f"data.{setting}={getattr(cfg, setting)!r} has no text to evaluate on.")
+    digests = [survey.digest for survey in surveys]
+    key = _digest([FORMAT_VERSION, "evaluation", digests, is_paired, tokenizer.fingerprint])
+    folder = os.path.join(os.path.expanduser(cfg.cache), key)
+    plan = Plan(cfg, "document", is_paired, _get_tokenizer(folder, tokenizer, lambda: tokenizer))
+    records = _make_shards(folder, units, surveys, plan, list_units, log)
+    _raise_open_file_limit(len(records))
+    return _concatenate([_map_shard(folder, "held", record, plan) for record in records]), total
+
+
 def _make_shards(
-    folder: str, units: Sequence[SourceUnit], surveys: Sequence[Survey], plan: Plan, log: LogFn
+    folder: str,
+    units: Sequence[SourceUnit],
+    surveys: Sequence[Survey],
+    plan: Plan,
+    list_again: Callable[[], Iterable[SourceUnit]],
+    log: LogFn,
 ) -> list[dict]:
     """Make the missing shards, check all of them, and return their records."""
     pairs = zip(units, surveys, strict=True)
@@ -253,9 +344,7 @@ def _make_shards(
     records = _read_manifest(folder, jobs)
     if records is None:
         records = work.run_jobs(jobs, plan.cfg.workers, "tokenizing", log)
-        configs = [source for _, source in sources.parse_sources(plan.cfg)]
-        facts = [unit.facts for source in configs for unit in sources.list_units(source)]
-        if facts != [unit.facts for unit in units]:
+        if [unit.facts for unit in list_again()] != [unit.facts for unit in units]:
             raise _make_change_error(plan.cfg.source)
         _write_manifest(folder, plan, records)
     _check_files(folder, records, plan.cfg.verify)
@@ -368,6 +457,8 @@ def _train_tokenizer(
 
     def texts() -> Iterator[bytes]:
         for unit, size in zip(units, sizes, strict=True):
+            if not size:
+                continue
             is_whole = total <= MAX_SAMPLE_BYTES
             bytes_left = sys.maxsize if is_whole else size * MAX_SAMPLE_BYTES // total
             documents = sources.read_unit(unit)
@@ -469,13 +560,22 @@ class _ShardWriter:
     def flush(self):
         tokenizer, dtype = self.plan.known_tokenizer, self.plan.dtype
         bos, eos = np.array([[tokenizer.bos], [tokenizer.eos]], dtype)
-        for ids in tokenizer.encode_batch(self.pending):
-            document = np.concatenate([bos, ids.astype(dtype), eos]).tobytes()
-            self.ids_file.write(document)
-            self.hash.update(document)
-            self.starts.append(self.starts[-1] + ids.size + 2)
+        pieces = tokenizer.encode_pieces(self.pending)
+        for _, group in itertools.groupby(pieces, key=lambda piece: piece[0]):  # of a document
+            size, before = 2, bos
+            for _, ids in group:  # written one by one: a document may be long
+                self.write(np.concatenate([before, ids.astype(dtype)]))
+                size, before = size + ids.size, ids[:0].astype(dtype)
+            self.write(eos)
+            self.starts.append(self.starts[-1] + size)
         self.text_bytes += self.pending_bytes
         self.pending, self.pending_bytes = [], 0
+
+    def write(self, ids: np.ndarray):
+        """Append ids to the file and to its checksum."""
+        content = ids.tobytes()
+        self.ids_file.write(content)
+        self.hash.update(content)
 
     def close(self):
         self.flush()

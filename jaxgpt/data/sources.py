@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from jaxgpt.config import DataConfig
 from jaxgpt.data import files, hub, tfds
-from jaxgpt.data.units import RawDocuments, SourceUnit, make_file_unit, read_stamp
+from jaxgpt.data.paths import exists
+from jaxgpt.data.units import RawDocuments, SourceUnit, assign_part, make_file_unit, read_stamp
 from jaxgpt.settings import ConfigError, choose
 
 
@@ -51,6 +52,39 @@ def list_units(cfg: DataConfig) -> list[SourceUnit]:
     return SOURCES.get(kind + colon, files.list_units)(cfg)
 
 
+def list_groups(cfg: DataConfig) -> list[list[SourceUnit]]:
+    """Return the units of each single source; then, with `data.validation`, those of it.
+
+    With `data.validation`, it is what is held out, and the source is trained on whole.
+
+    Raises:
+        ConfigError: a source does not exist or cannot be read.
+    """
+    part = "train" if cfg.validation else ""
+    groups = [
+        [assign_part(unit, part) for unit in list_units(single)] for _, single in parse_sources(cfg)
+    ]
+    return [*groups, list_held_out_units(cfg, "validation")] if cfg.validation else groups
+
+
+def list_held_out_units(cfg: DataConfig, setting: str) -> list[SourceUnit]:
+    """Return the units of `data.validation`, `data.test` or `data.source`, held out as a whole.
+
+    Of a data set that has its own split, only what it holds out; see also `name@split`.
+
+    Raises:
+        ConfigError: a source does not exist, cannot be read, or has a weight.
+    """
+    source = getattr(cfg, setting)
+    try:
+        singles = parse_sources(replace(cfg, source=source))
+        if singles[0][0] is not None:
+            raise ConfigError(f"data.source={source!r} has weights: leave them out.")
+        return [assign_part(unit, "held") for _, single in singles for unit in list_units(single)]
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("data.source", f"data.{setting}")) from error
+
+
 def read_documents(cfg: DataConfig) -> Iterator[Document]:
     """Yield the documents of `cfg.source`, which may be several sources, in order.
 
@@ -67,6 +101,8 @@ _WEIGHTED_SOURCE = re.compile(r"([\d.][\d.e-]*)\s+\*\s+(.+)", re.DOTALL)
 def parse_sources(cfg: DataConfig) -> list[tuple[float | None, DataConfig]]:
     """Return the single sources in "0.7 * wiki/ + 0.3 * tfds:lm1b", and their weights.
 
+    What is the path of a file or a folder is one source, also if it has " + " or " * " in it.
+
     Returns:
         Each weight, None if there are no weights, and the config with only this source.
 
@@ -74,8 +110,8 @@ def parse_sources(cfg: DataConfig) -> list[tuple[float | None, DataConfig]]:
         ConfigError: a weight is not a positive number, or only some sources have one.
     """
     found: list[tuple[float | None, DataConfig]] = []
-    for text in cfg.source.split(" + "):
-        weighted = _WEIGHTED_SOURCE.fullmatch(text.strip())
+    for text in _split_sources(cfg.source):
+        weighted = None if exists(text) else _WEIGHTED_SOURCE.fullmatch(text.strip())
         weight, source = weighted.groups() if weighted else (None, text.strip())
         try:
             number = None if weight is None else float(weight)
@@ -94,6 +130,21 @@ def parse_sources(cfg: DataConfig) -> list[tuple[float | None, DataConfig]]:
             "one to all, or to none, and they are read one after another."
         )
     return found
+
+
+def _split_sources(text: str) -> Iterator[str]:
+    """Divide a source at " + ", but not inside the longest path that exists."""
+    parts = text.split(" + ")
+    while parts:
+        for count in range(len(parts), 0, -1):
+            joined = " + ".join(parts[:count])
+            weighted = _WEIGHTED_SOURCE.fullmatch(joined.strip())
+            source = weighted.group(2) if weighted else joined.strip()
+            path = re.sub(r"^(classes|hf):", "", source)
+            if count == 1 or exists(joined) or (path and exists(path)):
+                break
+        yield joined
+        parts = parts[count:]
 
 
 # --- Python itself ---
@@ -119,16 +170,16 @@ def list_stdlib_units(cfg: DataConfig) -> list[SourceUnit]:
     names = sorted(_list_modules(root))
     paths = (topics.__file__, *(os.path.join(root, name) for name in names))
     stamps = [read_stamp(path) for path in paths]
-    return [make_file_unit("stdlib", stamps, ["stdlib"], partial(_read_stdlib, root, names))]
+    return [make_file_unit("stdlib", stamps, ["stdlib"], partial(_read_stdlib, cfg, root, names))]
 
 
-def _read_stdlib(root: str, names: list[str]) -> RawDocuments:
+def _read_stdlib(cfg: DataConfig, root: str, names: list[str]) -> RawDocuments:
     from pydoc_data.topics import topics
 
     for name in sorted(topics):
         yield f"topics/{name}", topics[name].encode(), "", b""
     for name in names:
-        yield name, files.read_text_file(os.path.join(root, name)), "", b""
+        yield name, files.read_text_file(os.path.join(root, name), cfg), "", b""
 
 
 def _list_modules(root: str) -> Iterator[str]:

@@ -84,8 +84,12 @@ class Task:
         rngs = (np.random.default_rng([self.cfg.seed, 0, n]) for n in numbers)
         return self.transform(self.loader.make_batch(step, rows), rngs)
 
-    def make_eval_batches(self) -> Iterator[Batch]:
-        """Yield the held-out batches, the same every time."""
+    def make_eval_batches(self, tokens: Tokens | None = None) -> Iterator[Batch]:
+        """Yield the held-out batches, the same every time.
+
+        Args:
+            tokens: what to evaluate on, such as `corpus.test`; by default `corpus.held_out`.
+        """
         raise NotImplementedError
 
     def transform(self, batch: Batch, rngs: RowRngs) -> Batch:
@@ -96,10 +100,10 @@ class Task:
 class CausalTask(Task):
     """Rows of the stream, unchanged."""
 
-    def make_eval_batches(self) -> Iterator[Batch]:
+    def make_eval_batches(self, tokens: Tokens | None = None) -> Iterator[Batch]:
         cfg, B = self.cfg, self.cfg.train.batch
         windows = make_eval_batches(
-            self.corpus.held_out,
+            self.corpus.held_out if tokens is None else tokens,
             B,
             self.T,
             limit=cfg.train.eval_batches,
@@ -283,11 +287,16 @@ class PairTask(Task):
         is_packed = self.cfg.data.packing == "documents"
         return PairRows(tokens, self.T, self.corpus.tokenizer.pad, is_packed)
 
-    def make_eval_batches(self) -> Iterator[Batch]:
+    def make_eval_batches(self, tokens: Tokens | None = None) -> Iterator[Batch]:
         B = self.cfg.train.batch
-        total = -(-self.held_out_rows.size // B)
+        rows = self.held_out_rows if tokens is None else self.make_eval_rows(tokens)
+        total = -(-rows.size // B)
         for number in range(min(total, self.cfg.train.eval_batches or total)):
-            yield self.held_out_rows.gather(np.arange(number * B, (number + 1) * B))
+            yield rows.gather(np.arange(number * B, (number + 1) * B))
+
+    def make_eval_rows(self, tokens: Tokens) -> Rows:
+        """Return the rows of tokens that are neither trained on nor held out."""
+        return self.make_rows(tokens)
 
 
 class PairRows:
@@ -341,7 +350,8 @@ class ClassifyTask(PairTask):
     def __init__(self, cfg: Config, corpus: Corpus):
         super().__init__(cfg, corpus)
         all_rows = [*self.loader.rows, self.held_out_rows]
-        self.labels = sorted({name for rows in all_rows for name in rows.class_names})
+        found = {name for rows in all_rows for name in rows.class_names}
+        self.labels = list(corpus.labels) or sorted(found)
         if len(self.labels) != cfg.model.classes:
             few = ", ".join(map(repr, self.labels[:6])) + (", ..." if len(self.labels) > 6 else "")
             raise ConfigError(
@@ -349,8 +359,21 @@ class ClassifyTask(PairTask):
                 f"{len(self.labels)} classes ({few}): set model.classes={len(self.labels)}."
             )
         for rows in all_rows:
-            classes = [self.labels.index(name) for name in rows.class_names]
-            rows.classes = np.array(classes, np.int32)
+            self._number_classes(rows)
+
+    def make_eval_rows(self, tokens: Tokens) -> Rows:
+        rows = self.make_rows(tokens)
+        self._number_classes(rows)
+        return rows
+
+    def _number_classes(self, rows: "TextRows"):
+        numbers = {name: number for number, name in enumerate(self.labels)}
+        if unknown := sorted(set(rows.class_names) - numbers.keys()):
+            raise ConfigError(
+                f"a text is of the class {unknown[0]!r}, which the model does not have: it has "
+                f"{', '.join(map(repr, self.labels))}."
+            )
+        rows.classes = np.array([numbers[name] for name in rows.class_names], np.int32)
 
     def make_rows(self, tokens: Tokens) -> "TextRows":
         return TextRows(tokens, self.T, self.corpus.tokenizer)

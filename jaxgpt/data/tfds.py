@@ -24,6 +24,7 @@ from jaxgpt.data.units import (
     extract_texts,
     make_split_units,
     read_stamp,
+    split_source,
 )
 from jaxgpt.optional import require
 from jaxgpt.settings import ConfigError
@@ -31,6 +32,8 @@ from jaxgpt.settings import ConfigError
 
 def list_units(cfg: DataConfig) -> list[SourceUnit]:
     """Return the units of the data set `cfg.source`, tfds:name or tfds:name/config: example ranges.
+
+    Each may end in @split: tfds:name@test.
 
     Args:
         cfg: `text_key` is the feature with the text, `target_key` the one with the answer (text or
@@ -86,7 +89,7 @@ def _open_builder(source: str) -> tuple[Any, dict[str, Any]]:
 
 
 def _find_builder(tfds, source: str):
-    name = source.removeprefix("tfds:")
+    name = split_source(source)[0].removeprefix("tfds:")
     try:
         # tfds reads the variable when it is imported, which may have been before it was set.
         folder = os.environ.get("TFDS_DATA_DIR")

@@ -6,6 +6,7 @@ from functools import partial
 import flax.linen as nn
 import jax
 
+from jaxgpt.architecture import LayerSpec
 from jaxgpt.config import ModelConfig
 from jaxgpt.model.feedforward import FEEDFORWARDS
 from jaxgpt.model.layers import ATTENTION_OUTPUT, make_save_policy
@@ -55,6 +56,16 @@ def apply_sandwich_norm(
     return x
 
 
+def apply_reordered_norm(
+    x: jax.Array, sublayers: Sublayers, norm: MakeNorm, tap: TapResidual
+) -> jax.Array:
+    """x + norm(sublayer(x)): OLMo 2 (2025, arXiv:2501.00656, section 3.2)."""
+    for site, sublayer in sublayers.items():
+        x = tap(site, x)
+        x = x + norm(site, "out")(sublayer(x))
+    return x
+
+
 def apply_parallel(
     x: jax.Array, sublayers: Sublayers, norm: MakeNorm, tap: TapResidual
 ) -> jax.Array:
@@ -67,6 +78,7 @@ WIRINGS = {
     "pre": apply_pre_norm,
     "post": apply_post_norm,
     "sandwich": apply_sandwich_norm,
+    "reordered": apply_reordered_norm,
     "parallel": apply_parallel,
 }
 WIRINGS_WITHOUT_FINAL_NORM = {"post"}
@@ -86,14 +98,13 @@ class Block(nn.Module):
     """A token mixer, optional cross-attention and a channel mixer on the residual stream."""
 
     cfg: ModelConfig
-    mixer: str
-    pattern: str
+    spec: LayerSpec
     direction: str
 
     @nn.compact
     def __call__(self, x: jax.Array, state: dict | None, layer_context: LayerContext):
         """Return (x [B T D], new state). A state has one of each sublayer; None in training."""
-        c = self.cfg
+        c = self.cfg.at_layer(self.spec)
         new_states = {}
 
         def wrap_sublayer(site: str, module: nn.Module) -> Sublayer:
@@ -108,11 +119,11 @@ class Block(nn.Module):
             return sublayer
 
         sublayers = {}
-        mixer = MIXERS[self.mixer](c, self.pattern, self.direction, name="mixer")
+        mixer = MIXERS[self.spec.mixer](c, self.spec.pattern, self.direction, name="mixer")
         sublayers["mixer"] = wrap_sublayer("mixer", mixer)
         if layer_context.memory_coords is not None:
             sublayers["cross"] = wrap_sublayer("cross", CrossAttention(c, name="cross"))
-        make_ffn = FEEDFORWARDS[c.feedforward]
+        make_ffn = FEEDFORWARDS[self.spec.feedforward]
         if make_ffn is not None:
             ffn = make_ffn(c, name="ffn")
 
@@ -134,17 +145,19 @@ class Block(nn.Module):
 
 
 class LayerGroup(nn.Module):
-    """The blocks that a stack repeats: one cycle of `mixers` and `pattern`."""
+    """The blocks that a stack repeats, or its tail: one block per spec."""
 
     cfg: ModelConfig
+    specs: tuple[LayerSpec, ...]
     direction: str
 
     @nn.compact
     def __call__(self, x: jax.Array, states: tuple | None, layer_context: LayerContext):
-        new_states = []
-        for i, (mixer, pattern) in enumerate(self.cfg.layer_cycle):
-            block = Block(self.cfg, mixer, pattern, self.direction, name=f"block_{i}")
-            x, state = block(x, None if states is None else states[i], layer_context)
+        new_states, schemes = [], self.cfg.position_schemes
+        for i, spec in enumerate(self.specs):
+            block = Block(self.cfg, spec, self.direction, name=f"block_{i}")
+            context = layer_context.select_position(schemes.index(spec.position_scheme))
+            x, state = block(x, None if states is None else states[i], context)
             new_states.append(state)
         return x, None if states is None else tuple(new_states)
 

@@ -35,10 +35,12 @@ class Experts(nn.Module):
     """Top-k routing of each token to `moe.active` of E feed-forward experts.
 
     y = Σ_e gate_e(x) expert_e(x) over the `moe.active` most probable experts e; the gates are their
-    router probabilities, normalized to sum to 1. With `moe.capacity` > 0 an expert takes at most
-    that many times its fair share of the batch, first choices first, and drops the rest; so a
-    token's output depends on the others in its batch, though not on the devices. Without a
-    capacity no token is dropped.
+    router probabilities, normalized to sum to 1. Llama 4 has shared(x) + Σ_e expert_e(gate_e(x) x)
+    instead, with sigmoids as gates: see `moe.shared`, `moe.gated` and `moe.scoring`.
+
+    With `moe.capacity` > 0 an expert takes at most that many times its fair share of the batch,
+    first choices first, and drops the rest; so a token's output depends on the others in its batch,
+    though not on the devices. Without a capacity no token is dropped.
 
     On a mesh of P devices along `expert` with n tokens each, every one receives (P - 1) n D numbers
     (all-gather) and as many on the way back (reduce-scatter). An all-to-all would need buffers for
@@ -59,6 +61,9 @@ class Experts(nn.Module):
         c, mesh = self.cfg, get_active_mesh()
         scores = constrain(Router(c, name="router")(x), "BT.")  # [B T E]
         scores = tap(self, "router", scores)
+        if c.moe.shared:
+            shared_cfg = dataclasses.replace(c, ffn=c.sizes["F"] * c.moe.shared)
+            shared = self.expert(shared_cfg, name="shared")(x)
         if self.is_initializing():
             self.init_experts(x)
             return x
@@ -77,7 +82,8 @@ class Experts(nn.Module):
         out, balance_loss = run(weights, x, scores, coords.segment_ids > 0)
         self.sow("losses", "balance", balance_loss)
         # Summed outside of `map_shards`, so that the gradient of the sum needs no collective.
-        return constrain(jax.lax.reduce_sum(out, axes=(0,)), "BT.")
+        out = constrain(jax.lax.reduce_sum(out, axes=(0,)), "BT.")
+        return out + shared if c.moe.shared else out
 
     def init_experts(self, x: jax.Array):
         """Create the parameters of the experts, stacked along E."""
@@ -106,6 +112,35 @@ class Router(nn.Module):
         return x.astype(jnp.float32) @ declare_param(self, "w", "D>E", self.cfg.sizes, normal)
 
 
+def score_softmax(scores: jax.Array, active: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Choose experts by their probabilities, and normalize the gates to sum to 1.
+
+    Args:
+        scores: router logits [... E].
+
+    Returns:
+        (probability [... E] of the balance loss, gate [... active], expert ids [... active]).
+    """
+    probability = jax.nn.softmax(scores)
+    gate, expert_ids = jax.lax.top_k(probability, active)
+    return probability, gate / jnp.sum(gate, axis=-1, keepdims=True), expert_ids
+
+
+def score_sigmoid(scores: jax.Array, active: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As `score_softmax`, with gates that do not depend on the other experts.
+
+    Source: Llama 4 (Meta 2025), in its code; the probability of the balance loss is that of
+    DeepSeek-V3 (2024, arXiv:2412.19437, equation 19).
+    """
+    affinity = jax.nn.sigmoid(scores)
+    gate, expert_ids = jax.lax.top_k(affinity, active)
+    return affinity / jnp.sum(affinity, axis=-1, keepdims=True), gate, expert_ids
+
+
+SCORINGS = {"softmax": score_softmax, "sigmoid": score_sigmoid}
+GATED_SIDES = {"outputs": "gate * expert(x)", "inputs": "expert(gate * x)"}
+
+
 def compute_device_part(cfg: ModelConfig, expert, axes: Axes, letters, weights, x, scores, is_real):
     """Compute one device's part of a mixture of experts.
 
@@ -119,9 +154,7 @@ def compute_device_part(cfg: ModelConfig, expert, axes: Axes, letters, weights, 
         batch []).
     """
     moe = cfg.moe
-    probability = jax.nn.softmax(scores)
-    gate, expert_ids = jax.lax.top_k(probability, moe.active)  # [b t active]
-    gate = gate / jnp.sum(gate, axis=-1, keepdims=True)
+    probability, gate, expert_ids = SCORINGS[moe.scoring](scores, moe.active)
     is_taken = jnp.broadcast_to(is_real[..., None], expert_ids.shape)
     one_hot = jax.nn.one_hot(expert_ids, moe.experts, dtype=jnp.int32) * is_taken[..., None]
     balance_loss = compute_balance_loss(probability, one_hot, is_real, axes["B"] + axes["T"])
@@ -271,7 +304,9 @@ apply_experts.defvjp(_forward, _backward)
 
 
 def apply_gated_expert(module: nn.Module, w, x: jax.Array, gate: jax.Array) -> jax.Array:
-    """Apply one expert to x [block D] and multiply by its gate [block]."""
+    """Apply one expert to x [block D], its output or input multiplied by its gate [block]."""
+    if module.cfg.moe.gated == "inputs":  # type: ignore[attr-defined]
+        x, gate = (gate[:, None] * x).astype(x.dtype), jnp.ones_like(gate)
     y: Any = module.apply({"params": w}, x)
     return gate[:, None] * y.astype(jnp.float32)
 

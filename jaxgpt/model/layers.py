@@ -101,7 +101,7 @@ def make_residual_init(cfg: ModelConfig):
 
 
 def identity(x: jax.Array) -> jax.Array:
-    """Return x."""
+    """Return x [...] unchanged."""
     return x
 
 
@@ -109,12 +109,14 @@ class Linear(nn.Module):
     """A linear map declared by its letters: Linear(cfg, "D>HK") maps [B T D] to [B T H K].
 
     With `input_fn` it maps input_fn(*inputs). For the backward pass it saves w and the inputs as
-    passed: neither the output of `input_fn` (see `recompute`), nor cast or transposed copies.
+    passed: neither the output of `input_fn` (see `recompute`), nor cast or transposed copies. It
+    has a bias if `site` is one of `cfg.bias_sites`.
     """
 
     cfg: ModelConfig
     letters: str
     initial: nn.initializers.Initializer = normal
+    site: str = "other"
 
     @nn.compact
     def __call__(self, *inputs: jax.Array, input_fn: Callable = identity) -> jax.Array:
@@ -130,6 +132,6 @@ class Linear(nn.Module):
             return multiply(x, w, axes)
 
         y = apply_matmul(w, *inputs)
-        if self.cfg.bias:
+        if self.site in self.cfg.bias_sites:
             y = y + declare_param(self, "b", out_letters, self.cfg.sizes, zeros).astype(y.dtype)
         return y

@@ -115,6 +115,19 @@ class Window(Mask):
 
 
 @dataclass(frozen=True)
+class SameChunk(Mask):
+    """Attention within chunks of `size` tokens, counted from the start of the document.
+
+    Source: Llama 4 (Meta 2025), its local layers, in its code.
+    """
+
+    size: int
+
+    def __call__(self, q, k):
+        return (q.positions // self.size)[:, :, None] == (k.positions // self.size)[:, None, :]
+
+
+@dataclass(frozen=True)
 class Strided(Mask):
     """Attention to every stride-th token, counted from the query.
 
@@ -200,6 +213,11 @@ def make_window_mask(cfg: ModelConfig, direction: Mask | None) -> Mask:
     return _intersect(direction, Window(cfg.sparse.window))
 
 
+def make_chunked_mask(cfg: ModelConfig, direction: Mask | None) -> Mask:
+    """Return the mask of chunked attention."""
+    return _intersect(direction, SameChunk(cfg.sparse.chunk))
+
+
 def make_strided_mask(cfg: ModelConfig, direction: Mask | None) -> Mask:
     """Return the last `stride` tokens and every stride-th one: both heads of the paper in one."""
     stride = cfg.sparse.stride
@@ -225,6 +243,7 @@ def _intersect(direction: Mask | None, mask: Mask) -> Mask:
 PATTERNS = {
     "full": make_full_mask,
     "window": make_window_mask,
+    "chunked": make_chunked_mask,
     "strided": make_strided_mask,
     "blocks": make_block_sparse_mask,
     "prefix": make_prefix_mask,

@@ -1,5 +1,7 @@
 """Normalizations, computed in float32 whatever the compute dtype."""
 
+from collections.abc import Callable
+
 import chex
 import flax.linen as nn
 import jax
@@ -12,7 +14,7 @@ from jaxgpt.model.layers import NORM_STATISTICS, ones, recompute, zeros
 
 
 @recompute
-def apply_rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+def apply_rms_norm(x: jax.Array, scale: jax.Array | float, eps: float) -> jax.Array:
     """Apply RMSNorm: x [... D], scale float32 [D] -> [... D]."""
     y = x.astype(jnp.float32)
     rate = jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
@@ -30,6 +32,16 @@ def apply_layer_norm(
     return (y * checkpoint_name(rate, NORM_STATISTICS) * scale + bias).astype(x.dtype)
 
 
+def apply_flat(norm: Callable[..., jax.Array], x: jax.Array, *params: jax.Array) -> jax.Array:
+    """Apply a norm over the trailing dimensions of x that its parameters have."""
+    shape = params[0].shape
+    chex.assert_shape(x, (..., *shape))
+    if len(shape) == 1:
+        return norm(x, *params)
+    y = norm(x.reshape(*x.shape[: -len(shape)], -1), *(p.reshape(-1) for p in params))
+    return y.reshape(x.shape)
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) * scale.
 
@@ -37,34 +49,36 @@ class RMSNorm(nn.Module):
     """
 
     cfg: ModelConfig
-    letter: str = "D"
+    letters: str = "D"  # of the dimensions that are normalized together
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # [... D] -> [... D]
-        chex.assert_axis_dimension(x, -1, self.cfg.sizes[self.letter])
-        scale = declare_param(self, "scale", self.letter, self.cfg.sizes, ones)
-        return apply_rms_norm(x, scale, self.cfg.norm_eps)
+        scale = declare_param(self, "scale", self.letters, self.cfg.sizes, ones)
+        return apply_flat(lambda x, scale: apply_rms_norm(x, scale, self.cfg.norm_eps), x, scale)
 
 
 class LayerNorm(nn.Module):
-    """(x - mean) / sqrt(var + eps) * scale, plus a bias if `cfg.bias`.
+    """(x - mean) / sqrt(var + eps) * scale, plus a bias if `cfg.bias` is "all".
 
     Source: Ba et al. 2016, arXiv:1607.06450, equation 4.
     """
 
     cfg: ModelConfig
-    letter: str = "D"
+    letters: str = "D"  # of the dimensions that are normalized together
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # [... D] -> [... D]
-        chex.assert_axis_dimension(x, -1, self.cfg.sizes[self.letter])
-        scale = declare_param(self, "scale", self.letter, self.cfg.sizes, ones)
-        bias = (
-            declare_param(self, "bias", self.letter, self.cfg.sizes, zeros)
-            if self.cfg.bias
-            else 0.0
+        names = {"scale": ones} | ({"bias": zeros} if "other" in self.cfg.bias_sites else {})
+        scale, *bias = (
+            declare_param(self, name, self.letters, self.cfg.sizes, init)
+            for name, init in names.items()
         )
-        return apply_layer_norm(x, scale, bias, self.cfg.norm_eps)
+        eps = self.cfg.norm_eps
+
+        def norm(x, scale, bias=0.0):
+            return apply_layer_norm(x, scale, bias, eps)
+
+        return apply_flat(norm, x, scale, *bias)
 
 
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}

@@ -25,7 +25,8 @@ from jaxgpt.sharding import SHARDING_RULES, constrain, get_active_mesh, get_axis
 
 MAX_MICROBATCHES_PER_STAGE = 4  # if there are enough rows: a fifth of the time is idle
 
-BATCHED_FIELDS = ("q_coords", "k_coords", "rotate", "memory", "memory_coords")  # of `LayerContext`
+# Of `LayerContext`.
+BATCHED_FIELDS = ("q_coords", "k_coords", "rotations", "query_scales", "memory", "memory_coords")
 
 Layer = Callable[
     [Any, jax.Array, LayerContext, Any], jax.Array

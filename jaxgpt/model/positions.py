@@ -1,12 +1,13 @@
 """Position encodings.
 
-Every encoding acts in exactly one of three places, so every class overrides one of three hooks:
+Every encoding acts in exactly one of four places, so every class overrides one of four hooks:
 
-    embed          adds to the residual stream, once         (sinusoidal, learned)
-    make_rotation  rotates queries and keys, in every layer  (rope)
-    make_bias      adds to the attention logits              (alibi, t5)
+    embed             adds to the residual stream, once         (sinusoidal, learned)
+    make_rotation     rotates queries and keys, in every layer  (rope)
+    make_bias         adds to the attention logits              (alibi, t5)
+    make_query_scale  scales queries                            (temperature)
 
-The base class is the identity in all three: the encoding "none".
+The base class is the identity in all four: the encoding "none".
 """
 
 import math
@@ -138,12 +139,18 @@ def keep_unscaled(cfg: ModelConfig, frequencies: np.ndarray) -> ScaledFrequencie
     return frequencies, 1.0
 
 
+def get_factor(cfg: ModelConfig) -> float:
+    """Return `rope.factor` of a layer, whose config has one."""
+    assert isinstance(cfg.rope.factor, float)
+    return cfg.rope.factor
+
+
 def scale_linear(cfg: ModelConfig, frequencies: np.ndarray) -> ScaledFrequencies:
     """Divide positions by the factor (position interpolation).
 
     Source: Chen et al. 2023, arXiv:2306.15595, equation 4.
     """
-    return frequencies / cfg.rope.factor, 1.0
+    return frequencies / get_factor(cfg), 1.0
 
 
 def scale_ntk(cfg: ModelConfig, frequencies: np.ndarray) -> ScaledFrequencies:
@@ -152,7 +159,7 @@ def scale_ntk(cfg: ModelConfig, frequencies: np.ndarray) -> ScaledFrequencies:
     Source: bloc97 2023, "NTK-aware scaled RoPE"; Peng et al. 2023, arXiv:2309.00071, equation 16.
     """
     size = 2 * len(frequencies)
-    base_scale = cfg.rope.factor ** (size / max(size - 2, 1))
+    base_scale = get_factor(cfg) ** (size / max(size - 2, 1))
     return frequencies * base_scale ** (-np.arange(len(frequencies)) / len(frequencies)), 1.0
 
 
@@ -162,15 +169,15 @@ def scale_yarn(cfg: ModelConfig, frequencies: np.ndarray) -> ScaledFrequencies:
     Source: Peng et al. 2023, arXiv:2309.00071, section 3.2 and equation 21, with its α = 1 and
     β = 32.
     """
-    r, size = cfg.rope, 2 * len(frequencies)
+    factor, size = get_factor(cfg), 2 * len(frequencies)
 
     def find_channel(turns):  # where a wavelength fits `turns` times in the original context
         ratio = _original_context(cfg) / (turns * 2 * math.pi)
-        return size * math.log(ratio) / (2 * math.log(r.theta))
+        return size * math.log(ratio) / (2 * math.log(cfg.rope.theta))
 
     low, high = max(math.floor(find_channel(32)), 0), min(math.ceil(find_channel(1)), size - 1)
     ramp = np.clip((np.arange(len(frequencies)) - low) / max(high - low, 1e-3), 0, 1)
-    return frequencies * (1 - ramp) + frequencies / r.factor * ramp, 0.1 * math.log(r.factor) + 1
+    return frequencies * (1 - ramp) + frequencies / factor * ramp, 0.1 * math.log(factor) + 1
 
 
 def scale_llama3(cfg: ModelConfig, frequencies: np.ndarray) -> ScaledFrequencies:
@@ -180,11 +187,11 @@ def scale_llama3(cfg: ModelConfig, frequencies: np.ndarray) -> ScaledFrequencies
     """
     turns = _original_context(cfg) * frequencies / (2 * math.pi)  # in the original context
     ramp = np.clip((turns - 1) / (4 - 1), 0, 1)
-    return frequencies / cfg.rope.factor * (1 - ramp) + frequencies * ramp, 1.0
+    return frequencies / get_factor(cfg) * (1 - ramp) + frequencies * ramp, 1.0
 
 
 def _original_context(cfg: ModelConfig) -> float:
-    return cfg.rope.original or cfg.context / cfg.rope.factor
+    return cfg.rope.original or cfg.context / get_factor(cfg)
 
 
 SCALINGS: dict[str, Callable[[ModelConfig, np.ndarray], ScaledFrequencies]] = {
@@ -200,9 +207,11 @@ SCALINGS: dict[str, Callable[[ModelConfig, np.ndarray], ScaledFrequencies]] = {
 
 
 class PositionEncoding(nn.Module):
-    """No position encoding: the identity in all three places."""
+    """No position encoding: the identity in all four places."""
 
-    ATTENTION_HOOK: ClassVar[str] = ""  # what attention must apply: "rotation", "bias" or nothing
+    # What attention must apply: "rotation", "bias", "query_scale" or nothing.
+    ATTENTION_HOOK: ClassVar[str] = ""
+    ADDS_TO_EMBEDDING: ClassVar[bool] = False  # then all layers share it
 
     cfg: ModelConfig
     direction: str = "causal"
@@ -219,9 +228,15 @@ class PositionEncoding(nn.Module):
         """Return the bias (q coords [B T], k coords [B S]) -> float32 [B H T S], or None."""
         return None
 
+    def make_query_scale(self, positions: jax.Array) -> jax.Array | None:
+        """Return the factor of the queries at positions [B T], float32 [B T], or None."""
+        return None
+
 
 class Sinusoidal(PositionEncoding):
     """Fixed sines and cosines, added to the embedding."""
+
+    ADDS_TO_EMBEDDING = True
 
     def embed(self, x, positions):
         return x + encode_sinusoidal(positions, self.cfg.width).astype(x.dtype)
@@ -229,6 +244,8 @@ class Sinusoidal(PositionEncoding):
 
 class Learned(PositionEncoding):
     """A learned row per position, added to the embedding."""
+
+    ADDS_TO_EMBEDDING = True
 
     def setup(self):
         self.table = declare_param(self, "table", "C>D", self.cfg.sizes, normal)
@@ -273,6 +290,19 @@ class T5(PositionEncoding):
         return Partial(Partial(compute_t5_bias, *static_args), self.table.astype(jnp.float32))
 
 
+class Temperature(PositionEncoding):
+    """No encoding but an attention temperature: queries grow with the logarithm of the position.
+
+    Source: Nakanishi 2025, arXiv:2501.19399, as Llama 4 uses it in its layers without RoPE.
+    """
+
+    ATTENTION_HOOK = "query_scale"
+
+    def make_query_scale(self, positions):
+        c = self.cfg
+        return 1 + c.temperature_scale * jnp.log1p((positions + 1) // c.temperature_floor)
+
+
 POSITION_ENCODINGS = {
     "none": PositionEncoding,
     "sinusoidal": Sinusoidal,
@@ -280,4 +310,5 @@ POSITION_ENCODINGS = {
     "rope": Rope,
     "alibi": Alibi,
     "t5": T5,
+    "temperature": Temperature,
 }

@@ -9,6 +9,7 @@ output projection is not part of it: `compute_logits` (sampling) and `objectives
 the hidden states, so that [B T V] is allocated only where it is needed.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any, ClassVar, NamedTuple
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from jaxgpt.architecture import LayerSpec
 from jaxgpt.backend import get_backend
 from jaxgpt.config import ModelConfig
 from jaxgpt.dims import declare_param, split
@@ -31,7 +33,7 @@ from jaxgpt.model.mixers.attention import Attention
 from jaxgpt.model.mixers.mixer import LayerContext, update_slots
 from jaxgpt.model.norms import NORMS
 from jaxgpt.model.pipeline import count_stages, run_pipeline
-from jaxgpt.model.positions import POSITION_ENCODINGS
+from jaxgpt.model.positions import POSITION_ENCODINGS, PositionEncoding
 from jaxgpt.model.taps import CAPTURED, LAYER_INDEX, is_capturing, tap
 from jaxgpt.sharding import constrain
 
@@ -79,10 +81,10 @@ class Stack(nn.Module):
     ):
         """x [B T D], coords [B T], memory [B S D] of the encoder -> (hidden [B T D], cache)."""
         c = self.cfg
-        encoding = POSITION_ENCODINGS[c.position](c, self.direction, name="position")
+        encodings = self.make_position_encodings()
         if c.embed_scale:
             x = x * c.width**0.5
-        x = encoding.embed(x, coords.positions)
+        x = encodings[0].embed(x, coords.positions)  # with others, none adds to the embedding
         if c.embed_norm:
             x = NORMS[c.norm](c, name="embed_norm")(x)
         x = tap(self, "embedding", constrain(Dropout(c.dropout)(x), "BTD"))
@@ -90,8 +92,16 @@ class Stack(nn.Module):
         if cache is not None:
             k_coords, cursor = update_slots(cache.coords, coords, cache.cursor), cache.cursor
             memory_coords = cache.memory_coords if memory is None else memory_coords
-        rotate, bias = encoding.make_rotation(coords.positions), encoding.make_bias()
-        layer_context = LayerContext(coords, k_coords, rotate, bias, cursor, memory, memory_coords)
+        layer_context = LayerContext(
+            coords,
+            k_coords,
+            rotations=tuple(e.make_rotation(coords.positions) for e in encodings),
+            biases=tuple(e.make_bias() for e in encodings),
+            query_scales=tuple(e.make_query_scale(coords.positions) for e in encodings),
+            cursor=cursor,
+            memory=memory,
+            memory_coords=memory_coords,
+        )
         x, states = self.apply_layers(x, None if cache is None else cache.states, layer_context)
         if c.wiring not in WIRINGS_WITHOUT_FINAL_NORM:
             x = NORMS[c.norm](c, name="norm")(x)
@@ -100,25 +110,57 @@ class Stack(nn.Module):
             cache = Cache(states, k_coords, cache.cursor + x.shape[1], memory_coords)
         return x, cache
 
+    def make_position_encodings(self) -> list[PositionEncoding]:
+        """Return one encoding per position scheme of the layers."""
+        encodings = []
+        for i, (position, rope) in enumerate(self.cfg.position_schemes):
+            cfg = dataclasses.replace(self.cfg, position=position, rope=rope, unroll=0)
+            name = f"position_{i}" if i else "position"
+            encodings.append(POSITION_ENCODINGS[position](cfg, self.direction, name=name))
+        return encodings
+
+    @property
+    def groups(self) -> list[tuple[str, tuple[LayerSpec, ...], int]]:
+        """(name, specs, repeats) of the layers that repeat and, if the cycle leaves one, a tail."""
+        cycle, repeats, tail = self.cfg.group_layers(self.layers or self.cfg.layers)
+        return [("layers", cycle, repeats)] + ([("tail", tail, 1)] if tail else [])
+
     def apply_layers(self, x: jax.Array, states: tuple | None, layer_context: LayerContext):
-        """Apply all layers as a scan over one compiled group, with parameters stacked along L."""
-        c = self.cfg
-        repeats = (self.layers or c.layers) // len(c.layer_cycle)
+        """Apply all layers: see `apply_group`, or `decode_blocks` for one token."""
         if states is not None and x.shape[1] == 1:
             return self.decode_blocks(x, states, layer_context)
+        new_states: tuple = ()
+        for name, specs, repeats in self.groups:
+            start = len(new_states)
+            part = states and states[start : start + repeats * len(specs)]
+            x, new = self.apply_group(name, specs, repeats, x, part, layer_context)
+            new_states += new or ()
+        return x, states and new_states
+
+    def apply_group(
+        self,
+        name: str,
+        specs: tuple[LayerSpec, ...],
+        repeats: int,
+        x: jax.Array,
+        states: tuple | None,
+        layer_context: LayerContext,
+    ):
+        """Apply a group of layers as a scan over its repeats, with parameters stacked along L."""
+        c = self.cfg
         # Initialization and prefill have no backward pass, so a loop costs them nothing.
         is_training = states is None and not self.is_initializing()
-        count = count_unrolled(c, repeats) if is_training else 1
+        count = min(count_unrolled(c, repeats), repeats) if is_training else 1
         group = REMAT_POLICIES[c.remat](LayerGroup, prevent_cse=count == repeats)
         if is_training and count_stages(repeats) > 1 and not is_capturing():
             key = self.make_rng("dropout") if self.has_rng("dropout") else None
 
             def layer(params, x, layer_context, number):
                 rngs = {} if key is None else {"dropout": jax.random.fold_in(key, number)}
-                module = group(c, self.direction, parent=None)
+                module = group(c, specs, self.direction, parent=None)
                 return module.apply({"params": params}, x, None, layer_context, rngs=rngs)[0]
 
-            params = self.variables["params"]["layers"]
+            params = self.variables["params"][name]
             return run_pipeline(layer, params, x, layer_context, count_stages(repeats)), None
         scanned = nn.scan(
             group,
@@ -129,21 +171,22 @@ class Stack(nn.Module):
             unroll=count,
             metadata_params={"letter": "L"},
         )
-        stacked = states and _stack_states(states, len(c.layer_cycle))
+        stacked = states and _stack_states(states, len(specs))
         with prevent_cse(is_training and count == repeats and get_backend().use_cse_guard):
-            x, stacked = scanned(c, self.direction, name="layers")(x, stacked, layer_context)
+            x, stacked = scanned(c, specs, self.direction, name=name)(x, stacked, layer_context)
         return x, stacked and _unstack_states(stacked)
 
     def decode_blocks(self, x: jax.Array, states: tuple, layer_context: LayerContext):
         """As `apply_layers`, for one token: a scan would copy each layer's weights and state."""
-        group: Any = LayerGroup(self.cfg, self.direction, parent=None)
-        size, new_states = len(self.cfg.layer_cycle), ()
-        layers = self.variables["params"]["layers"]
-        layers = layers if "0" in layers else _index_layers(layers)
-        for n in range(len(layers)):
-            state = states[n * size : (n + 1) * size]
-            x, new = group.apply({"params": layers[str(n)]}, x, state, layer_context)
-            new_states += new
+        new_states: tuple = ()
+        for name, specs, repeats in self.groups:
+            group: Any = LayerGroup(self.cfg, specs, self.direction, parent=None)
+            layers = self.variables["params"][name]
+            layers = layers if "0" in layers else _index_layers(layers)
+            for n in range(repeats):
+                state = states[len(new_states) : len(new_states) + len(specs)]
+                x, new = group.apply({"params": layers[str(n)]}, x, state, layer_context)
+                new_states += new
         return x, new_states
 
 
@@ -162,10 +205,12 @@ def _index_layers(stacked) -> dict:
 def unstack_layers(params):
     """Return parameters for decoding: stack/layers/0, 1, ... in place of leaves [L ...].
 
-    From stacked leaves, every token would copy the parameters of each layer.
+    From stacked leaves, every token would copy the parameters of each layer. A tail, stack/tail, is
+    stacked too, with L = 1.
     """
     stack = params["stack"]
-    return params | {"stack": stack | {"layers": _index_layers(stack["layers"])}}
+    groups = {name: _index_layers(stack[name]) for name in ("layers", "tail") if name in stack}
+    return params | {"stack": stack | groups}
 
 
 def _stack_states(states: tuple, size: int) -> tuple:
@@ -223,6 +268,11 @@ class Decoder(Family):
         super().setup()
         self.stack = Stack(self.cfg)
 
+    def encode(self, tokens: jax.Array, coords: Coords) -> jax.Array:
+        """Return the hidden states [B T D] of tokens [B T], before the head transforms them."""
+        coords.check(tokens)
+        return self.stack(self.embed(tokens), coords)[0]
+
     def __call__(self, tokens: jax.Array, coords: Coords, cache: Cache | None = None):
         """tokens int32 [B T], coords [B T] -> (hidden [B T D] in the compute dtype, cache)."""
         coords.check(tokens)
@@ -274,6 +324,11 @@ class EncoderDecoder(Family):
         self.encoder = Stack(self.cfg, "both", self.cfg.encoder_layers)
         self.stack = Stack(self.cfg)
 
+    def encode(self, tokens: jax.Array, coords: Coords) -> jax.Array:
+        """Return the hidden states [B S D] of the source, tokens [B S]."""
+        coords.check(tokens)
+        return self.encoder(self.embed(tokens), coords)[0]
+
     def __call__(
         self,
         tokens: jax.Array,
@@ -290,8 +345,7 @@ class EncoderDecoder(Family):
             source = EncoderInput(tokens, coords)
         memory, memory_coords = None, None
         if source is not None:
-            memory_coords = source.coords.check(source.tokens)
-            memory, _ = self.encoder(self.embed(source.tokens), memory_coords)
+            memory, memory_coords = self.encode(*source), source.coords
         elif cache is None:
             raise ValueError(
                 "an encoder_decoder needs a source, or a cache that was filled from one."
@@ -346,7 +400,7 @@ COMPONENTS = {
 
 def find_component(path) -> str:
     """Return the component of the model that a path in the parameter tree belongs to."""
-    keys = [key.key for key in path]
+    keys = [key.key.rstrip("_0123456789") for key in path]  # "position_1" is a position as well
     return next((COMPONENTS[key] for key in keys if key in COMPONENTS), "norms")
 
 
@@ -360,21 +414,26 @@ def count_params(cfg: ModelConfig) -> dict[str, int]:
     return count | {"total": sum(count.values())}
 
 
+def count_expert_params(cfg: ModelConfig) -> int:
+    """Return the number of parameters of all experts that tokens are routed to."""
+    leaves = jax.tree.leaves_with_path(abstract_params(cfg)[0])
+    return sum(x.size for path, x in leaves if "experts" in [key.key for key in path])
+
+
 def init_cache(cfg: ModelConfig, batch: int, slots: int, source: int = 0) -> Cache:
     """Return an empty cache for `batch` rows of `slots` tokens, with `source` encoder tokens."""
     chex.assert_scalar_positive(batch)
     chex.assert_scalar_positive(slots)
 
-    def init_layer(mixer: str):
+    def init_layer(mixer: str) -> dict[str, Any]:
         cross = {"cross": Attention.init_state(cfg, batch, source)} if source else {}
         return {"mixer": MIXERS[mixer].init_state(cfg, batch, slots)} | cross
 
     no_tokens = jnp.zeros((batch, slots), jnp.int32)
     prefix = no_tokens if "prefix" in cfg.pattern else None
     no_source = jnp.zeros((batch, source), jnp.int32)
-    repeats = cfg.layers // len(cfg.layer_cycle)
     return Cache(
-        states=tuple(init_layer(mixer) for mixer, _ in cfg.layer_cycle * repeats),
+        states=tuple(init_layer(spec.mixer) for spec in cfg.list_layers(cfg.layers)),
         coords=Coords(no_tokens, no_tokens, prefix),
         cursor=jnp.int32(0),
         memory_coords=Coords(no_source, no_source) if source else None,

@@ -10,32 +10,22 @@ optimizer and random state, so that sampling reads no more than it needs.
 """
 
 import dataclasses
-import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxgpt import config as configs
-from jaxgpt import tokenizer as tokenizers
-from jaxgpt.config import Config
-from jaxgpt.config_files import find_run_config
-from jaxgpt.model import abstract_params
 from jaxgpt.saved_arrays import (
     check_shapes,
     describe_read_errors,
     get_shapes,
-    latest_step,
     make_manager,
     read_manifest,
-    read_shapes,
 )
-from jaxgpt.settings import ConfigError
 from jaxgpt.trainer.state import TrainState
 
 
@@ -51,6 +41,7 @@ class Progress:
     best_step: int = 0
     stale: int = 0  # evaluations since the best one
     data: str = ""  # fingerprint of the tokens trained on
+    tokenizer: str = ""  # fingerprint of the tokenizer, "" in older runs
     evaluation: str = ""  # what `best_loss` was measured on (see `run.describe_evaluation`)
     is_done: bool = False  # it has stopped early
     stop_reason: str = ""
@@ -130,6 +121,7 @@ class Checkpoints:
         self._best = _Folder(os.path.join(run_folder, "best"), 1, is_read_only)
 
     def latest_step(self) -> int | None:
+        """Return the step of the latest checkpoint, or None."""
         return self._latest.manager.latest_step()
 
     def save(self, state: TrainState, progress: Progress):
@@ -185,73 +177,7 @@ class Checkpoints:
         self._best.wait()
 
     def close(self):
+        """Finish saving and release the folders."""
         with ExitStack() as stack:
             stack.callback(self._best.close)
             stack.callback(self._latest.close)
-
-
-def load_run(
-    run_folder: str, checkpoint: str = "best", plugins: Sequence[str] | None = None
-) -> tuple[Config, Any, Any, int]:
-    """Load a run for inference.
-
-    Args:
-        run_folder: such as runs/gpt_mini.
-        checkpoint: "best" (the latest if there is no best) or "latest".
-        plugins: see `read_config`.
-
-    Returns:
-        (config, tokenizer, params, step).
-
-    Raises:
-        ConfigError: there is no such run, or it has no checkpoint yet, or it cannot be read.
-    """
-    config = read_config(run_folder, plugins)
-    tokenizer = tokenizers.load(os.path.join(run_folder, "tokenizer.json"))
-    order = {"best": ("best", "checkpoints"), "latest": ("checkpoints",)}
-    for name in configs.choose(order, checkpoint, "checkpoint"):
-        folder = os.path.abspath(os.path.join(run_folder, name))
-        step = latest_step(folder)
-        if step is not None:
-            path = os.path.join(folder, f"{step}")
-            return config, tokenizer, read_params(path, _make_abstract_params(config)), step
-    raise ConfigError(f"{run_folder} has no checkpoint yet: train it first, or for longer.")
-
-
-def read_params(folder: str, abstract) -> Any:
-    """Read the parameters of one checkpoint, with the shapes and shardings of `abstract`."""
-    with ocp.StandardCheckpointer() as reader, describe_read_errors(folder):
-        saved = {"params": read_shapes(os.path.join(folder, "params"))}
-        check_shapes(folder, saved, params=abstract)
-        return reader.restore(os.path.join(folder, "params"), abstract)
-
-
-def _make_abstract_params(config: Config):
-    """Return the abstract parameters on the first local device, wherever they were trained."""
-    shapes, _ = abstract_params(config.model)
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
-
-
-def read_config(run_folder: str, plugins: Sequence[str] | None = None) -> Config:
-    """Read the config of a run.
-
-    Args:
-        plugins: modules, or paths of .py files, in place of those that the config names.
-    """
-    path = find_run_config(run_folder)
-    try:
-        with open(path, encoding="utf-8") as file:
-            return configs.from_json(file.read(), path, plugins)
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(f"{path} cannot be read: {reason}.") from error
-
-
-def read_labels(run_folder: str) -> list[str]:
-    """Read the class names of a run; none if it is not a classifier."""
-    path = os.path.join(run_folder, "labels.json")
-    if not os.path.isfile(path):
-        return []
-    with open(path) as file:
-        return json.load(file)

@@ -55,6 +55,7 @@ class MetricsFile(Hook):
 
     @hosts.run_on_first
     def close(self):
+        """Close the files of the run."""
         self._file.close()
         if self._board:
             self._board.close()
@@ -202,6 +203,7 @@ class Console(Hook):
             self._bar = tqdm(total=steps, initial=step, bar_format=layout, dynamic_ncols=True)
 
     def log(self, text: str = ""):
+        """Print a line, above the progress bar if there is one."""
         with (
             self._end_output_on_error(),
             self._bar.external_write_mode() if self._bar else contextlib.nullcontext(),
@@ -247,6 +249,7 @@ class Console(Hook):
             self.log(format_confusion(values["confusion"], view.labels))
 
     def close(self):
+        """Leave the progress bar as it is and end it."""
         if self._bar is not None:
             with self._end_output_on_error():
                 self._bar.close()

@@ -28,8 +28,9 @@ def format_header(run: Any, peak_source: str) -> str:
         f"{run.mesh.devices.flat[0].platform} device(s){f' ({grid})' if grid else ''}",
         f"run    {cfg.run_folder} ({state})",
         *([f"start  {run.start_note}"] if run.start_note else []),
-        f"data   {corpus.source}: {corpus.train_bytes / 1e6:,.1f} MB in {corpus.train.documents:,} "
-        f"documents, {corpus.train.ids.size:,} tokens; held out by {corpus.rule}: "
+        f"data   {corpus.source}: {corpus.train_bytes / 1e6:,.1f} MB in "
+        f"{corpus.train_documents:,} {'pairs' if corpus.is_paired else 'documents'}, "
+        f"{corpus.train.ids.size:,} tokens; held out by {corpus.rule}: "
         f"{corpus.held_out_bytes / 1e6:,.2f} MB, {corpus.held_out.ids.size:,} tokens; "
         f"{corpus.bytes_per_token:.2f} bytes per token" + (run.task.note and f"; {run.task.note}"),
         f"model  {_format_params(cfg, run.mesh)}",

@@ -16,6 +16,7 @@ from jaxgpt.config import Config
 from jaxgpt.data import Batch, Corpus, prepare
 from jaxgpt.data.tasks import Task
 from jaxgpt.data.work import print_line
+from jaxgpt.loading import is_saved_model, read_config
 from jaxgpt.model import abstract_params, build
 from jaxgpt.optimizer import build as build_optimizer
 from jaxgpt.optional import describe_missing
@@ -24,7 +25,7 @@ from jaxgpt.saved_arrays import ShapeMismatchError, latest_step
 from jaxgpt.selection import select_letters
 from jaxgpt.settings import ConfigError
 from jaxgpt.sharding import check_fits, make_mesh
-from jaxgpt.trainer.checkpoint import Checkpoints, Progress, read_config
+from jaxgpt.trainer.checkpoint import Checkpoints, Progress
 from jaxgpt.trainer.folder import check_run_folder, check_writable, is_writable
 from jaxgpt.trainer.hooks import EarlyStop, Hook, Profiler, RunView
 from jaxgpt.trainer.logging import Console, MetricsFile, Plots, write_text_atomically
@@ -156,10 +157,15 @@ def _prepare_inputs(cfg: Config, is_quiet: bool) -> RunInputs:
     select_letters(abstract_params(cfg.model)[1], cfg.optimizer.train)
     check_run_folder(cfg)
     resume_step = latest_step(os.path.join(cfg.run_folder, "checkpoints"))
+    if resume_step is not None:
+        _check_same_config(cfg)
+    elif is_saved_model(cfg.run_folder):
+        raise ConfigError(
+            f"{cfg.run_folder} holds a saved model, not a run: give the new run its own name=..., "
+            f"and train.start={cfg.run_folder} to begin with the model's parameters."
+        )
     if resume_step is None:
         check_writable(cfg)
-    else:
-        _check_same_config(cfg)
     start = find_start(cfg.train.start) if cfg.train.start and resume_step is None else None
     if not is_quiet:  # the first pass over a large text takes a while
         print_line(f"reading {cfg.data.source}, and tokenizing what is not in {cfg.data.cache}")
@@ -233,7 +239,8 @@ def _begin(
         state = hosts.run_on_all(lambda: take_params(start, initial, abstract))
     saver.delete_best()  # of a run that was killed before its first checkpoint
     evaluation = describe_evaluation(cfg, corpus.fingerprint)
-    return state, Progress(data=corpus.fingerprint, evaluation=evaluation)
+    tokenizer = corpus.tokenizer.fingerprint
+    return state, Progress(data=corpus.fingerprint, tokenizer=tokenizer, evaluation=evaluation)
 
 
 def _restore(
@@ -249,6 +256,8 @@ def _restore(
             "if the parameters and the optimizer state keep their shapes: give the new run its "
             "own name=..."
         ) from None
+    corpus.tokenizer.check_fingerprint(progress.tokenizer, cfg.run_folder)
+    progress.tokenizer = corpus.tokenizer.fingerprint  # older runs do not record it
     if progress.data != corpus.fingerprint and cfg.resume != "force":
         before = read_config(cfg.run_folder).data.source
         change = (

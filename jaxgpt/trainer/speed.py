@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.model import count_params
+from jaxgpt.model import count_expert_params, count_params
 from jaxgpt.model.mixers import MIXERS
 
 # Dense bfloat16 FLOP/s of a chip, from the vendors' data sheets, by a word of its device_kind.
@@ -48,13 +48,13 @@ def flops_per_token(cfg: ModelConfig) -> float:
     count = count_params(cfg)
     stacks = 2 if cfg.family == "encoder_decoder" else 1
     vocabulary = 0 if cfg.classes else cfg.vocab * cfg.width  # logits of every token, tied or not
-    active_fraction = cfg.moe.active / cfg.moe.experts if cfg.has_experts else 1
-    feedforward = active_fraction * count["feedforward"]
+    idle_fraction = 1 - cfg.moe.active / cfg.moe.experts
+    feedforward = count["feedforward"] - idle_fraction * count_expert_params(cfg)
     matmul_params = (count["attention"] + feedforward + vocabulary) / stacks
-    attention_layers = sum("pattern" in MIXERS[name].USES for name, _ in cfg.layer_cycle)
-    attention_fraction = attention_layers / len(cfg.layer_cycle)
+    specs = cfg.list_layers(cfg.layers)
+    attention_layers = sum("pattern" in MIXERS[spec.mixer].USES for spec in specs)
     heads = cfg.sizes["H"] * cfg.sizes["K"]
-    return 6 * matmul_params + 12 * attention_fraction * cfg.layers * heads * cfg.context
+    return 6 * matmul_params + 12 * attention_layers * heads * cfg.context
 
 
 def peak_flops(devices) -> tuple[float, str]:

@@ -51,14 +51,15 @@ def loop_over_layers(cfg, params, x, coords: Coords, change=lambda n, x: x):
     variables = {"params": stack["position"]} if "position" in stack else {}
     rotate = encoding.apply(variables, coords.positions, method="make_rotation")
     bias = encoding.apply(variables, method="make_bias")
-    context = LayerContext(coords, coords, rotate, bias)
+    context = LayerContext(
+        coords, coords, rotations=(rotate,), biases=(bias,), query_scales=(None,)
+    )
     direction = "both" if cfg.family == "encoder" else "causal"
     layers, n = [], len(cfg.layer_cycle)
     for repeat in range(cfg.layers // n):
         weights = jax.tree.map(lambda w, i=repeat: w[i], stack["layers"])
-        for i, (mixer, pattern) in enumerate(cfg.layer_cycle):
-            one = dict(mixers=(mixer,), pattern=(pattern,), layers=1)
-            group = LayerGroup(tiny(**{**vars(cfg), **one}), direction)
+        for i, spec in enumerate(cfg.layer_cycle):
+            group = LayerGroup(cfg, (spec,), direction)
             x = change(repeat * n + i, x)
             (x, _), inner = group.apply(
                 {"params": {"block_0": weights[f"block_{i}"]}},

@@ -1,5 +1,7 @@
 """The mixture of experts against a loop over tokens."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -15,11 +17,13 @@ from jaxgpt.model.feedforward import FEEDFORWARDS
 
 E, ACTIVE, B, T = 4, 2, 2, 23
 MIXTURES = ["moe_plain", "moe_gated"]
+CHOICE = ExpertsConfig(E, ACTIVE)
 
 
-def make_mixture(name, capacity=0.0, **changes):
+def make_mixture(name, capacity=0.0, moe=CHOICE, **changes):
     """Return (cfg, module, its random parameters)."""
-    cfg = tiny(feedforward=name, moe=ExpertsConfig(E, ACTIVE, capacity), **changes)
+    moe = dataclasses.replace(moe, capacity=capacity)
+    cfg = tiny(feedforward=name, moe=moe, **changes)
     module = FEEDFORWARDS[name](cfg)
     x, coords = inputs(cfg)
     shapes, _ = split(jax.eval_shape(lambda: module.init(jax.random.key(0), x, coords)["params"]))
@@ -37,29 +41,54 @@ def compute_by_loop(cfg, name, params, x, is_real, capacity=np.inf):
     """Route token by token in float64: first choices of all tokens, then second ones."""
     params = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
     x = x.astype(np.float64)
-    e = params["experts"]
+
+    def apply_ffn(e, y):
+        up = y @ e["up"]["w"]
+        if name == "moe_gated":
+            gate = y @ e["gate"]["w"]
+            return (gate / (1 + np.exp(-gate)) * up) @ e["down"]["w"]
+        return (up / (1 + np.exp(-up))) @ e["down"]["w"]
 
     def expert(i, y):
-        up = y @ e["up"]["w"][i]
-        if name == "moe_gated":
-            gate = y @ e["gate"]["w"][i]
-            return (gate / (1 + np.exp(-gate)) * up) @ e["down"]["w"][i]
-        return (up / (1 + np.exp(-up))) @ e["down"]["w"][i]
+        return apply_ffn(jax.tree.map(lambda w: w[i], params["experts"]), y)
 
     out = np.zeros_like(x)
+    if cfg.moe.shared:
+        out += np.stack([apply_ffn(params["shared"], y) for y in x])
     load = np.zeros(E, int)
     for choice in range(ACTIVE):
         for n, y in enumerate(x):
             if not is_real[n]:
                 continue
             p = np.exp(y @ params["router"]["w"])
-            p /= p.sum()
+            p = p / p.sum() if cfg.moe.scoring == "softmax" else p / (1 + p)
             top = np.argsort(-p)[:ACTIVE]
             i = top[choice]
+            gate = p[i] / (p[top].sum() if cfg.moe.scoring == "softmax" else 1)
             if load[i] < capacity:
-                out[n] += p[i] / p[top].sum() * expert(i, y)
+                is_input = cfg.moe.gated == "inputs"
+                out[n] += expert(i, gate * y) if is_input else gate * expert(i, y)
             load[i] += 1
     return out, load
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(shared=2),
+        dict(scoring="sigmoid"),
+        dict(gated="inputs"),
+        dict(shared=1, scoring="sigmoid", gated="inputs"),  # Llama 4's
+    ],
+    ids=str,
+)
+def test_shared_experts_sigmoid_gates_and_gated_inputs_equal_the_loop(name, changes):
+    cfg, module, params = make_mixture(name, moe=ExpertsConfig(E, ACTIVE, **changes))
+    x, coords = inputs(cfg)
+    out = np.asarray(jax.jit(module.apply)({"params": params}, x, coords)).reshape(B * T, -1)
+    wanted, _ = compute_by_loop(cfg, name, params, x.reshape(B * T, -1), np.ones(B * T))
+    np.testing.assert_allclose(out, wanted, atol=2e-5)  # float32 sums of 48 products
 
 
 @pytest.mark.parametrize("name", MIXTURES)

@@ -83,7 +83,10 @@ MASKS = {
 }
 
 
-def attend_by_loops(q, k, v, visible, bias, cap=math.inf):
+SINKS = np.array([-1.0, 0.0, 0.5, 3.0], np.float32)
+
+
+def attend_by_loops(q, k, v, visible, bias, cap=math.inf, sinks=None):
     """Compute softmax(cap(q kᵀ / √K) + bias) v over visible keys [B T S], in float64."""
 
     def cap_logit(x):
@@ -101,7 +104,8 @@ def attend_by_loops(q, k, v, visible, bias, cap=math.inf):
                     for s in keys
                 ]
                 weight = np.exp(np.array(score_mod) - max(score_mod))
-                weight /= weight.sum()
+                sink = 0 if sinks is None else math.exp(sinks[h] - max(score_mod))
+                weight /= weight.sum() + sink
                 for s, w in zip(keys, weight, strict=True):
                     out[b, t, h] += w * v[b, s, h // group]
     return out
@@ -137,7 +141,20 @@ def test_a_kernel_equals_loops_in_float64(name, mask, G, modifications):
 
 @every_kernel
 @every_group
-def test_gradients_of_a_kernel_equal_finite_differences_in_float64(name, G):
+def test_sinks_equal_loops_in_float64(name, G):
+    q, k, v = make_arrays(G)
+    coords, mask = make_coords(), MASKS["packed"]
+    wanted = attend_by_loops(
+        q, k, v, np.asarray(mask(*coords)), np.zeros((B, H, T, S)), sinks=SINKS
+    )
+    found = run_kernel(name, q, k, v, *coords, ScoreMod(mask, sinks=jnp.array(SINKS)))
+    np.testing.assert_allclose(found, wanted, atol=2e-6)
+
+
+@every_kernel
+@every_group
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_gradients_of_a_kernel_equal_finite_differences_in_float64(name, G, has_sinks):
     q, k, v = make_arrays(G)
     coords = make_coords()
     mask = MASKS["packed"]
@@ -145,19 +162,17 @@ def test_gradients_of_a_kernel_equal_finite_differences_in_float64(name, G):
     rng = np.random.default_rng(1)
     weights = rng.normal(size=q.shape)
 
-    def loss(q, k, v, strength):
-        return jnp.sum(
-            weights
-            * RUNS[name](q, k, v, *coords, ScoreMod(mask, Partial(alibi_like_bias, strength)))
-        )
+    def loss(q, k, v, strength, sinks=None):
+        score_mod = ScoreMod(mask, Partial(alibi_like_bias, strength), sinks=sinks)
+        return jnp.sum(weights * RUNS[name](q, k, v, *coords, score_mod))
 
-    def exact(q, k, v, strength):
+    def exact(q, k, v, strength, sinks=None):
         distance = np.abs(coords[0].positions[:, :, None] - coords[1].positions[:, None, :])
         bias = -distance[:, None] * strength[None, :, None, None]
-        return np.sum(weights * attend_by_loops(q, k, v, visible, bias))
+        return np.sum(weights * attend_by_loops(q, k, v, visible, bias, sinks=sinks))
 
-    given = [q, k, v, STRENGTH]
-    gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*given)
+    given = [q, k, v, STRENGTH] + [SINKS] * has_sinks
+    gradients = jax.jit(jax.grad(loss, argnums=range(len(given))))(*given)
     step = 1e-4  # the error of a central difference is of order step², 1e-8
     for argument, gradient in enumerate(gradients):
         ahead, behind = ([x.astype(np.float64) for x in given] for _ in range(2))
@@ -167,6 +182,21 @@ def test_gradients_of_a_kernel_equal_finite_differences_in_float64(name, G):
         slope_along = (exact(*ahead) - exact(*behind)) / (2 * step)
         # Sums of up to 400 float32 terms of order 1.
         np.testing.assert_allclose(np.sum(gradient * direction), slope_along, rtol=1e-4, atol=1e-4)
+
+
+@every_kernel
+def test_a_query_without_visible_keys_gives_all_weight_to_the_sinks(name):
+    q, k, v = make_arrays(2)
+    q_coords, k_coords = make_coords()
+    padding = Coords(q_coords.positions, np.zeros_like(q_coords.segment_ids))
+
+    def attend_padding(sinks):
+        score_mod = ScoreMod(MASKS["packed"], sinks=sinks)
+        return jnp.sum(jnp.abs(RUNS[name](q, k, v, padding, k_coords, score_mod)))
+
+    value, gradient = jax.jit(jax.value_and_grad(attend_padding))(jnp.array(SINKS))
+    assert value == 0
+    np.testing.assert_array_equal(gradient, np.zeros(H))
 
 
 @every_kernel
@@ -243,12 +273,17 @@ def make_long_arrays(G):
 
 
 def make_value_and_gradients(kernel, score_mod, coords):
-    """Return (q, k, v, strength) -> (out, gradients of the four), of a loss at real tokens."""
+    """Return (q, k, v, strength) -> (out, gradients of the four), of a loss at real tokens.
+
+    With sinks, these are twice the strength.
+    """
     is_token = (coords.segment_ids > 0)[:, :, None, None]
 
     def loss(q, k, v, strength):
         bias = Partial(alibi_like_bias, strength) if score_mod.bias is not None else None
-        out = jnp.where(is_token, kernel(q, k, v, coords, coords, score_mod.replace(bias=bias)), 0)
+        sinks = 2 * strength if score_mod.sinks is not None else None
+        score = score_mod.replace(bias=bias, sinks=sinks)
+        out = jnp.where(is_token, kernel(q, k, v, coords, coords, score), 0)
         return jnp.sum(out * WEIGHTS), out
 
     def run_kernel(*given):
@@ -270,7 +305,7 @@ def assert_equals_dense(kernel, score_mod, G=2, coords=None):
 
 def pattern_masks(documents="separate"):
     cfg = tiny(context=64)
-    sizes = dict(window=7, stride=5, block=4)
+    sizes = dict(window=7, chunk=6, stride=5, block=4)
     cfg = tiny(context=64, sparse=type(cfg.sparse)(**sizes), documents=documents)
     return {
         f"{pattern}, {direction}": make_layer_mask(cfg, pattern, direction)
@@ -296,6 +331,14 @@ def test_chunked_kernels_equal_dense_in_values_and_gradients_for_every_pattern(n
     bias = Partial(alibi_like_bias, STRENGTH)
     score_mod = ScoreMod(PATTERN_MASKS[mask], bias, scale=0.5, softcap=3.0, is_self=True)
     assert_equals_dense(CHUNKED_KERNELS[name], score_mod)
+
+
+@every_chunked_kernel
+@every_group
+def test_chunked_kernels_equal_dense_with_sinks(name, G):
+    for mask in ("full, causal", "window, both"):
+        score_mod = ScoreMod(PATTERN_MASKS[mask], sinks=jnp.array(SINKS), is_self=True)
+        assert_equals_dense(CHUNKED_KERNELS[name], score_mod, G)
 
 
 @every_group
@@ -342,6 +385,11 @@ def test_a_strip_computes_the_keys_that_its_mask_allows_and_no_others(mask, is_s
     found = list(iterate_strips(ScoreMod(PATTERN_MASKS[mask], is_self=is_self), LENGTH, LENGTH, 20))
     assert [(q.start, q.stop) for q, _ in found] == [(0, 20), (20, 40), (40, 45)]
     assert [(k.start, k.stop) for _, k in found] == wanted
+
+
+def test_every_strip_of_cross_attention_computes_all_keys_however_few():
+    found = list(iterate_strips(ScoreMod(Everything()), 45, 3, 20))
+    assert [(k.start, k.stop) for _, k in found] == [(0, 3)] * 3
 
 
 def test_a_causal_mask_across_documents_is_not_evaluated_on_row_indices():
@@ -488,11 +536,19 @@ SHARDED_KERNELS = {
 
 # Key heads can be sharded over two devices, or not.
 @pytest.mark.parametrize(
-    ("name", "G"), [("blockwise", 2), ("strips", 2), ("splash", 2), ("splash", 1)]
+    ("name", "G", "has_sinks"),
+    [
+        ("blockwise", 2, False),
+        ("strips", 2, False),
+        ("strips", 2, True),
+        ("splash", 2, False),
+        ("splash", 1, False),
+    ],
 )
-def test_rows_and_heads_on_several_devices_give_the_same(name, G):
+def test_rows_and_heads_on_several_devices_give_the_same(name, G, has_sinks):
     coords, given = make_long_coords(), (*make_long_arrays(G), STRENGTH)
-    score_mod = ScoreMod(PATTERN_MASKS["full, causal"], is_self=True)
+    sinks = jnp.array(SINKS) if has_sinks else None
+    score_mod = ScoreMod(PATTERN_MASKS["full, causal"], sinks=sinks, is_self=True)
     wanted = make_value_and_gradients(partial(attend, "dense"), score_mod, coords)(*given)
     mesh = make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])
     heads = "tensor" if G == 2 else None
@@ -660,6 +716,7 @@ def make_shapes(T=64, S=64, K=64, dtype=jnp.bfloat16):
         (make_shapes(), {}, 8.0, None),
         (make_shapes(dtype=jnp.float32), {}, 9.0, "bfloat16, not in float32"),
         (make_shapes(), dict(softcap=1.0), 9.0, "soft cap"),
+        (make_shapes(), dict(sinks=SINKS), 9.0, "sinks"),
         (make_shapes(T=63), {}, 9.0, "not 63 and 64"),
         (make_shapes(K=20), {}, 9.0, "head width 20"),
         (make_shapes(K=256), {}, 9.0, None),
@@ -681,12 +738,20 @@ def test_splash_supports_full_and_window_patterns_only(mask):
     assert (explain_unsupported is None) == (mask in SPLASH_MASKS)
 
 
+def test_splash_does_not_support_sinks():
+    score_mod = ScoreMod(PATTERN_MASKS["full, causal"], sinks=SINKS, is_self=True)
+    assert "sinks" in splash.explain_unsupported(*make_shapes(), score_mod)
+
+
 @pytest.mark.parametrize(
     ("kernel", "change"),
     [
         ("splash", dict(position="alibi")),
         ("splash", dict(position="t5")),
+        ("splash", dict(sinks=True)),
         ("cudnn", dict(softcap=5.0)),
+        ("cudnn", dict(sinks=True)),
+        *((name, dict(attention_dropout=0.1)) for name in KERNELS if name not in ("auto", "dense")),
     ],
 )
 def test_what_a_kernel_never_supports_is_refused_when_the_config_is_read(kernel, change):

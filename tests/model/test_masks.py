@@ -160,7 +160,7 @@ def test_drawn_blocks_are_uniform_over_all_blocks():
 # --- patterns ---
 
 
-SPARSE = SparseConfig(window=3, stride=4, block=2, near=3, anchors=1, random=1)
+SPARSE = SparseConfig(window=3, chunk=5, stride=4, block=2, near=3, anchors=1, random=1)
 
 
 def is_allowed(pattern: str, direction: str, q: int, k: int, prefix: int, context: int) -> bool:
@@ -168,6 +168,8 @@ def is_allowed(pattern: str, direction: str, q: int, k: int, prefix: int, contex
     is_before = k <= q or direction == "both"
     if pattern == "window":
         return is_before and abs(q - k) < 3
+    if pattern == "chunked":
+        return is_before and q // 5 == k // 5
     if pattern == "strided":
         return is_before and (abs(q - k) < 4 or (q - k) % 4 == 0)
     if pattern == "blocks":

@@ -308,6 +308,8 @@ def compute_by_hand(cfg, params, tokens):
         phase = np.exp(1j * np.arange(n)[:, None, None] * make_frequencies(1e4, 4))
         q, k = ((z[..., :2] + 1j * z[..., 2:]) * phase for z in (q, k))
         q, k = (np.concatenate([z.real, z.imag], -1) for z in (q, k))
+    if cfg.position == "temperature":
+        q = q * (1 + 0.1 * np.log(1 + (np.arange(n) + 1) // 3))[:, None, None]
     out = np.zeros((n, 4, 4))
     for h, t in np.ndindex(4, n):
         scores = k[: t + 1, h] @ q[t, h] / 2
@@ -331,7 +333,9 @@ def find_t5_buckets(relative):
 
 @pytest.mark.parametrize("name", sorted(POSITION_ENCODINGS.keys() - {"learned"}))
 def test_positions_extrapolate_beyond_the_training_context(name):
-    cfg = tiny(position=name, layers=1, kv_heads=4, feedforward="none", context=16)
+    cfg = tiny(
+        position=name, layers=1, kv_heads=4, feedforward="none", context=16, temperature_floor=3
+    )
     params, tokens = random_params(cfg), random_tokens(cfg, 0, 1, 2 * cfg.context)
     found, _ = forward(cfg, params, tokens, single_document_coords(tokens))
     # Sums of 32 values of order 1 in float32, at angles up to 32.

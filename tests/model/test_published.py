@@ -29,6 +29,9 @@ PUBLISHED = {
     "llama3_1b": 1_235_814_400,
     "mistral_7b": 7_241_732_096,
     "mixtral_8x7b": 46_702_792_704,
+    "gemma3_1b": 999_885_952,
+    "qwen2_0_5b": 494_032_768,
+    "olmo2_1b": 1_484_916_736,
     "bert_base": 109_514_298,
     "bert_large": 335_174_458,
     "t5_small": 60_506_624,
@@ -65,7 +68,8 @@ def gpt2(c):
 
 
 def llama(c, kind=transformers.LlamaForCausalLM, **more):
-    config = kind.config_class(
+    config_class = getattr(kind.config_class, "sub_configs", {}).get("text_config")
+    config = (config_class or kind.config_class)(
         vocab_size=c.vocab, max_position_embeddings=c.context, hidden_size=c.width,
         num_hidden_layers=c.layers, num_attention_heads=c.heads, num_key_value_heads=c.sizes["G"],
         intermediate_size=c.ffn, tie_word_embeddings=c.tie, **more,
@@ -75,6 +79,14 @@ def llama(c, kind=transformers.LlamaForCausalLM, **more):
 
 mistral = functools.partial(llama, kind=transformers.MistralForCausalLM)
 mixtral = functools.partial(llama, kind=transformers.MixtralForCausalLM, num_local_experts=8)
+
+
+qwen2 = functools.partial(llama, kind=transformers.Qwen2ForCausalLM)
+olmo2 = functools.partial(llama, kind=transformers.Olmo2ForCausalLM)
+
+
+def gemma3(c):
+    return llama(c, transformers.Gemma3ForCausalLM, head_dim=c.head_width)
 
 
 def bert(c, kind=transformers.BertForMaskedLM):
@@ -100,6 +112,9 @@ KINDS = {
     "llama": llama,
     "mistral": mistral,
     "mixtral": mixtral,
+    "gemma3": gemma3,
+    "qwen2": qwen2,
+    "olmo2": olmo2,
     "bert": bert,
     "t5": t5,
 }

@@ -7,6 +7,7 @@ models have no padding token, since its embedding would get no gradient.
 import torch
 import transformers
 from oracles import weights
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, GptOssRotaryEmbedding
 
 from jaxgpt.architecture import ExpertsConfig, ModelConfig, RopeConfig, SparseConfig
 
@@ -101,6 +102,77 @@ def make_gemma2():
         hidden_activation="gelu_pytorch_tanh",
     ))  # fmt: skip
     return cfg, transformers.Gemma2ForCausalLM(config), weights.GEMMA2
+
+
+def make_gemma3():
+    cycle = 6  # of 8 layers: a tail of two
+    cfg = make_config(
+        kv_heads=2, head_width=16, layers=8, pattern=("window",) * 5 + ("full",),
+        rope=RopeConfig(
+            theta=(THETA,) * 5 + (30.0,), scaling=("none",) * 5 + ("linear",), factor=8.0
+        ),
+        sparse=SparseConfig(window=5), query_scale=24**-0.5, qk_norm="head", wiring="sandwich",
+        embed_scale=True, activation="gelu_tanh",
+    )  # fmt: skip
+    rope = dict(
+        sliding_attention=dict(rope_type="default", rope_theta=THETA),
+        full_attention=dict(rope_type="linear", factor=8.0, rope_theta=30.0),
+    )
+    config = transformers.Gemma3TextConfig(**make_llama_settings(
+        head_dim=16, num_hidden_layers=8, sliding_window=5, sliding_window_pattern=cycle,
+        query_pre_attn_scalar=24, tie_word_embeddings=True, rope_parameters=rope,
+        hidden_activation="gelu_pytorch_tanh",
+    ))  # fmt: skip
+    return cfg, transformers.Gemma3ForCausalLM(config), weights.GEMMA2
+
+
+def make_qwen2():
+    cfg = make_config(kv_heads=2, rope=RopeConfig(THETA), bias="qkv")
+    config = transformers.Qwen2Config(**make_llama_settings(tie_word_embeddings=True))
+    return cfg, transformers.Qwen2ForCausalLM(config), weights.LLAMA
+
+
+def make_llama_with_attention_biases():
+    cfg = make_config(kv_heads=2, tie=False, rope=RopeConfig(THETA), bias="attention")
+    config = transformers.LlamaConfig(**make_llama_settings(attention_bias=True))
+    return cfg, transformers.LlamaForCausalLM(config), weights.LLAMA
+
+
+def make_llama_with_sinks():
+    """Return a Llama with the attention of gpt-oss, which has sinks and biases."""
+    cfg = make_config(kv_heads=2, tie=False, rope=RopeConfig(THETA), bias="attention", sinks=True)
+    config = transformers.LlamaConfig(**make_llama_settings(attention_bias=True))
+    config.sliding_window = None
+    model = transformers.LlamaForCausalLM(config)
+    model.model.rotary_emb = GptOssRotaryEmbedding(config)
+    for i, layer in enumerate(model.model.layers):
+        layer.self_attn = GptOssAttention(config, i)
+    return cfg, model, weights.LLAMA
+
+
+def make_llama4():
+    """Return six layers with a period of four: three with RoPE in chunks and one without."""
+    cfg = make_config(
+        kv_heads=2, tie=False, layers=6, rope=RopeConfig(THETA), qk_norm="l2",
+        pattern=("chunked",) * 3 + ("full",), sparse=SparseConfig(chunk=5),
+        position=("rope",) * 3 + ("temperature",), temperature_scale=0.7, temperature_floor=4,
+        feedforward=("gated", "moe_gated"), ffn=(40, F),
+        moe=ExpertsConfig(experts=4, active=1, shared=1, scoring="sigmoid", gated="inputs"),
+    )  # fmt: skip
+    config = transformers.Llama4TextConfig(**make_llama_settings(
+        num_hidden_layers=6, head_dim=8, intermediate_size_mlp=40, num_local_experts=4,
+        num_experts_per_tok=1, interleave_moe_layer_step=2, attention_chunk_size=5,
+        attn_temperature_tuning=True, attn_scale=0.7, floor_scale=4, use_qk_norm=True,
+    ))  # fmt: skip
+    return cfg, transformers.Llama4ForCausalLM(config), weights.LLAMA4
+
+
+def make_olmo2():
+    cfg = make_config(
+        kv_heads=2, tie=False, rope=RopeConfig(THETA), wiring="reordered", qk_norm="width"
+    )
+    config = transformers.Olmo2Config(**make_llama_settings())
+    return cfg, transformers.Olmo2ForCausalLM(config), weights.OLMO2
 
 
 def make_gpt2():
@@ -209,6 +281,12 @@ CASES = {
     "mixtral": make_mixtral,
     "qwen3": make_qwen3,
     "gemma2": make_gemma2,
+    "gemma3": make_gemma3,
+    "qwen2": make_qwen2,
+    "llama with attention biases": make_llama_with_attention_biases,
+    "llama with the attention of gpt-oss": make_llama_with_sinks,
+    "llama4": make_llama4,
+    "olmo2": make_olmo2,
     "gpt_neox": make_gpt_neox,
     "bloom": make_bloom,
     "mpt": make_mpt,

@@ -123,7 +123,7 @@ def actual(params):
         total, sums = vocabulary_loss(
             hidden, make_head(CFG, params), jnp.roll(ids, -1, axis=1), weights, chunk=12
         )
-        return total / sums.weight, compute_logits(CFG, params, hidden)
+        return total / sums["weight"], compute_logits(CFG, params, hidden)
 
     (loss_value, logits), gradients = jax.jit(loss)(params)
     return loss_value, logits, gradients

@@ -92,7 +92,7 @@ def run_jaxgpt(cfg: ModelConfig, t: TaskInputs, params):
         return -jnp.mean(jax.nn.log_softmax(scores)[jnp.arange(B), t.targets]), (scores, None)
     hidden, _ = build(cfg).apply({"params": params}, t.tokens, t.coords, **t.model_args)
     loss, sums = vocabulary_loss(hidden, make_head(cfg, params), t.targets, t.weights, chunk=12)
-    return loss / sums.weight, (compute_logits(cfg, params, hidden), hidden)
+    return loss / sums["weight"], (compute_logits(cfg, params, hidden), hidden)
 
 
 def randomize(model):

@@ -37,6 +37,12 @@ def split_heads(x, cfg: ModelConfig):  # "D>HK", "HK"
     return x.T.reshape(*x.T.shape[:-1], -1, cfg.sizes["K"])
 
 
+def split_heads_of_pairs(x, cfg: ModelConfig):
+    """Rearrange as `split_heads` where RoPE rotates channels (2i, 2i + 1), not (i, i + K/2)."""
+    y = split_heads(x, cfg)
+    return np.concatenate([y[..., ::2], y[..., 1::2]], axis=-1)
+
+
 def merge_heads(x, cfg: ModelConfig):  # "HK>D", and "D" unchanged
     return x if x.ndim == 1 else x.T.reshape(cfg.heads, cfg.sizes["K"], cfg.width)
 
@@ -75,6 +81,11 @@ def take_half_of_experts(i: int) -> Callable:
         return np.split(x, 2, axis=1)[i].swapaxes(1, 2)
 
     return rearrange
+
+
+def take_half_of_columns(i: int) -> Callable:
+    """Return the rearrangement to gate or up, "ED>F", of a fused [E D 2F]."""
+    return lambda x, cfg: np.split(x, 2, axis=2)[i]
 
 
 def transpose_experts(x, cfg: ModelConfig):
@@ -135,7 +146,7 @@ _LLAMA_ATTENTION = [
 ]
 _LLAMA_GATED = [linear(f"ffn.{x}", f"mlp.{x}_proj") for x in ("gate", "up", "down")]
 
-LLAMA = [  # and Mistral, Qwen 3, Mixtral
+LLAMA = [  # and Mistral, Qwen 2 and 3, Mixtral
     *_LLAMA_EMBEDDINGS,
     norm("stack.norm", "model.norm"),
     *layers(
@@ -146,6 +157,7 @@ LLAMA = [  # and Mistral, Qwen 3, Mixtral
         *_LLAMA_ATTENTION,
         norm("mixer.q_norm", "self_attn.q_norm"),
         norm("mixer.k_norm", "self_attn.k_norm"),
+        parameter("mixer.sinks", "self_attn.sinks"),
         *_LLAMA_GATED,
         linear("ffn.router", "mlp.gate"),
         parameter("ffn.experts.gate.w", "mlp.experts.gate_up_proj", take_half_of_experts(0)),
@@ -154,7 +166,7 @@ LLAMA = [  # and Mistral, Qwen 3, Mixtral
     ),
 ]
 
-GEMMA2 = [
+GEMMA2 = [  # and Gemma 3
     *_LLAMA_EMBEDDINGS,
     norm("stack.norm", "model.norm", add_one),
     *layers(
@@ -165,6 +177,49 @@ GEMMA2 = [
         norm("ffn_norm_in", "pre_feedforward_layernorm", add_one),
         norm("ffn_norm_out", "post_feedforward_layernorm", add_one),
         *_LLAMA_ATTENTION,
+        norm("mixer.q_norm", "self_attn.q_norm", add_one),
+        norm("mixer.k_norm", "self_attn.k_norm", add_one),
+        *_LLAMA_GATED,
+    ),
+]
+
+LLAMA4 = [
+    *_LLAMA_EMBEDDINGS,
+    norm("stack.norm", "model.norm"),
+    *layers(
+        "stack",
+        "model.layers.{}",
+        norm("mixer_norm_in", "input_layernorm"),
+        norm("ffn_norm_in", "post_attention_layernorm"),
+        linear("mixer.q", "self_attn.q_proj", split_heads_of_pairs),
+        linear("mixer.k", "self_attn.k_proj", split_heads_of_pairs),
+        linear("mixer.v", "self_attn.v_proj", split_heads),
+        linear("mixer.o", "self_attn.o_proj", merge_heads),
+        *(linear(f"ffn.{x}", f"feed_forward.{x}_proj") for x in ("gate", "up", "down")),
+        *(
+            linear(f"ffn.shared.{x}", f"feed_forward.shared_expert.{x}_proj")
+            for x in ("gate", "up", "down")
+        ),
+        linear("ffn.router", "feed_forward.router"),
+        parameter(
+            "ffn.experts.gate.w", "feed_forward.experts.gate_up_proj", take_half_of_columns(0)
+        ),
+        parameter("ffn.experts.up.w", "feed_forward.experts.gate_up_proj", take_half_of_columns(1)),
+        parameter("ffn.experts.down.w", "feed_forward.experts.down_proj", keep),
+    ),
+]
+
+OLMO2 = [
+    *_LLAMA_EMBEDDINGS,
+    norm("stack.norm", "model.norm"),
+    *layers(
+        "stack",
+        "model.layers.{}",
+        norm("mixer_norm_out", "post_attention_layernorm"),
+        norm("ffn_norm_out", "post_feedforward_layernorm"),
+        *_LLAMA_ATTENTION,
+        norm("mixer.q_norm", "self_attn.q_norm", split_heads),
+        norm("mixer.k_norm", "self_attn.k_norm", split_heads),
         *_LLAMA_GATED,
     ),
 ]
@@ -331,23 +386,28 @@ BART = [
 
 def locate_weights(rows: list[Row], names, cfg: ModelConfig):
     """Yield (path, [names in transformers], whether stacked, rearrange) for the given names."""
-    cycle = len(cfg.layer_cycle)
     for path, hf_name, rearrange, leaves in rows:
         for leaf, ending in leaves.items():
-            if "*" not in path:
-                locations = [(f"{path}.{leaf}", [hf_name + ending], False)]
-            else:
-                count = cfg.encoder_layers or cfg.layers
-                count = count if path.startswith("encoder") else cfg.layers
+            locations = [(f"{path}.{leaf}", [hf_name + ending], False)]
+            if "*" in path:
                 locations = [
-                    (
-                        f"{path.replace('*', str(block))}.{leaf}",
-                        [hf_name.format(i) + ending for i in range(block, count, cycle)],
-                        True,
-                    )
-                    for block in range(cycle)
+                    (f"{block_path}.{leaf}", [hf_name.format(i) + ending for i in ids], True)
+                    for block_path, ids in _locate_blocks(path, cfg)
                 ]
             yield from ((*location, rearrange) for location in locations if location[1][0] in names)
+
+
+def _locate_blocks(path: str, cfg: ModelConfig):
+    """Yield (path of a block of the cycle or the tail, indices of the layers stacked there)."""
+    is_encoder = path.startswith("encoder")
+    count = cfg.encoder_layers if is_encoder and cfg.encoder_layers else cfg.layers
+    cycle, repeats, tail = cfg.group_layers(count)
+    for block in range(len(cycle)):
+        ids = range(block, repeats * len(cycle), len(cycle))
+        yield path.replace("*", str(block)), ids
+    for block in range(len(tail)):
+        ids = [repeats * len(cycle) + block]
+        yield path.replace(".layers.", ".tail.").replace("*", str(block)), ids
 
 
 def convert_arrays(rows: list[Row], arrays: dict[str, np.ndarray], cfg: ModelConfig) -> dict:

@@ -1,5 +1,6 @@
 """Whole runs: their files, and that stopping and resuming a run changes nothing."""
 
+import json
 import math
 import os
 import re
@@ -18,10 +19,11 @@ from tiny_runs import assert_same_bits, has_drawing, restore_latest, run_config
 from jaxgpt import config as configs
 from jaxgpt.config import override
 from jaxgpt.data import Loader, make_eval_batches, prepare
+from jaxgpt.loading import load
 from jaxgpt.model import Coords, build, compute_logits
 from jaxgpt.saved_arrays import latest_step
 from jaxgpt.settings import ConfigError
-from jaxgpt.trainer import DivergedError, evaluate, load_run, loop, read_config, train
+from jaxgpt.trainer import DivergedError, evaluate, loop, read_config, train
 from jaxgpt.trainer import run as run_module
 from jaxgpt.trainer.logging import read_metrics
 from jaxgpt.trainer.step import make_eval_step
@@ -341,6 +343,20 @@ def test_settings_without_effect_on_the_result_may_change(uninterrupted_run):
     assert train(free, is_quiet=True).step == 12
 
 
+@pytest.mark.parametrize("use", ["best", "latest", "resume"])
+def test_the_tokenizer_of_another_run_is_rejected(uninterrupted_run, use):
+    cfg = copy_run(uninterrupted_run, f"swapped_{use}")
+    path = os.path.join(cfg.run_folder, "tokenizer.json")
+    with open(path, encoding="utf-8") as file:
+        spec = json.load(file)
+    vocab = spec["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(spec, file)
+    with pytest.raises(ConfigError, match=r"tokenizer\.json is not the tokenizer that .* trained"):
+        train(cfg, is_quiet=True) if use == "resume" else load(cfg.run_folder, checkpoint=use)
+
+
 def test_other_data_is_rejected(uninterrupted_run, tmp_path):
     cfg = override(run_config(tmp_path, *SETTINGS), ["name=moved"])
     shutil.copytree(uninterrupted_run.run_folder, cfg.run_folder)
@@ -411,7 +427,7 @@ def test_an_early_stopped_run_does_not_resume(early_stopped_run, capsys):
 
 def test_the_best_checkpoint_has_the_lowest_held_out_loss(early_stopped_run):
     cfg, progress = early_stopped_run
-    *_, step = load_run(cfg.run_folder)
+    step = load(cfg.run_folder).step
     assert (step, progress.best_step, progress.best_loss) == (2, 2, 2.0)
 
 
@@ -420,8 +436,9 @@ def test_the_best_checkpoint_has_the_parameters_of_its_step(early_stopped_run):
     folder = os.path.join(cfg.run_folder, "checkpoints")
     for step in (3, 4):
         shutil.rmtree(os.path.join(folder, str(step)))
-    assert_same_bits(load_run(cfg.run_folder)[2], load_run(cfg.run_folder, "latest")[2])
-    assert load_run(cfg.run_folder, "latest")[3] == 2
+    latest = load(cfg.run_folder, checkpoint="latest")
+    assert_same_bits(load(cfg.run_folder).params, latest.params)
+    assert latest.step == 2
 
 
 # --- divergence ---
@@ -463,7 +480,7 @@ def test_a_run_that_diverges_later_keeps_its_last_good_checkpoint(uninterrupted_
 def held_out_scores(uninterrupted_run):
     """The held-out text of a trained model, scored token by token: (figures, nats, weights)."""
     corpus = prepare(uninterrupted_run.data, uninterrupted_run.model.vocab)
-    _, _, params, _ = load_run(uninterrupted_run.run_folder, "latest")
+    params = load(uninterrupted_run.run_folder, checkpoint="latest").params
     model, T = build(uninterrupted_run.model), uninterrupted_run.model.context
     batches = list(make_eval_batches(corpus.held_out, 16, T, pad=corpus.tokenizer.pad))
     step = jax.jit(make_eval_step(uninterrupted_run, model))

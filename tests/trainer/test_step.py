@@ -291,10 +291,13 @@ def test_bfloat16_has_about_the_same_loss(half):
 # --- dropout ---
 
 
-@pytest.fixture(scope="module")
-def dropout_loss():
+DROPOUTS = ["model.dropout=0.2", "model.attention_dropout=0.2"]
+
+
+@pytest.fixture(scope="module", params=DROPOUTS)
+def dropout_loss(request):
     """(state at a step) -> loss, with dropout, of the same batch and parameters."""
-    run = make_run("model.dropout=0.2", "train.accumulate=2")
+    run = make_run(request.param, "train.accumulate=2")
 
     def loss(step=0, seed=0):
         state = make_initial_state()
@@ -317,8 +320,9 @@ def test_dropout_differs_between_seeds(dropout_loss):
     assert dropout_loss(seed=0) != dropout_loss(seed=1)
 
 
-def test_dropout_differs_between_microbatches():
-    run = make_run("model.dropout=0.2", "train.accumulate=2")
+@pytest.mark.parametrize("dropout", DROPOUTS)
+def test_dropout_differs_between_microbatches(dropout):
+    run = make_run(dropout, "train.accumulate=2")
     batch = random_batch()
     # Both microbatches are the same.
     twice = jax.tree.map(lambda x: np.repeat(x[:8], 2, axis=0), batch)
@@ -367,7 +371,12 @@ def test_nats_exclude_z_loss_and_label_smoothing(regularized):
 
 
 def test_evaluation_sums_plain_nats_without_dropout():
-    cfg = config("model.dropout=0.5", "train.z_loss=0.1", "train.label_smoothing=0.5")
+    cfg = config(
+        "model.dropout=0.5",
+        "model.attention_dropout=0.5",
+        "train.z_loss=0.1",
+        "train.label_smoothing=0.5",
+    )
     params = make_initial_state().params
     batch = random_batch()
     sums = jax.jit(make_eval_step(cfg, build(cfg.model)))(params, batch)

@@ -58,13 +58,16 @@ ACCELERATED: dict[str, tuple[Kernel, ExplainUnavailable]] = {
 def attend(
     name: str, q, k, v, q_coords: Coords, k_coords: Coords, score_mod: ScoreMod
 ) -> jax.Array:
-    """Run the kernel `name` on arrays as above. Returns [B T H K]."""
+    """Run the kernel `name` on arrays as above, or `dense` for dropout. Returns [B T H K]."""
     (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
     chex.assert_shape([k, v], (B, S, G, K))
     chex.assert_is_divisible(H, G)
     chex.assert_shape([q_coords.positions, q_coords.segment_ids], (B, T))
     chex.assert_shape([k_coords.positions, k_coords.segment_ids], (B, S))
     mesh = get_active_mesh()
+    if score_mod.dropout:
+        # Partitioned by the compiler, so that the draws do not depend on the devices.
+        return dense(q, k, v, q_coords, k_coords, score_mod)
     if mesh is None:
         return KERNELS[name](q, k, v, q_coords, k_coords, score_mod)
     return attend_on_mesh(mesh, KERNELS[name], q, k, v, q_coords, k_coords, score_mod)
@@ -153,7 +156,13 @@ KERNELS: dict[str, Kernel] = {
 }
 
 # What a kernel never supports, and why; such a config is refused when it is read.
+UNSUPPORTED_DROPOUT = "dropout on attention weights needs all of them in memory"
 LIMITS: dict[str, dict[str, str]] = {
-    "cudnn": {"softcap": cudnn.UNSUPPORTED_SOFTCAP},
-    "splash": {"bias": splash.UNSUPPORTED_BIAS},
+    "strips": {},
+    "blockwise": {},
+    "cudnn": {"softcap": cudnn.UNSUPPORTED_SOFTCAP, "sinks": cudnn.UNSUPPORTED_SINKS},
+    "splash": {"bias": splash.UNSUPPORTED_BIAS, "sinks": splash.UNSUPPORTED_SINKS},
+}
+LIMITS = {
+    name: limits | {"attention_dropout": UNSUPPORTED_DROPOUT} for name, limits in LIMITS.items()
 }

@@ -113,6 +113,8 @@ def _forward(score_mod: ScoreMod, q, k, v, q_coords: Coords, k_coords: Coords):
 
         zeros = jnp.zeros(q.shape[:-1], jnp.float32)
         start = (zeros + MASKED_LOGIT, zeros, jnp.zeros(q.shape, jnp.float32))
+        if score_mod.sinks is not None:  # the first key, of value 0: e^(sink - sink) = 1
+            start = (zeros + score_mod.shape_sinks(q)[..., 0], zeros + 1, start[2])
         max_logit, total, out = jax.lax.fori_loop(0, count, add_keys, start)
         # Until a key is visible, masked keys count as e^(MASKED_LOGIT - MASKED_LOGIT) = 1 each; the
         # first visible key rescales that to 0. A query without visible keys gets 0, and by its
@@ -158,7 +160,11 @@ def _backward(saved, d_out):
         *carry, d_k, d_v = jax.lax.fori_loop(0, count, add_queries, (*carry, zeros, zeros))
         return tuple(carry), (d_k.astype(k.dtype), d_v.astype(v.dtype))
 
-    start = (jnp.zeros(q.shape, jnp.float32), jax.tree.map(jnp.zeros_like, score_mod))
+    d_score = jax.tree.map(jnp.zeros_like, score_mod)
+    if score_mod.sinks is not None:
+        sink_weights = jnp.exp(score_mod.shape_sinks(q[0])[..., 0] - log_sum)
+        d_score = d_score.add_to_sinks((-inner * sink_weights).sum(0)[..., None])
+    start = (jnp.zeros(q.shape, jnp.float32), d_score)
     key_blocks = (k, v, k_coords, *_order_blocks(is_visible.T))
     (d_q, d_score), (d_k, d_v) = jax.lax.scan(backprop_key_block, start, key_blocks)
     return d_score, d_q.astype(q.dtype), d_k, d_v, None, None

@@ -18,6 +18,7 @@ from jaxgpt.model.masks import Causal, Coords, Mask, OneSegment
 
 ASSUMED_CAPABILITY = 9.0  # Hopper's, where the device does not report one
 UNSUPPORTED_SOFTCAP = "cuDNN's kernel has no soft cap"
+UNSUPPORTED_SINKS = "JAX's interface to cuDNN's kernel has no attention sinks"
 
 
 def explain_unavailable(q, k, score_mod: ScoreMod) -> str | None:
@@ -40,6 +41,7 @@ def explain_unsupported(q, k, score_mod: ScoreMod, capability: float) -> str | N
     max_head_width = 256 if capability >= 9.0 else 128
     reasons = {
         UNSUPPORTED_SOFTCAP: score_mod.softcap is not None,
+        UNSUPPORTED_SINKS: score_mod.sinks is not None,
         "it needs compute capability 8.0 (Ampere) or later": capability < 8.0,
         f"it computes in bfloat16, not in {q.dtype}": q.dtype not in (jnp.bfloat16, jnp.float16),
         f"head width {K} is no multiple of 8 up to {max_head_width}": K % 8 != 0

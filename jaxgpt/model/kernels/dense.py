@@ -18,7 +18,7 @@ def dense(q, k, v, q_coords: Coords, k_coords: Coords, score_mod: ScoreMod) -> j
     Source: Vaswani et al. 2017, arXiv:1706.03762, equation 1.
     """
     logits = compute_logits(q, k, q_coords, k_coords, score_mod)
-    return apply_weights(jax.nn.softmax(logits, axis=-1), v)
+    return apply_weights(score_mod.compute_weights(logits), v)
 
 
 # Heads before tokens, so that each product is one plain matrix per head: an einsum on [B T H K]

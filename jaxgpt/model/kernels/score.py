@@ -1,6 +1,7 @@
-"""Attention logits, the same for every kernel: scale, soft cap, bias and mask."""
+"""Attention logits, the same for every kernel: scale, soft cap, bias, mask and sinks."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,10 @@ MASKED_LOGIT = -1e30
 class ScoreMod:
     """What is applied to the raw logits q·k before the softmax: scale, soft cap, bias, mask.
 
+    A sink is the logit of one more key, whose value is 0, for all queries of a head: it takes a
+    part of the weights. Source: OpenAI 2025 (gpt-oss), arXiv:2508.10925, section 2.2; Xiao et al.
+    2023, arXiv:2309.17453. Dropout acts on the weights, in `dense` only.
+
     `is_self` is True if queries and keys are the same tokens in the same order, not a cache.
     """
 
@@ -25,6 +30,9 @@ class ScoreMod:
     bias: Partial | None = None
     scale: float | None = struct.field(pytree_node=False, default=None)  # None = 1 / √K
     softcap: float | None = struct.field(pytree_node=False, default=None)
+    sinks: jax.Array | None = None  # float32 [H]
+    dropout: float = struct.field(pytree_node=False, default=0.0)  # rate, on the weights
+    dropout_key: jax.Array | None = None
     is_self: bool = struct.field(pytree_node=False, default=False)
 
     @property
@@ -51,6 +59,31 @@ class ScoreMod:
         # vanishes next to 1e30.
         masked = jnp.where(self.mask(q_coords, k_coords), 0, MASKED_LOGIT)
         return logits + jnp.expand_dims(masked, range(1, logits.ndim - 2))
+
+    def shape_sinks(self, logits: jax.Array) -> jax.Array:
+        """Return the sinks as [G M 1 1], or [H 1 1], to go with logits [B G M T S] or [B H T S]."""
+        assert self.sinks is not None
+        return self.sinks.reshape(*logits.shape[1:-2], 1, 1)
+
+    def add_to_sinks(self, gradient: jax.Array) -> "ScoreMod":
+        """Add [B G M T 1], or [B H T 1], to the sinks, summed over rows and queries."""
+        assert self.sinks is not None
+        total = gradient.sum((0, -2, -1)).reshape(-1)
+        return replace(self, sinks=self.sinks + total)
+
+    def compute_weights(self, logits: jax.Array) -> jax.Array:
+        """Return the softmax of the final logits with the sinks, after dropout."""
+        if self.sinks is not None:
+            sinks = jnp.broadcast_to(self.shape_sinks(logits), (*logits.shape[:-1], 1))
+            logits = jnp.concatenate([logits, sinks], axis=-1)
+        weights = jax.nn.softmax(logits, axis=-1)
+        if self.sinks is not None:
+            weights = weights[..., :-1]
+        if self.dropout:
+            assert self.dropout_key is not None
+            is_kept = jax.random.bernoulli(self.dropout_key, 1 - self.dropout, weights.shape)
+            weights = jnp.where(is_kept, weights / (1 - self.dropout), 0)
+        return weights
 
 
 Kernel = Callable[[jax.Array, jax.Array, jax.Array, Coords, Coords, ScoreMod], jax.Array]

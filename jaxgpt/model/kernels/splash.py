@@ -30,6 +30,8 @@ def explain_unsupported(q, k, score_mod: ScoreMod) -> str | None:
     """Return why `splash` does not support this on a TPU either, or None."""
     if score_mod.bias is not None:
         return UNSUPPORTED_BIAS
+    if score_mod.sinks is not None:
+        return UNSUPPORTED_SINKS
     if not score_mod.is_self:
         return "queries and keys are not the same tokens, as when decoding"
     masks = score_mod.index_masks
@@ -39,6 +41,7 @@ def explain_unsupported(q, k, score_mod: ScoreMod) -> str | None:
 
 
 UNSUPPORTED_BIAS = "the TPU's kernel supports no bias"
+UNSUPPORTED_SINKS = "the TPU's kernel supports no attention sinks in every version of JAX"
 
 
 def splash(

@@ -52,7 +52,7 @@ def iterate_strips(score_mod: ScoreMod, T: int, S: int, size: int) -> Iterator[t
     """Yield the queries of each strip and the range of keys that they may attend to."""
     masks = score_mod.index_masks
     lookback = find_lookback(masks)
-    lookback = S if lookback is None else lookback
+    lookback = max(S, T) if lookback is None else lookback  # cross-attention may have T > S
     lookahead = 0 if Causal() in masks else lookback
     for start in range(0, T, size):
         end = min(start + size, T)
@@ -88,10 +88,18 @@ def _dot(letters: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(letters, a, b, preferred_element_type=jnp.float32)
 
 
-def _softmax_terms(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the unnormalized softmax weights [... T S] and their sums [... T 1]."""
-    weights = jnp.exp(logits - logits.max(-1, keepdims=True))
-    return weights, weights.sum(-1, keepdims=True)
+def _softmax_terms(
+    score_mod: ScoreMod, logits: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Return unnormalized weights [... T S], the sums of all and the weights of sinks [... T 1]."""
+    peak = logits.max(-1, keepdims=True)
+    if score_mod.sinks is None:
+        weights = jnp.exp(logits - peak)
+        return weights, weights.sum(-1, keepdims=True), None
+    sinks = score_mod.shape_sinks(logits)
+    peak = jnp.maximum(peak, sinks)
+    weights, sinks = jnp.exp(logits - peak), jnp.exp(sinks - peak)
+    return weights, weights.sum(-1, keepdims=True) + sinks, sinks
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -103,7 +111,7 @@ def _attention(
     for queries, keys in iterate_strips(score_mod, q.shape[-2], k.shape[-2], size):
         logits = _dot("BGMTK,BGKS->BGMTS", q[..., queries, :], k_columns[..., keys])
         coords = _slice_coords(q_coords, queries), _slice_coords(k_coords, keys)
-        weights, total = _softmax_terms(score_mod(logits, *coords))
+        weights, total, _ = _softmax_terms(score_mod, score_mod(logits, *coords))
         values = _dot("BGMTS,BGSK->BGMTK", weights.astype(v.dtype), v[:, :, keys])
         out.append((values / total).astype(v.dtype))
     return jnp.concatenate(out, -2)
@@ -128,13 +136,15 @@ def _backward(size, saved, d_out):
         coords = _slice_coords(q_coords, queries), _slice_coords(k_coords, keys)
         logits = _dot("BGMTK,BGKS->BGMTS", q_i, k_columns[..., keys])
         logits, pull = jax.vjp(partial(_apply_score_mod, coords), score_mod, logits)
-        weights, total = _softmax_terms(logits)
+        weights, total, sinks = _softmax_terms(score_mod, logits)
         weights = weights / total
         d_weights = _dot("BGMTK,BGKS->BGMTS", d_out_i, v_columns[..., keys])
         inner = jnp.sum(weights * d_weights, -1, keepdims=True)
         d_score_i, d_logits = pull(weights * (d_weights - inner))
         d_logits = d_logits.astype(q.dtype)
         d_score = jax.tree.map(jnp.add, d_score, d_score_i)
+        if sinks is not None:
+            d_score = d_score.add_to_sinks(-inner * sinks / total)
         d_q.append(_dot("BGMTS,BGSK->BGMTK", d_logits, k[:, :, keys]).astype(q.dtype))
         weights, d_logits = (
             _merge_query_heads(weights.astype(v.dtype)),

@@ -15,15 +15,33 @@ class LayerContext(NamedTuple):
 
     q_coords: Coords  # of the current tokens, [B T]
     k_coords: Coords  # of the tokens in the cache, [B S]; without a cache, the same as q_coords
+    # Of the layer at hand, by `select_position`.
     rotate: Partial | None = None  # rotary embedding of queries or keys, [B T H K] -> [B T H K]
     bias: Partial | None = None  # (q_coords [B T], k_coords [B S]) -> float32 [B H T S]
+    query_scale: jax.Array | None = None  # float32 [B T]
+    # Of all layers, in the order of `ModelConfig.position_schemes`.
+    rotations: tuple[Partial | None, ...] = ()
+    biases: tuple[Partial | None, ...] = ()
+    query_scales: tuple[jax.Array | None, ...] = ()
     cursor: Any = None  # int32 [], the next free slot of the cache, the same for every row
     memory: jax.Array | None = None  # hidden states of the encoder, [B S D]
     memory_coords: Coords | None = None  # [B S]
 
+    def select_position(self, i: int) -> "LayerContext":
+        """Return the context of a layer with position scheme i."""
+        return self._replace(
+            rotate=self.rotations[i], bias=self.biases[i], query_scale=self.query_scales[i]
+        )
+
     def apply_rotation(self, x: jax.Array) -> jax.Array:
         """Rotate queries or keys x [B T H K] if the position encoding is rotary."""
         return x if self.rotate is None else self.rotate(x)
+
+    def scale_queries(self, q: jax.Array) -> jax.Array:
+        """Scale queries [B T H K] by position if the position encoding does so."""
+        if self.query_scale is None:
+            return q
+        return (q * self.query_scale[:, :, None, None]).astype(q.dtype)
 
 
 class Mixer(nn.Module):
@@ -38,8 +56,9 @@ class Mixer(nn.Module):
     call with a state accepts any number of tokens.
     """
 
-    # The optional features that the mixer supports: "rotation" and "bias" (position encodings),
-    # "pattern" (of the attention mask), "softcap", "qk_norm".
+    # The optional features that the mixer supports: "rotation", "bias" and "query_scale" (position
+    # encodings), "pattern" (of the attention mask), and the settings of attention: "softcap",
+    # "qk_norm", "attention_bias", "sinks", "attention_dropout".
     USES: ClassVar[tuple[str, ...]] = ()
     DIRECTIONS: ClassVar[tuple[str, ...]] = ("causal", "both")
     HAS_HEADS: ClassVar[bool] = True
