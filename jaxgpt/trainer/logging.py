@@ -50,6 +50,9 @@ class MetricsFile(Hook):
     def on_metrics(self, view: RunView, step: int, values: Mapping[str, float]):
         self.write("train", step, values)
 
+    def on_untrained(self, view: RunView, values: Mapping[str, Any]):
+        self.on_eval(view, values)
+
     def on_eval(self, view: RunView, values: Mapping[str, Any]):
         self.write("eval", view.step, {k: v for k, v in values.items() if k != "confusion"})
 
@@ -147,11 +150,9 @@ def _plot_metric(
     if train:
         axes.plot(*zip(*train, strict=True), color="#9db4d0", lw=1, label="training")
     if held:
-        axes.plot(*zip(*held, strict=True), color="#c0392b", marker="o", ms=3, label="held out")
-        axes.annotate(
-            f"{held[-1][1]:.3f}", held[-1], (0, 7), textcoords="offset points", ha="right"
-        )
-    axes.set(xlabel="step", ylabel=label, title=title)
+        last = f"held out: {held[-1][1]:.3f} at the end"
+        axes.plot(*zip(*held, strict=True), color="#c0392b", marker="o", ms=3, label=last)
+    axes.set(xlabel="step", ylabel=label, title=f"{title}: {name} of training and held-out text")
     axes.grid(alpha=0.3)
     if train or held:
         axes.legend(frameon=False)
@@ -165,18 +166,22 @@ def plot_confusion(run_folder: str, labels: Sequence[str], rows: Sequence[Sequen
         return
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1.2 * len(labels) + 2, 1.2 * len(labels) + 1.5), dpi=120,
+    figure = Figure(figsize=(1.2 * len(labels) + 2.5, 1.2 * len(labels) + 2), dpi=120,
                     layout="constrained")  # fmt: skip
     axes = figure.subplots()
     axes.imshow([[n / max(sum(row), 1) for n in row] for row in rows], cmap="Blues", vmin=0, vmax=1)
     ticks = range(len(labels))
+    total = sum(map(sum, rows))
+    right = sum(row[i] for i, row in enumerate(rows)) / max(total, 1)
     axes.set(xticks=ticks, yticks=ticks, xlabel="predicted class", ylabel="true class")
+    axes.set_title(f"{total:,} held-out texts,\n{right:.1%} classified correctly", fontsize=10)
     axes.set_xticklabels(labels, rotation=45 if len(labels) > 4 else 0)
     axes.set_yticklabels(labels)
     for i, row in enumerate(rows):
         for j, n in enumerate(row):
             color = "white" if n > 0.5 * sum(row) else "black"
-            axes.text(j, i, f"{n:,}", ha="center", va="center", color=color)
+            text = f"{n:,}\n{n / max(sum(row), 1):.1%}"  # of the true class
+            axes.text(j, i, text, ha="center", va="center", color=color)
     _save_figure(figure, run_folder, "confusion")
 
 
@@ -238,6 +243,9 @@ class Console(Hook):
 
     def on_metrics(self, view: RunView, step: int, values: Mapping[str, float]):
         self.log_step(step, values)
+
+    def on_untrained(self, view: RunView, values: Mapping[str, Any]):
+        self.log(f"step 0  {format_eval(values, view.cfg.objective.loss_unit)}  (untrained)")
 
     def on_eval(self, view: RunView, values: Mapping[str, Any]):
         loss, step = view.best

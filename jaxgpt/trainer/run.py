@@ -27,9 +27,10 @@ from jaxgpt.settings import ConfigError
 from jaxgpt.sharding import check_fits, make_mesh
 from jaxgpt.trainer.checkpoint import Checkpoints, Progress
 from jaxgpt.trainer.folder import check_run_folder, check_writable, is_writable
-from jaxgpt.trainer.hooks import EarlyStop, Hook, Profiler, RunView
+from jaxgpt.trainer.hooks import EarlyStop, Hook, OverfitWarning, Profiler, RunView
 from jaxgpt.trainer.logging import Console, MetricsFile, Plots, write_text_atomically
 from jaxgpt.trainer.report import format_header
+from jaxgpt.trainer.memory import describe_memory_errors
 from jaxgpt.trainer.speed import Clock, peak_flops
 from jaxgpt.trainer.start import Start, find_start, match_start, take_params
 from jaxgpt.trainer.state import TrainState, abstract_state, make_state
@@ -141,6 +142,7 @@ def open_run(cfg: Config, hooks: Sequence[Hook] = (), is_quiet: bool = False) ->
             console,
             Plots(),
             EarlyStop(cfg.train.patience),
+            OverfitWarning(),
             Profiler(cfg.run_folder, *cfg.train.parse_profile()),
             *hooks,
         )
@@ -233,7 +235,8 @@ def _begin(
     cfg: Config, corpus: Corpus, saver: Checkpoints, optimizer, abstract, start: Start | None
 ) -> tuple[TrainState, Progress]:
     """Make the state of a new run."""
-    state = make_state(cfg.model, optimizer, cfg.seed, abstract)
+    with describe_memory_errors(cfg, abstract):
+        state = make_state(cfg.model, optimizer, cfg.seed, abstract)
     if start:
         initial = state
         state = hosts.run_on_all(lambda: take_params(start, initial, abstract))
