@@ -50,7 +50,7 @@ def describe_memory_errors(cfg: Config, abstract: Any) -> Iterator[None]:
     Raises:
         ConfigError: it does not fit.
     """
-    leaves = [x for x in jax.tree.leaves((abstract.params, abstract.opt_state))]
+    leaves = list(jax.tree.leaves((abstract.params, abstract.opt_state)))
     needed = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
     device = jax.local_devices()[0]
     memory = _read_memory_bytes(device)

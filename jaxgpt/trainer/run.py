@@ -29,8 +29,8 @@ from jaxgpt.trainer.checkpoint import Checkpoints, Progress
 from jaxgpt.trainer.folder import check_run_folder, check_writable, is_writable
 from jaxgpt.trainer.hooks import EarlyStop, Hook, OverfitWarning, Profiler, RunView
 from jaxgpt.trainer.logging import Console, MetricsFile, Plots, write_text_atomically
-from jaxgpt.trainer.report import format_header
 from jaxgpt.trainer.memory import describe_memory_errors
+from jaxgpt.trainer.report import format_header
 from jaxgpt.trainer.speed import Clock, peak_flops
 from jaxgpt.trainer.start import Start, find_start, match_start, take_params
 from jaxgpt.trainer.state import TrainState, abstract_state, make_state
