@@ -19,6 +19,7 @@ config = Config(
         position="t5",
         norm_eps=1e-6,
         query_scale=1.0,
+        embed_std=1.0,
         feedforward="plain",
         activation="relu",
         head_scale=768**-0.5,

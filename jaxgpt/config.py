@@ -466,6 +466,8 @@ RENAMED_SETTINGS = {
     "train.noise": "train.mask_rate",
     "model.documents=apart": "model.documents=separate",
 }
+# The values, in a saved config without the setting, of settings whose default was another one.
+FORMER_DEFAULTS = {"model.embed_scale": False}
 
 
 # --- reading and writing ---
@@ -569,6 +571,14 @@ def _rename_settings(tree: Any) -> Any:
     return tree
 
 
+def _restore_defaults(tree: Any) -> None:
+    """Add `FORMER_DEFAULTS` to the nested dicts of a saved config."""
+    for key, value in FORMER_DEFAULTS.items():
+        section, name = key.split(".")
+        if isinstance(tree, dict) and isinstance(tree.get(section), dict):
+            tree[section].setdefault(name, value)
+
+
 FORMAT = 1  # of run folders; raised when an older version could not read them
 
 
@@ -597,6 +607,7 @@ def from_json(
     """
     try:
         tree = _rename_settings(json.loads(text))
+        _restore_defaults(tree)
         if isinstance(tree, dict):
             _check_format(tree.pop("versions", {}))
             if plugins is None:
@@ -625,8 +636,9 @@ def _check_format(versions: Any) -> None:
 
 def list_differences(old: Config, new: Config) -> list[str]:
     """Return the settings, with both values, that make two configs learn something different."""
-    fixed = [key for key, f in list_fields(Config).items() if not f.metadata["is_runtime"]]
-    pairs = [(key, get(old, key), get(new, key)) for key in fixed]
+    fixed = [(key, f) for key, f in list_fields(Config).items() if not f.metadata["is_runtime"]]
+    pairs = [(key, *(get(c, f.metadata["effective"] or key) for c in (old, new)))
+             for key, f in fixed]  # fmt: skip
     return [f"{key}: {a!r} -> {b!r}" for key, a, b in pairs if a != b]
 
 

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
 from jaxgpt.config import (
+    FORMER_DEFAULTS,
     RENAMED_SETTINGS,
     Config,
     ConfigError,
@@ -305,7 +306,7 @@ def texts(key: str):
     low = low if low is not None else above
     if f.metadata["table"]:
         return st.sampled_from(sorted(resolve_table(f.metadata["table"])))
-    if kind is bool:
+    if bool in (kind, *args):
         return st.sampled_from(["true", "false"])
     if kind is str:
         return st.text()
@@ -416,3 +417,25 @@ def test_differences_ignore_settings_that_do_not_change_what_is_learned():
         "train.loss_chunk=8",
     ]
     assert list_differences(Config(), override(Config(), runtime_settings)) == []
+
+
+def test_a_setting_that_follows_from_others_differs_by_its_value_in_effect():
+    old = override(Config(), ["model.embed_scale=false"])  # what older run folders say
+    assert list_differences(old, Config()) == []
+    sinusoidal = ["model.position=sinusoidal", "model.width=64", "model.heads=4"]
+    assert list_differences(override(old, sinusoidal), override(Config(), sinusoidal)) == [
+        "model.embed_scale: False -> True",
+        "model.embed_std: 0.02 -> 0.125",
+    ]
+
+
+def test_a_saved_config_from_before_a_setting_keeps_its_meaning():
+    tree = json.loads(to_json(override(Config(), ["model.position=sinusoidal"])))
+    assert from_json(json.dumps(tree)).model.has_embed_scale
+    del tree["model"]["embed_scale"]
+    assert not from_json(json.dumps(tree)).model.has_embed_scale
+
+
+def test_every_former_default_is_of_a_present_setting():
+    for key, value in FORMER_DEFAULTS.items():
+        assert get(override(Config(), [f"{key}={value}"]), key) == value
