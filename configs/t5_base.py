@@ -27,7 +27,12 @@ config = Config(
         dtype="bfloat16",
     ),
     optimizer=OptimizerConfig(
-        name="adafactor", lr=1e-2, schedule="inverse_sqrt", warmup=10_000, weight_decay=0.0
+        name="adafactor",
+        lr=1e-2,
+        schedule="inverse_sqrt",
+        warmup=10_000,
+        weight_decay=0.0,
+        logit_lr=1.0,
     ),
     train=TrainConfig(
         objective="span",

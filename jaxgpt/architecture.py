@@ -258,6 +258,14 @@ class ModelConfig(Section):
         return self.width**-0.5 if self.has_unit_positions and self.has_embed_scale else 0.02
 
     @property
+    def has_logit_tables(self) -> bool:
+        """Whether attention logits, or a part of them, are parameters."""
+        encodings = resolve_table("jaxgpt.model.positions:POSITION_ENCODINGS")
+        mixers = resolve_table("jaxgpt.model.mixers:MIXERS")
+        rows = [row for s in self.layer_cycle for row in (encodings[s.position], mixers[s.mixer])]
+        return any(row.HAS_LOGIT_TABLE for row in rows)
+
+    @property
     def attention_scale(self) -> float:
         """The factor of q·k."""
         return self.sizes["K"] ** -0.5 if self.query_scale is None else self.query_scale

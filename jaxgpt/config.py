@@ -179,6 +179,12 @@ class OptimizerConfig(Section):
     matrix_lr: float | None = option(
         None, "peak learning rate of muon for the matrices in blocks: none = lr", above=0
     )
+    logit_lr: float = option(
+        10.0,
+        "learning rate of tables of attention logits (t5, synthesizer_random), as a multiple of lr",
+        above=0,
+        effective="logit_lr",
+    )
     train: tuple[str, ...] = option(
         (),
         "parameters to train, by path (stack.layers.*), group (stack) or letters (L*>*), as in "
@@ -400,6 +406,11 @@ class Config(Section):
     def run_folder(self) -> str:
         return os.path.join(os.path.expanduser(self.folder), self.name)
 
+    @property
+    def logit_lr(self) -> float:
+        """`optimizer.logit_lr`, or 1 where it has no effect."""
+        return self.optimizer.logit_lr if self.model.has_logit_tables else 1.0
+
     def check(self):
         if not self.name or self.name in (".", "..") or os.sep in self.name:
             raise ConfigError(
@@ -467,7 +478,7 @@ RENAMED_SETTINGS = {
     "model.documents=apart": "model.documents=separate",
 }
 # The values, in a saved config without the setting, of settings whose default was another one.
-FORMER_DEFAULTS = {"model.embed_scale": False}
+FORMER_DEFAULTS = {"model.embed_scale": False, "optimizer.logit_lr": 1.0}
 
 
 # --- reading and writing ---

@@ -423,6 +423,11 @@ def test_a_setting_that_follows_from_others_differs_by_its_value_in_effect():
     old = override(Config(), ["model.embed_scale=false"])  # what older run folders say
     assert list_differences(old, Config()) == []
     sinusoidal = ["model.position=sinusoidal", "model.width=64", "model.heads=4"]
+    t5 = override(Config(), ["model.position=t5"])
+    assert list_differences(Config(), override(Config(), ["optimizer.logit_lr=1"])) == []
+    assert list_differences(override(t5, ["optimizer.logit_lr=1"]), t5) == [
+        "optimizer.logit_lr: 1.0 -> 10.0"
+    ]
     assert list_differences(override(old, sinusoidal), override(Config(), sinusoidal)) == [
         "model.embed_scale: False -> True",
         "model.embed_std: 0.02 -> 0.125",
@@ -434,6 +439,8 @@ def test_a_saved_config_from_before_a_setting_keeps_its_meaning():
     assert from_json(json.dumps(tree)).model.has_embed_scale
     del tree["model"]["embed_scale"]
     assert not from_json(json.dumps(tree)).model.has_embed_scale
+    del tree["optimizer"]["logit_lr"]
+    assert from_json(json.dumps(tree)).optimizer.logit_lr == 1
 
 
 def test_every_former_default_is_of_a_present_setting():

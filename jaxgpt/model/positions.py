@@ -213,6 +213,7 @@ class PositionEncoding(nn.Module):
     ATTENTION_HOOK: ClassVar[str] = ""
     ADDS_TO_EMBEDDING: ClassVar[bool] = False  # then all layers share it
     ADDS_UNIT_SIZE: ClassVar[bool] = False  # then embeddings are scaled to size 1 as well
+    HAS_LOGIT_TABLE: ClassVar[bool] = False  # which learns at a rate of its own
 
     cfg: ModelConfig
     direction: str = "causal"
@@ -290,6 +291,7 @@ class T5(PositionEncoding):
     """
 
     ATTENTION_HOOK = "bias"
+    HAS_LOGIT_TABLE = True
 
     def setup(self):
         self.table = declare_param(self, "table", "U>H", self.cfg.sizes, glorot)
