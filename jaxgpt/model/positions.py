@@ -285,7 +285,7 @@ class Alibi(PositionEncoding):
 class T5(PositionEncoding):
     """A learned bias on the attention logits per bucket of distances.
 
-    It begins as T5's does in Mesh TensorFlow, which is larger than the projections in blocks.
+    It begins as in the code of T5, about ten times as large as the weights in blocks.
 
     Source: Raffel et al. 2020, arXiv:1910.10683, section 2.1, and its code.
     """
