@@ -24,6 +24,7 @@ from jaxgpt.model.kernels import ACCELERATED, ScoreMod, attend
 from jaxgpt.model.layers import DTYPES
 from jaxgpt.model.masks import make_layer_mask
 from jaxgpt.optimizer import build as build_optimizer
+from jaxgpt.sampling import SamplingParams
 from jaxgpt.sharding import make_batch_sharding
 from jaxgpt.trainer.memory import retain_freed_memory
 from jaxgpt.trainer.state import make_state
@@ -200,7 +201,7 @@ def make_decode(case: Case, rows: int) -> Contestant:
     cfg = make_config(case).model
     params, _ = init_params(cfg, jax.random.key(0))
     apart = unstack_layers(params)
-    rules = generate.SamplingParams.from_config(SampleConfig(temperature=0), np.ones(case.V, bool))
+    rules = SamplingParams.from_configs([SampleConfig(temperature=0)], np.ones(case.V, bool))
     tokens = np.random.default_rng(0).integers(0, case.V, (rows, case.prompt), np.int32)
     lengths, drawn = np.full(rows, case.prompt, np.int32), np.zeros(rows, np.int32)
     keys = jax.random.split(jax.random.key(0), rows)
@@ -210,7 +211,7 @@ def make_decode(case: Case, rows: int) -> Contestant:
         state = generate.prefill(cfg, params, tokens, lengths, drawn, slots)
         out = []
         for _ in range(case.new // generate.CHUNK_TOKENS):
-            new, state = generate.decode(cfg, apart, rules, keys, state, generate.CHUNK_TOKENS)
+            new, _, state = generate.decode(cfg, apart, rules, keys, state, generate.CHUNK_TOKENS)
             out.append(new)
         return out
 

@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same names as in LAZY, for type checkers
     from jaxgpt.config import Config as Config
+    from jaxgpt.language_model import LanguageModel as LanguageModel
+    from jaxgpt.loading import load as load
+    from jaxgpt.loading import save as save
     from jaxgpt.trainer import train as train
 
 __version__ = "0.1.0"
@@ -13,10 +16,13 @@ __version__ = "0.1.0"
 # names is first used (PEP 562), so that `import jaxgpt` does not wait for jax.
 LAZY = {
     "Config": "jaxgpt.config",
+    "LanguageModel": "jaxgpt.language_model",
+    "load": "jaxgpt.loading",
+    "save": "jaxgpt.loading",
     "train": "jaxgpt.trainer",
 }
 
-__all__ = ["Config", "__version__", "train"]
+__all__ = ["Config", "LanguageModel", "__version__", "load", "save", "train"]
 
 
 def __getattr__(name: str) -> Any:

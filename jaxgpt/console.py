@@ -1,18 +1,19 @@
-"""The command line of sample.py: read prompts, stream the generated text."""
+"""What people read on a terminal: predictions as text, and the command line of sample.py."""
 
 import codecs
+import dataclasses
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from jaxgpt.config import override
-from jaxgpt.generate import Row, generate_rows
+from jaxgpt.generate import MASK, Generation, join_pieces
+from jaxgpt.language_model import LanguageModel
+from jaxgpt.loading import load
 from jaxgpt.plugins import parse_plugins
-from jaxgpt.predict import PREDICTORS, predict
+from jaxgpt.predict import DEFAULT_CANDIDATES, Classification, FilledMask
 from jaxgpt.settings import ConfigError
-from jaxgpt.trainer.checkpoint import load_run, read_labels
-from jaxgpt.trainer.logging import format_duration
 
 ENDING_MESSAGES = {
     "eos": "the document ended",
@@ -32,7 +33,7 @@ def sample_cli(
     """Generate from prompts with the model of a run, and print the text as it is generated.
 
     Args:
-        run_folder, checkpoint: see `load_run`.
+        run_folder, checkpoint: see `load`.
         prompts: texts to continue, to answer, to fill or to classify, by the run's objective;
             None takes those of `file`, or the run's `sample.prompt`.
         file: a path with one prompt a line, "-" for standard input, or None.
@@ -42,41 +43,71 @@ def sample_cli(
     Raises:
         ConfigError: a setting, the run or the file is invalid.
     """
-    plugins = parse_plugins(settings)
-    config, tokenizer, params, step = load_run(run_folder, checkpoint, plugins)
-    config = override(config, settings)
+    model = load(run_folder, checkpoint=checkpoint, plugins=parse_plugins(settings))
+    model = dataclasses.replace(model, config=override(model.config, settings))
+    sample = model.config.sample
     texts = [*map(_decode_argument, prompts or ()), *(_read_prompts(file) if file else ())]
-    texts = texts or [config.sample.prompt]
-    print(f"[{run_folder}, step {step}, seed {config.sample.seed}]", file=sys.stderr)
-    if config.train.objective in PREDICTORS:
-        (answers,) = predict(config, params, tokenizer, texts, read_labels(run_folder))
-        for text, answer in zip(texts, answers, strict=True):
+    texts = texts or [sample.prompt]
+    print(f"[{run_folder}, step {model.step}, seed {sample.seed}]", file=sys.stderr)
+    if "generate" not in model.abilities:
+        for text, answer in zip(texts, format_predictions(model, texts), strict=True):
             print(f"{text}\n{answer}" if len(texts) > 1 else answer)
         return
     start = time.perf_counter()
-    masks = config.objective.task.count_mask_tokens(config)
-    stream = generate_rows(config.model, params, tokenizer, texts, config.sample, masks)
-    # A decoder continues the prompt; an encoder-decoder answers it on a line of its own.
-    headings = texts if config.model.family == "decoder" else [f"{text}\n" for text in texts]
-    rows = _print_rows(headings, stream)
+    rows = _print_rows([format_prompt(model, text) for text in texts], model.stream(texts))
     seconds = time.perf_counter() - start
-    total = sum(len(row.drawn) for row in rows)
+    total = sum(len(row.tokens) for row in rows)
     why = "; ".join(dict.fromkeys(ENDING_MESSAGES[row.ending] for row in rows))
     print(
-        f"[{total} tokens in {format_duration(seconds)}, {total / seconds:.0f} tokens/s; {why}]",
+        f"[{total} tokens in {seconds:.1f} s, {total / seconds:.0f} tokens/s; {why}]",
         file=sys.stderr,
     )
 
 
-def _print_rows(prompts: Sequence[str], stream) -> list[Row]:
+def format_sample(model: LanguageModel, prompt: str) -> str:
+    """Return what a model makes of a prompt: its continuation, its target, or a prediction."""
+    if "generate" not in model.abilities:
+        return f"{prompt}\n{format_predictions(model, [prompt])[0]}"
+    return format_prompt(model, prompt) + model.generate([prompt])[0].text
+
+
+def format_prompt(model: LanguageModel, prompt: str) -> str:
+    """Return a prompt as it stands before generated text.
+
+    A decoder continues it; an encoder-decoder answers it on a line of its own.
+    """
+    return prompt if model.config.model.family == "decoder" else f"{prompt}\n"
+
+
+def format_predictions(model: LanguageModel, texts: Sequence[str]) -> list[str]:
+    """Return the predictions of an encoder for each text, `sample.top_k` of them."""
+    count = model.config.sample.top_k or DEFAULT_CANDIDATES
+    if "classify" in model.abilities:
+        return [format_classes(found, count) for found in model.classify(texts)]
+    return ["\n".join(map(format_mask, row)) for row in model.fill(texts, count)]
+
+
+def format_mask(filled: FilledMask) -> str:
+    """Format the candidates for a mask: "<mask>  'cat' 61.0%  'dog' 20.0%"."""
+    return f"{MASK}  " + "  ".join(f"{c.text!r} {c.probability:.1%}" for c in filled.candidates)
+
+
+def format_classes(found: Classification, count: int) -> str:
+    """Format the likeliest classes: "positive 98.0%  negative 2.0%"."""
+    best = list(found.probabilities.items())[:count]
+    return "  ".join(f"{label} {probability:.1%}" for label, probability in best)
+
+
+def _print_rows(prompts: Sequence[str], stream: Iterator[list[Generation]]) -> list[Generation]:
     """Print rows in order, each as it is generated; the text of later rows is buffered."""
-    rows: list[Row] = []
+    rows = [Generation("", (), (), "") for _ in prompts]
     pending = list(prompts)
     current = 0
     if len(prompts) > 1:
         print("[1]", file=sys.stderr)
-    for rows, pieces in stream:
-        pending = [old + new for old, new in zip(pending, pieces, strict=True)]
+    for pieces in stream:
+        rows = [join_pieces(pair) for pair in zip(rows, pieces, strict=True)]
+        pending = [old + new.text for old, new in zip(pending, pieces, strict=True)]
         while current < len(rows):
             sys.stdout.write(pending[current])
             sys.stdout.flush()

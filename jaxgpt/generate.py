@@ -4,8 +4,8 @@ A decoder continues a prompt; an encoder-decoder reads it as its source and gene
 
 Prompts of different lengths share one batch by left padding: a padded slot has segment id 0, so it
 is masked in attention, and every row writes its next token into the same slot. Lengths are rounded
-up to a few sizes, and the sampling parameters (temperature, top-k, ...) are traced, so that nothing
-recompiles from one prompt to the next. A row depends on its own prompt, the seed and its index in
+up to a few sizes, and the sampling rules (temperature, top-k, ...) are traced, so that nothing
+recompiles from one prompt to the next. A row depends on its own prompt, its rules and its index in
 the list, never on the other rows.
 """
 
@@ -25,117 +25,29 @@ from jaxgpt.model import (
     Cache,
     Coords,
     EncoderInput,
+    abstract_params,
     build,
     compute_logits,
     init_cache,
     unstack_layers,
 )
+from jaxgpt.sampling import SamplingParams, draw, make_row_keys, sampleable_tokens
 from jaxgpt.settings import ConfigError
+from jaxgpt.sharding import constrain, use_mesh_of
 from jaxgpt.tokenizer import StreamDecoder, Tokenizer
 
 CHUNK_TOKENS = 16  # tokens decoded per call: the granularity of streaming
 MIN_BUCKET_TOKENS = 32  # prompts and outputs are padded to this times a power of two
 
-# --- samplers: pure functions on scores ------------------------------------------------------
-# Each returns a threshold [B 1]: the least score that is kept. `ranked` [B V] is sorted descending.
 
+@dataclass(frozen=True)
+class Generation:
+    """Generated text, or in a stream the next piece of one."""
 
-def top_k(ranked: jax.Array, k: jax.Array) -> jax.Array:
-    """Keep the k likeliest tokens (and ties with the last of them); 0 keeps all."""
-    last = jnp.where(k > 0, jnp.minimum(k, ranked.shape[-1]), ranked.shape[-1]) - 1
-    return jnp.take_along_axis(ranked, jnp.full((ranked.shape[0], 1), last), axis=-1)
-
-
-def top_p(ranked: jax.Array, p: jax.Array) -> jax.Array:
-    """Keep the fewest likeliest tokens whose probabilities sum to p (nucleus sampling).
-
-    Source: Holtzman et al. 2020, arXiv:1904.09751, section 3.1.
-    """
-    probability = jax.nn.softmax(ranked, axis=-1)
-    before = jnp.cumsum(probability, axis=-1) - probability
-    # The sum is rounded: it may reach p = 1 before the last token.
-    kept = ((before < p) | (p >= 1)).at[:, 0].set(True)
-    return jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
-
-
-def min_p(ranked: jax.Array, p: jax.Array) -> jax.Array:
-    """Keep the tokens that are at least p times as likely as the likeliest.
-
-    Source: Nguyen et al. 2024, arXiv:2407.01082, equation 1.
-    """
-    return ranked[:, :1] + jnp.log(p)
-
-
-SAMPLERS = {"top_k": top_k, "top_p": top_p, "min_p": min_p}  # applied in this order
-
-
-def penalize_repetition(scores: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
-    """Make tokens that already occur in the row less likely. scores [B V], seen bool [B V].
-
-    Source: Keskar et al. 2019, arXiv:1909.05858, section 4.1.
-    """
-    return jnp.where(seen, jnp.where(scores > 0, scores / penalty, scores * penalty), scores)
-
-
-class SamplingParams(struct.PyTreeNode):
-    """The sampling parameters as arrays, so that changing them does not recompile."""
-
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    min_p: jax.Array
-    repetition_penalty: jax.Array
-    allowed: jax.Array  # bool [V], tokens that may be sampled at all
-
-    @classmethod
-    def from_config(cls, cfg: SampleConfig, allowed) -> "SamplingParams":
-        names = cls.__annotations__.keys() - {"allowed"}
-        values = {name: jnp.asarray(getattr(cfg, name)) for name in names}
-        return cls(**values, allowed=jnp.asarray(allowed))
-
-
-def sampleable_tokens(tokenizer: Tokenizer, vocab: int, masks: int = 0) -> np.ndarray:
-    """Return which tokens may be sampled, bool [V]: those that represent text, and eos.
-
-    The others are pad, unk and bos, and the rows of an embedding table larger than the tokenizer,
-    except for the last `masks` of them: the sentinels that a span-corruption model generates.
-    """
-    ids = np.arange(vocab)
-    is_text = np.isin(ids, np.flatnonzero(tokenizer.lengths))
-    return is_text | (ids == tokenizer.eos) | (ids >= vocab - masks)
-
-
-def warp_scores(scores: jax.Array, seen: jax.Array, sampling: SamplingParams) -> jax.Array:
-    """Return the scores [B V] of the distribution to sample from; -inf for excluded tokens."""
-    chex.assert_equal_shape([scores, seen])
-    scores = jnp.where(sampling.allowed, scores, -jnp.inf)
-    scores = penalize_repetition(scores, seen, sampling.repetition_penalty)
-    scores = scores / jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)
-
-    def truncate(scores):
-        ranked = jnp.sort(scores, axis=-1, descending=True)
-        for name, sampler in SAMPLERS.items():
-            least = sampler(ranked, getattr(sampling, name))
-            ranked = jnp.where(ranked >= least, ranked, -jnp.inf)
-        least = jnp.min(jnp.where(jnp.isfinite(ranked), ranked, jnp.inf), axis=-1, keepdims=True)
-        return jnp.where(scores >= least, scores, -jnp.inf)
-
-    is_truncated = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
-    return jax.lax.cond(is_truncated, truncate, lambda scores: scores, scores)  # avoids the sort
-
-
-def draw(
-    scores: jax.Array, seen: jax.Array, sampling: SamplingParams, keys: jax.Array
-) -> jax.Array:
-    """Sample one token per row, int32 [B], with keys [B]; greedy at temperature 0."""
-    chex.assert_shape(keys, scores.shape[:1])
-    warped = warp_scores(scores, seen, sampling)
-
-    def sample_categorical():  # random bits for [B V] cost as much as some layers
-        return jax.vmap(jax.random.categorical)(keys, warped)
-
-    take_best = functools.partial(jnp.argmax, warped, axis=-1)
-    return jax.lax.cond(sampling.temperature > 0, sample_categorical, take_best).astype(jnp.int32)
+    text: str
+    tokens: tuple[int, ...]  # without eos; the text ends before a stop string, the tokens after it
+    logprobs: tuple[float, ...]  # of every token in the model's own distribution, in nats
+    ending: str  # "eos", "stop", "tokens" (as many as requested) or "context" (full); "" = goes on
 
 
 # --- the two passes --------------------------------------------------------------------------
@@ -158,6 +70,24 @@ def _make_left_padded_coords(T: int, lengths: jax.Array) -> tuple[jax.Array, Coo
     position = jnp.arange(T)[None, :] - (T - lengths)[:, None]
     is_real = position >= 0
     return is_real, Coords(jnp.maximum(position, 0), is_real.astype(jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnames=("cfg",))
+def prepare_decode_params(cfg: ModelConfig, params):
+    """Return parameters for `decode`: one tree a layer, each sharded as the stacked layers are.
+
+    They are copies. From stacked layers, every token would copy the parameters of each layer.
+    """
+    _, letters = abstract_params(cfg)
+    params = unstack_layers(params)
+    stack = dict(params["stack"])
+    for group in {"layers", "tail"} & stack.keys():
+        layer_letters = jax.tree.map(lambda x: x.removeprefix("L"), letters["stack"][group])
+        stack[group] = {
+            name: jax.tree.map(constrain, layer, layer_letters)
+            for name, layer in stack[group].items()
+        }
+    return params | {"stack": stack}
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "slots"))
@@ -197,9 +127,13 @@ def prefill(
 def decode(
     cfg: ModelConfig, params, sampling: SamplingParams, keys, state: DecodeState, steps: int
 ):
-    """Sample `steps` tokens per row with keys [B]. Return (int32 [B steps], state).
+    """Sample `steps` tokens per row with keys [B].
 
-    It is fastest with `unstack_layers(params)`.
+    It is fastest with the parameters of `prepare_decode_params`.
+
+    Returns:
+        (tokens int32 [B steps]; their log-probabilities in the distribution of the model, before
+        the sampling rules, float32 [B steps]; state).
     """
     rows = jnp.arange(state.position.shape[0])
 
@@ -210,12 +144,13 @@ def decode(
         coords = Coords(state.position[:, None], jnp.ones_like(token)[:, None], prefix)
         hidden, cache = build(cfg).apply({"params": params}, token[:, None], coords, state.cache)
         seen = state.seen.at[rows, token].set(True)
+        logprob = state.scores[rows, token] - jax.nn.logsumexp(state.scores, axis=-1)
         scores = compute_logits(cfg, params, hidden[:, 0])
         after = (cache, scores, seen, state.position + 1, state.drawn + 1, state.prefix)
-        return DecodeState(*after), token
+        return DecodeState(*after), (token, logprob)
 
-    state, tokens = jax.lax.scan(decode_one, state, length=steps)
-    return tokens.T, state
+    state, (tokens, logprobs) = jax.lax.scan(decode_one, state, length=steps)
+    return tokens.T, logprobs.T, state
 
 
 # --- rows of text ----------------------------------------------------------------------------
@@ -233,15 +168,19 @@ def encode_with_masks(tokenizer: Tokenizer, text: str, mask: Callable[[int], int
 class Row:
     """One prompt and its continuation so far."""
 
+    sample: SampleConfig
     source: list[int]  # source tokens of an encoder-decoder
     ids: list[int]  # the tokens in the context window
-    room: int  # tokens that may still be generated
     decoder: StreamDecoder
-    stops: tuple[str, ...]
     drawn: list[int] = field(default_factory=list)
     held: str = ""  # text that may be the beginning of a stop string
-    ending: str = ""  # why the row ended: "eos", "stop", "tokens" or "context"
+    ending: str = ""  # see `Generation`
     masks: dict[int, str] = field(default_factory=dict)  # sentinel token -> its text
+
+    @property
+    def room(self) -> int:
+        """Tokens that may still be generated."""
+        return self.sample.tokens - len(self.drawn)
 
     def push(self, token: int, eos: int) -> str:
         """Append a token and return the text that is now final."""
@@ -249,16 +188,16 @@ class Row:
             return self.end("eos")
         self.ids.append(token)
         self.drawn.append(token)
-        self.room -= 1
         mask = self.masks.get(token)
         self.held += self.decoder.push([token]) if mask is None else self.decoder.flush() + mask
-        found = [self.held.find(stop) for stop in self.stops if stop in self.held]
+        stops = self.sample.stop
+        found = [self.held.find(stop) for stop in stops if stop in self.held]
         if found:
             self.ending = "stop"
             return self.held[: min(found)]
         if not self.room:
             return self.end("tokens")
-        n_held = max((_count_overlap(self.held, stop) for stop in self.stops), default=0)
+        n_held = max((_count_overlap(self.held, stop) for stop in stops), default=0)
         cut = len(self.held) - n_held
         text, self.held = self.held[:cut], self.held[cut:]
         return text
@@ -282,53 +221,78 @@ def round_up_to_bucket(length: int) -> int:
     )
 
 
-def generate(
-    cfg: ModelConfig,
+def stream(
+    config: Config,
     params,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
-    sample: SampleConfig,
-    masks: int = 0,
-) -> Iterator[list[str]]:
+    samples: Sequence[SampleConfig],
+    decode_params=None,
+) -> Iterator[list[Generation]]:
     """Stream the continuation of each prompt, or its target if the model is an encoder-decoder.
 
     Args:
-        params: of the model `cfg`.
+        config, params: the model.
         prompts: texts; an empty one starts a new document.
-        sample: the sampling settings; `sample.prompt` is not used.
-        masks: how many of the last token ids are sentinels for a `<mask>` of the prompt.
+        samples: the sampling rules of each prompt; their `prompt` is not used.
+        decode_params: `prepare_decode_params` of the parameters, if they are at hand.
 
     Yields:
-        The new piece of text of each row. Their concatenation is the whole continuation.
+        The next piece of every prompt; a row that has ended gives empty pieces.
 
     Raises:
-        ConfigError: a prompt does not fit the context and `sample.slide` is off.
+        ConfigError: a prompt does not fit the context and `slide` of its rules is off.
     """
-    for _, pieces in generate_rows(cfg, params, tokenizer, prompts, sample, masks):
-        yield pieces
-
-
-def generate_rows(
-    cfg, params, tokenizer, prompts, sample, masks: int = 0
-) -> Iterator[tuple[list[Row], list[str]]]:
-    """Do as `generate`, and also yield the rows: their tokens, and why they ended."""
-    rows = [_make_row(cfg, tokenizer, prompt, sample, masks) for prompt in prompts]
-    sampling = SamplingParams.from_config(sample, sampleable_tokens(tokenizer, cfg.vocab, masks))
-    root = jax.random.key(sample.seed)
-    keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(jnp.arange(len(rows)))
-    state, decode_params = None, unstack_layers(params)
+    cfg, rows = config.model, encode_prompts(config, tokenizer, prompts, samples)
+    if not rows:
+        return
+    allowed = sampleable_tokens(tokenizer, cfg.vocab, count_masks(config))
+    sampling, keys = SamplingParams.from_configs(samples, allowed), make_row_keys(samples)
+    state, left = None, 0
     while any(not row.ending for row in rows):
-        if state is None:
-            state, left = _prefill_rows(cfg, params, rows)
-        tokens, state = decode(cfg, decode_params, sampling, keys, state, CHUNK_TOKENS)
+        with use_mesh_of(params):  # never while the caller has control
+            if decode_params is None:
+                decode_params = prepare_decode_params(cfg, params)
+            if state is None:
+                state, left = _prefill_rows(cfg, params, rows)
+            *drawn, state = decode(cfg, decode_params, sampling, keys, state, CHUNK_TOKENS)
+            tokens, logprobs = (x.tolist() for x in fetch(drawn))
         left -= CHUNK_TOKENS
-        pieces = [_extend_row(row, new, tokenizer.eos, cfg, sample) for row, new in
-                  zip(rows, fetch(tokens).tolist(), strict=True)]  # fmt: skip
-        yield rows, pieces
-        if left < CHUNK_TOKENS or any(
-            len(row.ids) >= cfg.context and not row.ending for row in rows
-        ):
-            state = None  # the window of a row has moved: prefill again
+        yield [
+            _extend_row(row, new, values, tokenizer.eos, cfg)
+            for row, new, values in zip(rows, tokens, logprobs, strict=True)
+        ]
+        is_full = any(len(row.ids) >= cfg.context and not row.ending for row in rows)
+        if left < CHUNK_TOKENS or is_full:
+            state = None  # the window of a row moves: prefill again
+
+
+def generate(
+    config: Config,
+    params,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    samples: Sequence[SampleConfig],
+    decode_params=None,
+) -> list[Generation]:
+    """Return the whole continuations, or targets, that `stream` yields in pieces."""
+    pieces = stream(config, params, tokenizer, prompts, samples, decode_params)
+    return [join_pieces(row) for row in zip(*pieces, strict=True)]
+
+
+def join_pieces(pieces: Sequence[Generation]) -> Generation:
+    """Join the pieces of one row of a stream."""
+    return Generation(
+        text="".join(piece.text for piece in pieces),
+        tokens=tuple(token for piece in pieces for token in piece.tokens),
+        logprobs=tuple(value for piece in pieces for value in piece.logprobs),
+        ending=pieces[-1].ending,
+    )
+
+
+def count_masks(config: Config) -> int:
+    """Return how many of the last token ids of a model stand for a `<mask>`."""
+    return config.objective.task.count_mask_tokens(config)
 
 
 def add_bos_eos(cfg: ModelConfig, tokenizer: Tokenizer, text: np.ndarray) -> list[int]:
@@ -346,23 +310,34 @@ def add_bos_eos(cfg: ModelConfig, tokenizer: Tokenizer, text: np.ndarray) -> lis
     return ids
 
 
-def encode_prompts(config: Config, tokenizer: Tokenizer, prompts: Sequence[str], masks: int = 0):
+def encode_prompts(
+    config: Config, tokenizer: Tokenizer, prompts: Sequence[str], samples: Sequence[SampleConfig]
+) -> list[Row]:
     """Make a row of each prompt.
 
     Raises:
         ConfigError: a prompt is invalid or does not fit the context.
     """
-    return [_make_row(config.model, tokenizer, prompt, config.sample, masks) for prompt in prompts]
+    pairs = zip(prompts, samples, strict=True)
+    return [_make_row(config, tokenizer, prompt, sample) for prompt, sample in pairs]
 
 
-def _make_row(
-    cfg: ModelConfig, tokenizer: Tokenizer, prompt: str, sample: SampleConfig, masks: int
-) -> Row:
-    text = tokenizer.encode(prompt)
-    if masks and prompt.count(MASK) > masks:
-        raise ConfigError(f"the prompt has {prompt.count(MASK)} masks; the model has {masks}.")
-    if masks:
-        text = encode_with_masks(tokenizer, prompt, lambda i: cfg.vocab - 1 - i)
+def encode_text(config: Config, tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Tokenize a text for an objective whose model generates: each `<mask>` is its own sentinel.
+
+    Raises:
+        ConfigError: it has more masks than the model.
+    """
+    masks = count_masks(config)
+    if not masks:
+        return tokenizer.encode(text)
+    if text.count(MASK) > masks:
+        raise ConfigError(f"the prompt has {text.count(MASK)} masks; the model has {masks}.")
+    return encode_with_masks(tokenizer, text, lambda i: config.model.vocab - 1 - i)
+
+
+def _make_row(config: Config, tokenizer: Tokenizer, prompt: str, sample: SampleConfig) -> Row:
+    cfg, text = config.model, encode_text(config, tokenizer, prompt)
     source, ids = [], [tokenizer.bos, *text.tolist()]
     if cfg.family == "encoder_decoder":
         source, ids = add_bos_eos(cfg, tokenizer, text), ids[:1]
@@ -371,8 +346,8 @@ def _make_row(
             f"the prompt has {len(ids)} tokens, but model.context={cfg.context} must hold it and "
             "at least one more: shorten it, or set slide=true to keep only its end."
         )
-    names = {cfg.vocab - 1 - i: f"<{i}>" for i in range(masks)}
-    return Row(source, ids, sample.tokens, StreamDecoder(tokenizer), sample.stop, masks=names)
+    names = {cfg.vocab - 1 - i: f"<{i}>" for i in range(count_masks(config))}
+    return Row(sample, source, ids, StreamDecoder(tokenizer), masks=names)
 
 
 def _prefill_rows(cfg: ModelConfig, params, rows: list[Row]) -> tuple[DecodeState, int]:
@@ -398,14 +373,15 @@ def _pad_left(texts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _extend_row(
-    row: Row, tokens: list[int], eos: int, cfg: ModelConfig, sample: SampleConfig
-) -> str:
-    """Append new tokens to a row until it ends. Return the text that is now final."""
-    text = ""
+    row: Row, tokens: list[int], logprobs: list[float], eos: int, cfg: ModelConfig
+) -> Generation:
+    """Append new tokens to a row until it ends. Return what is now final."""
+    text, before = "", len(row.drawn)
     for token in tokens:
         if row.ending or len(row.ids) >= cfg.context:
             break
         text += row.push(token, eos)
-    if len(row.ids) >= cfg.context and not sample.slide and not row.ending:
+    if len(row.ids) >= cfg.context and not row.sample.slide and not row.ending:
         text += row.end("context")
-    return text
+    new = tuple(row.drawn[before:])
+    return Generation(text, new, tuple(logprobs[: len(new)]), row.ending)

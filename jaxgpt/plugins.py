@@ -32,7 +32,8 @@ from jaxgpt.settings import ConfigError, parse, resolve_table
 # Registries that plugins may add rows to and that no setting names directly.
 OTHER_TABLES = (
     "jaxgpt.data.sources:SOURCES",
-    "jaxgpt.predict:PREDICTORS",
+    "jaxgpt.language_model:ABILITIES",
+    "jaxgpt.predict:ENCODERS",
     "jaxgpt.tokenizer:TOKENIZER_KINDS",
 )
 

@@ -1,132 +1,169 @@
-"""Predictions of an encoder: the tokens at the masks of a text, or its class.
-
-`predict` is the one entry point for a model of any objective: it dispatches the prompts to the
-function for the objective, here or in `generate`, and streams the output.
-"""
+"""Predictions of an encoder: the tokens at the masks of a text, or its class."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt.config import Config, ModelConfig
-from jaxgpt.generate import (
-    MASK,
-    add_bos_eos,
-    encode_prompts,
-    encode_with_masks,
-    generate,
-    round_up_to_bucket,
-    sampleable_tokens,
-)
+from jaxgpt.generate import MASK, add_bos_eos, encode_prompts, encode_with_masks
 from jaxgpt.hosts import fetch
-from jaxgpt.model import Coords, build, compute_logits
+from jaxgpt.model import build, compute_logits
+from jaxgpt.sampling import sampleable_tokens
+from jaxgpt.score import BATCH_TOKENS, make_batches, make_coords, pad_right
 from jaxgpt.settings import ConfigError
+from jaxgpt.sharding import use_mesh_of
 from jaxgpt.tokenizer import Tokenizer
 
-DEFAULT_ANSWERS = 5  # answers shown for a mask or a text, unless sample.top_k is set
+DEFAULT_CANDIDATES = 5
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "method"))
-def _apply_encoder(cfg: ModelConfig, params, tokens, lengths, method: str):
-    """Apply a method of the model to right-padded tokens, int32 [B T], of lengths [B]."""
-    position = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    coords = Coords(position, (position < lengths[:, None]).astype(jnp.int32))
-    return build(cfg).apply({"params": params}, tokens, coords, method=method)
+@dataclass(frozen=True)
+class Candidate:
+    """A token that may stand at a mask."""
+
+    token: int
+    text: str
+    probability: float
 
 
-def _encode_rows(cfg: ModelConfig, tokenizer: Tokenizer, texts: Sequence[np.ndarray]):
-    """Return right-padded rows, int32 [B T], and their lengths [B]; see `add_bos_eos`."""
-    encoded = [add_bos_eos(cfg, tokenizer, text) for text in texts]
-    lengths = np.array([len(ids) for ids in encoded], np.int32)
-    rows = np.full(
-        (len(encoded), min(round_up_to_bucket(lengths.max()), cfg.context)), tokenizer.pad, np.int32
-    )
-    for row, ids in zip(rows, encoded, strict=True):
-        row[: len(ids)] = ids
-    return rows, lengths
+@dataclass(frozen=True)
+class FilledMask:
+    """The likeliest tokens at one mask of a text, the likeliest first."""
+
+    candidates: tuple[Candidate, ...]
 
 
-def fill_masks(config: Config, params, tokenizer: Tokenizer, prompts, labels) -> list[str]:
-    """Return, for each prompt, the likeliest tokens of every `<mask>` and their probabilities."""
-    cfg, mask = config.model, config.model.vocab - 1
-    tokens, lengths = _encode_masked(config, tokenizer, prompts)
-    hidden, _ = _apply_encoder(cfg, params, tokens, lengths, "__call__")
-    n_answers = config.sample.top_k or DEFAULT_ANSWERS
+@dataclass(frozen=True)
+class Classification:
+    """The class of a text."""
+
+    label: str  # the likeliest
+    probabilities: dict[str, float]  # of every label, the likeliest first
+
+
+@functools.partial(jax.jit, static_argnames=("cfg",))
+def compute_mask_probabilities(cfg: ModelConfig, params, tokens, lengths, masks, allowed):
+    """Return the distribution of the tokens at the masks.
+
+    Args:
+        tokens: int32 [B T], right-padded. lengths: int32 [B].
+        masks: int32 [B M], where the masks are in a row, padded by any number.
+        allowed: bool [V], tokens of the distribution.
+
+    Returns:
+        float32 [B M V].
+    """
+    coords = make_coords(tokens, lengths)
+    hidden, _ = build(cfg).apply({"params": params}, tokens, coords)
+    scores = compute_logits(cfg, params, jnp.take_along_axis(hidden, masks[..., None], axis=1))
+    return jax.nn.softmax(jnp.where(allowed, scores, -jnp.inf), axis=-1)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg",))
+def compute_class_probabilities(cfg: ModelConfig, params, tokens, lengths):
+    """Return the distribution over classes, float32 [B A], of right-padded texts, int32 [B T]."""
+    coords = make_coords(tokens, lengths)
+    scores = build(cfg).apply({"params": params}, tokens, coords, method="classify")
+    return jax.nn.softmax(scores, axis=-1)
+
+
+def fill(
+    config: Config,
+    params,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    count: int = DEFAULT_CANDIDATES,
+    batch_tokens: int = BATCH_TOKENS,
+) -> list[list[FilledMask]]:
+    """Return the likeliest tokens at every `<mask>` of texts, with a masked-word encoder.
+
+    Args:
+        count: candidates for each mask.
+        batch_tokens: tokens of a batch.
+
+    Returns:
+        For each text, its masks in order.
+
+    Raises:
+        ConfigError: a text has no mask, or does not fit the context.
+    """
+    cfg, rows = config.model, _encode_masked(config, tokenizer, texts)
+    places = [np.flatnonzero(np.array(row) == cfg.vocab - 1).tolist() for row in rows]
     allowed = sampleable_tokens(tokenizer, cfg.vocab) & (np.arange(cfg.vocab) != tokenizer.eos)
-    answers = []
-    for row, states in zip(tokens, fetch(hidden), strict=True):
-        scores = fetch(compute_logits(cfg, params, states[np.flatnonzero(row == mask)]))
-        probs = np.asarray(jax.nn.softmax(np.where(allowed, scores, -np.inf)))
-        answers.append(
-            "\n".join(_format_best(tokenizer, row_probs, n_answers) for row_probs in probs)
-        )
-    return answers
+    found: dict[int, list[FilledMask]] = {}
+    for numbers, shape in make_batches([len(row) for row in rows], cfg.context, batch_tokens):
+        M = 2 ** (max(len(places[n]) for n in numbers) - 1).bit_length()  # few sizes
+        masks, _ = pad_right([places[n] for n in numbers], (shape[0], M))
+        tokens, lengths = pad_right([rows[n] for n in numbers], shape)
+        with use_mesh_of(params):
+            probs = fetch(compute_mask_probabilities(cfg, params, tokens, lengths, masks, allowed))
+        for n, row in zip(numbers, probs, strict=False):  # the batch may end in empty rows
+            found[n] = [_find_best(tokenizer, p, count) for p in row[: len(places[n])]]
+    return [found[n] for n in range(len(rows))]
 
 
-def _encode_masked(config: Config, tokenizer: Tokenizer, prompts):
+def _find_best(tokenizer: Tokenizer, probs: np.ndarray, count: int) -> FilledMask:
+    best = np.argsort(-probs)[:count].tolist()
+    return FilledMask(tuple(Candidate(i, tokenizer.decode([i]), float(probs[i])) for i in best))
+
+
+def classify(
+    config: Config,
+    params,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    labels: Sequence[str] = (),
+    batch_tokens: int = BATCH_TOKENS,
+) -> list[Classification]:
+    """Return the classes of texts.
+
+    Args:
+        labels: names of the classes; without them, they are named by number.
+        batch_tokens: tokens of a batch.
+
+    Raises:
+        ConfigError: a text does not fit the context.
+    """
+    cfg, rows = config.model, _encode_texts(config, tokenizer, texts)
+    names = labels or [str(n) for n in range(cfg.classes)]
+    found: dict[int, Classification] = {}
+    for numbers, shape in make_batches([len(row) for row in rows], cfg.context, batch_tokens):
+        tokens, lengths = pad_right([rows[n] for n in numbers], shape)
+        with use_mesh_of(params):
+            probs = fetch(compute_class_probabilities(cfg, params, tokens, lengths))
+        for n, row in zip(numbers, probs, strict=False):  # the batch may end in empty rows
+            order = np.argsort(-row).tolist()
+            found[n] = Classification(names[order[0]], {names[i]: float(row[i]) for i in order})
+    return [found[n] for n in range(len(rows))]
+
+
+def _encode_masked(config: Config, tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     mask = config.model.vocab - 1
-    for prompt in prompts:
-        if MASK not in prompt:
-            raise ConfigError(f"the prompt {prompt!r} has no {MASK} to fill.")
-    texts = [encode_with_masks(tokenizer, prompt, lambda i: mask) for prompt in prompts]
-    return _encode_rows(config.model, tokenizer, texts)
+    for text in texts:
+        if MASK not in text:
+            raise ConfigError(f"the prompt {text!r} has no {MASK} to fill.")
+    encoded = [encode_with_masks(tokenizer, text, lambda i: mask) for text in texts]
+    return [add_bos_eos(config.model, tokenizer, ids) for ids in encoded]
 
 
-def _format_best(tokenizer: Tokenizer, probs: np.ndarray, n_answers: int) -> str:
-    best = np.argsort(-probs)[:n_answers].tolist()
-    return f"{MASK}  " + "  ".join(f"{tokenizer.decode([i])!r} {probs[i]:.1%}" for i in best)
+def _encode_texts(config: Config, tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    return [add_bos_eos(config.model, tokenizer, tokenizer.encode(text)) for text in texts]
 
 
-def classify(config: Config, params, tokenizer: Tokenizer, prompts, labels) -> list[str]:
-    """Return, for each prompt, its likeliest classes and their probabilities."""
-    tokens, lengths = _encode_texts(config, tokenizer, prompts)
-    probs = fetch(jax.nn.softmax(_apply_encoder(config.model, params, tokens, lengths, "classify")))
-    n_answers = config.sample.top_k or DEFAULT_ANSWERS
-    return [
-        "  ".join(f"{labels[i]} {row[i]:.1%}" for i in np.argsort(-row)[:n_answers].tolist())
-        for row in probs
-    ]
-
-
-def _encode_texts(config: Config, tokenizer: Tokenizer, prompts):
-    return _encode_rows(config.model, tokenizer, [tokenizer.encode(prompt) for prompt in prompts])
-
-
-PREDICTORS: dict[str, Callable] = {"masked": fill_masks, "classify": classify}  # others generate
-PROMPT_ENCODERS: dict[str, Callable] = {"masked": _encode_masked, "classify": _encode_texts}
+ENCODERS: dict[str, Callable] = {"masked": _encode_masked, "classify": _encode_texts}
 
 
 def check_prompts(config: Config, tokenizer: Tokenizer, prompts: Sequence[str]):
-    """Check prompts as `predict` does, without a model.
+    """Check the prompts of `config.sample` without a model.
 
     Raises:
         ConfigError: a prompt does not fit the objective, or is too long.
     """
-    masks = config.objective.task.count_mask_tokens(config)
-    encode_generic = functools.partial(encode_prompts, masks=masks)
-    PROMPT_ENCODERS.get(config.train.objective, encode_generic)(config, tokenizer, prompts)
-
-
-def predict(
-    config: Config, params, tokenizer: Tokenizer, prompts: Sequence[str], labels: Sequence[str] = ()
-) -> Iterator[list[str]]:
-    """Predict from prompts, in the way of the model's objective.
-
-    Args:
-        config: of the run; `config.sample` has the sampling settings.
-        labels: names of the classes, for a classifier.
-
-    Yields:
-        The new piece of each output.
-
-    Raises:
-        ConfigError: a prompt does not fit the objective.
-    """
-    if config.train.objective in PREDICTORS:
-        yield PREDICTORS[config.train.objective](config, params, tokenizer, prompts, labels)
+    if config.train.objective in ENCODERS:
+        ENCODERS[config.train.objective](config, tokenizer, prompts)
     else:
-        masks = config.objective.task.count_mask_tokens(config)
-        yield from generate(config.model, params, tokenizer, prompts, config.sample, masks)
+        encode_prompts(config, tokenizer, prompts, [config.sample] * len(prompts))

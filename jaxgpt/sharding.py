@@ -14,6 +14,7 @@ Devices adjacent along the last axes are adjacent on the machine, where communic
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -123,6 +124,13 @@ def get_active_mesh():
     """Return the mesh of `jax.set_mesh`, or None if there is only one device."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def use_mesh_of(params) -> AbstractContextManager:
+    """Return a context with the mesh that the parameters lie on active, if none is yet."""
+    mesh = getattr(getattr(jax.tree.leaves(params)[0], "sharding", None), "mesh", None)
+    is_active = not jax.sharding.get_abstract_mesh().empty
+    return jax.set_mesh(mesh) if isinstance(mesh, Mesh) and not is_active else nullcontext()
 
 
 def map_shards(f: Callable, in_specs: tuple, out_specs, has_kernel: bool = False) -> Callable:

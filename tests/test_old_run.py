@@ -14,8 +14,8 @@ import pytest
 
 from jaxgpt.config import override
 from jaxgpt.console import sample_cli
+from jaxgpt.loading import load, read_config
 from jaxgpt.trainer import train
-from jaxgpt.trainer.checkpoint import load_run, read_config
 
 SAVED = pathlib.Path(__file__).parent / "data" / "old_run"
 OLD_NAMES = ["train.noise=0.3", "model.documents=apart"]
@@ -40,10 +40,10 @@ def test_the_saved_config_has_the_old_names():
 
 
 def test_it_opens_with_the_new_names(run_folder):
-    config, _, _, step = load_run(str(run_folder))
-    assert step == 2
-    assert config.train.mask_rate == 0.3
-    assert config.model.documents == "separate"
+    model = load(run_folder)
+    assert model.step == 2
+    assert model.config.train.mask_rate == 0.3
+    assert model.config.model.documents == "separate"
 
 
 def test_it_samples_as_before(run_folder, capsys):

@@ -12,11 +12,11 @@ from tiny_runs import run_config, single_device_env
 
 import jaxgpt
 from jaxgpt import config as configs
-from jaxgpt import plugins
+from jaxgpt import loading, plugins
 from jaxgpt.config import ConfigError, from_json, list_tables, load, override, to_json
 from jaxgpt.console import sample_cli
 from jaxgpt.settings import resolve_table
-from jaxgpt.trainer import load_run, read_config, train
+from jaxgpt.trainer import read_config, train
 
 ROOT = pathlib.Path(__file__).parent.parent
 FOLDER = ROOT / "tests" / "plugins"
@@ -77,7 +77,8 @@ def test_an_example_trains_and_is_loaded_from_outside_of_the_package(name, tmp_p
         sample_cli(cfg.run_folder, "best", ["the"], None, ["sample.tokens=3"])
     sample_cli(cfg.run_folder, "best", ["the"], None, ["sample.tokens=3", plugin])
     assert capsys.readouterr().out.startswith("the")
-    config, _, _, step = load_run(cfg.run_folder, plugins=[f"{FOLDER / name}.py"])
+    model = loading.load(cfg.run_folder, plugins=[f"{FOLDER / name}.py"])
+    config, step = model.config, model.step
     assert step == 2
     assert override(config, ["sample.tokens=1"]).plugins == (f"{FOLDER / name}.py",)
 

@@ -270,6 +270,11 @@ class Decoder(Family):
         super().setup()
         self.stack = Stack(self.cfg)
 
+    def encode(self, tokens: jax.Array, coords: Coords) -> jax.Array:
+        """Return the hidden states [B T D] of tokens [B T], before the head transforms them."""
+        coords.check(tokens)
+        return self.stack(self.embed(tokens), coords)[0]
+
     def __call__(self, tokens: jax.Array, coords: Coords, cache: Cache | None = None):
         """tokens int32 [B T], coords [B T] -> (hidden [B T D] in the compute dtype, cache)."""
         coords.check(tokens)
@@ -321,6 +326,11 @@ class EncoderDecoder(Family):
         self.encoder = Stack(self.cfg, "both", self.cfg.encoder_layers)
         self.stack = Stack(self.cfg)
 
+    def encode(self, tokens: jax.Array, coords: Coords) -> jax.Array:
+        """Return the hidden states [B S D] of the source, tokens [B S]."""
+        coords.check(tokens)
+        return self.encoder(self.embed(tokens), coords)[0]
+
     def __call__(
         self,
         tokens: jax.Array,
@@ -337,8 +347,7 @@ class EncoderDecoder(Family):
             source = EncoderInput(tokens, coords)
         memory, memory_coords = None, None
         if source is not None:
-            memory_coords = source.coords.check(source.tokens)
-            memory, _ = self.encoder(self.embed(source.tokens), memory_coords)
+            memory, memory_coords = self.encode(*source), source.coords
         elif cache is None:
             raise ValueError(
                 "an encoder_decoder needs a source, or a cache that was filled from one."

@@ -5,7 +5,7 @@ its steps (`step`, `state`). What comes out of a run is written and shown by `ho
 in the words of `report`.
 """
 
-from jaxgpt.trainer.checkpoint import Progress, load_run, read_config
+from jaxgpt.trainer.checkpoint import Progress, read_config
 from jaxgpt.trainer.evaluate import evaluate
 from jaxgpt.trainer.hooks import Hook, RunView
 from jaxgpt.trainer.loop import DivergedError, train
@@ -18,7 +18,6 @@ __all__ = [
     "RunView",
     "TrainState",
     "evaluate",
-    "load_run",
     "read_config",
     "train",
 ]

@@ -10,24 +10,29 @@ optimizer and random state, so that sampling reads no more than it needs.
 """
 
 import dataclasses
-import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxgpt import config as configs
-from jaxgpt import tokenizer as tokenizers
-from jaxgpt.config import Config
-from jaxgpt.config_files import find_run_config
-from jaxgpt.model import abstract_params
+from jaxgpt.loading import (
+    describe_read_errors,
+    latest_step,
+    make_manager,
+    read_config,
+)
 from jaxgpt.settings import ConfigError
 from jaxgpt.trainer.state import TrainState
+
+__all__ = [
+    "Checkpoints",
+    "Progress",
+    "ShapeMismatchError",
+    "latest_step",
+    "read_config",
+]
 
 
 @dataclass
@@ -55,10 +60,11 @@ class Checkpoints:
     """The checkpoints of one run folder."""
 
     def __init__(self, run_folder: str, keep: int):
-        self._latest = _make_manager(os.path.join(run_folder, "checkpoints"), keep)
-        self._best = _make_manager(os.path.join(run_folder, "best"), 1)
+        self._latest = make_manager(os.path.join(run_folder, "checkpoints"), keep)
+        self._best = make_manager(os.path.join(run_folder, "best"), 1)
 
     def latest_step(self) -> int | None:
+        """Return the step of the latest checkpoint, or None."""
         return self._latest.latest_step()
 
     def save(self, state: TrainState, progress: Progress):
@@ -95,7 +101,7 @@ class Checkpoints:
         rest = {"opt_state": abstract.opt_state, "rng": rng}
         step = self._latest.latest_step()
         folder = os.path.join(self._latest.directory, str(step))
-        with _describe_read_errors(folder):
+        with describe_read_errors(folder):
             saved = self._latest.item_metadata(step)
             _check_shapes(folder, saved, params=abstract.params, rest=rest)
             parts = self._latest.restore(
@@ -118,75 +124,9 @@ class Checkpoints:
         self._best.wait_until_finished()
 
     def close(self):
+        """Finish saving and release the folders."""
         self._latest.close()
         self._best.close()
-
-
-def load_run(
-    run_folder: str, checkpoint: str = "best", plugins: Sequence[str] | None = None
-) -> tuple[Config, Any, Any, int]:
-    """Load a run for inference.
-
-    Args:
-        run_folder: such as runs/gpt_mini.
-        checkpoint: "best" (the latest if there is no best) or "latest".
-        plugins: see `read_config`.
-
-    Returns:
-        (config, tokenizer, params, step).
-
-    Raises:
-        ConfigError: there is no such run, or it has no checkpoint yet, or it cannot be read.
-    """
-    config = read_config(run_folder, plugins)
-    tokenizer = tokenizers.load(os.path.join(run_folder, "tokenizer.json"))
-    order = {"best": ("best", "checkpoints"), "latest": ("checkpoints",)}
-    for name in configs.choose(order, checkpoint, "checkpoint"):
-        folder = os.path.abspath(os.path.join(run_folder, name))
-        step = latest_step(folder)
-        if step is not None:
-            path = os.path.join(folder, f"{step}")
-            tokenizer.check_fingerprint(_read_progress(path).tokenizer, run_folder)
-            return config, tokenizer, read_params(path, _make_abstract_params(config)), step
-    raise ConfigError(f"{run_folder} has no checkpoint yet: train it first, or for longer.")
-
-
-def read_params(folder: str, abstract) -> Any:
-    """Read the parameters of one checkpoint, with the shapes and shardings of `abstract`."""
-    with ocp.StandardCheckpointer() as reader, _describe_read_errors(folder):
-        return reader.restore(os.path.join(folder, "params"), abstract)
-
-
-def _read_progress(folder: str) -> Progress:
-    """Read the progress saved with a checkpoint; that of a new run if it was left out."""
-    path = os.path.join(folder, "progress")
-    if not os.path.isdir(path):
-        return Progress()
-    with _describe_read_errors(folder), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        return Progress(**reader.restore(path))
-
-
-@contextmanager
-def _describe_read_errors(folder: str) -> Iterator[None]:
-    """Turn any error of reading a checkpoint into one message. Orbax raises all kinds of errors.
-
-    Raises:
-        ConfigError: in place of the original error; gives the checkpoint, and what to do.
-    """
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Exception as error:
-        parent, step = os.path.split(folder)
-        others = [n for n in ocp.utils.checkpoint_steps(parent) if n != int(step)]
-        fallback = f"step {max(others)}, the one before, is used then" if others else (
-            "there is no other one (train.keep=2 keeps two)"
-        )  # fmt: skip
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        raise ConfigError(
-            f"the checkpoint {folder} is damaged ({reason}). Delete this folder: {fallback}."
-        ) from error
 
 
 def _check_shapes(folder: str, saved, **expected):
@@ -214,45 +154,6 @@ def _get_shapes(tree) -> dict[str, list[int]]:
         for path, leaf in leaves
         if hasattr(leaf, "shape")
     }
-
-
-def _make_abstract_params(config: Config):
-    """Return the abstract parameters on the first local device, wherever they were trained."""
-    shapes, _ = abstract_params(config.model)
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
-
-
-def latest_step(folder: str) -> int | None:
-    """Return the last step with a complete checkpoint in `folder`, or None."""
-    return max(ocp.utils.checkpoint_steps(folder), default=None)
-
-
-def read_config(run_folder: str, plugins: Sequence[str] | None = None) -> Config:
-    """Read the config of a run.
-
-    Args:
-        plugins: modules, or paths of .py files, in place of those that the config names.
-    """
-    path = find_run_config(run_folder)
-    with open(path) as file:
-        return configs.from_json(file.read(), path, plugins)
-
-
-def read_labels(run_folder: str) -> list[str]:
-    """Read the class names of a run; none if it is not a classifier."""
-    path = os.path.join(run_folder, "labels.json")
-    if not os.path.isfile(path):
-        return []
-    with open(path) as file:
-        return json.load(file)
-
-
-def _make_manager(folder: str, keep: int) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-    arrays = {part: ocp.StandardCheckpointHandler() for part in ("params", "rest")}
-    handlers = {**arrays, "progress": ocp.JsonCheckpointHandler()}
-    return ocp.CheckpointManager(os.path.abspath(folder), options=options, item_handlers=handlers)
 
 
 def _make_save_args(state: TrainState, progress: Progress, **more) -> ocp.args.Composite:

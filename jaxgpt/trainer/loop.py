@@ -15,8 +15,9 @@ import optax
 
 from jaxgpt import hosts
 from jaxgpt.config import Config
+from jaxgpt.console import format_sample
 from jaxgpt.data import prefetch_batches
-from jaxgpt.predict import predict
+from jaxgpt.language_model import LanguageModel
 from jaxgpt.trainer.checkpoint import Progress
 from jaxgpt.trainer.evaluate import evaluate
 from jaxgpt.trainer.hooks import Hook
@@ -164,12 +165,11 @@ def run_eval(run: Run):
 
 def log_sample(run: Run):
     """Generate a sample from the current model, print it, and save it in samples/."""
-    cfg, prompt = run.cfg, run.cfg.sample.prompt
+    cfg = run.cfg
     if not can_sample(cfg):
         return
-    is_continued = cfg.model.family == "decoder"
-    answer = predict(cfg, run.state.params, run.corpus.tokenizer, [prompt], run.task.labels)
-    text = prompt + ("" if is_continued else "\n") + "".join(piece for (piece,) in answer)
+    model = LanguageModel(cfg, run.state.params, run.corpus.tokenizer, tuple(run.task.labels))
+    text = format_sample(model, cfg.sample.prompt)
     path = os.path.join(join_run_path(cfg, "samples"), f"step_{run.progress.step:06d}.txt")
     write_text_atomically(path, text)
     title = f"--- sample at step {run.progress.step} "

@@ -16,6 +16,7 @@ from jaxgpt.config import Config
 from jaxgpt.data import Batch, Corpus, prepare
 from jaxgpt.data.tasks import Task
 from jaxgpt.data.work import print_line
+from jaxgpt.loading import is_saved_model
 from jaxgpt.model import abstract_params, build
 from jaxgpt.optimizer import build as build_optimizer
 from jaxgpt.optional import describe_missing
@@ -159,6 +160,11 @@ def _prepare_inputs(cfg: Config, is_quiet: bool) -> RunInputs:
     resume_step = latest_step(os.path.join(cfg.run_folder, "checkpoints"))
     if resume_step is not None:
         _check_same_config(cfg)
+    elif is_saved_model(cfg.run_folder):
+        raise ConfigError(
+            f"{cfg.run_folder} holds a saved model, not a run: give the new run its own name=..., "
+            f"and train.start={cfg.run_folder} to begin with the model's parameters."
+        )
     start = find_start(cfg.train.start) if cfg.train.start and resume_step is None else None
     if not is_quiet:  # the first pass over a large text takes a while
         print_line(f"reading {cfg.data.source}, and tokenizing what is not in {cfg.data.cache}")

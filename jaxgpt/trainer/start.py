@@ -15,14 +15,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxgpt import config as configs
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.config import Config
+from jaxgpt.loading import CHECKPOINT_FOLDERS, latest_step, read_config, read_params
 from jaxgpt.model import abstract_params
 from jaxgpt.selection import merge, select
 from jaxgpt.settings import ConfigError
 from jaxgpt.tokenizer import Tokenizer
-from jaxgpt.trainer.checkpoint import latest_step, read_config, read_params
 from jaxgpt.trainer.state import TrainState
-
-CHECKPOINT_FOLDERS = {"best": ("best", "checkpoints"), "latest": ("checkpoints",)}  # by preference
 
 
 @dataclass(frozen=True)

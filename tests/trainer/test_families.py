@@ -1,5 +1,6 @@
 """Every objective in the training loop: it learns, resumes after a stop, and predicts."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -17,10 +18,10 @@ from tiny_runs import (
 
 from jaxgpt import trainer
 from jaxgpt.config import override
-from jaxgpt.predict import predict
+from jaxgpt.console import format_predictions
+from jaxgpt.loading import load, read_labels
 from jaxgpt.settings import ConfigError
-from jaxgpt.trainer import train
-from jaxgpt.trainer.checkpoint import load_run, read_labels
+from jaxgpt.trainer import loop, train
 from jaxgpt.trainer.logging import read_metrics
 
 ROOT = os.path.dirname(os.path.dirname(trainer.__file__)) + "/.."
@@ -101,10 +102,12 @@ def test_a_stopped_run_resumes_bit_for_bit(trained, folder, name, monkeypatch):
 
 
 def predict_answers(cfg, prompts, *more):
-    config, tokenizer, params, _ = load_run(cfg.run_folder)
-    config = override(config, [f"sample.{s}" for s in more])
-    pieces = predict(config, params, tokenizer, prompts, read_labels(cfg.run_folder))
-    return ["".join(answer) for answer in zip(*pieces, strict=True)]
+    model = load(cfg.run_folder)
+    config = override(model.config, [f"sample.{s}" for s in more])
+    model = dataclasses.replace(model, config=config)
+    if "generate" in model.abilities:
+        return [row.text for row in model.generate(prompts)]
+    return format_predictions(model, prompts)
 
 
 def test_a_classifier_predicts_classes_and_writes_its_confusion_matrix(trained):
@@ -161,6 +164,16 @@ def test_more_masks_than_the_model_has_are_rejected(trained):
     known = cfg.objective.task.count_mask_tokens(cfg)
     with pytest.raises(ConfigError, match=f"masks; the model has {known}"):
         predict_answers(cfg, ["<mask>" * (known + 1)])
+
+
+@pytest.mark.parametrize("name", ["masked", "span"])
+def test_the_vocabulary_has_room_for_masks_beside_the_tokens(folder, name):
+    cfg = make_config(folder, name, f"name=room_{name}", "data.tokenizer=train", "model.vocab=275")
+    run = loop.open_run(cfg, is_quiet=True)
+    masks = cfg.objective.task.count_mask_tokens(cfg)
+    assert masks > 0
+    assert run.corpus.tokenizer.vocab_size == 275 - masks  # as many as fit are trained
+    run.saver.close()
 
 
 def test_an_invalid_prompt_is_rejected_before_training(folder):

@@ -12,8 +12,9 @@ from tiny_runs import assert_same_bits, make_training, restore_latest, run_confi
 
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.config import override
+from jaxgpt.loading import load
 from jaxgpt.settings import ConfigError
-from jaxgpt.trainer import Hook, evaluate, load_run, loop, read_config, train
+from jaxgpt.trainer import Hook, evaluate, loop, read_config, train
 from jaxgpt.trainer import run as run_module
 from jaxgpt.trainer.logging import Console, write_text_atomically
 
@@ -81,22 +82,23 @@ def test_a_run_begins_with_the_parameters_that_are_named(decoder, path, step):
     found = run_module.find_start(path.format(decoder.run_folder))
     assert os.path.basename(found.folder) == str(step)
     parent = os.path.basename(os.path.dirname(found.folder))
-    expected = load_run(decoder.run_folder, "latest" if step == 4 else "best")
+    which = "latest" if step == 4 else "best"
+    expected = load(decoder.run_folder, checkpoint=which)
     assert parent in ("best", "checkpoints")
     abstract = make_training(decoder, jax.device_count())
     state = run_module.take_params(
-        run_module.match_start(found, decoder, expected[1]),
+        run_module.match_start(found, decoder, expected.tokenizer),
         abstract.make_state(),
         abstract.abstract,
     )
-    assert_same_bits(state.params, expected[2])
+    assert_same_bits(state.params, expected.params)
 
 
 def test_a_run_continues_with_another_text_and_its_own_schedule_and_best(decoder, folder):
     shutil.copytree(decoder.run_folder, moved := str(folder / "moved"))
     settings = ["name=next", f"train.start={moved}", f"data.source={other_text(folder)}"]
     cfg = override(decoder, [*settings, "optimizer.name=sgd", "mesh.data=4", "mesh.fsdp=2"])
-    assert_same_bits(begin(cfg), load_run(moved)[2])
+    assert_same_bits(begin(cfg), load(moved).params)
     progress = restore_latest(cfg)[1]
     assert progress.step == 4
     assert progress.best_step > 0
@@ -127,7 +129,7 @@ def test_a_masked_encoder_becomes_a_classifier(folder, capsys):
 
     hook = FirstParams()
     train(override(classifier, ["train.start_missing=init"]), hooks=[hook])
-    source = load_run(masked.run_folder)[2]
+    source = load(masked.run_folder).params
     assert_same_bits(hook.params["stack"], source["stack"])
     assert_same_bits(hook.params["embed"], source["embed"])
     fresh = make_training(classifier).make_state().params
@@ -239,7 +241,7 @@ def test_force_with_another_held_out_loss_forgets_the_best(decoder, folder, chan
     cfg = override(cfg, [*change, "train.steps=6", "resume=force"])
     progress = train_scripted(cfg, [3.0])  # worse than the best one before
     assert (progress.best_step, progress.best_loss, progress.stale) == (6, 3.0, 0)
-    assert load_run(cfg.run_folder)[3] == 6
+    assert load(cfg.run_folder).step == 6
     # The next plain resume is not refused.
     longer = override(cfg, ["resume=auto"])
     assert train_scripted(longer).step == 6
@@ -255,7 +257,7 @@ def test_the_old_best_is_gone_before_the_first_evaluation(decoder, folder):
 
     with pytest.raises(KeyboardInterrupt):
         train(cfg, hooks=[Interrupt()], is_quiet=True)
-    assert load_run(cfg.run_folder)[3] == 4  # the latest
+    assert load(cfg.run_folder).step == 4  # the latest
     assert train_scripted(cfg, [3.0]).best_step == 6
 
 
@@ -263,7 +265,7 @@ def test_force_with_other_settings_keeps_the_best(decoder):
     cfg = override(copy_run(decoder, "kept"), ["optimizer.lr=1e-4", "train.steps=6"])
     progress = train_scripted(override(cfg, ["resume=force"]), [3.0])
     assert (progress.best_step, progress.best_loss, progress.stale) == (2, 1.0, 2)
-    assert load_run(cfg.run_folder)[3] == 2
+    assert load(cfg.run_folder).step == 2
 
 
 def test_force_changes_nothing_of_a_complete_run(decoder, folder):
@@ -336,7 +338,7 @@ def test_the_checkpoint_is_saved_before_a_sample_is_made(decoder, monkeypatch):
     def fail(*_):
         raise RuntimeError("no sample")
 
-    monkeypatch.setattr(loop, "predict", fail)
+    monkeypatch.setattr(loop, "format_sample", fail)
     with pytest.raises(RuntimeError, match="no sample"):
         train(cfg, is_quiet=True)
     assert restore_latest(cfg)[1].step == 2

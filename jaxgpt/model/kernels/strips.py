@@ -52,7 +52,7 @@ def iterate_strips(score_mod: ScoreMod, T: int, S: int, size: int) -> Iterator[t
     """Yield the queries of each strip and the range of keys that they may attend to."""
     masks = score_mod.index_masks
     lookback = find_lookback(masks)
-    lookback = S if lookback is None else lookback
+    lookback = max(S, T) if lookback is None else lookback  # cross-attention may have T > S
     lookahead = 0 if Causal() in masks else lookback
     for start in range(0, T, size):
         end = min(start + size, T)

@@ -1,0 +1,147 @@
+"""A language model as one value, and what can be done with it.
+
+    model = jaxgpt.load("runs/stdlib")
+    model.generate(["def main("], temperature=0.7)[0].text
+    model.score(["import os"])[0].mean
+    model.embed(["import os"])[0].vectors
+
+The methods are thin: `generate`, `score` and `predict` have the pure functions.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxgpt import generate, predict, score
+from jaxgpt.config import Config, SampleConfig
+from jaxgpt.generate import Generation
+from jaxgpt.predict import DEFAULT_CANDIDATES, Classification, FilledMask
+from jaxgpt.score import BATCH_TOKENS, Embedding, Score
+from jaxgpt.settings import ConfigError
+from jaxgpt.sharding import use_mesh_of
+from jaxgpt.tokenizer import Tokenizer
+
+_GENERATORS = ("generate", "stream", "score", "embed")
+# What a model can do: by its family, and by objectives that train it for something else.
+FAMILY_ABILITIES = {"decoder": _GENERATORS, "encoder_decoder": _GENERATORS, "encoder": ("embed",)}
+ABILITIES: dict[str, tuple[str, ...]] = {
+    "masked": ("fill", "embed"),
+    "classify": ("classify", "embed"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageModel:
+    """A model: its config, its parameters and its tokenizer.
+
+    Attributes:
+        config: of the experiment that trained it; `config.sample` has the default sampling rules.
+        params: the parameters, float32 or bfloat16, on one device or sharded over a mesh. The
+            methods activate that mesh themselves.
+        tokenizer: from text to tokens and back.
+        labels: names of the classes of a classifier.
+        step: training steps that the parameters have had.
+    """
+
+    config: Config
+    params: Any
+    tokenizer: Tokenizer
+    labels: tuple[str, ...] = ()
+    step: int = 0
+
+    @functools.cached_property
+    def decode_params(self) -> Any:
+        """The parameters as decoding reads them, prepared once: they take memory a second time."""
+        with use_mesh_of(self.params):
+            return generate.prepare_decode_params(self.config.model, self.params)
+
+    @property
+    def abilities(self) -> tuple[str, ...]:
+        """The names of the methods that this model supports."""
+        by_family = FAMILY_ABILITIES[self.config.model.family]
+        return ABILITIES.get(self.config.train.objective, by_family)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        sample: SampleConfig | Sequence[SampleConfig] | None = None,
+        **settings,
+    ) -> list[Generation]:
+        """Generate the continuation of each prompt, or its target with an encoder-decoder.
+
+        Args:
+            prompts: texts; an empty one starts a new document.
+            sample: the sampling rules of all prompts, or of each; None = `config.sample`.
+            settings: changes to them, such as temperature=0.7.
+
+        Raises:
+            ConfigError: the model does not generate, or a prompt does not fit the context.
+        """
+        return [generate.join_pieces(row) for row in
+                zip(*self.stream(prompts, sample, **settings), strict=True)]  # fmt: skip
+
+    def stream(
+        self,
+        prompts: Sequence[str],
+        sample: SampleConfig | Sequence[SampleConfig] | None = None,
+        **settings,
+    ) -> Iterator[list[Generation]]:
+        """Do as `generate`, but yield the next piece of every row as soon as it is final."""
+        self._check("generate", prompts)
+        samples = self._make_samples(len(prompts), sample, settings)
+        return generate.stream(
+            self.config, self.params, self.tokenizer, prompts, samples, self.decode_params
+        )
+
+    def score(
+        self,
+        texts: Sequence[str],
+        prompts: Sequence[str] | None = None,
+        *,
+        eos: bool | None = None,
+        stride: int = 0,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> list[Score]:
+        """Return the log-probability of every token of texts; see `score.score`."""
+        self._check("score", texts)
+        return score.score(
+            self.config, self.params, self.tokenizer, texts, prompts,
+            eos=eos, stride=stride, batch_tokens=batch_tokens,
+        )  # fmt: skip
+
+    def embed(
+        self, texts: Sequence[str], pool: str = "mean", batch_tokens: int = BATCH_TOKENS
+    ) -> list[Embedding]:
+        """Return the hidden states of texts; see `score.embed`."""
+        self._check("embed", texts)
+        return score.embed(self.config, self.params, self.tokenizer, texts, pool, batch_tokens)
+
+    def fill(self, texts: Sequence[str], count: int = DEFAULT_CANDIDATES) -> list[list[FilledMask]]:
+        """Return the likeliest tokens at every `<mask>` of texts; see `predict.fill`."""
+        self._check("fill", texts)
+        return predict.fill(self.config, self.params, self.tokenizer, texts, count)
+
+    def classify(self, texts: Sequence[str]) -> list[Classification]:
+        """Return the classes of texts; see `predict.classify`."""
+        self._check("classify", texts)
+        return predict.classify(self.config, self.params, self.tokenizer, texts, self.labels)
+
+    def _make_samples(self, rows: int, sample, settings: dict) -> list[SampleConfig]:
+        """Return the sampling rules of each row."""
+        sample = self.config.sample if sample is None else sample
+        samples = [sample] * rows if isinstance(sample, SampleConfig) else list(sample)
+        if len(samples) != rows:
+            raise ConfigError(f"sample has {len(samples)} sets of rules for {rows} prompts.")
+        return [dataclasses.replace(each, **settings) for each in samples]
+
+    def _check(self, ability: str, texts):
+        """Raise ConfigError unless the model has the ability, and `texts` is a list of texts."""
+        if ability not in self.abilities:
+            raise ConfigError(
+                f"a model of train.objective={self.config.train.objective!r} cannot {ability}: "
+                f"it can {', '.join(self.abilities)}."
+            )
+        if isinstance(texts, str):
+            raise ConfigError(f"expected a list of texts, got one text: use [{texts[:40]!r}].")
