@@ -475,7 +475,8 @@ Where gated and plain feed-forwards are exchanged, F is chosen to keep the numbe
 Mixers that cannot use the base's position encoding run without one, as their names state. For each
 seed, all choices train on the same {steps:,} batches of {batch} windows of {context} tokens
 ({tokens:,} tokens), at one learning rate ({lr:g}), which was tuned for none of them: the page shows
-how they compare in a small model and a short run, not which is best.
+how they compare in a small model and a short run, not which is best. design.md has what was found
+about the scales of those that lag.
 
 * **loss**: nats per token on the same {held_out:,} held-out tokens, mean over the seeds; **±** is
   half of the distance between the lowest and the highest seed.

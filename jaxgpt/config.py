@@ -186,6 +186,12 @@ class OptimizerConfig(Section):
     matrix_lr: float | None = option(
         None, "peak learning rate of muon for the matrices in blocks: none = lr", above=0
     )
+    logit_lr: float = option(
+        10.0,
+        "learning rate of tables of attention logits (t5, synthesizer_random), as a multiple of lr",
+        above=0,
+        effective="logit_lr",
+    )
     train: tuple[str, ...] = option(
         (),
         "parameters to train, by path (stack.layers.*), group (stack) or letters (L*>*), as in "
@@ -426,6 +432,11 @@ class Config(Section):
         by_objective = "accuracy" if self.train.objective == "classify" else "loss"
         return by_objective if self.train.best_by == "auto" else self.train.best_by
 
+    @property
+    def logit_lr(self) -> float:
+        """`optimizer.logit_lr`, or 1 where it has no effect."""
+        return self.optimizer.logit_lr if self.model.has_logit_tables else 1.0
+
     def check(self):
         if not self.name or self.name in (".", "..") or os.sep in self.name:
             raise ConfigError(
@@ -493,6 +504,8 @@ RENAMED_SETTINGS = {
     "train.noise": "train.mask_rate",
     "model.documents=apart": "model.documents=separate",
 }
+# The values, in a saved config without the setting, of settings whose default was another one.
+FORMER_DEFAULTS = {"model.embed_scale": False, "optimizer.logit_lr": 1.0}
 
 
 # --- reading and writing ---
@@ -608,6 +621,14 @@ def _rename_settings(tree: Any) -> Any:
     return tree
 
 
+def _restore_defaults(tree: Any) -> None:
+    """Add `FORMER_DEFAULTS` to the nested dicts of a saved config."""
+    for key, value in FORMER_DEFAULTS.items():
+        section, name = key.split(".")
+        if isinstance(tree, dict) and isinstance(tree.get(section), dict):
+            tree[section].setdefault(name, value)
+
+
 FORMAT = 1  # of run folders; raised when an older version could not read them
 
 
@@ -636,6 +657,7 @@ def from_json(
     """
     try:
         tree = _rename_settings(json.loads(text))
+        _restore_defaults(tree)
         if isinstance(tree, dict):
             _check_format(tree.pop("versions", {}))
             if plugins is None:
@@ -668,22 +690,23 @@ def list_differences(old: Config, new: Config) -> list[str]:
     Names and paths are compared by what they stand for. What a source contains is not known here:
     its text is compared by its fingerprint when a run is resumed.
     """
-    fixed = [key for key, f in list_fields(Config).items() if not f.metadata["is_runtime"]]
-    pairs = [(key, get(old, key), get(new, key)) for key in fixed if key not in ("name", DATA_KEY)]
-    return [
-        f"{key}: {a!r} -> {b!r}"
-        for key, a, b in pairs
-        if a != b and _resolve(old, key) != _resolve(new, key)
-    ]
+    fixed = {key: f for key, f in list_fields(Config).items() if not f.metadata["is_runtime"]}
+    differences = []
+    for key, f in fixed.items():
+        values = [get(c, f.metadata["effective"] or key) for c in (old, new)]
+        resolved = [_resolve(c, key, value) for c, value in zip((old, new), values, strict=True)]
+        if key not in ("name", DATA_KEY) and resolved[0] != resolved[1]:
+            a, b = values if values[0] != values[1] else resolved
+            differences.append(f"{key}: {a!r} -> {b!r}")
+    return differences
 
 
 DATA_KEY = "data.source"
 PATH_KEYS = ("data.tokenizer", "train.start")
 
 
-def _resolve(config: Config, key: str) -> Any:
-    """Return what a setting stands for."""
-    value = get(config, key)
+def _resolve(config: Config, key: str, value: Any) -> Any:
+    """Return what the value of a setting stands for."""
     if key == "optimizer.warmup":
         return config.optimizer.count_warmup(config.train.steps)
     if key == "train.best_by":

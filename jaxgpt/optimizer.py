@@ -52,7 +52,7 @@ def build(
     selection = select_letters(letters, cfg.train)
     rule = choose(OPTIMIZERS, cfg.name, "optimizer.name")(cfg, schedule, selection)
     clip = optax.clip_by_global_norm(cfg.clip) if cfg.clip else optax.identity()
-    rule = optax.chain(clip, rule)
+    rule = _scale_logit_updates(optax.chain(clip, rule), cfg.logit_lr, selection)
     return _restrict(rule, selection) if cfg.train else rule, schedule
 
 
@@ -63,6 +63,26 @@ def _restrict(rule: optax.GradientTransformation, selection) -> optax.GradientTr
         return rule.update(select(grads, selection), state, select(params, selection))
 
     return optax.GradientTransformation(lambda p: rule.init(select(p, selection)), update)
+
+
+def _scale_logit_updates(rule: optax.GradientTransformation, factor: float, letters: Letters):
+    """Multiply the updates of tables of attention logits, if there are any, by `factor`.
+
+    An entry of such a table moves by lr per step. The products of weights with their inputs, which
+    other logits are made of, move by lr times about the number of channels.
+    """
+    if factor == 1 or not any(map(_is_logit_table, jax.tree.leaves(letters))):
+        return rule
+
+    def update(grads, state, params=None):
+        updates, state = rule.update(grads, state, params)
+
+        def scale(update, letters: str):
+            return factor * update if _is_logit_table(letters) else update
+
+        return jax.tree.map(scale, updates, letters), state
+
+    return optax.GradientTransformation(rule.init, update)
 
 
 def get_state_letters(optimizer: optax.GradientTransformation, state, letters: Letters):
@@ -199,6 +219,11 @@ def _is_matrix(letters: str) -> bool:
 def _is_block_matrix(letters: str) -> bool:
     """Return whether it is a matrix inside the stack of blocks, unlike embeddings and heads."""
     return _is_matrix(letters) and letters.startswith("L")
+
+
+def _is_logit_table(letters: str) -> bool:
+    """Return whether it holds attention logits, per bucket and head or pair of positions."""
+    return letters.lstrip("L") in ("U>H", "HC>C")
 
 
 def _is_masked(leaf) -> bool:
