@@ -2,7 +2,7 @@
 
 A rule turns gradients into a direction; the update is the same for all of them:
 
-    p <- p - lr(s) * (direction(g) + weight_decay * p)        decay only where p is a matrix
+    p <- p - lr(s) * (direction(g) + weight_decay * p)        weight decay of matrices only
 
 Rules depend on the letters of a parameter, never on its name: ">" makes it a matrix, a leading "L"
 puts it inside the stack of blocks, and each index of a stacked axis (L, E) is an independent

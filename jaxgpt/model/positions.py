@@ -57,7 +57,7 @@ def compute_sin_cos(
 
 
 def apply_rope(sin: jax.Array, cos: jax.Array, x: jax.Array) -> jax.Array:
-    """Rotate each pair of channels (i, i + R/2) of the first R by the angle of this sine, cosine.
+    """Apply RoPE: rotate each pair of channels (i, i + R/2) of the first R by its angle.
 
     Args:
         sin, cos: [B T R/2], see `compute_sin_cos`.
@@ -261,7 +261,7 @@ class Learned(PositionEncoding):
 
 
 class Rope(PositionEncoding):
-    """Rotary position embedding of queries and keys."""
+    """RoPE: rotary position embedding of queries and keys."""
 
     ATTENTION_HOOK = "rotation"
 

@@ -47,7 +47,7 @@ class EncoderInput(NamedTuple):
 
 @struct.dataclass
 class Cache:
-    """Decoding cache. Empty slots have segment id 0, so that no query attends to them."""
+    """Decoding cache, or KV cache. Empty slots have segment id 0: no query attends to them."""
 
     states: tuple[dict[str, Any], ...]  # per layer, by sublayer; each is updated in place
     coords: Coords  # [B S] each

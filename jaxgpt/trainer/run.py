@@ -1,4 +1,4 @@
-"""Open a run: build everything that a config describes, or restore it from the run folder."""
+"""Open a run: build everything that a config describes, or resume it from its last checkpoint."""
 
 import json
 import os
@@ -97,7 +97,7 @@ OPTIONAL_USES = {
 
 
 def open_run(cfg: Config, hooks: Sequence[Hook] = (), is_quiet: bool = False) -> Run:
-    """Build everything that `cfg` describes, or restore it from the run folder."""
+    """Build everything that `cfg` describes, or resume the run from its last checkpoint."""
     hosts.check_equal({key: configs.get(cfg, key) for key in configs.list_fields(Config)})
     inputs = hosts.run_on_all(lambda: _prepare_inputs(cfg, is_quiet))
     mesh, corpus, task, resume_step, start = inputs
