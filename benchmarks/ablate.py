@@ -630,16 +630,19 @@ def plot_lengths(result: Result, entries, rows):
 
 def plot_speed(result: Result, entries, rows):
     """Plot the loss against the speed, for the mixers."""
+    from matplotlib import colormaps
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     figure = make_figure(8, 4)
     panel = figure.subplots()
-    for (entry, row), marker in zip(
-        zip(entries, rows, strict=True), itertools.cycle("os^vDPX<>*hdp")
+    colors = colormaps["turbo"].resampled(max(len(rows), 2))  # one for each mixer
+    for i, ((entry, row), marker) in enumerate(
+        zip(zip(entries, rows, strict=True), itertools.cycle("os^vDPX<>*hdp"))
     ):
         point = (row["tokens_per_second"], average_loss(row))
         name = entry.name.partition(" (")[0]
-        panel.errorbar(*point, yerr=measure_spread(row), fmt=marker, ms=6, capsize=2, label=name)
+        panel.errorbar(*point, yerr=measure_spread(row), fmt=marker, ms=6, capsize=2, label=name,
+                       color=colors(i))  # fmt: skip
     panel.set_xscale("log")
     panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))

@@ -131,10 +131,10 @@ def warmup_cosine(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
 
     def decay(t):
         return _interpolate_to_floor(
-            cfg, (1 + jnp.cos(jnp.pi * _get_fraction_done(t, cfg.warmup, steps))) / 2
+            cfg, (1 + jnp.cos(jnp.pi * _get_fraction_done(t, cfg.count_warmup(steps), steps))) / 2
         )
 
-    return _add_warmup(cfg, decay)
+    return _add_warmup(cfg, steps, decay)
 
 
 def warmup_linear(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -144,8 +144,9 @@ def warmup_linear(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
 
     Source: Devlin et al. 2019 (BERT), appendix A.2.
     """
+    warmup = cfg.count_warmup(steps)
     return _add_warmup(
-        cfg, lambda t: _interpolate_to_floor(cfg, 1 - _get_fraction_done(t, cfg.warmup, steps))
+        cfg, steps, lambda t: _interpolate_to_floor(cfg, 1 - _get_fraction_done(t, warmup, steps))
     )
 
 
@@ -156,7 +157,7 @@ def warmup_constant(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
 
     Source: Goyal et al. 2017 (ImageNet in 1 hour), section 2.2, for the gradual warmup.
     """
-    return _add_warmup(cfg, jnp.ones_like)
+    return _add_warmup(cfg, steps, jnp.ones_like)
 
 
 def warmup_stable_decay(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -168,9 +169,9 @@ def warmup_stable_decay(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
     Source: Hu et al. 2024 (MiniCPM), section 4.2; the linear decay of Hägele et al. 2024,
     section 3.
     """
-    start = max(cfg.warmup, steps - max(1, round(cfg.decay_share * steps)))
+    start = max(cfg.count_warmup(steps), steps - max(1, round(cfg.decay_share * steps)))
     return _add_warmup(
-        cfg, lambda t: _interpolate_to_floor(cfg, 1 - _get_fraction_done(t, start, steps))
+        cfg, steps, lambda t: _interpolate_to_floor(cfg, 1 - _get_fraction_done(t, start, steps))
     )
 
 
@@ -181,15 +182,19 @@ def inverse_sqrt(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
 
     Source: Vaswani et al. 2017, section 5.3, eq. 3, with peak = (width * warmup)^-1/2.
     """
-    return _add_warmup(cfg, lambda t: jnp.maximum(cfg.floor, jnp.sqrt(max(cfg.warmup, 1) / t)))
+    warmup = max(cfg.count_warmup(steps), 1)
+    return _add_warmup(cfg, steps, lambda t: jnp.maximum(cfg.floor, jnp.sqrt(warmup / t)))
 
 
-def _add_warmup(cfg: OptimizerConfig, decay: Callable[[jax.Array], jax.Array]) -> optax.Schedule:
+def _add_warmup(
+    cfg: OptimizerConfig, steps: int, decay: Callable[[jax.Array], jax.Array]
+) -> optax.Schedule:
     """Return the schedule s -> peak * (t / warmup while t < warmup, then decay(t)), t = s + 1."""
+    warmup = cfg.count_warmup(steps)
 
     def schedule(step):
         t = jnp.asarray(step, jnp.float32) + 1
-        return cfg.lr * jnp.where(t < cfg.warmup, t / max(cfg.warmup, 1), decay(t))
+        return cfg.lr * jnp.where(t < warmup, t / max(warmup, 1), decay(t))
 
     return schedule
 
