@@ -427,15 +427,15 @@ class Config(Section):
         return os.path.join(os.path.expanduser(self.folder), self.name)
 
     @property
+    def logit_lr(self) -> float:
+        """`optimizer.logit_lr`, or 1 where it has no effect."""
+        return self.optimizer.logit_lr if self.model.has_logit_tables else 1.0
+
+    @property
     def best_by(self) -> str:
         """The held-out metric that picks the best checkpoint: loss or accuracy."""
         by_objective = "accuracy" if self.train.objective == "classify" else "loss"
         return by_objective if self.train.best_by == "auto" else self.train.best_by
-
-    @property
-    def logit_lr(self) -> float:
-        """`optimizer.logit_lr`, or 1 where it has no effect."""
-        return self.optimizer.logit_lr if self.model.has_logit_tables else 1.0
 
     def check(self):
         if not self.name or self.name in (".", "..") or os.sep in self.name:
@@ -690,23 +690,27 @@ def list_differences(old: Config, new: Config) -> list[str]:
     Names and paths are compared by what they stand for. What a source contains is not known here:
     its text is compared by its fingerprint when a run is resumed.
     """
-    fixed = {key: f for key, f in list_fields(Config).items() if not f.metadata["is_runtime"]}
-    differences = []
-    for key, f in fixed.items():
-        values = [get(c, f.metadata["effective"] or key) for c in (old, new)]
-        resolved = [_resolve(c, key, value) for c, value in zip((old, new), values, strict=True)]
-        if key not in ("name", DATA_KEY) and resolved[0] != resolved[1]:
-            a, b = values if values[0] != values[1] else resolved
-            differences.append(f"{key}: {a!r} -> {b!r}")
-    return differences
+    fields = {key: f for key, f in list_fields(Config).items() if key not in ("name", DATA_KEY)}
+    fixed = [
+        (key, f.metadata["effective"] or key)
+        for key, f in fields.items()
+        if not f.metadata["is_runtime"]
+    ]
+    pairs = [(key, used, get(old, used), get(new, used)) for key, used in fixed]
+    return [
+        f"{key}: {a!r} -> {b!r}"
+        for key, used, a, b in pairs
+        if a != b and _resolve(old, used) != _resolve(new, used)
+    ]
 
 
 DATA_KEY = "data.source"
 PATH_KEYS = ("data.tokenizer", "train.start")
 
 
-def _resolve(config: Config, key: str, value: Any) -> Any:
-    """Return what the value of a setting stands for."""
+def _resolve(config: Config, key: str) -> Any:
+    """Return what a setting stands for."""
+    value = get(config, key)
     if key == "optimizer.warmup":
         return config.optimizer.count_warmup(config.train.steps)
     if key == "train.best_by":
