@@ -203,7 +203,7 @@ def test_an_unknown_checkpoint_is_one_line(run):
 def test_sampling_without_a_run_prints_the_help():
     result = run_script("sample.py")
     assert result.returncode == 2
-    assert "sample.temperature=0.8" in result.stdout
+    assert "sample.temperature=0.5" in result.stdout
 
 
 def test_the_scripts_stay_short():
