@@ -176,7 +176,7 @@ class ModelConfig(Section):
         "plain",
         "matrix products in blocks: plain (in dtype) or fp8 (GPUs since Hopper; MFU stays "
         "relative to bfloat16)",
-        table="jaxgpt.model.layers:MATMULS",
+        table="jaxgpt.model.products:MATMULS",
         is_runtime=True,
     )
     remat: str = option(

@@ -398,6 +398,7 @@ class Config(Section):
 
     @property
     def run_folder(self) -> str:
+        """Return the path of the run's folder."""
         return os.path.join(os.path.expanduser(self.folder), self.name)
 
     def check(self):
@@ -504,8 +505,9 @@ def load(path: str, assignments: Iterable[str] = ()) -> Config:
 def override(config: Config, assignments: Iterable[str]) -> Config:
     """Apply `path=value` assignments, all at once, so that only the result must be valid.
 
-    >>> override(Config(), ["model.width=512", "model.heads=8"]).model.sizes["K"]
-    64
+    Examples:
+        >>> override(Config(), ["model.width=512", "model.heads=8"]).model.sizes["K"]
+        64
     """
     assignments = list(assignments)
     import_plugins(parse_plugins(assignments) or (), list_tables())

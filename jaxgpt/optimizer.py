@@ -43,9 +43,10 @@ def build(
     Raises:
         ConfigError: the rule or the schedule is unknown, or `cfg.train` matches no parameter.
 
-    >>> optimizer, schedule = build(OptimizerConfig(lr=1.0, warmup=4), 100, {"w": "D>F"})
-    >>> [float(schedule(step)) for step in range(4)]
-    [0.25, 0.5, 0.75, 1.0]
+    Examples:
+        >>> optimizer, schedule = build(OptimizerConfig(lr=1.0, warmup=4), 100, {"w": "D>F"})
+        >>> [float(schedule(step)) for step in range(4)]
+        [0.25, 0.5, 0.75, 1.0]
     """
     schedule = choose(SCHEDULES, cfg.schedule, "optimizer.schedule")(cfg, steps)
     selection = select_letters(letters, cfg.train)

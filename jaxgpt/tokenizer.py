@@ -60,11 +60,12 @@ _USAGE_HINT = (
 class Tokenizer:
     """Converts text to token ids and back. Made by `train`, `load` or `make_byte_tokenizer`.
 
-    >>> tokenizer = make_byte_tokenizer()
-    >>> tokenizer.encode("hi")
-    array([108, 109], dtype=int32)
-    >>> tokenizer.decode([2, 108, 109, 3])
-    'hi'
+    Examples:
+        >>> tokenizer = make_byte_tokenizer()
+        >>> tokenizer.encode("hi")
+        array([108, 109], dtype=int32)
+        >>> tokenizer.decode([2, 108, 109, 3])
+        'hi'
 
     Args:
         content: the text of a tokenizer.json.
@@ -146,10 +147,12 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
+        """Return the number of tokens."""
         return len(self.token_bytes)
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
+        """Return the number of bytes of each token, int32 [V]."""
         return np.array([len(token) for token in self.token_bytes], np.int32)
 
     @staticmethod
@@ -275,9 +278,10 @@ class StreamDecoder:
 
     The concatenated results of `push` and `flush` equal `decode` of all ids at once.
 
-    >>> stream = StreamDecoder(make_byte_tokenizer())
-    >>> [stream.push(index) for index in make_byte_tokenizer().encode("né")], stream.flush()
-    (['n', '', 'é'], '')
+    Examples:
+        >>> stream = StreamDecoder(make_byte_tokenizer())
+        >>> [stream.push(index) for index in make_byte_tokenizer().encode("né")], stream.flush()
+        (['n', '', 'é'], '')
     """
 
     def __init__(self, tokenizer: Tokenizer):

@@ -175,6 +175,33 @@ def test_invalid_settings_are_rejected_with_key_value_and_remedy(assignments, pa
     assert [part for part in parts if part not in message] == []
 
 
+UPPER_BOUNDS = {
+    "model.rope.share": 1.0,
+    "model.dropout": 0.99,
+    "model.attention_dropout": 0.99,
+    "data.holdout": 0.5,
+    "optimizer.b1": 0.99999,
+    "optimizer.b2": 0.99999,
+    "optimizer.floor": 1.0,
+    "optimizer.decay_share": 1.0,
+    "train.mask_rate": 0.9,
+    "train.label_smoothing": 0.99,
+    "sample.top_p": 1.0,
+    "sample.min_p": 1.0,
+}
+
+
+@pytest.mark.parametrize("key", UPPER_BOUNDS)
+def test_a_setting_is_valid_up_to_its_upper_bound(key):
+    bound = UPPER_BOUNDS[key]
+    assert get(override(Config(), [f"{key}={bound}"]), key) == bound
+    assert f"{key}={bound + 1e-6}" in get_error(f"{key}={bound + 1e-6}")
+
+
+def test_every_upper_bound_is_tested():
+    assert {key for key, f in FIELDS.items() if f.metadata["high"] is not None} == set(UPPER_BOUNDS)
+
+
 def test_an_odd_head_width_is_valid_without_rope():
     model = ModelConfig(width=15, heads=5, position="learned")
     assert model.sizes["K"] == 3

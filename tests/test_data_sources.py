@@ -491,10 +491,13 @@ def test_no_document_is_on_both_sides(contents, holdout):
     assert sorted(train + held) == sorted(contents)
 
 
-def test_the_share_of_documents_held_out_is_about_the_holdout():
-    contents = [str(number).encode() for number in range(10_000)]
-    held = [content for content in contents if hold_out_document(content, 0.1)[1]]
-    assert 880 < len(held) < 1120  # four standard deviations of the binomial
+@pytest.mark.parametrize("holdout", [0.001, 0.1, 0.3])
+def test_the_share_of_documents_held_out_is_about_the_holdout(holdout):
+    contents = [str(number).encode() for number in range(40_000)]
+    held = [content for content in contents if hold_out_document(content, holdout)[1]]
+    # Five standard deviations of the binomial; the hash is the same everywhere.
+    expected, deviation = 40_000 * holdout, (40_000 * holdout * (1 - holdout)) ** 0.5
+    assert abs(len(held) - expected) < 5 * deviation
 
 
 def test_the_tail_of_shakespeare_is_that_of_nanogpt():

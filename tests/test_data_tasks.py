@@ -115,6 +115,16 @@ def test_held_out_batches_are_the_same_every_time_and_of_the_shape_of_training(f
         ]
 
 
+def test_every_held_out_row_has_masks_of_its_own(folder):
+    task, rows = make_task(folder, "masked", mask_rate=0.5), 4 * B
+    # One long document without special tokens inside, so that rows differ only by their draws.
+    ids = np.random.default_rng(0).integers(4, 260, rows * T + 1).astype(np.uint16)
+    held_out = Tokens(ids, np.array([0, ids.size]))
+    task.corpus = dataclasses.replace(task.corpus, held_out=held_out)
+    masks = [row for batch in task.make_eval_batches() for row in batch.weights]
+    assert len(masks) == len(np.unique(masks, axis=0)) == rows  # of 2^24 equally likely ones
+
+
 def test_causal_batches_are_unchanged_loader_batches(folder):
     task = make_task(folder, "causal")
     for x, y in zip(task.make_batch(3)[:5], task.loader.make_batch(3)[:5], strict=True):

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxgpt import generate as g
-from jaxgpt.config import Config, ConfigError, ModelConfig, SampleConfig
+from jaxgpt.config import Config, ConfigError, ModelConfig, SampleConfig, TrainConfig
 from jaxgpt.generate import generate, round_up_to_bucket, stream
 from jaxgpt.model import Coords, abstract_params, build, init_cache, unstack_layers
 from jaxgpt.sampling import SamplingParams, draw, sampleable_tokens
@@ -45,13 +45,17 @@ def test_generation_never_draws_a_row_beyond_the_tokenizer(sample):
 def generate_all(prompts, sample, cfg=CFG, params=PARAMS, tokenizer=TOKENIZER):
     """Generate from prompts by the same rules."""
     samples = [sample] * len(prompts)
-    return generate(Config(model=cfg), params, tokenizer, prompts, samples)
+    train = TrainConfig(objective="prefix" if "prefix" in cfg.pattern else "causal")
+    return generate(Config(model=cfg, train=train), params, tokenizer, prompts, samples)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def compute_last_logits(cfg, params, tokens, n):
+def compute_last_logits(cfg, params, tokens, n, prefix):
     """Compute the logits of the uncached model after the first n of tokens [1 context]."""
-    logits = compute_logits(cfg, params, tokens, single_document_coords(tokens))
+    coords = single_document_coords(tokens)
+    if "prefix" in cfg.pattern:
+        coords = coords._replace(prefix=jnp.full_like(tokens, prefix))
+    logits = compute_logits(cfg, params, tokens, coords)
     return jax.lax.dynamic_index_in_dim(logits, n - 1, 1, False)
 
 
@@ -69,7 +73,8 @@ def generate_uncached(prompt, sample, index=0, cfg=CFG, params=PARAMS):
         padded = np.zeros((1, cfg.context), np.int32)
         padded[0, : len(ids)] = ids
         was_seen = np.isin(np.arange(cfg.vocab), ids)[None]
-        x = compute_last_logits(cfg, params, padded, len(ids))
+        prefix = max(len(ids) - len(out), 0)  # what is left of the prompt
+        x = compute_last_logits(cfg, params, padded, len(ids), prefix)
         token = int(jit_draw(x, was_seen, settings, jax.random.fold_in(key, len(out))[None])[0])
         if token == TOKENIZER.eos:
             break
@@ -239,6 +244,23 @@ def test_a_stop_string_ends_the_text_before_it(stop, kept_text):
     assert len(pieces) <= 2
 
 
+class MergedTokens:
+    """A decoder of tokens of several characters."""
+
+    def push(self, ids):
+        return "".join({5: "a, b, c", 6: "d"}[i] for i in ids)
+
+    def flush(self):
+        return ""
+
+
+@pytest.mark.parametrize(("stops", "kept_text"), [((", ",), "da"), (("c", "b"), "da, ")], ids=str)
+def test_the_first_of_several_stop_strings_in_a_token_ends_the_text(stops, kept_text):
+    row = g.Row(SampleConfig(stop=stops), [], [0], MergedTokens())
+    assert row.push(6, eos=1) + row.push(5, eos=1) == kept_text
+    assert row.ending == "stop"
+
+
 def test_text_is_streamed_as_soon_as_it_cannot_be_part_of_a_stop_string():
     _, _, pieces = run_reciting_model("the quick brown fox jumps", stop=("wn!",))
     assert pieces == ["the quick brown ", "fox jumps"]
@@ -292,6 +314,16 @@ def test_with_slide_generation_past_the_context_equals_the_uncached_loop():
         assert list(row.tokens) == generate_uncached(
             prompt, sample, index, params=PARAMS_WITHOUT_EOS
         )
+
+
+def test_a_prefix_is_the_prompt_and_never_takes_in_what_is_drawn():
+    cfg = dataclasses.replace(CFG, pattern=("prefix",))
+    sample = dataclasses.replace(NO_EOS, slide=True, tokens=80)
+    prompts = ["hello", "x" * 50]  # of the second, half is left after the first slide
+    rows = generate_all(prompts, sample, cfg, PARAMS_WITHOUT_EOS)
+    for index, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+        wanted = generate_uncached(prompt, sample, index, cfg, PARAMS_WITHOUT_EOS)
+        assert list(row.tokens) == wanted
 
 
 # --- prompts ---

@@ -112,7 +112,7 @@ def test_a_target_is_scored_given_its_source_as_in_training():
         cfg = model.config
         _, sums = cfg.objective.loss(build(cfg.model), model.params, batch, {}, cfg.train)
         assert score.tokens.tolist() == rows[1][1:]
-        assert -score.mean == pytest.approx(float(sums.nats / sums.weight), abs=1e-5)
+        assert -score.mean == pytest.approx(float(sums["nats"] / sums["weight"]), abs=1e-5)
 
 
 def test_sentinels_of_a_span_model_are_scored():
@@ -158,9 +158,11 @@ def test_the_scores_of_packed_documents_sum_to_the_training_loss_of_their_batch(
     cfg = model.config
     _, sums = cfg.objective.loss(build(cfg.model), model.params, batch, {}, cfg.train)
     scores = model.score(texts)
-    assert sum(len(score.tokens) for score in scores) == float(sums.weight)
+    assert sum(len(score.tokens) for score in scores) == float(sums["weight"])
     total = sum(score.total for score in scores)
-    assert -total / float(sums.weight) == pytest.approx(float(sums.nats / sums.weight), abs=1e-5)
+    assert -total / float(sums["weight"]) == pytest.approx(
+        float(sums["nats"] / sums["weight"]), abs=1e-5
+    )
 
 
 def test_a_greedy_continuation_is_the_likeliest_and_has_the_logprobs_of_its_generation(run):

@@ -216,9 +216,10 @@ class BatchSource(Protocol):
 
 
 class BatchIterator(Iterator[Batch], Protocol):
-    """Batches one after another. `close` ends the threads that make them."""
+    """Batches one after another."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End the threads that make the batches."""
 
 
 def prefetch_batches(

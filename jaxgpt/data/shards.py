@@ -93,6 +93,7 @@ class Tokens(NamedTuple):
 
     @property
     def documents(self) -> int:
+        """Return the number of documents."""
         return len(self.starts) - 1
 
     def gather_windows(self, firsts: np.ndarray, size: int) -> np.ndarray:
@@ -241,10 +242,12 @@ class Plan(NamedTuple):
 
     @property
     def dtype(self) -> str:
+        """Return the smallest type that holds all token ids."""
         return "uint16" if self.known_tokenizer.vocab_size <= 1 << 16 else "uint32"
 
     @property
     def known_tokenizer(self) -> Tokenizer:
+        """Return the tokenizer, where it exists by now."""
         assert self.tokenizer is not None
         return self.tokenizer
 

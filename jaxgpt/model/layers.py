@@ -101,7 +101,7 @@ def make_residual_init(cfg: ModelConfig):
 
 
 def identity(x: jax.Array) -> jax.Array:
-    """Return x."""
+    """Return x [...] unchanged."""
     return x
 
 

@@ -63,6 +63,7 @@ class Request:
         return [".".join([*prefix, "layers", str(n), *module, name]) for n in numbers]
 
     def wants(self, name: str) -> bool:
+        """Return whether an activation is requested, by its full name."""
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.names)
 
 

@@ -64,6 +64,7 @@ class Checkpoints:
         self._best = make_manager(os.path.join(run_folder, "best"), 1)
 
     def latest_step(self) -> int | None:
+        """Return the step of the latest checkpoint, or None."""
         return self._latest.latest_step()
 
     def save(self, state: TrainState, progress: Progress):
@@ -123,6 +124,7 @@ class Checkpoints:
         self._best.wait_until_finished()
 
     def close(self):
+        """Finish saving and release the folders."""
         self._latest.close()
         self._best.close()
 

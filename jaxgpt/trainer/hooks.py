@@ -30,10 +30,12 @@ class RunView:
 
     @property
     def cfg(self) -> Config:
+        """The config of the run."""
         return self._run.cfg
 
     @property
     def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the run."""
         return self._run.corpus.tokenizer
 
     @property

@@ -54,6 +54,7 @@ class MetricsFile(Hook):
 
     @hosts.run_on_first
     def close(self):
+        """Close the files of the run."""
         self._file.close()
         if self._board:
             self._board.close()
@@ -189,6 +190,7 @@ class Console(Hook):
             self._bar = tqdm(total=steps, initial=step, bar_format=layout, dynamic_ncols=True)
 
     def log(self, text: str = ""):
+        """Print a line, above the progress bar if there is one."""
         if self._is_quiet:
             return
         try:
@@ -223,5 +225,6 @@ class Console(Hook):
             self.log(format_confusion(values["confusion"], view.labels))
 
     def close(self):
+        """Leave the progress bar as it is and end it."""
         if self._bar is not None:
             self._bar.close()

@@ -12,7 +12,7 @@ from helpers import forward, random_params, random_tokens, single_document_coord
 from jaxgpt.architecture import ExpertsConfig
 from jaxgpt.dims import split
 from jaxgpt.model import Coords, build
-from jaxgpt.model.experts import MAX_BLOCK_TOKENS, compute_balance_loss
+from jaxgpt.model.experts import MAX_BLOCK_TOKENS, Router, compute_balance_loss
 from jaxgpt.model.feedforward import FEEDFORWARDS
 
 E, ACTIVE, B, T = 4, 2, 2, 23
@@ -184,19 +184,39 @@ def test_the_balance_loss_is_one_if_even_and_the_number_of_experts_if_one_gets_a
     )
 
 
-def test_every_layer_stores_its_balance_loss():
-    cfg = tiny(feedforward="moe_gated", moe=ExpertsConfig(E, ACTIVE))
+def test_every_layer_stores_the_balance_loss_of_its_choices():
+    cfg = tiny(feedforward="moe_gated", moe=ExpertsConfig(E, ACTIVE), position="none", layers=3)
     params, tokens = random_params(cfg), random_tokens(cfg, 0, B, T)
-    run = jax.jit(
-        lambda p, t: build(cfg).apply(
-            {"params": p}, t, single_document_coords(t), mutable=["losses"]
-        )
-    )
-    _, collections = run(params, tokens)
-    (values,) = jax.tree.leaves(collections["losses"])
-    assert values.shape == (cfg.layers,)
-    assert (values >= 1).all()
-    assert (values < E).all()
+    block = params["stack"]["layers"]["block_0"]
+    for last in (block["mixer"]["o"], block["ffn"]["experts"]["down"]):
+        last["w"] *= 0  # so that every layer gets the embeddings
+    coords = single_document_coords(tokens)
+    coords = coords._replace(segment_ids=coords.segment_ids.at[0, :5].set(0))
+    _, collections = jax.jit(
+        lambda p: build(cfg).apply({"params": p}, tokens, coords, mutable=["losses"])
+    )(params)
+    (found,) = jax.tree.leaves(collections["losses"])
+    x = np.float64(params["embed"]["table"])[tokens][np.asarray(coords.segment_ids) > 0]  # [N D]
+    x /= np.sqrt((x**2).mean(-1, keepdims=True) + cfg.norm_eps)
+    wanted = []
+    for scale, router in zip(block["ffn_norm_in"]["scale"], block["ffn"]["router"]["w"],
+                             strict=True):  # fmt: skip
+        p = np.exp(x * scale @ np.float64(router))
+        p /= p.sum(-1, keepdims=True)
+        chosen = np.argsort(-p)[:, :ACTIVE]
+        f = np.bincount(chosen.reshape(-1), minlength=E) / chosen.size
+        wanted.append(E * f @ p.mean(0))
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    assert np.ptp(wanted) > 0.01  # the layers differ
+
+
+def test_the_router_computes_in_float32_whatever_the_compute_dtype():
+    cfg, _, params = make_mixture("moe_gated", dtype="bfloat16")
+    x = jnp.asarray(inputs(cfg)[0], jnp.bfloat16)
+    found = Router(cfg).apply({"params": params["router"]}, x)
+    wanted = np.float64(x) @ np.float64(params["router"]["w"])
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, wanted, atol=1e-5)  # float32 sums of 16 terms of order 1
 
 
 def test_a_mixture_without_capacity_is_causal():

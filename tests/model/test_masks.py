@@ -150,11 +150,23 @@ def test_blocks_drawn_under_a_causal_mask_are_earlier_ones():
     assert np.all(drawn[1:].sum(1) >= 1)
 
 
-def test_drawn_blocks_are_uniform_over_all_blocks():
-    n, draws = 2000, 4
-    chosen = [hash_in_python(q_block, i) % 8 for q_block in range(n) for i in range(draws)]
-    # 8000 draws of 8: 1000 each, with a standard deviation of 30; 5 of them.
-    np.testing.assert_allclose(np.bincount(chosen), n * draws / 8, atol=150)
+@pytest.mark.parametrize("draws", [1, 2])
+def test_drawn_blocks_are_uniform_over_all_blocks_and_independent(draws):
+    # Blocks of one token, of which the first 8 are drawn; the queries are too far to be neighbors.
+    n, blocks = 8000, 8
+    q, k = (single_document_coords(jnp.zeros((1, size), jnp.int32)) for size in (n, blocks))
+    q = q._replace(positions=q.positions + 100)
+    drawn = np.asarray(BlockSparse(1, 1, 0, draws, blocks)(q, k))[0]  # [n blocks]
+    # A block is among 1 with probability 1/8, among 2 with 1 - (7/8)²: in 1000 and 1875 of 8000
+    # queries, with a standard deviation of 30 and 38; 5 of them. The hash is the same everywhere.
+    np.testing.assert_allclose(drawn.sum(0), n * (1 - (7 / 8) ** draws), atol=190)
+
+
+@pytest.mark.parametrize(("context", "blocks"), [(12, 3), (13, 4), (15, 4), (16, 4), (17, 5)])
+def test_blocks_of_an_encoder_are_drawn_from_its_whole_context(context, blocks):
+    sparse = SparseConfig(block=4, near=3, anchors=1, random=2)
+    cfg = tiny(context=context, sparse=sparse, pattern=("blocks",))
+    assert PATTERNS["blocks"](cfg, None) == BlockSparse(4, 3, 1, 2, total=blocks)
 
 
 # --- patterns ---

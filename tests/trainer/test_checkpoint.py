@@ -213,6 +213,17 @@ def test_a_new_best_replaces_the_old(sharded, checkpoints):
     assert checkpoints._best.all_steps() == [3]
 
 
+def test_the_best_of_a_step_is_replaced_by_that_of_the_same_step(sharded, checkpoints):
+    # A run killed after it repeats the step, with other data or settings if it is forced.
+    _, state = sharded
+    for seed in (1, 2):
+        new_state = fill(state, seed=seed)
+        checkpoints.save_best(new_state, Progress(step=9))
+        checkpoints.wait()
+    kept = checkpoints._best.restore(9).params
+    np.testing.assert_array_equal(kept["embed"]["table"], new_state.params["embed"]["table"])
+
+
 def test_a_resumed_run_replaces_best_ones_of_later_steps(sharded, checkpoints):
     _, state = sharded
     checkpoints.save_best(state, Progress(step=9))

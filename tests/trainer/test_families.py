@@ -21,7 +21,7 @@ from jaxgpt.config import override
 from jaxgpt.console import format_predictions
 from jaxgpt.loading import load, read_labels
 from jaxgpt.settings import ConfigError
-from jaxgpt.trainer import train
+from jaxgpt.trainer import loop, train
 from jaxgpt.trainer.logging import read_metrics
 
 ROOT = os.path.dirname(os.path.dirname(trainer.__file__)) + "/.."
@@ -164,6 +164,16 @@ def test_more_masks_than_the_model_has_are_rejected(trained):
     known = cfg.objective.task.count_mask_tokens(cfg)
     with pytest.raises(ConfigError, match=f"masks; the model has {known}"):
         predict_answers(cfg, ["<mask>" * (known + 1)])
+
+
+@pytest.mark.parametrize("name", ["masked", "span"])
+def test_the_vocabulary_has_room_for_masks_beside_the_tokens(folder, name):
+    cfg = make_config(folder, name, f"name=room_{name}", "data.tokenizer=train", "model.vocab=275")
+    run = loop.open_run(cfg, is_quiet=True)
+    masks = cfg.objective.task.count_mask_tokens(cfg)
+    assert masks > 0
+    assert run.corpus.tokenizer.vocab_size == 275 - masks  # as many as fit are trained
+    run.saver.close()
 
 
 def test_an_invalid_prompt_is_rejected_before_training(folder):

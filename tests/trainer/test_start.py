@@ -338,7 +338,7 @@ def test_the_checkpoint_is_saved_before_a_sample_is_made(decoder, monkeypatch):
     def fail(*_):
         raise RuntimeError("no sample")
 
-    monkeypatch.setattr(loop, "predict", fail)
+    monkeypatch.setattr(loop, "format_sample", fail)
     with pytest.raises(RuntimeError, match="no sample"):
         train(cfg, is_quiet=True)
     assert restore_latest(cfg)[1].step == 2

@@ -165,7 +165,7 @@ class GatedCell(Mixer):
 
 
 class LSTMState(NamedTuple):
-    """float32."""
+    """Hidden and cell state, float32."""
 
     h: jax.Array  # [B D], the hidden state
     c: jax.Array  # [B D], the cell state
@@ -194,7 +194,7 @@ class LSTM(GatedCell):
 
 
 class GRUState(NamedTuple):
-    """float32."""
+    """Hidden state, float32."""
 
     h: jax.Array  # [B D]
 

@@ -1,5 +1,7 @@
 """S4 against dense matrices in float64, and its convolution against its recurrence."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,18 +102,38 @@ def test_the_initial_system_is_hippo_legs_in_another_basis():
             x, x_ = A @ x / N, A_ @ x_ / N
 
 
-def test_initial_steps_are_log_uniform_and_systems_equal_in_all_channels():
-    begin = jax.jit(lambda key: init_params(CFG, key)[0])(jax.random.key(0))
-    p = begin["stack"]["layers"]["block_0"]["mixer"]
+def init_mixer(**changes):
+    """Initialize two layers: their parameters, leaves [2 ...]."""
+    cfg = dataclasses.replace(CFG, **changes)
+    begin = jax.jit(lambda key: init_params(cfg, key)[0])(jax.random.key(0))
+    return begin["stack"]["layers"]["block_0"]["mixer"]
+
+
+def test_initial_steps_are_log_uniform_and_outputs_complex_normal():
+    p = init_mixer(width=512, mixer=MixerConfig(state=8))
     assert np.exp(p["log_step"]).min() >= 0.99e-3
     assert np.exp(p["log_step"]).max() <= 0.101
+    # Of 1024 draws, uniform over log 100: five deviations of their mean and standard deviation.
+    np.testing.assert_allclose(np.mean(p["log_step"]), np.log(1e-2), atol=0.21)
+    np.testing.assert_allclose(np.std(p["log_step"]), np.log(100) / 12**0.5, rtol=0.07)
+    # E|C|² = 1, half of it in each part; of 8192 draws five deviations are 4%.
+    np.testing.assert_allclose(np.std(p["C_re"]), 0.5**0.5, rtol=0.04)
+    np.testing.assert_allclose(np.std(p["C_im"]), 0.5**0.5, rtol=0.04)
+    np.testing.assert_allclose(np.mean(p["C_re"] * p["C_im"]), 0, atol=0.03)
+    assert len(np.unique(p["C_re"])) > 8000  # of each layer, channel and state
+
+
+def test_initial_systems_are_equal_in_all_channels():
+    p = init_mixer()
     rates, P, B = make_hippo(Z)
     np.testing.assert_allclose(-np.exp(p["log_fall"]), np.broadcast_to(rates.real, (2, D, Z)),
                                rtol=1e-6)  # fmt: skip
     np.testing.assert_allclose(p["turn"][1, 3], rates.imag, rtol=1e-6)
     np.testing.assert_allclose(p["P_re"][0, 0] + 1j * p["P_im"][0, 0], P, rtol=1e-5)
     np.testing.assert_allclose(p["B_re"][0, 0] + 1j * p["B_im"][0, 0], B, rtol=1e-5)
-    assert np.std(p["C_re"]) > 0.5
+    for name in ("turn", "P_re", "P_im", "B_re", "B_im"):
+        np.testing.assert_array_equal(p[name], np.broadcast_to(p[name][1, 3], p[name].shape))
+    np.testing.assert_array_equal(p["skip"], 1)
 
 
 # --- the system ---

@@ -1,0 +1,359 @@
+"""The documentation: blocks of code run or are checked, links lead to files, names are documented.
+
+A block of a page is `python` (it runs), `sh` (every command is checked) or `text` (an output). A
+comment before a block changes that:
+
+    <!-- run small -->        the commands run as well, with a small model and a short text
+    <!-- rejected -->         the command ends with the message in the `text` block that follows
+    <!-- not run: reason -->  neither run nor checked
+    <!-- run: name -->        run by .ci/run, word for word (README)
+
+The blocks of a page share a folder, and in Python variables. One with a title is a file.
+"""
+
+import ast
+import importlib
+import inspect
+import json
+import pathlib
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+from test_imports import MODULES
+from tiny_runs import single_device_env, write_text
+
+from jaxgpt.config import Config, ConfigError, load, override
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MAX_NOT_RUN = 3
+LANGUAGES = ("python", "sh", "text")
+FENCE = re.compile(
+    r'(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<language>\w*)(?: title="(?P<title>[^"\n]+)")?\n'
+    r"(?P<text>.*?)^```$",
+    re.M | re.S,
+)
+SMALL = [
+    *("model.vocab=512", "model.context=32", "model.width=32", "model.layers=2"),
+    *("model.heads=2", "model.ffn=48", "train.steps=2", "train.batch=8", "train.accumulate=1"),
+    *("train.eval_every=2", "train.eval_batches=1", "train.save_every=2", "train.sample_every=0"),
+    *("train.log_every=1", "optimizer.warmup=1", "sample.tokens=4", "data.workers=1"),
+]
+# Runs each item in order: a block of Python in one namespace, or a command.
+DRIVER = """
+import json, subprocess, sys
+namespace = {"__name__": "__main__"}
+for page, line, item in json.load(open(sys.argv[1])):
+    print(f"{page}:{line}", flush=True)
+    if isinstance(item, str):
+        exec(compile(chr(10) * line + item, page, "exec"), namespace)
+    else:
+        subprocess.run(item, check=True)
+"""
+
+
+class Block(NamedTuple):
+    """A block of code of a page."""
+
+    page: str
+    line: int  # of its fence
+    language: str
+    mark: str  # the comment before it
+    title: str
+    text: str
+
+
+def name_page(page: pathlib.Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def read_blocks(page: pathlib.Path) -> list[Block]:
+    text = page.read_text()
+    return [
+        Block(
+            name_page(page),
+            text.count("\n", 0, match.end("language")) + 1,
+            match["language"],
+            match["mark"] or "",
+            match["title"] or "",
+            match["text"],
+        )
+        for match in FENCE.finditer(text)
+    ]
+
+
+BLOCKS = {name_page(page): read_blocks(page) for page in PAGES}
+
+
+def split_commands(text: str) -> list[list[str]]:
+    """Split a block of shell into commands, each a list of words."""
+    commands: list[list[str]] = []
+    for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        while words:
+            end = words.index("&&") if "&&" in words else len(words)
+            commands.append(words[:end])
+            words = words[end + 1 :]
+    return commands
+
+
+def split_environment(words: list[str]) -> tuple[list[str], list[str]]:
+    """Split a command into its variables, NAME=value, and the rest."""
+    count = next(n for n, word in enumerate(words) if not re.match(r"[A-Z_]+=", word))
+    return words[:count], words[count:]
+
+
+def split_script(words: list[str]) -> tuple[str, list[str]]:
+    """Return ("train" or "sample", arguments) of a command of a script, else ("", words)."""
+    program = pathlib.PurePath(words[0]).name
+    if program == "python" and words[1] in ("train.py", "sample.py"):
+        return words[1].removesuffix(".py"), words[2:]
+    if program == "jaxgpt":
+        return words[1], words[2:]
+    return ("", words)
+
+
+def parse_arguments(script: str, words: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Return the flags, which the script must have, and the other arguments."""
+    source = read(f"jaxgpt/cli/{script}.py")
+    flags, rest, words = {}, [], list(words)
+    while words:
+        word = words.pop(0)
+        if word.startswith("--"):
+            assert f'"{word}"' in source, f"jaxgpt {script} has no flag {word}"
+            flags[word] = words.pop(0)
+        else:
+            rest.append(word)
+    return flags, rest
+
+
+def check_train(arguments: list[str]) -> Config:
+    flags, settings = parse_arguments("train", arguments)
+    return load(flags.get("--config", "stdlib"), settings)
+
+
+def check_sample(arguments: list[str]) -> Config:
+    _, (run, *settings) = parse_arguments("sample", arguments)
+    assert run.startswith("runs/")
+    settings = [x if x.startswith("plugins=") else f"sample.{x}" for x in settings]
+    return override(Config(), settings)
+
+
+def check_module(name: str, arguments: list[str]):
+    """Check a module that is run: it is there and has the flags."""
+    if not name.startswith("benchmarks."):
+        importlib.import_module(name)
+        return
+    source = (ROOT / f"{name.replace('.', '/')}.py").read_text()
+    for word in arguments:
+        assert not word.startswith("--") or f'"{word}"' in source, f"{name} has no flag {word}"
+
+
+def check_pip(arguments: list[str]):
+    """Check an installation: the extras of jaxgpt and the files are there."""
+    assert arguments[0] == "install"
+    extras = re.search(r"optional-dependencies\]\n(.*?)\n\[", read("pyproject.toml"), re.S)
+    known = re.findall(r"^([a-z]+) = \[", extras[1], re.M)
+    for word in arguments:
+        if match := re.fullmatch(r"\.\[(.*)\]", word):
+            assert set(match[1].split(",")) <= set(known)
+        if word.endswith(".txt"):
+            assert (ROOT / word).is_file()
+
+
+def check_command(words: list[str]):
+    """Check one command of a page without running it."""
+    words = split_environment(words)[1]
+    script, arguments = split_script(words)
+    program = words[0] if words[0] == "." else pathlib.PurePath(words[0]).name
+    if script:
+        {"train": check_train, "sample": check_sample}[script](arguments)
+    elif program in ("python", "python3") and words[1] == "-m":
+        check_module(words[2], words[3:])
+    elif program == "pip":
+        check_pip(words[1:])
+    elif program == "bash":
+        assert (ROOT / words[1]).is_file()
+    else:
+        assert program in ("mkdocs", "tensorboard", "."), f"unknown command {words}"
+
+
+def read(path: str) -> str:
+    return (ROOT / path).read_text()
+
+
+def make_page_folder(folder: pathlib.Path, page: str):
+    """Make what the pages name: the checkout's scripts and configs, and texts."""
+    for name in ("train.py", "sample.py", "configs", "jaxgpt"):
+        (folder / name).symlink_to(ROOT / name)
+    write_text(folder / "my_texts")
+    (folder / "prompts.txt").write_text("the cat\na dog\n")
+    records = [{"question": f"the cat {n}", "answer": f"a dog {n}"} for n in range(40)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(x) + "\n" for x in records))
+    (folder / "rt_polarity").mkdir()
+    for kind, word in (("pos", "good"), ("neg", "bad")):
+        lines = "".join(f"a {word} film of number {n} .\n" for n in range(40))
+        (folder / "rt_polarity" / f"x.{kind}").write_text(lines)
+    for block in BLOCKS[page]:
+        if block.title:
+            (folder / block.title).parent.mkdir(parents=True, exist_ok=True)
+            (folder / block.title).write_text(block.text)
+
+
+def make_small(words: list[str]) -> list[str]:
+    """Return a command of the scripts with small settings, as a list for `subprocess`."""
+    variables, words = split_environment(words)
+    script, arguments = split_script(words)
+    assert script, f"cannot run {words}"
+    if script == "train":
+        text = [] if any("data.source" in x for x in arguments) else ["data.source=my_texts/"]
+        arguments = [*arguments, *SMALL, *text]
+    return ["env", *variables, sys.executable, "-m", "jaxgpt", script, *arguments]
+
+
+def list_items(page: str) -> list[tuple]:
+    """List what runs of a page: (page, line, Python text or command)."""
+    items: list[tuple] = []
+    for block in BLOCKS[page]:
+        if block.language == "python" and not block.title and not block.mark.startswith("not run"):
+            items.append((page, block.line, block.text))
+        if block.language == "sh" and block.mark == "run small":
+            commands = [make_small(words) for words in split_commands(block.text)]
+            items += [(page, block.line, command) for command in commands]
+    return items
+
+
+def run_items(folder: pathlib.Path, items: list[tuple], cache: pathlib.Path):
+    (folder / "items.json").write_text(json.dumps(items))
+    (folder / "driver.py").write_text(DRIVER)
+    environment = single_device_env() | {
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+    }
+    command = [sys.executable, "driver.py", "items.json"]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Return a folder with compiled programs, and the runs `stdlib` and `mine`."""
+    folder = tmp_path_factory.mktemp("docs")
+    make_page_folder(folder, "README.md")
+    commands = ["python train.py", "python train.py name=mine"]
+    items = [("", 0, make_small(shlex.split(command))) for command in commands]
+    done = run_items(folder, items, folder / "compiled")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+# --- blocks ---
+
+
+@pytest.mark.parametrize("page", BLOCKS)
+def test_every_block_has_a_language(page):
+    assert len(BLOCKS[page]) == len(re.findall(r"^```", read(page), re.M)) / 2
+    assert {block.language for block in BLOCKS[page]} <= set(LANGUAGES)
+
+
+def test_few_blocks_are_neither_run_nor_checked():
+    marks = [block.mark for blocks in BLOCKS.values() for block in blocks]
+    exceptions = [mark for mark in marks if mark.startswith("not run")]
+    assert all(re.fullmatch(r"not run: .{10,}", mark) for mark in exceptions)
+    assert len(exceptions) <= MAX_NOT_RUN
+
+
+@pytest.mark.parametrize("page", BLOCKS)
+def test_commands_are_valid(page, tmp_path, monkeypatch):
+    make_page_folder(tmp_path, page)
+    monkeypatch.chdir(tmp_path)
+    for block, following in zip(BLOCKS[page], [*BLOCKS[page], None][1:], strict=True):
+        if block.language != "sh" or block.mark.startswith("not run"):
+            continue
+        commands = split_commands(block.text)
+        if block.mark == "rejected":
+            with pytest.raises(ConfigError) as caught:
+                check_command(commands[0])
+            assert following.text == f"train.py: {caught.value}\n"
+        else:
+            for words in commands:
+                check_command(words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in BLOCKS if list_items(page)])
+def test_blocks_run(page, tmp_path, cache):
+    make_page_folder(tmp_path, page)
+    (tmp_path / "runs").mkdir()
+    for name in ("stdlib", "mine"):
+        made_by_page = any(f"name={name}" in str(item) for *_, item in list_items(page))
+        if not made_by_page:
+            (tmp_path / "runs" / name).symlink_to(cache / "runs" / name)
+    done = run_items(tmp_path, list_items(page), cache / "compiled")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+# --- pages ---
+
+
+@pytest.mark.parametrize("page", BLOCKS)
+def test_links_between_pages_lead_to_files(page):
+    links = re.findall(r"\]\((?!https?://|#)([^)#\s]+)", read(page))
+    folder = (ROOT / page).parent
+    assert not [link for link in links if not (folder / link).exists()]
+
+
+def test_readme_is_short():
+    assert len(read("README.md").splitlines()) <= 150
+
+
+def test_the_reading_path_has_about_1500_lines():
+    hooks = runpy.run_path(str(ROOT / "docs" / "hooks.py"))
+    rows = hooks["read_reading_path"](read("docs/reading.md"))
+    assert len(rows) == read("docs/reading.md").count("\n| `")
+    assert 1300 <= sum(count for _, _, count in rows) <= 1700
+
+
+def test_every_module_is_in_the_reference_once():
+    pages = "".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
+    assert sorted(re.findall(r"^::: (\S+)$", pages, re.M)) == sorted(
+        MODULES.keys() - {"jaxgpt.__main__"}
+    )
+
+
+# --- docstrings ---
+
+
+def find_undocumented(module: str) -> list[str]:
+    """Return the public names of a module without a docstring; a method may inherit its own."""
+
+    def is_documented(docstring: str | None) -> bool:
+        return len((docstring or "").split()) >= 3
+
+    tree = ast.parse(MODULES[module].read_text())
+    missing = [] if is_documented(ast.get_docstring(tree)) else [module]
+    for node in tree.body:
+        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"):
+            continue
+        if not is_documented(ast.get_docstring(node)):
+            missing.append(f"{module}.{node.name}")
+        if isinstance(node, ast.ClassDef):
+            kind = getattr(importlib.import_module(module), node.name)
+            methods = [n.name for n in node.body if isinstance(n, ast.FunctionDef)]
+            missing += [
+                f"{module}.{node.name}.{name}"
+                for name in methods
+                if not name.startswith("_")
+                and not is_documented(inspect.getdoc(getattr(kind, name)))
+            ]
+    return missing
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_public_names_have_docstrings(module):
+    assert not find_undocumented(module)
