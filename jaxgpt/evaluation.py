@@ -1,7 +1,7 @@
 """Measure a trained model on any text, as training measures it on held-out text.
 
-The same function computes the numbers (`trainer.evaluate`), on the same batches that a task makes of
-a stream, so that a run's own held-out text gives the loss that its last evaluation printed.
+The same function computes the numbers (`trainer.evaluate`), on the same batches that a task makes
+of a stream, so that a run's own held-out text gives the loss that its last evaluation printed.
 """
 
 import math

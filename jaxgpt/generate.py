@@ -32,6 +32,7 @@ from jaxgpt.model import (
     init_cache,
     unstack_layers,
 )
+from jaxgpt.model.layers import check_token_ids
 from jaxgpt.prompts import shorten
 from jaxgpt.sampling import SamplingParams, draw, make_row_keys, sampleable_tokens
 from jaxgpt.settings import ConfigError
@@ -92,6 +93,7 @@ def prepare_decode_params(cfg: ModelConfig, params):
     return params | {"stack": stack}
 
 
+@check_token_ids
 @functools.partial(jax.jit, static_argnames=("cfg", "slots"))
 def prefill(
     cfg: ModelConfig, params, tokens, lengths, drawn, slots: int, source=None

@@ -169,7 +169,7 @@ class LanguageModel:
         self.check_finite()
 
     def check_finite(self):
-        """Raise ConfigError, which names the parameters and the checkpoint, if any is not finite."""
+        """Raise ConfigError if a parameter is not finite; it names them and the checkpoint."""
         if names := self.nonfinite_params:
             few = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             raise ConfigError(

@@ -19,6 +19,7 @@ from jaxgpt.generate import (
 )
 from jaxgpt.hosts import fetch
 from jaxgpt.model import build, compute_logits
+from jaxgpt.model.layers import check_token_ids
 from jaxgpt.prompts import shorten
 from jaxgpt.sampling import sampleable_tokens
 from jaxgpt.score import BATCH_TOKENS, make_batches, make_coords, pad_right
@@ -53,6 +54,7 @@ class Classification:
     probabilities: dict[str, float]  # of every label, the likeliest first
 
 
+@check_token_ids
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def compute_mask_probabilities(cfg: ModelConfig, params, tokens, lengths, masks, allowed):
     """Return the distribution of the tokens at the masks.
@@ -71,6 +73,7 @@ def compute_mask_probabilities(cfg: ModelConfig, params, tokens, lengths, masks,
     return jax.nn.softmax(jnp.where(allowed, scores, -jnp.inf), axis=-1)
 
 
+@check_token_ids
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def compute_class_probabilities(cfg: ModelConfig, params, tokens, lengths):
     """Return the distribution over classes, float32 [B A], of right-padded texts, int32 [B T]."""

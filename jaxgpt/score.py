@@ -26,6 +26,7 @@ from jaxgpt.generate import (
 )
 from jaxgpt.hosts import fetch
 from jaxgpt.model import Coords, EncoderInput, build, make_head
+from jaxgpt.model.layers import check_token_ids
 from jaxgpt.prompts import shorten
 from jaxgpt.settings import ConfigError
 from jaxgpt.sharding import constrain, use_mesh_of
@@ -119,6 +120,7 @@ class Window:
     source: list[int]  # source tokens of an encoder-decoder
 
 
+@check_token_ids
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def score_batch(cfg: ModelConfig, params, tokens, targets, lengths, prefix, source=None):
     """Return the log-probability of every target, and whether it is the likeliest: [B T] each.
@@ -276,6 +278,7 @@ POOLINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
+@check_token_ids
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def embed_batch(cfg: ModelConfig, params, tokens, lengths) -> jax.Array:
     """Return the hidden states of right-padded rows, float32 [B T D]."""

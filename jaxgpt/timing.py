@@ -23,12 +23,12 @@ class CompileClock:
         self.now, self.seconds, self._end = now, 0.0, 0.0
         self._spans: list[tuple[float, float]] = []
 
-    def add(self, event: str, duration: float, **_):
+    def add(self, event: str, duration_secs: float, **_: str | int):
         """Count a part of a compilation that ends now."""
         if not event.startswith(_COMPILE_EVENTS):
             return
         end = self.now()
-        begin = end - duration
+        begin = end - duration_secs
         while self._spans and self._spans[-1][0] >= begin:  # parts of this one
             first, last = self._spans.pop()
             self.seconds -= last - first

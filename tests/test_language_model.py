@@ -56,8 +56,8 @@ def test_the_rules_are_those_of_the_config_unless_they_are_given():
     model, sample = make_model(), SampleConfig(tokens=5, seed=9)
     assert len(model.generate(["a"])[0].tokens) <= 8
     assert model.generate(["a"]) == model.generate(["a"], model.config.sample)
-    assert model.generate(["a"], sample, seed=4) == model.generate(["a"], seed=4, tokens=5,
-                                                                   temperature=0.8)  # fmt: skip
+    given = model.generate(["a"], seed=4, tokens=5, temperature=0.5, top_p=0.95)
+    assert model.generate(["a"], sample, seed=4) == given
     mixed = model.generate(["a", "b"], [sample, model.config.sample])
     assert mixed[0].tokens == model.generate(["a"], sample)[0].tokens
     with pytest.raises(ConfigError, match="1 sets of rules for 2 prompts"):
