@@ -475,7 +475,8 @@ Where gated and plain feed-forwards are exchanged, F is chosen to keep the numbe
 Mixers that cannot use the base's position encoding run without one, as their names state. For each
 seed, all choices train on the same {steps:,} batches of {batch} windows of {context} tokens
 ({tokens:,} tokens), at one learning rate ({lr:g}), which was tuned for none of them: the page shows
-how they compare in a small model and a short run, not which is best.
+how they compare in a small model and a short run, not which is best. design.md has what was found
+about the scales of those that lag.
 
 * **loss**: nats per token on the same {held_out:,} held-out tokens, mean over the seeds; **±** is
   half of the distance between the lowest and the highest seed.
@@ -629,16 +630,19 @@ def plot_lengths(result: Result, entries, rows):
 
 def plot_speed(result: Result, entries, rows):
     """Plot the loss against the speed, for the mixers."""
+    from matplotlib import colormaps
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     figure = make_figure(8, 4)
     panel = figure.subplots()
-    for (entry, row), marker in zip(
-        zip(entries, rows, strict=True), itertools.cycle("os^vDPX<>*hdp")
+    colors = colormaps["turbo"].resampled(max(len(rows), 2))  # one for each mixer
+    for i, ((entry, row), marker) in enumerate(
+        zip(zip(entries, rows, strict=True), itertools.cycle("os^vDPX<>*hdp"))
     ):
         point = (row["tokens_per_second"], average_loss(row))
         name = entry.name.partition(" (")[0]
-        panel.errorbar(*point, yerr=measure_spread(row), fmt=marker, ms=6, capsize=2, label=name)
+        panel.errorbar(*point, yerr=measure_spread(row), fmt=marker, ms=6, capsize=2, label=name,
+                       color=colors(i))  # fmt: skip
     panel.set_xscale("log")
     panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))

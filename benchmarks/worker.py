@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import IO, Any
 
+PARENT_CHECK_SECONDS = 0.5
 DATA_TOKENS = 1 << 22  # that a run of the data pipeline makes into batches
 
 Run = Callable[[], Any]  # does the work once, and returns what to wait for
@@ -121,8 +122,27 @@ def serve(side: Side, requests: IO[str], answers: IO[str]) -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
 
+def end_with_parent() -> None:
+    """End this process, and those that it started, when the one that asks has ended.
+
+    A killed parent leaves its end of the pipe closed, but a contestant that runs does not read:
+    so a thread watches, and the pipe itself is left to `serve`.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_CHECK_SECONDS)
+        if os.getpgid(0) == os.getpid():  # `Worker` starts a session for each side
+            os.killpg(0, signal.SIGKILL)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
 def serve_pipe(side: Callable[[], Side]) -> None:
     """`serve` on stdin and stdout; what libraries print there goes to stderr."""
+    end_with_parent()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     serve(side(), sys.stdin, answers)

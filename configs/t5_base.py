@@ -19,6 +19,7 @@ config = Config(
         position="t5",
         norm_eps=1e-6,
         query_scale=1.0,
+        embed_std=1.0,
         feedforward="plain",
         activation="relu",
         head_scale=768**-0.5,
@@ -26,7 +27,12 @@ config = Config(
         dtype="bfloat16",
     ),
     optimizer=OptimizerConfig(
-        name="adafactor", lr=1e-2, schedule="inverse_sqrt", warmup=10_000, weight_decay=0.0
+        name="adafactor",
+        lr=1e-2,
+        schedule="inverse_sqrt",
+        warmup=10_000,
+        weight_decay=0.0,
+        logit_lr=1.0,
     ),
     train=TrainConfig(
         objective="span",

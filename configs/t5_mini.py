@@ -24,7 +24,7 @@ config = Config(
         activation="gelu_tanh",
         query_scale=1.0,
     ),
-    optimizer=OptimizerConfig(name="muon", lr=5e-3, matrix_lr=1e-2, warmup=100),
+    optimizer=OptimizerConfig(name="muon", lr=5e-3, matrix_lr=1e-2, warmup=100, logit_lr=1.0),
     train=TrainConfig(
         objective="span",
         steps=1000,

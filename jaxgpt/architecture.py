@@ -152,7 +152,18 @@ class ModelConfig(Section):
         aliases={True: "all", "true": "all", False: None, "false": None, "none": None},
     )
     embed_norm: bool = option(False, "normalize embeddings before the first block")
-    embed_scale: bool = option(False, "multiply embeddings by sqrt(width)")
+    embed_scale: bool | None = option(
+        None,
+        "multiply embeddings by sqrt(width): none = with sinusoidal positions, which are as large",
+        effective="model.has_embed_scale",
+    )
+    embed_std: float | None = option(
+        None,
+        "standard deviation of the initial embeddings: none = 0.02, but 1 / sqrt(width) with "
+        "sinusoidal positions",
+        above=0,
+        effective="model.embed_init_std",
+    )
     types: int = option(0, "number of token type embeddings (BERT: 2), 0 = none", low=0)
     tie: bool = option(True, "tie the input embedding and the output head")
     head: str = option("linear", "output head", table="jaxgpt.model.heads:HEADS")
@@ -224,6 +235,35 @@ class ModelConfig(Section):
     def bias_sites(self) -> tuple[str, ...]:
         """The sites with bias vectors."""
         return BIASES[self.bias] if self.bias else ()
+
+    @property
+    def has_unit_positions(self) -> bool:
+        """Whether position vectors of size 1 are added to the embeddings."""
+        encodings = resolve_table("jaxgpt.model.positions:POSITION_ENCODINGS")
+        return any(encodings[spec.position].ADDS_UNIT_SIZE for spec in self.layer_cycle)
+
+    @property
+    def has_embed_scale(self) -> bool:
+        """Whether embeddings are multiplied by sqrt(width)."""
+        return self.has_unit_positions if self.embed_scale is None else self.embed_scale
+
+    @property
+    def embed_init_std(self) -> float:
+        """The standard deviation of the initial embeddings: scaled, they are as large as positions.
+
+        Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.4, and its code.
+        """
+        if self.embed_std is not None:
+            return self.embed_std
+        return self.width**-0.5 if self.has_unit_positions and self.has_embed_scale else 0.02
+
+    @property
+    def has_logit_tables(self) -> bool:
+        """Whether attention logits, or a part of them, are parameters."""
+        encodings = resolve_table("jaxgpt.model.positions:POSITION_ENCODINGS")
+        mixers = resolve_table("jaxgpt.model.mixers:MIXERS")
+        rows = [row for s in self.layer_cycle for row in (encodings[s.position], mixers[s.mixer])]
+        return any(row.HAS_LOGIT_TABLE for row in rows)
 
     @property
     def attention_scale(self) -> float:

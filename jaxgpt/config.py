@@ -66,6 +66,11 @@ __all__ = [
 ]
 
 
+WARMUP_SHARE = 20  # the warmup of a run that does not set it is one in so many steps
+
+MAX_SEED = 2**63 - 1  # JAX's seeds are signed numbers of 64 bits
+
+
 @dataclass(frozen=True)
 class DataConfig(Section):
     """The source of the text and how it becomes batches."""
@@ -171,13 +176,21 @@ class OptimizerConfig(Section):
     schedule: str = option(
         "warmup_cosine", "learning rate schedule", table="jaxgpt.optimizer:SCHEDULES"
     )
-    warmup: int = option(100, "steps of linear warmup", low=0)
+    warmup: int | None = option(
+        None, f"steps of linear warmup: none = {1 / WARMUP_SHARE:.0%} of train.steps", low=0
+    )
     floor: float = option(0.1, "final learning rate, as a fraction of the peak", low=0, high=1)
     decay_share: float = option(
         0.2, "fraction of the run in which warmup_stable_decay decays", above=0, high=1
     )
     matrix_lr: float | None = option(
         None, "peak learning rate of muon for the matrices in blocks: none = lr", above=0
+    )
+    logit_lr: float = option(
+        10.0,
+        "learning rate of tables of attention logits (t5, synthesizer_random), as a multiple of lr",
+        above=0,
+        effective="logit_lr",
     )
     train: tuple[str, ...] = option(
         (),
@@ -195,6 +208,10 @@ class OptimizerConfig(Section):
                 "keeps no moments of matrices: use optimizer.moments=float32, or one of "
                 f"{suitable}."
             )
+
+    def count_warmup(self, steps: int) -> int:
+        """Return the steps of warmup in a run of so many steps."""
+        return steps // WARMUP_SHARE if self.warmup is None else self.warmup
 
 
 @dataclass(frozen=True)
@@ -286,6 +303,12 @@ class TrainConfig(Section):
     eval_every: int = option(250, "steps between evaluations", low=1)
     eval_batches: int = option(0, "batches per evaluation, 0 = all held-out text", low=0)
     patience: int = option(0, "early stopping: evaluations without improvement, 0 = never", low=0)
+    best_by: str = option(
+        "auto",
+        "held-out metric that the best checkpoint and early stopping go by: loss, accuracy, or "
+        "auto (accuracy with train.objective=classify, otherwise loss)",
+        table="jaxgpt.config:BEST_BY",
+    )
     log_every: int = option(10, "steps between logged metrics", low=1, is_runtime=True)
     save_every: int = option(250, "steps between checkpoints", low=1, is_runtime=True)
     keep: int = option(
@@ -355,7 +378,7 @@ class SampleConfig(Section):
         1.0, "penalty on tokens that occurred before (1 = off)", above=0, is_runtime=True
     )
     stop: tuple[str, ...] = option((), "strings that end the generation", is_runtime=True)
-    seed: int = option(0, "random seed of sampling", low=0, is_runtime=True)
+    seed: int = option(0, "random seed of sampling", low=0, high=MAX_SEED, is_runtime=True)
     slide: bool = option(
         False,
         "continue past the context with a sliding window instead of stopping",
@@ -376,7 +399,9 @@ class Config(Section):
 
     name: str = option("run", "name of the run's folder inside `folder`")
     folder: str = option("runs", "folder of all runs", is_runtime=True)
-    seed: int = option(0, "random seed of initialization, data order and dropout", low=0)
+    seed: int = option(
+        0, "random seed of initialization, data order and dropout", low=0, high=MAX_SEED
+    )
     resume: str = option(
         "auto",
         "auto: resume from the last checkpoint if the config agrees; force: even if it differs",
@@ -401,12 +426,23 @@ class Config(Section):
         """Return the path of the run's folder."""
         return os.path.join(os.path.expanduser(self.folder), self.name)
 
+    @property
+    def logit_lr(self) -> float:
+        """`optimizer.logit_lr`, or 1 where it has no effect."""
+        return self.optimizer.logit_lr if self.model.has_logit_tables else 1.0
+
+    @property
+    def best_by(self) -> str:
+        """The held-out metric that picks the best checkpoint: loss or accuracy."""
+        by_objective = "accuracy" if self.train.objective == "classify" else "loss"
+        return by_objective if self.train.best_by == "auto" else self.train.best_by
+
     def check(self):
         if not self.name or self.name in (".", "..") or os.sep in self.name:
             raise ConfigError(
                 f"name={self.name!r} must be a plain folder name, such as 'gpt_mini'."
             )
-        if self.optimizer.warmup > self.train.steps:
+        if self.optimizer.count_warmup(self.train.steps) > self.train.steps:
             raise ConfigError(
                 f"optimizer.warmup={self.optimizer.warmup} is longer than "
                 f"train.steps={self.train.steps}: the learning rate would never reach its peak. "
@@ -458,6 +494,7 @@ class Config(Section):
             )
 
 
+BEST_BY = {"auto": "by objective", "loss": "the lowest loss", "accuracy": "the highest accuracy"}
 RESUME_MODES = {"auto": "resume if the config agrees", "force": "resume with the new config"}
 START_MISSING = {"refuse": "name them and stop", "init": "initialize them as in a new run"}
 
@@ -467,6 +504,8 @@ RENAMED_SETTINGS = {
     "train.noise": "train.mask_rate",
     "model.documents=apart": "model.documents=separate",
 }
+# The values, in a saved config without the setting, of settings whose default was another one.
+FORMER_DEFAULTS = {"model.embed_scale": False, "optimizer.logit_lr": 1.0}
 
 
 # --- reading and writing ---
@@ -512,13 +551,24 @@ def override(config: Config, assignments: Iterable[str]) -> Config:
     assignments = list(assignments)
     import_plugins(parse_plugins(assignments) or (), list_tables())
     tree = to_dict(config)
-    for key, value in parse_assignments(assignments).items():
+    values = parse_assignments(assignments)
+    if "train.steps" in values and "optimizer.warmup" not in values:
+        values["optimizer.warmup"] = _fit_warmup(config, values["train.steps"])
+    for key, value in values.items():
         node = tree
         *sections, name = key.split(".")
         for section in sections:
             node = node[section]
         node[name] = value
     return from_dict(type(config), tree)
+
+
+def _fit_warmup(config: Config, steps: int) -> int | None:
+    """Return the warmup for another number of steps: shorter, in proportion, if it is too long."""
+    warmup = config.optimizer.warmup
+    if warmup is None or warmup <= steps:
+        return warmup
+    return warmup * steps // config.train.steps
 
 
 def parse_assignments(assignments: Iterable[str], check_names: bool = False) -> dict[str, Any]:
@@ -580,6 +630,14 @@ def _rename_settings(tree: Any) -> Any:
     return tree
 
 
+def _restore_defaults(tree: Any) -> None:
+    """Add `FORMER_DEFAULTS` to the nested dicts of a saved config."""
+    for key, value in FORMER_DEFAULTS.items():
+        section, name = key.split(".")
+        if isinstance(tree, dict) and isinstance(tree.get(section), dict):
+            tree[section].setdefault(name, value)
+
+
 FORMAT = 1  # of run folders; raised when an older version could not read them
 
 
@@ -608,6 +666,7 @@ def from_json(
     """
     try:
         tree = _rename_settings(json.loads(text))
+        _restore_defaults(tree)
         if isinstance(tree, dict):
             _check_format(tree.pop("versions", {}))
             if plugins is None:
@@ -635,10 +694,39 @@ def _check_format(versions: Any) -> None:
 
 
 def list_differences(old: Config, new: Config) -> list[str]:
-    """Return the settings, with both values, that make two configs learn something different."""
-    fixed = [key for key, f in list_fields(Config).items() if not f.metadata["is_runtime"]]
-    pairs = [(key, get(old, key), get(new, key)) for key in fixed]
-    return [f"{key}: {a!r} -> {b!r}" for key, a, b in pairs if a != b]
+    """Return the settings, with both values, that make two configs learn something different.
+
+    Names and paths are compared by what they stand for. What a source contains is not known here:
+    its text is compared by its fingerprint when a run is resumed.
+    """
+    fields = {key: f for key, f in list_fields(Config).items() if key not in ("name", DATA_KEY)}
+    fixed = [
+        (key, f.metadata["effective"] or key)
+        for key, f in fields.items()
+        if not f.metadata["is_runtime"]
+    ]
+    pairs = [(key, used, get(old, used), get(new, used)) for key, used in fixed]
+    return [
+        f"{key}: {a!r} -> {b!r}"
+        for key, used, a, b in pairs
+        if a != b and _resolve(old, used) != _resolve(new, used)
+    ]
+
+
+DATA_KEY = "data.source"
+PATH_KEYS = ("data.tokenizer", "train.start")
+
+
+def _resolve(config: Config, key: str) -> Any:
+    """Return what a setting stands for."""
+    value = get(config, key)
+    if key == "optimizer.warmup":
+        return config.optimizer.count_warmup(config.train.steps)
+    if key == "train.best_by":
+        return config.best_by
+    if key in PATH_KEYS and value:
+        return os.path.realpath(os.path.expanduser(value))
+    return value
 
 
 def describe(section: str = "") -> str:

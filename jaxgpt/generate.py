@@ -1,4 +1,4 @@
-"""Text generation: one prefill of the prompts, then cached decoding in chunks of tokens.
+"""Text generation: one prefill of the prompts, then decoding with a KV cache, in chunks of tokens.
 
 A decoder continues a prompt; an encoder-decoder reads it as its source and generates the target.
 

@@ -14,8 +14,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +28,13 @@ from jaxgpt.config_files import find_run_config
 from jaxgpt.language_model import LanguageModel
 from jaxgpt.model import abstract_params
 from jaxgpt.model.layers import DTYPES
+from jaxgpt.saved_arrays import (
+    check_shapes,
+    describe_read_errors,
+    latest_step,
+    make_manager,
+    read_shapes,
+)
 from jaxgpt.settings import ConfigError, resolve_table
 from jaxgpt.sharding import MESH_AXES, make_shardings
 
@@ -137,7 +143,7 @@ def save(model: LanguageModel, folder: str | os.PathLike):
     if os.path.exists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
         raise ConfigError(f"{folder} exists: save into a new folder, or delete it first.")
     hosts.run_on_all(lambda: _write_files(model, partial))
-    with make_manager(os.path.join(partial, "best"), 1) as manager:
+    with make_manager(os.path.join(partial, "best")) as manager:
         params, progress = ocp.args.StandardSave(model.params), ocp.args.JsonSave(
             {"step": model.step, "tokenizer": model.tokenizer.fingerprint}
         )  # fmt: skip
@@ -178,8 +184,12 @@ def read_config(run_folder: str, plugins: Sequence[str] | None = None) -> Config
         ConfigError: there is none, or it is invalid.
     """
     path = find_run_config(run_folder)
-    with open(path) as file:
-        return configs.from_json(file.read(), path, plugins)
+    try:
+        with open(path, encoding="utf-8") as file:
+            return configs.from_json(file.read(), path, plugins)
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"{path} cannot be read: {reason}.") from error
 
 
 def read_labels(run_folder: str) -> list[str]:
@@ -189,42 +199,6 @@ def read_labels(run_folder: str) -> list[str]:
         return []
     with open(path) as file:
         return json.load(file)
-
-
-def latest_step(folder: str) -> int | None:
-    """Return the last step with a complete checkpoint in `folder`, or None."""
-    return max(ocp.utils.checkpoint_steps(folder), default=None)
-
-
-def make_manager(folder: str, keep: int) -> ocp.CheckpointManager:
-    """Return the writer and reader of the checkpoints in a folder, of which it keeps the last."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-    arrays = {part: ocp.StandardCheckpointHandler() for part in ("params", "rest")}
-    handlers = {**arrays, "progress": ocp.JsonCheckpointHandler()}
-    return ocp.CheckpointManager(os.path.abspath(folder), options=options, item_handlers=handlers)
-
-
-@contextmanager
-def describe_read_errors(folder: str) -> Iterator[None]:
-    """Turn any error of reading a checkpoint into one message. Orbax raises all kinds of errors.
-
-    Raises:
-        ConfigError: in place of the original error; gives the checkpoint, and what to do.
-    """
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Exception as error:
-        parent, step = os.path.split(folder)
-        others = [n for n in ocp.utils.checkpoint_steps(parent) if n != int(step)]
-        fallback = f"step {max(others)}, the one before, is used then" if others else (
-            "there is no other one (train.keep=2 keeps two)"
-        )  # fmt: skip
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        raise ConfigError(
-            f"the checkpoint {folder} is damaged ({reason}). Delete this folder: {fallback}."
-        ) from error
 
 
 def _read_progress(folder: str) -> dict[str, Any]:
@@ -239,6 +213,8 @@ def _read_progress(folder: str) -> dict[str, Any]:
 def read_params(folder: str, abstract) -> Any:
     """Read the parameters of one checkpoint, with the shapes and shardings of `abstract`."""
     with ocp.StandardCheckpointer() as reader, describe_read_errors(folder):
+        saved = read_shapes(os.path.join(folder, "params"))
+        check_shapes(folder, {"params": saved}, params=abstract)
         return reader.restore(os.path.join(folder, "params"), abstract)
 
 
@@ -253,8 +229,9 @@ def _load_params(
         if mesh is None
         else make_shardings(shapes, letters, mesh)
     )
-    with ocp.StandardCheckpointer() as reader, describe_read_errors(folder):
-        saved = reader.metadata(os.path.join(folder, "params")).item_metadata.tree
+    with describe_read_errors(folder):
+        saved = read_shapes(os.path.join(folder, "params"))
+        check_shapes(folder, {"params": saved}, params=shapes)
     abstract = jax.tree.map(
         lambda x, old, sharding: jax.ShapeDtypeStruct(
             x.shape, DTYPES[dtype] if dtype else old.dtype, sharding=sharding

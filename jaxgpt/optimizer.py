@@ -2,7 +2,7 @@
 
 A rule turns gradients into a direction; the update is the same for all of them:
 
-    p <- p - lr(s) * (direction(g) + weight_decay * p)        decay only where p is a matrix
+    p <- p - lr(s) * (direction(g) + weight_decay * p)        weight decay of matrices only
 
 Rules depend on the letters of a parameter, never on its name: ">" makes it a matrix, a leading "L"
 puts it inside the stack of blocks, and each index of a stacked axis (L, E) is an independent
@@ -52,7 +52,7 @@ def build(
     selection = select_letters(letters, cfg.train)
     rule = choose(OPTIMIZERS, cfg.name, "optimizer.name")(cfg, schedule, selection)
     clip = optax.clip_by_global_norm(cfg.clip) if cfg.clip else optax.identity()
-    rule = optax.chain(clip, rule)
+    rule = _scale_logit_updates(optax.chain(clip, rule), cfg.logit_lr, selection)
     return _restrict(rule, selection) if cfg.train else rule, schedule
 
 
@@ -63,6 +63,26 @@ def _restrict(rule: optax.GradientTransformation, selection) -> optax.GradientTr
         return rule.update(select(grads, selection), state, select(params, selection))
 
     return optax.GradientTransformation(lambda p: rule.init(select(p, selection)), update)
+
+
+def _scale_logit_updates(rule: optax.GradientTransformation, factor: float, letters: Letters):
+    """Multiply the updates of tables of attention logits, if there are any, by `factor`.
+
+    An entry of such a table moves by lr per step. The products of weights with their inputs, which
+    other logits are made of, move by lr times about the number of channels.
+    """
+    if factor == 1 or not any(map(_is_logit_table, jax.tree.leaves(letters))):
+        return rule
+
+    def update(grads, state, params=None):
+        updates, state = rule.update(grads, state, params)
+
+        def scale(update, letters: str):
+            return factor * update if _is_logit_table(letters) else update
+
+        return jax.tree.map(scale, updates, letters), state
+
+    return optax.GradientTransformation(rule.init, update)
 
 
 def get_state_letters(optimizer: optax.GradientTransformation, state, letters: Letters):
@@ -111,10 +131,10 @@ def warmup_cosine(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
 
     def decay(t):
         return _interpolate_to_floor(
-            cfg, (1 + jnp.cos(jnp.pi * _get_fraction_done(t, cfg.warmup, steps))) / 2
+            cfg, (1 + jnp.cos(jnp.pi * _get_fraction_done(t, cfg.count_warmup(steps), steps))) / 2
         )
 
-    return _add_warmup(cfg, decay)
+    return _add_warmup(cfg, steps, decay)
 
 
 def warmup_linear(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -124,8 +144,9 @@ def warmup_linear(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
 
     Source: Devlin et al. 2019 (BERT), appendix A.2.
     """
+    warmup = cfg.count_warmup(steps)
     return _add_warmup(
-        cfg, lambda t: _interpolate_to_floor(cfg, 1 - _get_fraction_done(t, cfg.warmup, steps))
+        cfg, steps, lambda t: _interpolate_to_floor(cfg, 1 - _get_fraction_done(t, warmup, steps))
     )
 
 
@@ -136,7 +157,7 @@ def warmup_constant(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
 
     Source: Goyal et al. 2017 (ImageNet in 1 hour), section 2.2, for the gradual warmup.
     """
-    return _add_warmup(cfg, jnp.ones_like)
+    return _add_warmup(cfg, steps, jnp.ones_like)
 
 
 def warmup_stable_decay(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -148,9 +169,9 @@ def warmup_stable_decay(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
     Source: Hu et al. 2024 (MiniCPM), section 4.2; the linear decay of Hägele et al. 2024,
     section 3.
     """
-    start = max(cfg.warmup, steps - max(1, round(cfg.decay_share * steps)))
+    start = max(cfg.count_warmup(steps), steps - max(1, round(cfg.decay_share * steps)))
     return _add_warmup(
-        cfg, lambda t: _interpolate_to_floor(cfg, 1 - _get_fraction_done(t, start, steps))
+        cfg, steps, lambda t: _interpolate_to_floor(cfg, 1 - _get_fraction_done(t, start, steps))
     )
 
 
@@ -161,15 +182,19 @@ def inverse_sqrt(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
 
     Source: Vaswani et al. 2017, section 5.3, eq. 3, with peak = (width * warmup)^-1/2.
     """
-    return _add_warmup(cfg, lambda t: jnp.maximum(cfg.floor, jnp.sqrt(max(cfg.warmup, 1) / t)))
+    warmup = max(cfg.count_warmup(steps), 1)
+    return _add_warmup(cfg, steps, lambda t: jnp.maximum(cfg.floor, jnp.sqrt(warmup / t)))
 
 
-def _add_warmup(cfg: OptimizerConfig, decay: Callable[[jax.Array], jax.Array]) -> optax.Schedule:
+def _add_warmup(
+    cfg: OptimizerConfig, steps: int, decay: Callable[[jax.Array], jax.Array]
+) -> optax.Schedule:
     """Return the schedule s -> peak * (t / warmup while t < warmup, then decay(t)), t = s + 1."""
+    warmup = cfg.count_warmup(steps)
 
     def schedule(step):
         t = jnp.asarray(step, jnp.float32) + 1
-        return cfg.lr * jnp.where(t < cfg.warmup, t / max(cfg.warmup, 1), decay(t))
+        return cfg.lr * jnp.where(t < warmup, t / max(warmup, 1), decay(t))
 
     return schedule
 
@@ -194,6 +219,11 @@ def _is_matrix(letters: str) -> bool:
 def _is_block_matrix(letters: str) -> bool:
     """Return whether it is a matrix inside the stack of blocks, unlike embeddings and heads."""
     return _is_matrix(letters) and letters.startswith("L")
+
+
+def _is_logit_table(letters: str) -> bool:
+    """Return whether it holds attention logits, per bucket and head or pair of positions."""
+    return letters.lstrip("L") in ("U>H", "HC>C")
 
 
 def _is_masked(leaf) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 from flax import struct
 
 from jaxgpt.config import SampleConfig
+from jaxgpt.seeds import make_key
 from jaxgpt.tokenizer import Tokenizer
 
 # --- truncations: pure functions on scores ---------------------------------------------------
@@ -81,7 +82,7 @@ class SamplingParams(struct.PyTreeNode):
 
 def make_row_keys(samples: Sequence[SampleConfig]) -> jax.Array:
     """Return the random key of every row, [B]: its seed, folded with the index of the row."""
-    roots = {seed: jax.random.key(seed) for seed in {sample.seed for sample in samples}}
+    roots = {seed: make_key(seed) for seed in {sample.seed for sample in samples}}
     keys = jnp.stack([roots[sample.seed] for sample in samples])
     return jax.vmap(jax.random.fold_in)(keys, jnp.arange(len(samples)))
 

@@ -20,6 +20,7 @@ def run(main: Callable[[], int], name: str = "") -> NoReturn:
     with 1.
     """
     name = name or os.path.basename(sys.argv[0])
+    open_standard_files()
     for file in (sys.stdout, sys.stderr):
         _replace_unknown_characters(file)
     try:
@@ -32,10 +33,35 @@ def run(main: Callable[[], int], name: str = "") -> NoReturn:
     except KeyboardInterrupt:
         print(f"\n{name}: stopped by Ctrl-C.", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
+    except OSError as error:  # of standard output: its reader is gone, or its disk full
+        if not isinstance(error, BrokenPipeError) and not _is_output_broken():
+            raise
         # Python flushes standard output at exit, which must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def open_standard_files():
+    """Open standard input, output and error if the caller has closed them (`command >&-`).
+
+    Otherwise Python has None in their place, and the next file that is opened takes their number,
+    so that a library that prints an error writes into it.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+
+
+def _is_output_broken() -> bool:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return True
+    return False
 
 
 def _replace_unknown_characters(file: TextIO | None):

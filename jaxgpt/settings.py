@@ -32,6 +32,7 @@ def option(
     above=None,
     is_runtime=False,
     aliases=None,
+    effective="",
 ) -> Any:
     """Declare one field of a section.
 
@@ -45,8 +46,11 @@ def option(
             it may change when the run is resumed.
         aliases: other values that are accepted, such as those of older versions, and the present
             ones that they stand for.
+        effective: the key of the property with the value in effect, if the default follows from
+            other settings.
     """
     metadata = dict(doc=doc, table=table, low=low, high=high, above=above, is_runtime=is_runtime)
+    metadata |= dict(effective=effective)
     return field(default=default, metadata=metadata | dict(aliases=aliases or {}))
 
 

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
 from jaxgpt.config import (
+    FORMER_DEFAULTS,
     RENAMED_SETTINGS,
     Config,
     ConfigError,
@@ -176,6 +177,8 @@ def test_invalid_settings_are_rejected_with_key_value_and_remedy(assignments, pa
 
 
 UPPER_BOUNDS = {
+    "seed": 2**63 - 1,
+    "sample.seed": 2**63 - 1,
     "model.rope.share": 1.0,
     "model.dropout": 0.99,
     "model.attention_dropout": 0.99,
@@ -195,7 +198,8 @@ UPPER_BOUNDS = {
 def test_a_setting_is_valid_up_to_its_upper_bound(key):
     bound = UPPER_BOUNDS[key]
     assert get(override(Config(), [f"{key}={bound}"]), key) == bound
-    assert f"{key}={bound + 1e-6}" in get_error(f"{key}={bound + 1e-6}")
+    beyond = bound + (1 if isinstance(bound, int) else 1e-6)
+    assert f"{key}={beyond}" in get_error(f"{key}={beyond}")
 
 
 def test_every_upper_bound_is_tested():
@@ -332,7 +336,7 @@ def texts(key: str):
     low = low if low is not None else above
     if f.metadata["table"]:
         return st.sampled_from(sorted(resolve_table(f.metadata["table"])))
-    if kind is bool:
+    if bool in (kind, *args):
         return st.sampled_from(["true", "false"])
     if kind is str:
         return st.text()
@@ -443,3 +447,32 @@ def test_differences_ignore_settings_that_do_not_change_what_is_learned():
         "train.loss_chunk=8",
     ]
     assert list_differences(Config(), override(Config(), runtime_settings)) == []
+
+
+def test_a_setting_that_follows_from_others_differs_by_its_value_in_effect():
+    old = override(Config(), ["model.embed_scale=false"])  # what older run folders say
+    assert list_differences(old, Config()) == []
+    sinusoidal = ["model.position=sinusoidal", "model.width=64", "model.heads=4"]
+    t5 = override(Config(), ["model.position=t5"])
+    assert list_differences(Config(), override(Config(), ["optimizer.logit_lr=1"])) == []
+    assert list_differences(override(t5, ["optimizer.logit_lr=1"]), t5) == [
+        "optimizer.logit_lr: 1.0 -> 10.0"
+    ]
+    assert list_differences(override(old, sinusoidal), override(Config(), sinusoidal)) == [
+        "model.embed_scale: False -> True",
+        "model.embed_std: 0.02 -> 0.125",
+    ]
+
+
+def test_a_saved_config_from_before_a_setting_keeps_its_meaning():
+    tree = json.loads(to_json(override(Config(), ["model.position=sinusoidal"])))
+    assert from_json(json.dumps(tree)).model.has_embed_scale
+    del tree["model"]["embed_scale"]
+    assert not from_json(json.dumps(tree)).model.has_embed_scale
+    del tree["optimizer"]["logit_lr"]
+    assert from_json(json.dumps(tree)).optimizer.logit_lr == 1
+
+
+def test_every_former_default_is_of_a_present_setting():
+    for key, value in FORMER_DEFAULTS.items():
+        assert get(override(Config(), [f"{key}={value}"]), key) == value

@@ -20,11 +20,11 @@ from tiny_runs import assert_same_bits, restore_latest, write_text
 from jaxgpt import config as configs
 from jaxgpt import hosts
 from jaxgpt.config import MeshConfig, override
+from jaxgpt.saved_arrays import latest_step
 from jaxgpt.settings import ConfigError
 from jaxgpt.sharding import make_mesh
 from jaxgpt.trainer import loop, train
 from jaxgpt.trainer import run as run_module
-from jaxgpt.trainer.checkpoint import latest_step
 from jaxgpt.trainer.logging import read_metrics
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -18,7 +18,8 @@ from jaxgpt import loading
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.config import MeshConfig, override
 from jaxgpt.language_model import LanguageModel
-from jaxgpt.loading import latest_step, load, read_config, save
+from jaxgpt.loading import load, read_config, save
+from jaxgpt.saved_arrays import latest_step
 from jaxgpt.settings import ConfigError
 from jaxgpt.sharding import make_mesh
 from jaxgpt.trainer import train

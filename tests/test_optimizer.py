@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxgpt.config import ConfigError, OptimizerConfig
-from jaxgpt.optimizer import OPTIMIZERS, SCHEDULES, build, get_state_letters
+from jaxgpt.model import abstract_params
+from jaxgpt.optimizer import OPTIMIZERS, SCHEDULES, _is_logit_table, build, get_state_letters
 
 SIZES = dict(V=11, D=6, H=2, K=4, F=10, L=3, E=2)
 LETTERS = {
@@ -344,6 +346,52 @@ def test_matrix_lr_is_the_rate_of_matrices_in_blocks():
     in_blocks = lambda d: d.startswith("L") and ">" in d  # noqa: E731
     expected = jax.tree.map(lambda d, a, b: b if in_blocks(d) else a, LETTERS, same, faster)
     assert_close(other, expected)
+
+
+# --- tables of attention logits ---
+
+LOGIT_LETTERS = LETTERS | {"bias": "U>H", "scores": "LHC>C"}  # t5, synthesizer_random
+LOGIT_SIZES = SIZES | dict(U=5, C=4)
+LOGIT_TABLES = ("bias", "scores")
+
+
+def draw_logits(seed: int):
+    return draw(seed, LOGIT_LETTERS, LOGIT_SIZES)
+
+
+@every_rule
+def test_tables_of_logits_move_by_a_multiple_of_the_others_steps(name):
+    before, grads = draw_logits(0), [draw_logits(100)]
+    plain, faster = (
+        train(constant_config(name, logit_lr=factor), before, grads, LOGIT_LETTERS)
+        for factor in (1.0, 10.0)
+    )
+    expected = plain | {
+        key: before[key] + 10 * (np.float64(plain[key]) - before[key]) for key in LOGIT_TABLES
+    }
+    # The plain step is known to float32's rounding of the parameter, and is multiplied by 10.
+    chex.assert_trees_all_close(faster, expected, atol=1e-5, rtol=1e-5)
+    for key in LOGIT_TABLES:
+        assert np.abs(faster[key] - before[key]).max() > 1e-3
+
+
+def test_only_the_letters_of_t5_and_the_random_synthesizer_are_those_of_logits():
+    for changes, count in (({}, 0), (dict(position="t5"), 1), (dict(position="learned"), 0),
+                           (dict(mixers=("synthesizer_random",), position="none"), 1),
+                           (dict(mixers=("synthesizer_dense",), position="none"), 0)):  # fmt: skip
+        cfg = tiny(**changes)
+        letters = jax.tree.leaves(abstract_params(cfg)[1])
+        assert sum(map(_is_logit_table, letters)) == count
+        assert cfg.has_logit_tables == bool(count)
+
+
+def test_the_factor_of_logits_leaves_the_state_of_the_optimizer_as_it_was():
+    params = jax.tree.map(np.float32, draw_logits(0))
+    plain, faster = (
+        build(config(logit_lr=factor), STEPS, LOGIT_LETTERS)[0].init(params)
+        for factor in (1.0, 10.0)
+    )
+    chex.assert_trees_all_equal(plain, faster)
 
 
 # --- clipping ---

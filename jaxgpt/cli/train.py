@@ -32,7 +32,7 @@ def main(argv: list[str], program: str) -> int:
     """Train the model that the arguments configure.
 
     Returns:
-        The exit status: 0, or 1 if training diverged.
+        The exit status: 0, or 1 if training diverged, or cannot write its files.
 
     Raises:
         ConfigError: there is no such config, or a setting is invalid.
@@ -54,6 +54,12 @@ def main(argv: list[str], program: str) -> int:
     parser.add_argument("--coordinator", help="host:port of process 0, auto or none")
     parser.add_argument("--processes", type=int, help="number of processes")
     parser.add_argument("--process", type=int, help="index of this process, from 0")
+    parser.add_argument(
+        "--no-compile-cache",
+        action="store_true",
+        help="compile anew; otherwise programs are kept in $JAX_COMPILATION_CACHE_DIR, by default "
+        "~/.cache/jaxgpt",
+    )
     parser.add_argument("--timeout", type=int, default=300, help="seconds to wait for the others")
     parser.add_argument("settings", nargs="*", metavar="path=value", help="model.width=512, ...")
     check_options(argv, OPTIONS, configs.list_fields(configs.Config))
@@ -73,7 +79,11 @@ def main(argv: list[str], program: str) -> int:
         check_data_settings(values)
 
     from jaxgpt import hosts, trainer
+    from jaxgpt.compile_cache import enable_compile_cache
     from jaxgpt.trainer.memory import retain_freed_memory
+
+    if not args.no_compile_cache:
+        enable_compile_cache()
 
     processes = args.coordinator, args.processes, args.process, args.timeout
     with hosts.distributed(*processes, end_process=os._exit):
@@ -81,7 +91,7 @@ def main(argv: list[str], program: str) -> int:
             config = hosts.run_on_all(lambda: configs.load(args.config, settings))
             retain_freed_memory()
             trainer.train(config)
-        except trainer.DivergedError as error:
+        except trainer.RunError as error:
             print(f"{program}: {error}", file=sys.stderr)
             return 1
     return 0

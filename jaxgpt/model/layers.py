@@ -89,6 +89,7 @@ def compute_once(f: Callable, g: Callable, x: jax.Array) -> tuple[jax.Array, jax
 
 
 normal = nn.initializers.normal(0.02)
+glorot = nn.initializers.glorot_uniform()
 zeros = nn.initializers.zeros
 ones = nn.initializers.ones
 

@@ -23,7 +23,7 @@ from jax.tree_util import Partial
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.dims import declare_param
-from jaxgpt.model.layers import check_indices, compute_once, normal
+from jaxgpt.model.layers import check_indices, compute_once, glorot, normal
 from jaxgpt.model.masks import Coords, relative_position
 
 # --- pure functions --------------------------------------------------------------------------
@@ -57,7 +57,7 @@ def compute_sin_cos(
 
 
 def apply_rope(sin: jax.Array, cos: jax.Array, x: jax.Array) -> jax.Array:
-    """Rotate each pair of channels (i, i + R/2) of the first R by the angle of this sine, cosine.
+    """Apply RoPE: rotate each pair of channels (i, i + R/2) of the first R by its angle.
 
     Args:
         sin, cos: [B T R/2], see `compute_sin_cos`.
@@ -212,6 +212,8 @@ class PositionEncoding(nn.Module):
     # What attention must apply: "rotation", "bias", "query_scale" or nothing.
     ATTENTION_HOOK: ClassVar[str] = ""
     ADDS_TO_EMBEDDING: ClassVar[bool] = False  # then all layers share it
+    ADDS_UNIT_SIZE: ClassVar[bool] = False  # then embeddings are scaled to size 1 as well
+    HAS_LOGIT_TABLE: ClassVar[bool] = False  # which learns at a rate of its own
 
     cfg: ModelConfig
     direction: str = "causal"
@@ -234,9 +236,13 @@ class PositionEncoding(nn.Module):
 
 
 class Sinusoidal(PositionEncoding):
-    """Fixed sines and cosines, added to the embedding."""
+    """Fixed sines and cosines, added to the embedding, which is scaled by sqrt(D).
+
+    Source: Vaswani et al. 2017, arXiv:1706.03762, sections 3.4 and 3.5.
+    """
 
     ADDS_TO_EMBEDDING = True
+    ADDS_UNIT_SIZE = True
 
     def embed(self, x, positions):
         return x + encode_sinusoidal(positions, self.cfg.width).astype(x.dtype)
@@ -256,7 +262,7 @@ class Learned(PositionEncoding):
 
 
 class Rope(PositionEncoding):
-    """Rotary position embedding of queries and keys."""
+    """RoPE: rotary position embedding of queries and keys."""
 
     ATTENTION_HOOK = "rotation"
 
@@ -278,12 +284,18 @@ class Alibi(PositionEncoding):
 
 
 class T5(PositionEncoding):
-    """A learned bias on the attention logits per bucket of distances."""
+    """A learned bias on the attention logits per bucket of distances.
+
+    It begins as in the code of T5, about ten times as large as the weights in blocks.
+
+    Source: Raffel et al. 2020, arXiv:1910.10683, section 2.1, and its code.
+    """
 
     ATTENTION_HOOK = "bias"
+    HAS_LOGIT_TABLE = True
 
     def setup(self):
-        self.table = declare_param(self, "table", "U>H", self.cfg.sizes, normal)
+        self.table = declare_param(self, "table", "U>H", self.cfg.sizes, glorot)
 
     def make_bias(self):
         c = self.cfg

@@ -26,7 +26,7 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.dims import declare_param, split
 from jaxgpt.model.block import REMAT_POLICIES, WIRINGS_WITHOUT_FINAL_NORM, Dropout, LayerGroup
 from jaxgpt.model.heads import HEADS, ClassifierHead, make_head
-from jaxgpt.model.layers import DTYPES, check_indices, normal, prevent_cse
+from jaxgpt.model.layers import DTYPES, check_indices, prevent_cse
 from jaxgpt.model.masks import Coords
 from jaxgpt.model.mixers import MIXERS
 from jaxgpt.model.mixers.attention import Attention
@@ -47,7 +47,7 @@ class EncoderInput(NamedTuple):
 
 @struct.dataclass
 class Cache:
-    """Decoding cache. Empty slots have segment id 0, so that no query attends to them."""
+    """Decoding cache, or KV cache. Empty slots have segment id 0: no query attends to them."""
 
     states: tuple[dict[str, Any], ...]  # per layer, by sublayer; each is updated in place
     coords: Coords  # [B S] each
@@ -82,7 +82,7 @@ class Stack(nn.Module):
         """x [B T D], coords [B T], memory [B S D] of the encoder -> (hidden [B T D], cache)."""
         c = self.cfg
         encodings = self.make_position_encodings()
-        if c.embed_scale:
+        if c.has_embed_scale:
             x = x * c.width**0.5
         x = encodings[0].embed(x, coords.positions)  # with others, none adds to the embedding
         if c.embed_norm:
@@ -230,10 +230,12 @@ class Embedding(nn.Module):
 
     cfg: ModelConfig
     letters: str = "V>D"
+    std: float = 0.02  # initially
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:  # [B T] -> [B T D]
-        table = declare_param(self, "table", self.letters, self.cfg.sizes, normal)
+        initial = nn.initializers.normal(self.std)
+        table = declare_param(self, "table", self.letters, self.cfg.sizes, initial)
         check_indices(
             tokens, table.shape[0], "token id" if self.letters[0] == "V" else "token type"
         )
@@ -251,7 +253,7 @@ class Family(nn.Module):
 
     def setup(self):
         c = self.cfg
-        self.embed = Embedding(c)
+        self.embed = Embedding(c, std=c.embed_init_std)
         if not c.tie:
             self.head = Embedding(c)
         if HEADS[c.head] is not None:
@@ -293,7 +295,7 @@ class Encoder(Family):
         c = self.cfg
         self.stack = Stack(c, "both")
         if c.types:
-            self.types = Embedding(c, "Y>D")
+            self.types = Embedding(c, "Y>D", c.embed_init_std)
         if c.classes:
             self.classes = ClassifierHead(c)
 

@@ -5,7 +5,8 @@ its steps (`step`, `state`). What comes out of a run is written and shown by `ho
 in the words of `report`.
 """
 
-from jaxgpt.trainer.checkpoint import Progress, read_config
+from jaxgpt.loading import read_config
+from jaxgpt.trainer.checkpoint import Progress, RunError
 from jaxgpt.trainer.evaluate import evaluate
 from jaxgpt.trainer.hooks import Hook, RunView
 from jaxgpt.trainer.loop import DivergedError, train
@@ -15,6 +16,7 @@ __all__ = [
     "DivergedError",
     "Hook",
     "Progress",
+    "RunError",
     "RunView",
     "TrainState",
     "evaluate",

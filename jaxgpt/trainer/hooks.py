@@ -55,8 +55,13 @@ class RunView:
 
     @property
     def best(self) -> tuple[float, int]:
-        """The lowest held-out loss, nats, and its step."""
+        """The held-out loss of the best evaluation (see `train.best_by`), nats, and its step."""
         return self._run.progress.best_loss, self._run.progress.best_step
+
+    @property
+    def best_accuracy(self) -> float:
+        """The held-out accuracy of the best evaluation."""
+        return self._run.progress.best_accuracy
 
     @property
     def stale(self) -> int:
@@ -88,6 +93,9 @@ class Hook:
     def on_start(self, view: RunView):
         """Act before the first step, also of a resumed run."""
 
+    def on_untrained(self, view: RunView, values: Mapping[str, Any]):
+        """Act on the metrics of the held-out text before the first step of a new run."""
+
     def on_step(self, view: RunView):
         """Act after every step."""
 
@@ -116,6 +124,38 @@ class EarlyStop(Hook):
     def on_eval(self, view: RunView, values: Mapping[str, Any]):
         if self._patience and view.stale >= self._patience:
             view.stop(f"no better for {view.stale} evaluations")
+
+
+class OverfitWarning(Hook):
+    """Warn once if the held-out loss has risen for a while though the training loss falls."""
+
+    EVALUATIONS = 3  # in a row, above the lowest one
+
+    def __init__(self):
+        self._losses: list[float] = []  # of training, since the last evaluation
+        self._at_lowest, self._lowest, self._step = float("nan"), float("inf"), 0
+        self._count = 0  # of evaluations since the lowest one
+
+    def on_metrics(self, view: RunView, step: int, values: Mapping[str, float]):
+        self._losses.append(values["nats"])
+
+    def on_eval(self, view: RunView, values: Mapping[str, Any]):
+        if not self._losses:
+            return
+        training = sum(self._losses) / len(self._losses)
+        self._losses = []
+        if values["loss"] < self._lowest:
+            self._lowest, self._at_lowest, self._step = values["loss"], training, view.step
+            self._count = 0
+            return
+        self._count += 1
+        if self._count == self.EVALUATIONS and training < self._at_lowest:
+            view.log(
+                f"overfitting: since step {self._step} the held-out loss has risen from "
+                f"{self._lowest:.3f} to {values['loss']:.3f}, while the training loss fell from "
+                f"{self._at_lowest:.3f} to {training:.3f}. The best checkpoint is kept; "
+                f"train.patience={self.EVALUATIONS} would end the run, more text would help."
+            )
 
 
 class Profiler(Hook):

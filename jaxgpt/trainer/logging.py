@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -26,7 +26,8 @@ class MetricsFile(Hook):
     @hosts.run_on_first
     def __init__(self, run_folder: str, step: int):
         self.path = os.path.join(run_folder, "metrics.jsonl")
-        kept = [line for line in _read_lines(self.path) if _parse_step(line) <= step]
+        lines = _read_lines(self.path)
+        kept = [line for line in lines if (r := _parse_record(line)) and r["step"] <= step]
         write_text_atomically(self.path, "".join(kept))
         self._file = open(self.path, "a", buffering=1)  # noqa: SIM115
         self._board = None
@@ -49,6 +50,9 @@ class MetricsFile(Hook):
     def on_metrics(self, view: RunView, step: int, values: Mapping[str, float]):
         self.write("train", step, values)
 
+    def on_untrained(self, view: RunView, values: Mapping[str, Any]):
+        self.on_eval(view, values)
+
     def on_eval(self, view: RunView, values: Mapping[str, Any]):
         self.write("eval", view.step, {k: v for k, v in values.items() if k != "confusion"})
 
@@ -63,15 +67,19 @@ class MetricsFile(Hook):
 def _read_lines(path: str) -> list[str]:
     if not os.path.exists(path):
         return []
-    with open(path) as file:
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
         return [line for line in file if line.endswith("\n")]  # a kill can truncate the last one
 
 
-def _parse_step(line: str) -> float:
+def _parse_record(line: str) -> dict[str, Any] | None:
+    """Return the record of a line; None if it is none, whatever has damaged the file."""
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
-        return float("inf")
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+        return None
+    return record if isinstance(record.get("step"), int) else None
 
 
 def _round_value(value: float) -> float | int:
@@ -80,7 +88,13 @@ def _round_value(value: float) -> float | int:
 
 def read_metrics(run_folder: str) -> list[dict[str, Any]]:
     """Return the records of metrics.jsonl, in order."""
-    return [json.loads(line) for line in _read_lines(os.path.join(run_folder, "metrics.jsonl"))]
+    lines = _read_lines(os.path.join(run_folder, "metrics.jsonl"))
+    return [record for record in map(_parse_record, lines) if record is not None]
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value of a record is a number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @hosts.run_on_first
@@ -127,18 +141,18 @@ def _plot_metric(
     """Plot one metric: a curve for training and one for held-out data."""
     from matplotlib.figure import Figure
 
-    train = [(r["step"], r[keys[0]]) for r in records if r["kind"] == "train"]
-    held = [(r["step"], r[keys[1]]) for r in records if r["kind"] == "eval"]
+    train, held = (
+        [(r["step"], r[key]) for r in records if r["kind"] == kind and is_number(r.get(key))]
+        for kind, key in (("train", keys[0]), ("eval", keys[1]))
+    )
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     axes = figure.subplots()
     if train:
         axes.plot(*zip(*train, strict=True), color="#9db4d0", lw=1, label="training")
     if held:
-        axes.plot(*zip(*held, strict=True), color="#c0392b", marker="o", ms=3, label="held out")
-        axes.annotate(
-            f"{held[-1][1]:.3f}", held[-1], (0, 7), textcoords="offset points", ha="right"
-        )
-    axes.set(xlabel="step", ylabel=label, title=title)
+        last = f"held out: {held[-1][1]:.3f} at the end"
+        axes.plot(*zip(*held, strict=True), color="#c0392b", marker="o", ms=3, label=last)
+    axes.set(xlabel="step", ylabel=label, title=f"{title}: {name} of training and held-out text")
     axes.grid(alpha=0.3)
     if train or held:
         axes.legend(frameon=False)
@@ -152,18 +166,22 @@ def plot_confusion(run_folder: str, labels: Sequence[str], rows: Sequence[Sequen
         return
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1.2 * len(labels) + 2, 1.2 * len(labels) + 1.5), dpi=120,
+    figure = Figure(figsize=(1.2 * len(labels) + 2.5, 1.2 * len(labels) + 2), dpi=120,
                     layout="constrained")  # fmt: skip
     axes = figure.subplots()
     axes.imshow([[n / max(sum(row), 1) for n in row] for row in rows], cmap="Blues", vmin=0, vmax=1)
     ticks = range(len(labels))
+    total = sum(map(sum, rows))
+    right = sum(row[i] for i, row in enumerate(rows)) / max(total, 1)
     axes.set(xticks=ticks, yticks=ticks, xlabel="predicted class", ylabel="true class")
+    axes.set_title(f"{total:,} held-out texts,\n{right:.1%} classified correctly", fontsize=10)
     axes.set_xticklabels(labels, rotation=45 if len(labels) > 4 else 0)
     axes.set_yticklabels(labels)
     for i, row in enumerate(rows):
         for j, n in enumerate(row):
             color = "white" if n > 0.5 * sum(row) else "black"
-            axes.text(j, i, f"{n:,}", ha="center", va="center", color=color)
+            text = f"{n:,}\n{n / max(sum(row), 1):.1%}"  # of the true class
+            axes.text(j, i, text, ha="center", va="center", color=color)
     _save_figure(figure, run_folder, "confusion")
 
 
@@ -185,23 +203,32 @@ class Console(Hook):
     def __init__(self, steps: int, step: int, is_quiet: bool = False):
         self._steps, self._is_quiet = steps, is_quiet
         self._bar = None
-        if sys.stderr.isatty() and not is_quiet:
+        if sys.stderr and sys.stderr.isatty() and not is_quiet:
             layout = "{percentage:3.0f}%|{bar:10}| step {n_fmt}/{total_fmt}{postfix}"
             self._bar = tqdm(total=steps, initial=step, bar_format=layout, dynamic_ncols=True)
 
     def log(self, text: str = ""):
         """Print a line, above the progress bar if there is one."""
-        if self._is_quiet:
-            return
-        try:
-            with self._bar.external_write_mode() if self._bar else contextlib.nullcontext():
+        with (
+            self._end_output_on_error(),
+            self._bar.external_write_mode() if self._bar else contextlib.nullcontext(),
+        ):
+            if not self._is_quiet and sys.stdout:
                 print_text(text)
+
+    @contextlib.contextmanager
+    def _end_output_on_error(self) -> Iterator[None]:
+        try:
+            yield
         except (OSError, ValueError):  # ValueError: the file is closed
-            self._is_quiet = True
+            self._is_quiet, self._bar = True, None
 
     def log_step(self, step: int, values: Mapping[str, float]):
         """Show a step's loss and lr; tokens_per_second, mfu and eta_seconds where known."""
-        text = f"loss {values['loss']:.3f}  lr {values['lr']:.2e}"
+        nats = values.get("nats", values["loss"])  # as of held-out text, and in the plot
+        text = f"loss {nats:.3f}  lr {values['lr']:.2e}"
+        if f"{nats:.3f}" != f"{values['loss']:.3f}":
+            text = f"loss {nats:.3f} ({values['loss']:.3f} with penalties)  lr {values['lr']:.2e}"
         if "mfu" in values:
             text += (
                 f"  {values['tokens_per_second']:,.0f} tokens/s  MFU {values['mfu']:.0%}  "
@@ -210,15 +237,20 @@ class Console(Hook):
         if self._bar is None:
             self.log(f"step {step:>{len(str(self._steps))}}/{self._steps}  {text}")
         else:
-            self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update(step - self._bar.n)
+            with self._end_output_on_error():
+                self._bar.set_postfix_str(text, refresh=False)
+                self._bar.update(step - self._bar.n)
 
     def on_metrics(self, view: RunView, step: int, values: Mapping[str, float]):
         self.log_step(step, values)
 
+    def on_untrained(self, view: RunView, values: Mapping[str, Any]):
+        self.log(f"step 0  {format_eval(values, view.cfg.objective.loss_unit)}  (untrained)")
+
     def on_eval(self, view: RunView, values: Mapping[str, Any]):
         loss, step = view.best
-        best = "(best)" if step == view.step else f"(best {loss:.4f})"
+        figure = f"{view.best_accuracy:.2%}" if view.cfg.best_by == "accuracy" else f"{loss:.4f}"
+        best = "(best)" if step == view.step else f"(best {figure})"
         figures = format_eval(values, view.cfg.objective.loss_unit)
         self.log(f"step {view.step}  {figures}  {best}")
         if "confusion" in values:
@@ -227,4 +259,5 @@ class Console(Hook):
     def close(self):
         """Leave the progress bar as it is and end it."""
         if self._bar is not None:
-            self._bar.close()
+            with self._end_output_on_error():
+                self._bar.close()

@@ -6,9 +6,10 @@ due every so many steps. What follows from that (files, plots, output) is done b
 
 import math
 import os
-from collections.abc import Sequence
-from contextlib import closing
-from typing import NamedTuple
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -18,18 +19,18 @@ from jaxgpt.config import Config
 from jaxgpt.console import format_sample
 from jaxgpt.data import prefetch_batches
 from jaxgpt.language_model import LanguageModel
-from jaxgpt.trainer.checkpoint import Progress
+from jaxgpt.trainer.checkpoint import Progress, RunError, describe_last_step
 from jaxgpt.trainer.evaluate import evaluate
 from jaxgpt.trainer.hooks import Hook
 from jaxgpt.trainer.logging import write_text_atomically
-from jaxgpt.trainer.report import format_complete, format_duration, format_summary
+from jaxgpt.trainer.report import format_complete, format_duration, format_samples, format_summary
 from jaxgpt.trainer.run import Run, can_sample, join_run_path, open_run
 from jaxgpt.trainer.speed import flops_per_token
 from jaxgpt.trainer.step import Metrics
 from jaxgpt.trainer.stop import StopSignal, make_stop_signal
 
 
-class DivergedError(RuntimeError):
+class DivergedError(RunError):
     """The loss or the parameters are infinite or NaN."""
 
 
@@ -56,14 +57,34 @@ def train(cfg: Config, *, hooks: Sequence[Hook] = (), is_quiet: bool = False) ->
         with (
             hosts.abort_on_error(DivergedError),
             jax.set_mesh(run.mesh),
-            make_stop_signal(run.progress.step) as stop,
+            make_stop_signal(run.progress.step, run.console.log) as stop,
         ):
             run.notify("on_start")
-            run_steps(run, stop)
-            run.saver.wait()
-            run.notify("on_end")
+            with describe_file_errors(cfg.run_folder):
+                run_steps(run, stop)
+                run.saver.wait()
+                run.notify("on_end")
+        if not stop.name and cfg.train.sample_every:
+            run.console.log(format_samples(join_run_path(cfg, "samples")))
         run.console.log(format_summary(cfg, run.progress, stop.name))
     return run.progress
+
+
+@contextmanager
+def describe_file_errors(run_folder: str) -> Iterator[None]:
+    """Turn an error of a file into one that gives its path and the last good step.
+
+    Raises:
+        RunError: in place of the original error.
+    """
+    try:
+        yield
+    except OSError as error:
+        path = error.filename if error.filename is not None else run_folder
+        raise RunError(
+            f"{path}: {error.strerror or error}; {describe_last_step(run_folder)}. The same "
+            "command continues from there."
+        ) from error
 
 
 def run_steps(run: Run, stop: StopSignal):
@@ -73,6 +94,9 @@ def run_steps(run: Run, stop: StopSignal):
     batches = prefetch_batches(run.task, progress.step, local_rows, cfg.data.prefetch)
     pending = None  # metrics of an earlier step, fetched once the next step has been dispatched
     first = progress.step + 1
+    if progress.step == 0:
+        show_untrained(run)
+    timer = StepTimer(run)
     run.clock.start(progress.step)
     with closing(batches):
         while not run.is_complete and not stop.name:
@@ -85,6 +109,7 @@ def run_steps(run: Run, stop: StopSignal):
                 jax.block_until_ready(metrics)
                 duration = format_duration(run.clock.start(step))
                 run.console.log(f"compiled, and made one step, in {duration}")
+            timer.count(metrics)
             run.notify("on_step")
             if pending:
                 log_metrics(run, *pending)
@@ -121,6 +146,10 @@ class Due(NamedTuple):
     sample: bool
 
 
+# Steps after which a sample shows how the model learns, besides those of train.sample_every.
+EARLY_SAMPLES = (50, 200)
+
+
 def find_due(cfg: Config, step: int, is_stopping: bool) -> Due:
     """Return what is to be done after a step; everything after the last one."""
     train, is_last = cfg.train, step == cfg.train.steps
@@ -128,8 +157,44 @@ def find_due(cfg: Config, step: int, is_stopping: bool) -> Due:
         log=is_last or step % train.log_every == 0,
         eval=is_last or step % train.eval_every == 0,
         save=is_stopping or step % train.save_every == 0,
-        sample=is_last or (train.sample_every > 0 and step % train.sample_every == 0),
+        sample=is_last
+        or (train.sample_every > 0 and (step % train.sample_every == 0 or step in EARLY_SAMPLES)),
     )
+
+
+def show_untrained(run: Run):
+    """Evaluate the model before its first step, and log a sample of it."""
+    run.notify("on_untrained", measure(run))
+    if run.cfg.train.sample_every:
+        log_sample(run)
+
+
+class StepTimer:
+    """Logs the time that the run will take, once a few steps have shown it."""
+
+    STEPS = 5  # that are timed, after the one that compiles
+
+    def __init__(self, run: Run):
+        self._run, self._first, self._start = run, run.progress.step + 1, 0.0
+        timed = range(self._first, self._first + self.STEPS)
+        self._is_undisturbed = not any(any(find_due(run.cfg, s, False)[1:]) for s in timed)
+
+    def count(self, metrics: Metrics):
+        """Count a step that has been dispatched."""
+        done = self._run.progress.step - self._first
+        if done not in (0, self.STEPS) or not self._is_undisturbed:
+            return
+        jax.block_until_ready(metrics)
+        now = time.perf_counter()
+        if done == 0:
+            self._start = now
+            return
+        left = self._run.cfg.train.steps - self._run.progress.step
+        seconds = (now - self._start) / self.STEPS
+        self._run.console.log(
+            f"{seconds:.2g} s a step: about {format_duration(left * seconds)} of training for the "
+            f"remaining {left:,} steps, besides evaluations and samples"
+        )
 
 
 def log_metrics(run: Run, step: int, metrics: Metrics):
@@ -150,17 +215,31 @@ def log_metrics(run: Run, step: int, metrics: Metrics):
 def run_eval(run: Run):
     """Evaluate on the held-out text, save the best model, and pass the metrics to the hooks."""
     cfg, progress = run.cfg, run.progress
-    lengths = run.corpus.tokenizer.lengths if cfg.objective.is_text else None
-    values = evaluate(
-        run.eval_step, run.state.params, run.task.make_eval_batches(), lengths, run.place_batch
-    )
+    values = measure(run)
     check_finite(run, progress.step, "held-out loss", values["loss"])
-    if values["loss"] < progress.best_loss:
-        progress.best_loss, progress.best_step, progress.stale = values["loss"], progress.step, 0
+    if is_better(cfg, values, progress):
+        progress.best_loss, progress.best_accuracy = values["loss"], values["accuracy"]
+        progress.best_step, progress.stale = progress.step, 0
         run.saver.save_best(run.state, progress)
     else:
         progress.stale += 1
     run.notify("on_eval", values)
+
+
+def measure(run: Run) -> dict[str, Any]:
+    """Return the metrics of the current model on the held-out text."""
+    lengths = run.corpus.tokenizer.lengths if run.cfg.objective.is_text else None
+    return evaluate(
+        run.eval_step, run.state.params, run.task.make_eval_batches(), lengths, run.place_batch
+    )
+
+
+def is_better(cfg: Config, values: Mapping[str, float], best: Progress) -> bool:
+    """Return whether an evaluation is better than the best one so far, by `train.best_by`."""
+    if cfg.best_by == "loss":
+        return values["loss"] < best.best_loss
+    found = values["accuracy"], -values["loss"]  # of the same accuracy, the lower loss
+    return found > (best.best_accuracy, -best.best_loss)
 
 
 def log_sample(run: Run):
@@ -193,12 +272,14 @@ def check_finite(run: Run, step: int, quantity: str, value: float):
     """Raise DivergedError, with advice, unless `value` is finite."""
     if math.isfinite(value):
         return
-    last, cfg = run.saver.latest_step(), run.cfg.optimizer
-    checkpoint = f"the last checkpoint is of step {last}" if last else "there is no checkpoint yet"
+    cfg = run.cfg.optimizer
+    with suppress(RunError):
+        run.saver.wait()  # the last one may still be being saved
+    checkpoint = describe_last_step(run.cfg.run_folder)
     clip = f"clip harder than optimizer.clip={cfg.clip}" if cfg.clip else "set optimizer.clip=1"
     raise DivergedError(
         f"the {quantity} is {value} at step {step} ({checkpoint}): lower optimizer.lr={cfg.lr}, "
-        f"lengthen optimizer.warmup={cfg.warmup}, or {clip}."
+        f"lengthen optimizer.warmup={cfg.count_warmup(run.cfg.train.steps)}, or {clip}."
     )
 
 

@@ -1,9 +1,18 @@
 """Memory allocation of training steps on a CPU."""
 
 import ctypes
+import math
+import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import jax
+
+from jaxgpt.config import Config
+from jaxgpt.saved_arrays import is_out_of_memory
+from jaxgpt.settings import ConfigError
 
 # Options of mallopt(3), with their values
 M_TRIM_THRESHOLD, NEVER = -1, -1
@@ -29,3 +38,45 @@ def retain_freed_memory():
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, NO_BLOCKS)
         libc.mallopt(M_TRIM_THRESHOLD, NEVER)
+
+
+@contextmanager
+def describe_memory_errors(cfg: Config, abstract: Any) -> Iterator[None]:
+    """Refuse a state that does not fit, before or when it is made, with what would fit.
+
+    Args:
+        abstract: the `TrainState` to be made, as shapes and shardings.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    leaves = list(jax.tree.leaves((abstract.params, abstract.opt_state)))
+    needed = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    device = jax.local_devices()[0]
+    memory = _read_memory_bytes(device)
+    parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract.params))
+    copies = jax.local_device_count() if device.platform == "cpu" else 1
+    message = (
+        f"parameters and optimizer state of {parameters:,} parameters need {needed / 1e9:,.1f} GB "
+        f"on each device, and {device.device_kind} has {memory / 1e9:,.1f} GB. Without "
+        f"activations, about {int(parameters * memory / max(needed * copies, 1)):,} parameters "
+        f"would fit: lower model.width={cfg.model.width} or model.layers={cfg.model.layers}, set "
+        "optimizer.moments=int8, or divide the state over more devices by mesh.fsdp."
+    )
+    if memory and needed * copies > memory:
+        raise ConfigError(message)
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ConfigError(message) from error
+
+
+def _read_memory_bytes(device: jax.Device) -> int:
+    """Return the memory of a device, of a CPU that of the machine; 0 if it is not known."""
+    if device.platform == "cpu":
+        if "SC_PHYS_PAGES" not in os.sysconf_names:
+            return 0
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return (device.memory_stats() or {}).get("bytes_limit", 0)

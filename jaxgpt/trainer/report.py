@@ -1,7 +1,9 @@
 """What a run reports to its user: header, summary, evaluations. Functions from values to text."""
 
+import glob
 import math
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,10 +37,67 @@ def format_header(run: Any, peak_source: str) -> str:
         f"{corpus.bytes_per_token:.2f} bytes per token" + (run.task.note and f"; {run.task.note}"),
         f"model  {_format_params(cfg, run.mesh)}",
         f"plan   {cfg.train.steps:,} steps of {cfg.train.batch} x {run.task.T} tokens, "
-        f"{cfg.optimizer.name} at {cfg.optimizer.lr:g}",
+        f"{cfg.optimizer.name} at {cfg.optimizer.lr:g}; {format_plan(run)}",
         f"speed  peak {run.peak_flops / 1e12:.3g} TFLOP/s ({peak_source}); "
         f"{flops_per_token(cfg.model) / 1e6:,.1f} MFLOP per token",
+        *list_warnings(run),
     ])  # fmt: skip
+
+
+MAX_EPOCHS = 50  # a model of useful size has learned its text by heart before
+MAX_DAYS = 30
+
+
+def count_epochs(run: Any) -> float:
+    """Return how often a `Run` goes through its text. Padding counts as text."""
+    return run.cfg.train.steps * run.task.tokens_per_batch / max(run.corpus.train.ids.size, 1)
+
+
+def estimate_seconds(run: Any) -> float:
+    """Return the least time that all steps of a `Run` can take: at the peak of its devices."""
+    tokens = run.cfg.train.steps * run.task.tokens_per_batch
+    return tokens * flops_per_token(run.cfg.model) / run.peak_flops
+
+
+def format_plan(run: Any) -> str:
+    """Format the epochs of a `Run`, and its least time."""
+    epochs, seconds = count_epochs(run), estimate_seconds(run)
+    text = f"{epochs:,.0f}" if epochs >= 10 else f"{epochs:.2g}"
+    return f"{text} epochs, at least {format_duration(seconds)} at the peak speed"
+
+
+def list_warnings(run: Any) -> list[str]:
+    """Return warnings about the plan of a `Run`: too many epochs, or too long."""
+    steps, lines = run.cfg.train.steps, []
+    if (epochs := count_epochs(run)) > MAX_EPOCHS:
+        fewer = max(int(steps * MAX_EPOCHS / epochs), 1)
+        lines.append(
+            f"warning: {epochs:,.0f} epochs: the model will learn the text by heart. Use more "
+            f"text, or train.steps={fewer} ({MAX_EPOCHS} epochs)."
+        )
+    if (days := estimate_seconds(run) / 86400) > MAX_DAYS:
+        lines.append(
+            f"warning: {format_duration(days * 86400)} at least: this plan is for faster devices. "
+            "A smaller model or fewer train.steps end sooner."
+        )
+    return lines
+
+
+def format_samples(folder: str) -> str:
+    """Format the first line of a run's samples at a few steps, one below the other."""
+    names = sorted(glob.glob("step_*.txt", root_dir=folder))
+    if not names:
+        return ""
+    chosen = [name for name in names if int(name[5:-4]) in SHOWN_STEPS] + names[-1:]
+    lines = []
+    for name in dict.fromkeys(chosen):
+        with open(os.path.join(folder, name), encoding="utf-8", errors="replace") as file:
+            text = " ".join(file.read(400).split())
+        lines.append(f"  step {int(name[5:-4]):>6,}  {text[:80]}")
+    return "\n".join(["how its samples began:", *lines])
+
+
+SHOWN_STEPS = (0, 50, 200)
 
 
 def _format_params(cfg: Config, mesh: jax.sharding.Mesh) -> str:
@@ -81,14 +140,20 @@ def format_confusion(confusion: Sequence[Sequence[int]], labels: Sequence[str]) 
     return "\n".join([head, *rows])
 
 
+MANY_DAYS = 10
+
+
 def format_duration(seconds: float) -> str:
-    """Format a duration as 12s, 3m05s or 2h07m."""
+    """Format a duration as 12s, 3m05s, 2h07m, 12 days or 3 years."""
     total = round(seconds)
     if total < 60:
         return f"{total}s"
     if total < 3600:
         return f"{total // 60}m{total % 60:02d}s"
-    return f"{total // 3600}h{total % 3600 // 60:02d}m"
+    if total < MANY_DAYS * 86400:
+        return f"{total // 3600}h{total % 3600 // 60:02d}m"
+    days = total / 86400
+    return f"{days:,.0f} days" if days < 2 * 365 else f"{days / 365:,.0f} years"
 
 
 def format_complete(cfg: Config, progress: Progress) -> str:
@@ -113,12 +178,30 @@ def format_summary(cfg: Config, progress: Progress, signal_name: str) -> str:
         )
     why = f", stopped early{_format_reason(progress)}" if progress.is_done else ""
     best = "No evaluation yet" if not progress.best_step else (
-        f"Best held-out loss {progress.best_loss:.4f} nats/{cfg.objective.loss_unit} at step "
-        f"{progress.best_step}"
+        f"Best held-out {_format_best(cfg, progress)} at step {progress.best_step}"
     )  # fmt: skip
     plot = os.path.join(cfg.run_folder, "plots", "loss.png")
     curve = f"; curve in {plot}" if os.path.isfile(plot) else ""
-    return f"Done: {time_spent}{why}. {best}{curve}.{_format_sample_hint(cfg)}"
+    return f"Done: {time_spent}{why}. {best}{curve}.\n{format_next_commands(cfg)}"
+
+
+def format_next_commands(cfg: Config) -> str:
+    """Format three commands to go on with after training."""
+    folder = shlex.quote(cfg.run_folder)
+    text = shlex.quote(cfg.sample.prompt or "Once")
+    more = f"--prompt {text}" + (" temperature=0.5 top_p=0.95" if cfg.objective.is_text else "")
+    return "\n".join([
+        "Next, train on a text of your own, or see what this model has learned:",
+        "  jaxgpt train --config gpt_mini data.source=my_texts/",
+        f"  jaxgpt sample {folder} {more}",
+        f"  jaxgpt sample {folder}",
+    ])  # fmt: skip
+
+
+def _format_best(cfg: Config, progress: Progress) -> str:
+    if cfg.best_by == "accuracy":
+        return f"accuracy {progress.best_accuracy:.2%}"
+    return f"loss {progress.best_loss:.4f} nats/{cfg.objective.loss_unit}"
 
 
 def _format_reason(progress: Progress) -> str:
@@ -126,4 +209,4 @@ def _format_reason(progress: Progress) -> str:
 
 
 def _format_sample_hint(cfg: Config) -> str:
-    return f" Sample from it:\n  jaxgpt sample {cfg.run_folder}"
+    return f" Sample from it:\n  jaxgpt sample {shlex.quote(cfg.run_folder)}"

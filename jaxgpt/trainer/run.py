@@ -1,4 +1,4 @@
-"""Open a run: build everything that a config describes, or restore it from the run folder."""
+"""Open a run: build everything that a config describes, or resume it from its last checkpoint."""
 
 import json
 import os
@@ -16,23 +16,20 @@ from jaxgpt.config import Config
 from jaxgpt.data import Batch, Corpus, prepare
 from jaxgpt.data.tasks import Task
 from jaxgpt.data.work import print_line
-from jaxgpt.loading import is_saved_model
+from jaxgpt.loading import is_saved_model, read_config
 from jaxgpt.model import abstract_params, build
 from jaxgpt.optimizer import build as build_optimizer
 from jaxgpt.optional import describe_missing
 from jaxgpt.predict import check_prompts
+from jaxgpt.saved_arrays import ShapeMismatchError, latest_step
 from jaxgpt.selection import select_letters
 from jaxgpt.settings import ConfigError
 from jaxgpt.sharding import check_fits, make_mesh
-from jaxgpt.trainer.checkpoint import (
-    Checkpoints,
-    Progress,
-    ShapeMismatchError,
-    latest_step,
-    read_config,
-)
-from jaxgpt.trainer.hooks import EarlyStop, Hook, Profiler, RunView
+from jaxgpt.trainer.checkpoint import Checkpoints, Progress
+from jaxgpt.trainer.folder import check_run_folder, check_writable, is_writable
+from jaxgpt.trainer.hooks import EarlyStop, Hook, OverfitWarning, Profiler, RunView
 from jaxgpt.trainer.logging import Console, MetricsFile, Plots, write_text_atomically
+from jaxgpt.trainer.memory import describe_memory_errors
 from jaxgpt.trainer.report import format_header
 from jaxgpt.trainer.speed import Clock, peak_flops
 from jaxgpt.trainer.start import Start, find_start, match_start, take_params
@@ -100,7 +97,7 @@ OPTIONAL_USES = {
 
 
 def open_run(cfg: Config, hooks: Sequence[Hook] = (), is_quiet: bool = False) -> Run:
-    """Build everything that `cfg` describes, or restore it from the run folder."""
+    """Build everything that `cfg` describes, or resume the run from its last checkpoint."""
     hosts.check_equal({key: configs.get(cfg, key) for key in configs.list_fields(Config)})
     inputs = hosts.run_on_all(lambda: _prepare_inputs(cfg, is_quiet))
     mesh, corpus, task, resume_step, start = inputs
@@ -108,7 +105,7 @@ def open_run(cfg: Config, hooks: Sequence[Hook] = (), is_quiet: bool = False) ->
         {"text": corpus.fingerprint, f"latest checkpoint in {cfg.run_folder}": resume_step}
     )
 
-    saver = Checkpoints(cfg.run_folder, cfg.train.keep)
+    saver = Checkpoints(cfg.run_folder, cfg.train.keep, not is_writable(cfg.run_folder))
     _, letters = abstract_params(cfg.model)
     optimizer, schedule = build_optimizer(cfg.optimizer, cfg.train.steps, letters)
     abstract = abstract_state(cfg.model, optimizer, cfg.seed, mesh, cfg.optimizer.train)
@@ -133,19 +130,22 @@ def open_run(cfg: Config, hooks: Sequence[Hook] = (), is_quiet: bool = False) ->
         eval_step=jax.jit(make_eval_step(cfg, model)),
         saver=saver,
         console=console,
-        hooks=(
+        hooks=(),
+        peak_flops=peak * hosts.process_count(),
+        start_note=start.note if start else "",
+    )
+    if not run.is_complete:  # a complete run is left as it is
+        check_writable(cfg)
+        _write_run_files(cfg, corpus, task)
+        run.hooks = (
             MetricsFile(cfg.run_folder, progress.step),
             console,
             Plots(),
             EarlyStop(cfg.train.patience),
+            OverfitWarning(),
             Profiler(cfg.run_folder, *cfg.train.parse_profile()),
             *hooks,
-        ),
-        peak_flops=peak * hosts.process_count(),
-        start_note=start.note if start else "",
-    )
-    if not run.is_complete:
-        _write_run_files(cfg, corpus, task)
+        )
     console.log(format_header(run, peak_source))
     if missing := describe_missing(OPTIONAL_USES):
         console.log(missing)
@@ -157,6 +157,7 @@ def _prepare_inputs(cfg: Config, is_quiet: bool) -> RunInputs:
     mesh = make_mesh(cfg.mesh)
     check_fits(cfg, mesh)
     select_letters(abstract_params(cfg.model)[1], cfg.optimizer.train)
+    check_run_folder(cfg)
     resume_step = latest_step(os.path.join(cfg.run_folder, "checkpoints"))
     if resume_step is not None:
         _check_same_config(cfg)
@@ -165,6 +166,8 @@ def _prepare_inputs(cfg: Config, is_quiet: bool) -> RunInputs:
             f"{cfg.run_folder} holds a saved model, not a run: give the new run its own name=..., "
             f"and train.start={cfg.run_folder} to begin with the model's parameters."
         )
+    if resume_step is None:
+        check_writable(cfg)
     start = find_start(cfg.train.start) if cfg.train.start and resume_step is None else None
     if not is_quiet:  # the first pass over a large text takes a while
         print_line(f"reading {cfg.data.source}, and tokenizing what is not in {cfg.data.cache}")
@@ -223,6 +226,8 @@ def describe_evaluation(cfg: Config, fingerprint: str) -> str:
     settings = {key: configs.get(cfg, key) for key in EVALUATION_SETTINGS}
     if cfg.train.eval_batches:
         settings["train.batch"] = cfg.train.batch
+    if cfg.best_by != "loss":  # older runs have gone by the loss
+        settings["train.best_by"] = cfg.best_by
     return json.dumps({"text": fingerprint} | settings)
 
 
@@ -230,7 +235,8 @@ def _begin(
     cfg: Config, corpus: Corpus, saver: Checkpoints, optimizer, abstract, start: Start | None
 ) -> tuple[TrainState, Progress]:
     """Make the state of a new run."""
-    state = make_state(cfg.model, optimizer, cfg.seed, abstract)
+    with describe_memory_errors(cfg, abstract):
+        state = make_state(cfg.model, optimizer, cfg.seed, abstract)
     if start:
         initial = state
         state = hosts.run_on_all(lambda: take_params(start, initial, abstract))
@@ -256,8 +262,14 @@ def _restore(
     corpus.tokenizer.check_fingerprint(progress.tokenizer, cfg.run_folder)
     progress.tokenizer = corpus.tokenizer.fingerprint  # older runs do not record it
     if progress.data != corpus.fingerprint and cfg.resume != "force":
+        before = read_config(cfg.run_folder).data.source
+        change = (
+            f"has changed since {cfg.run_folder} was started"
+            if before == cfg.data.source
+            else f"has other text than data.source={before!r}, of {cfg.run_folder}"
+        )
         raise ConfigError(
-            f"data.source={cfg.data.source!r} has changed since {cfg.run_folder} was started, so "
+            f"data.source={cfg.data.source!r} {change}, so "
             "its position in the data is no longer valid. Give the new run its own name=..., or "
             "continue with the new data by resume=force."
         )
@@ -282,7 +294,9 @@ def _renew_progress(cfg: Config, corpus: Corpus, saver: Checkpoints, progress: P
         return  # nothing is trained with the new settings
     progress.data, progress.evaluation = corpus.fingerprint, new
     if old != new:
-        progress.best_loss, progress.best_step, progress.stale = float("inf"), 0, 0
+        new_run = Progress()
+        progress.best_loss, progress.best_accuracy = new_run.best_loss, new_run.best_accuracy
+        progress.best_step = progress.stale = 0
         saver.delete_best()
 
 

@@ -15,8 +15,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxgpt import config as configs
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.config import Config
-from jaxgpt.loading import CHECKPOINT_FOLDERS, latest_step, read_config, read_params
+from jaxgpt.loading import CHECKPOINT_FOLDERS, read_config, read_params
 from jaxgpt.model import abstract_params
+from jaxgpt.saved_arrays import latest_step
 from jaxgpt.selection import merge, select
 from jaxgpt.settings import ConfigError
 from jaxgpt.tokenizer import Tokenizer

@@ -14,6 +14,7 @@ from jaxgpt.backend import get_backend
 from jaxgpt.config import ModelConfig
 from jaxgpt.model import abstract_params, init_params
 from jaxgpt.optimizer import get_state_letters
+from jaxgpt.seeds import make_key
 from jaxgpt.selection import select_letters
 
 
@@ -28,7 +29,7 @@ class TrainState(struct.PyTreeNode):
 
 def init_state(cfg: ModelConfig, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
     """Initialize the training state, identically for a seed on any number of devices."""
-    init_key, rng = jax.random.split(jax.random.key(seed))
+    init_key, rng = jax.random.split(make_key(seed))
     params, _ = init_params(cfg, init_key)
     return TrainState(jax.numpy.int32(0), params, optimizer.init(params), rng)
 

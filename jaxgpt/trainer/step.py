@@ -76,7 +76,10 @@ def accumulate_gradient(
     rng: jax.Array | None,
     selection: Any = None,
 ):
-    """Compute `compute_gradient` over microbatches in sequence, with the memory of one of them."""
+    """Accumulate `compute_gradient` over microbatches in sequence, with the memory of one of them.
+
+    Gradient accumulation gives the gradient of the whole batch.
+    """
     if microbatch_count == 1:
         return compute_gradient(model, cfg, params, batch, rng, selection)
 
@@ -102,7 +105,10 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: Callable[[Any], Any],
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Return the pure function (state, batch [B T]) -> (state, metrics). Donate the state."""
+    """Return the training step: a pure function (state, batch [B T]) -> (state, metrics).
+
+    Donate the state.
+    """
     trained = cfg.optimizer.train
     selection = select_letters(abstract_params(cfg.model)[1], trained) if trained else None
 

@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM: the run ends after the current step, the same step in every process.
+"""Ctrl-C, SIGTERM and SIGHUP: the run ends after the current step, the same in every process.
+
+A signal is acknowledged at once, although Python handles it only when the step, a call into XLA,
+returns: the system writes its number to a socket, which a thread reads.
 
 With several processes, the one that receives a signal broadcasts it, and all of them all-gather
 their current steps. They stop one step after the maximum. JAX's preemption service does the same,
@@ -6,7 +9,9 @@ but swallows SIGTERM outside of the training loop, and does not handle Ctrl-C.
 """
 
 import signal
+import socket
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -14,18 +19,45 @@ from jaxgpt import hosts
 
 
 class StopSignal:
-    """Signal handlers. The first signal is recorded in `name`; a second has its usual effect."""
+    """Signal handlers. The first signal is recorded in `name`; a second has its usual effect.
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    Args:
+        log: prints a line.
+    """
 
-    def __init__(self):
+    # SIGHUP: the terminal is gone, as when an ssh connection is lost.
+    SIGNALS = tuple(
+        getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+    )
+
+    def __init__(self, log: Callable[[str], None] = print):
         self.name = ""  # of the signal for which the run stops
+        self._log = log
         self._previous_handlers: dict[int, Any] = {}
+        self._previous_fd = -1
+        self._sockets: tuple[socket.socket, ...] = ()
 
     def __enter__(self):
         with suppress(ValueError):  # only the main thread may set handlers
-            self._previous_handlers = {s: signal.signal(s, self._handle) for s in self.SIGNALS}
+            # A command under nohup ignores SIGHUP, and goes on doing so.
+            signals = [s for s in self.SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
+            self._previous_handlers = {s: signal.signal(s, self._handle) for s in signals}
+            self._sockets = read, write = socket.socketpair()
+            write.setblocking(False)
+            self._previous_fd = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
+            threading.Thread(
+                target=self._acknowledge, args=[read], name="signals", daemon=True
+            ).start()
         return self
+
+    def _acknowledge(self, numbers: socket.socket):
+        """Print a line for the first signal, as soon as it arrives."""
+        with numbers:
+            while number := numbers.recv(1):
+                if number[0] in self._previous_handlers:
+                    name = signal.Signals(number[0]).name
+                    self._log(f"{name}: stopping after the current step, and saving")
+                    return
 
     def _handle(self, number, frame):
         self.record_signal(signal.Signals(number).name)
@@ -37,6 +69,9 @@ class StopSignal:
 
     def __exit__(self, *_):
         self._restore_handlers()
+        if self._sockets:
+            signal.set_wakeup_fd(self._previous_fd)
+            self._sockets[1].close()
 
     def record_signal(self, name: str):
         """Record a signal that this process has received."""
@@ -54,8 +89,8 @@ class SyncedStopSignal(StopSignal):
     lock meanwhile, so no process starts more than one step after it has sent its own.
     """
 
-    def __init__(self, step: int):
-        super().__init__()
+    def __init__(self, step: int, log: Callable[[str], None] = print):
+        super().__init__(log)
         self._received = ""
         self._step, self._last_step, self._agreed_name = step, -1, ""
         self._lock = threading.Lock()
@@ -92,6 +127,6 @@ class SyncedStopSignal(StopSignal):
             self._last_step, self._agreed_name = max(map(int, steps)) + 1, name
 
 
-def make_stop_signal(step: int) -> StopSignal:
+def make_stop_signal(step: int, log: Callable[[str], None] = print) -> StopSignal:
     """Return the context manager that handles signals, for a run that has done `step` steps."""
-    return SyncedStopSignal(step) if hosts.process_count() > 1 else StopSignal()
+    return SyncedStopSignal(step, log) if hosts.process_count() > 1 else StopSignal(log)

@@ -15,6 +15,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 from jaxgpt.architecture import RopeConfig
 from jaxgpt.dims import split
+from jaxgpt.model import capture, init_params
 from jaxgpt.model.masks import Coords
 from jaxgpt.model.positions import (
     POSITION_ENCODINGS,
@@ -309,7 +310,7 @@ def compute_by_hand(cfg, params, tokens):
     x = p["embed"]["table"][tokens]
     if cfg.position == "sinusoidal":
         angle = np.arange(n)[:, None] * make_frequencies(1e4, cfg.width)
-        x = x + np.stack([np.sin(angle), np.cos(angle)], -1).reshape(n, -1)
+        x = x * np.sqrt(cfg.width) + np.stack([np.sin(angle), np.cos(angle)], -1).reshape(n, -1)
     y = norm(x, block["mixer_norm_in"]["scale"])
     q, k, v = (np.einsum("td,dhk->thk", y, mixer[name]["w"]) for name in "qkv")
     if cfg.position == "rope":
@@ -348,3 +349,59 @@ def test_positions_extrapolate_beyond_the_training_context(name):
     found, _ = forward(cfg, params, tokens, single_document_coords(tokens))
     # Sums of 32 values of order 1 in float32, at angles up to 32.
     np.testing.assert_allclose(found[0], compute_by_hand(cfg, params, tokens[0]), atol=1e-4)
+
+
+# --- initial sizes -----------------------------------------------------------------------------
+
+
+def embed_initially(family="decoder", **changes):
+    """Return (token part, position part) [B T D] of the first values of the residual stream."""
+    cfg = tiny(width=64, vocab=512, position="sinusoidal", family=family, **changes)
+    params, _ = init_params(cfg, jax.random.key(0))
+    tokens = random_tokens(cfg, 0, 4, 32)
+    _, found = capture(cfg, params, tokens, single_document_coords(tokens), ["embedding"])
+    positions = encode_sinusoidal(single_document_coords(tokens).positions, cfg.width)
+    return np.asarray(found["embedding"] - positions), np.asarray(positions)
+
+
+@pytest.mark.parametrize("settings", [{}, dict(family="encoder", types=2)], ids=["gpt", "types"])
+def test_embeddings_begin_as_large_as_sinusoidal_positions(settings):
+    tokens, positions = embed_initially(**settings)
+    # Sines and cosines have mean square 1/2; of two tables with variance 1 the sum has 2.
+    expected = np.sqrt(2.0 * (2 if settings else 1))
+    ratio = np.sqrt(np.mean(tokens**2) / np.mean(positions**2))
+    # Of 4 x 32 tokens of 64 channels the root mean square is known to 0.8%; with types, which is
+    # one row of 64 channels, to 6%.
+    np.testing.assert_allclose(ratio, expected, rtol=0.25 if settings else 0.05)
+
+
+@pytest.mark.parametrize(
+    ("settings", "std"),
+    [
+        (dict(embed_scale=False), 0.02),
+        (dict(embed_scale=False, embed_std=0.3), 0.3),
+        (dict(embed_std=0.01), 0.01 * 8),
+        (dict(embed_scale=True), 1.0),
+    ],
+)
+def test_given_scales_of_embeddings_are_used(settings, std):
+    tokens, _ = embed_initially(**settings)
+    np.testing.assert_allclose(tokens.std(), std, rtol=0.05)
+
+
+@pytest.mark.parametrize("name", sorted(POSITION_ENCODINGS.keys() - {"sinusoidal"}))
+def test_other_positions_leave_embeddings_at_gpt2s_scale(name):
+    cfg = tiny(position=name)
+    assert not cfg.has_embed_scale
+    assert cfg.embed_init_std == 0.02
+    scaled = tiny(position=name, embed_scale=True)  # Gemma
+    assert scaled.has_embed_scale
+    assert scaled.embed_init_std == 0.02
+
+
+def test_the_bias_of_t5_begins_as_in_its_code():
+    params, _ = init_params(tiny(position="t5", heads=16, head_width=4), jax.random.key(0))
+    table = params["stack"]["position"]["table"]  # [32 16], uniform
+    bound = np.sqrt(6 / (32 + 16))
+    assert np.abs(table).max() <= bound
+    np.testing.assert_allclose(table.std(), bound / np.sqrt(3), rtol=0.1)  # known to 2%

@@ -20,13 +20,9 @@ from tiny_runs import (
 
 from jaxgpt.config import MeshConfig
 from jaxgpt.hosts import place_batch
+from jaxgpt.saved_arrays import ShapeMismatchError, latest_step
 from jaxgpt.settings import ConfigError
-from jaxgpt.trainer.checkpoint import (
-    Checkpoints,
-    Progress,
-    ShapeMismatchError,
-    latest_step,
-)
+from jaxgpt.trainer.checkpoint import Checkpoints, Progress
 from jaxgpt.trainer.state import TrainState
 
 SHARDED_MESH = MeshConfig(data=2, fsdp=2, tensor=2)
@@ -152,7 +148,7 @@ def test_only_the_latest_are_kept(sharded, checkpoints):
         checkpoints.save(sharded[1], Progress(step=step))
     checkpoints.wait()
     assert checkpoints.latest_step() == 3
-    assert sorted(os.listdir(checkpoints._latest.directory)) == ["2", "3"]
+    assert sorted(os.listdir(checkpoints._latest.manager.directory)) == ["2", "3"]
 
 
 def test_the_same_step_is_not_saved_twice(sharded, checkpoints):
@@ -210,7 +206,7 @@ def test_a_new_best_replaces_the_old(sharded, checkpoints):
     for step in (1, 3):
         checkpoints.save_best(sharded[1], Progress(step=step))
     checkpoints.wait()
-    assert checkpoints._best.all_steps() == [3]
+    assert checkpoints._best.manager.all_steps() == [3]
 
 
 def test_the_best_of_a_step_is_replaced_by_that_of_the_same_step(sharded, checkpoints):
@@ -232,8 +228,8 @@ def test_a_resumed_run_replaces_best_ones_of_later_steps(sharded, checkpoints):
     for step in (5, 9):
         checkpoints.save_best(new_state, Progress(step=step))
     checkpoints.wait()
-    assert checkpoints._best.all_steps() == [9]
-    kept = checkpoints._best.restore(9).params
+    assert checkpoints._best.manager.all_steps() == [9]
+    kept = checkpoints._best.manager.restore(9).params
     np.testing.assert_array_equal(kept["embed"]["table"], new_state.params["embed"]["table"])
 
 
@@ -241,7 +237,7 @@ def test_a_checkpoint_is_saved_after_the_best_it_refers_to(sharded, checkpoints)
     # A kill between the two would leave a run that refers to missing parameters.
     checkpoints.save_best(sharded[1], Progress(step=3))
     checkpoints.save(sharded[1], PROGRESS)
-    assert latest_step(str(checkpoints._best.directory)) == 3
+    assert latest_step(str(checkpoints._best.manager.directory)) == 3
 
 
 # --- errors of restoring ---
@@ -281,7 +277,9 @@ def test_the_error_of_a_damaged_checkpoint_gives_its_folder_and_a_remedy(part, t
         with pytest.raises(ConfigError) as refusal:
             checkpoints.restore(run.abstract)
         assert str(refusal.value).startswith(f"the checkpoint {tmp_path}/checkpoints/3 is damaged")
-        assert "Delete this folder: step 2, the one before, is used then." in str(refusal.value)
+        assert str(refusal.value).endswith(
+            "Move it away or delete it: step 2, the one before, can be read."
+        )
     shutil.rmtree(tmp_path / "checkpoints" / "3")
     with closing(Checkpoints(str(tmp_path), keep=2)) as checkpoints:
         assert checkpoints.restore(run.abstract)[1].step == 2

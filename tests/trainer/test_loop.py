@@ -21,10 +21,10 @@ from jaxgpt.config import override
 from jaxgpt.data import Loader, make_eval_batches, prepare
 from jaxgpt.loading import load
 from jaxgpt.model import Coords, build, compute_logits
+from jaxgpt.saved_arrays import latest_step
 from jaxgpt.settings import ConfigError
 from jaxgpt.trainer import DivergedError, evaluate, loop, read_config, train
 from jaxgpt.trainer import run as run_module
-from jaxgpt.trainer.checkpoint import latest_step
 from jaxgpt.trainer.logging import read_metrics
 from jaxgpt.trainer.step import make_eval_step
 
@@ -149,7 +149,7 @@ def test_the_config_is_read_back(uninterrupted_run):
 
 def test_every_step_and_evaluation_is_recorded_once(uninterrupted_run):
     records = [(kind, step) for kind, step, *_ in read_records(uninterrupted_run)]
-    assert sorted(records) == [("eval", s) for s in (4, 8, 12)] + [
+    assert sorted(records) == [("eval", s) for s in (0, 4, 8, 12)] + [
         ("train", s) for s in range(1, 13)
     ]
 
@@ -393,7 +393,8 @@ def test_missing_data_is_rejected_before_anything_is_written(uninterrupted_run):
 # --- best checkpoint, early stopping ---
 
 # The best resets the patience of 2, an equal one is not better, and 1.0 comes too late.
-SCRIPTED = [3.0, 2.5, 2.6, 2.0, 2.0, 2.1, 1.0, *[3.0] * 5]
+# Before them, the untrained model is evaluated.
+SCRIPTED = [9.0, 3.0, 2.5, 2.6, 2.0, 2.0, 2.1, 1.0, *[3.0] * 5]
 
 
 @pytest.fixture(scope="module")
@@ -478,7 +479,9 @@ def test_a_run_that_diverges_later_keeps_its_last_good_checkpoint(uninterrupted_
         log_metrics(run, step, metrics | {"loss": loss})
 
     monkeypatch.setattr(loop, "log_metrics", poison)
-    with pytest.raises(DivergedError, match=r"nan at step 7 \(the last checkpoint is of step 5\)"):
+    with pytest.raises(
+        DivergedError, match=r"nan at step 7 \(the last good checkpoint is of step 5\)"
+    ):
         train(cfg, is_quiet=True)
     state, progress = restore_latest(cfg)
     assert progress.step == 5
@@ -572,7 +575,7 @@ def test_a_run_prints_a_header_and_a_summary(uninterrupted_run, capsys):
         re.M,
     )
     assert "--- sample at step 4 ---" in out
-    assert lines[-2].startswith("Done: 4 steps, ")
+    assert lines[-5].startswith("Done: 4 steps, ")
     assert lines[-1] == f"  jaxgpt sample {cfg.run_folder}"
 
 

@@ -64,6 +64,7 @@ class Mixer(nn.Module):
     HAS_HEADS: ClassVar[bool] = True
     # Whether a row may be sharded over devices (context parallelism); else each gets the whole row.
     HAS_SEQUENCE_SHARDING: ClassVar[bool] = False
+    HAS_LOGIT_TABLE: ClassVar[bool] = False  # which learns at a rate of its own
 
     cfg: ModelConfig
     pattern: str = "full"

@@ -81,6 +81,8 @@ class RandomSynthesizer(Synthesizer):
     Source: Tay et al. 2021, arXiv:2005.00743, section 3.2.
     """
 
+    HAS_LOGIT_TABLE = True
+
     def compute_scores(self, x, q, k):
         table = declare_param(self, "scores", "HC>C", self.cfg.sizes, normal)
         last = self.cfg.context - 1

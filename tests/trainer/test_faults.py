@@ -1,0 +1,427 @@
+"""What may go wrong with a run and its folder: each ends in one line, and no work is lost."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import closing
+
+import jax
+import numpy as np
+import pytest
+from tiny_runs import assert_same_bits, config, make_training, restore_latest, run_config
+
+from jaxgpt import compile_cache
+from jaxgpt import config as configs
+from jaxgpt.config import override
+from jaxgpt.loading import load, read_config
+from jaxgpt.optimizer import build as build_optimizer
+from jaxgpt.saved_arrays import get_shapes, is_readable, latest_step
+from jaxgpt.seeds import make_key
+from jaxgpt.settings import ConfigError
+from jaxgpt.trainer import Progress, RunError, loop, memory, report, train
+from jaxgpt.trainer import checkpoint as checkpoint_module
+from jaxgpt.trainer import folder as folder_module
+from jaxgpt.trainer import run as run_module
+from jaxgpt.trainer.checkpoint import Checkpoints
+from jaxgpt.trainer.hooks import OverfitWarning
+from jaxgpt.trainer.logging import Console, MetricsFile, read_metrics
+from jaxgpt.trainer.report import format_duration
+from jaxgpt.trainer.stop import StopSignal
+
+SETTINGS = ["train.steps=4", "train.eval_every=2", "train.save_every=2", "train.log_every=1"]
+
+
+@pytest.fixture(autouse=True)
+def known_peak(monkeypatch):
+    monkeypatch.setattr(run_module, "peak_flops", lambda devices: (1e12, "a guess"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    """A complete run."""
+    cfg = run_config(folder, "name=done", *SETTINGS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "peak_flops", lambda devices: (1e12, "a guess"))
+        train(cfg, is_quiet=True)
+    return cfg
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+    """A copy of the run, in another folder."""
+    cfg = override(trained, [f"folder={tmp_path}"])
+    shutil.copytree(trained.run_folder, cfg.run_folder)
+    return cfg
+
+
+# --- paths ---
+
+
+@pytest.mark.parametrize("name", ["lr[1e-3]", "what?", "all*"])
+def test_a_run_whose_path_is_a_pattern_is_saved_and_read(folder, name):
+    cfg = run_config(folder, f"name={name}", *SETTINGS)
+    train(override(cfg, ["train.steps=4"]), is_quiet=True)
+    assert load(cfg.run_folder, checkpoint="latest").step == 4
+    assert train(override(cfg, ["train.steps=5", "resume=force"]), is_quiet=True).step == 5
+
+
+def test_a_renamed_or_moved_run_resumes(copy):
+    moved = override(copy, ["name=renamed"])
+    os.rename(copy.run_folder, moved.run_folder)
+    assert train(override(moved, ["data.cache=" + copy.folder]), is_quiet=True).step == 4
+
+
+def test_other_paths_of_the_same_text_resume(copy, monkeypatch):
+    monkeypatch.chdir(os.path.dirname(copy.data.source))
+    for source in ("./text", "text", os.path.join(copy.data.source, "..", "text")):
+        assert train(override(copy, [f"data.source={source}"]), is_quiet=True).step == 4
+
+
+def test_another_text_does_not_resume_and_both_sources_are_named(copy, tmp_path):
+    (tmp_path / "other.txt").write_text("another text, and long enough to be trained on. " * 90)
+    with pytest.raises(ConfigError, match=r"has other text than data.source='.*text'"):
+        train(override(copy, [f"data.source={tmp_path}/other.txt"]), is_quiet=True)
+
+
+def test_the_home_folder_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert config("folder=~/runs", "name=a").run_folder == "/home/somebody/runs/a"
+
+
+# --- what is in the way ---
+
+
+@pytest.mark.parametrize("name", ["", "samples", "plots", "tensorboard", "checkpoints", "best"])
+def test_a_file_in_place_of_a_folder_is_refused_by_its_path(folder, name):
+    cfg = run_config(folder, f"name=file_{name or 'run'}", *SETTINGS)
+    path = os.path.join(cfg.run_folder, name).rstrip("/")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w"):
+        pass
+    with pytest.raises(ConfigError, match=f"{path} is a file, and the run writes a folder there"):
+        train(cfg, is_quiet=True)
+
+
+def test_a_folder_in_place_of_a_file_is_refused_by_its_path(folder):
+    cfg = run_config(folder, "name=folder", *SETTINGS)
+    os.makedirs(os.path.join(cfg.run_folder, "metrics.jsonl"))
+    with pytest.raises(ConfigError, match=r"metrics.jsonl is a folder, and the run writes a file"):
+        train(cfg, is_quiet=True)
+
+
+def test_a_name_that_is_too_long_is_refused(folder):
+    cfg = run_config(folder, f"name={'n' * 300}", *SETTINGS)
+    with pytest.raises(ConfigError, match=r"cannot be used.*File name too long"):
+        train(cfg, is_quiet=True)
+
+
+def test_a_complete_run_in_a_read_only_folder_is_left_as_it_is(copy, monkeypatch, capsys):
+    monkeypatch.setattr(run_module, "is_writable", lambda folder: False)
+    before = sorted(os.walk(copy.run_folder))
+    assert train(copy).step == 4
+    assert "This run is complete" in capsys.readouterr().out
+    assert sorted(os.walk(copy.run_folder)) == before
+
+
+def test_a_read_only_folder_is_refused_before_training(copy, monkeypatch):
+    for module in (run_module, folder_module):
+        monkeypatch.setattr(module, "is_writable", lambda folder: False)
+    for cfg in (override(copy, ["train.steps=6", "resume=force"]), override(copy, ["name=new"])):
+        with pytest.raises(ConfigError, match="cannot be written"):
+            train(cfg, is_quiet=True)
+
+
+def test_an_error_of_a_file_gives_its_path_and_the_last_good_step(copy, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device", "/disk/metrics.jsonl")
+
+    monkeypatch.setattr(MetricsFile, "write", fail)
+    with pytest.raises(RunError, match=r"/disk/metrics.jsonl: No space left.* is of step 4"):
+        train(override(copy, ["train.steps=6", "resume=force"]), is_quiet=True)
+
+
+@pytest.mark.parametrize(
+    "line", ["null", "7", "[]", '{"kind": "train"}', '{"step": "x"}', "\udcff\udcfe", "[" * 99999]
+)
+def test_damaged_lines_of_the_metrics_are_dropped(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    good = '{"kind": "train", "step": 1, "loss": 1.0}\n'
+    path.write_bytes((good + line + "\n" + good).encode(errors="surrogateescape"))
+    assert [r["step"] for r in read_metrics(str(tmp_path))] == [1, 1]
+    MetricsFile(str(tmp_path), 1).close()
+    assert path.read_text() == good * 2
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe{", b"[" * 100_000, b'{"model": {"width": "x"}}'])
+def test_a_damaged_config_is_one_message_with_its_path(copy, content):
+    path = os.path.join(copy.run_folder, "config.json")
+    with open(path, "wb") as file:
+        file.write(content)
+    with pytest.raises(ConfigError, match=path):
+        read_config(copy.run_folder)
+
+
+def test_a_config_of_another_model_does_not_call_the_checkpoint_damaged(copy):
+    path = os.path.join(copy.run_folder, "config.json")
+    with open(path) as file:
+        values = json.load(file)
+    values["model"]["width"] = 10**9
+    with open(path, "w") as file:
+        json.dump(values, file)
+    with pytest.raises(ConfigError) as error:
+        load(copy.run_folder)
+    assert "is of another model" in str(error.value)
+    assert "elete" not in str(error.value)
+
+
+# --- checkpoints ---
+
+
+def test_an_older_checkpoint_is_kept_until_the_new_one_is_read_back(tmp_path, monkeypatch):
+    state = make_training(config()).make_state()
+    with closing(Checkpoints(str(tmp_path), keep=1)) as checkpoints:
+        checkpoints.save(state, Progress(step=1))
+        checkpoints.wait()
+
+        def fail(folder):
+            raise ValueError("no manifest")
+
+        monkeypatch.setattr(checkpoint_module, "read_manifest", fail)
+        checkpoints.save(state, Progress(step=2))
+        with pytest.raises(RunError, match=r"checkpoints/2 could not be saved .*is of step 1"):
+            checkpoints.wait()
+        assert is_readable(str(tmp_path / "checkpoints" / "1"))
+
+
+def test_the_shapes_that_are_read_back_are_those_of_the_state(tmp_path):
+    state = make_training(config()).make_state()
+    with closing(Checkpoints(str(tmp_path), keep=1)) as checkpoints:
+        checkpoints.save(state, Progress(step=1))
+    saved = checkpoint_module.read_manifest(str(tmp_path / "checkpoints" / "1"))
+    assert get_shapes(saved["params"]) == get_shapes(state.params)
+    assert saved["progress"]["step"] == 1
+
+
+def test_a_damaged_best_names_the_checkpoint_that_can_be_read(copy):
+    best = os.path.join(copy.run_folder, "best")
+    path = os.path.join(best, str(latest_step(best)))
+    shutil.rmtree(os.path.join(path, "params"))
+    os.makedirs(os.path.join(path, "params"))
+    with pytest.raises(ConfigError, match=r"is damaged .*checkpoints/4 can be read.*keep it"):
+        load(copy.run_folder)
+
+
+# --- signals ---
+
+
+def test_a_signal_is_acknowledged_while_a_step_runs():
+    lines, heard = [], threading.Event()
+
+    def log(line):
+        lines.append(line)
+        heard.set()
+
+    with StopSignal(log) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert heard.wait(10)
+    assert lines == ["SIGTERM: stopping after the current step, and saving"]
+    assert stop.name == "SIGTERM"
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_a_lost_connection_saves_and_ends(folder, monkeypatch):
+    cfg = run_config(folder, "name=hangup", *SETTINGS)
+    run_eval = loop.run_eval
+
+    def hang_up(run):
+        run_eval(run)
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    monkeypatch.setattr(loop, "run_eval", hang_up)
+    assert train(cfg, is_quiet=True).step == 2
+    assert latest_step(os.path.join(cfg.run_folder, "checkpoints")) == 2
+
+
+def test_a_command_that_ignores_hangups_goes_on_ignoring_them():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal(lambda line: None) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.name
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_files_are_opened(closed, tmp_path):
+    code = (
+        "import os, sys\nfrom jaxgpt import script\n"
+        "def main():\n"
+        "    print('out'); print('err', file=sys.stderr); sys.stdin.read(0)\n"
+        f"    fd = os.open({str(tmp_path / 'file')!r}, os.O_CREAT | os.O_WRONLY)\n"
+        "    return 0 if fd > 2 else 9\n"
+        "script.run(main, 'x')\n"
+    )
+    command = f"{sys.executable} -c {json.dumps(code)} {closed}"
+    done = subprocess.run(
+        ["sh", "-c", f'"$0" -c "$1" {closed}', sys.executable, code], capture_output=True
+    )
+    assert done.returncode == 0, (command, done.stderr)
+
+
+# --- settings ---
+
+
+def test_every_bit_of_a_seed_counts():
+    seeds = [0, 1, 2**32, 2**32 + 1, 2**62, 2**63 - 1]
+    keys = {tuple(np.asarray(jax.random.key_data(make_key(seed))).tolist()) for seed in seeds}
+    assert len(keys) == len(seeds)
+    for seed in (0, 7, 2**31, 2**32 - 1):
+        assert_same_bits(jax.random.key_data(make_key(seed)), jax.random.PRNGKey(seed))
+
+
+@pytest.mark.parametrize("key", ["seed", "sample.seed"])
+def test_a_seed_that_is_too_large_is_refused(key):
+    with pytest.raises(ConfigError, match=f"^{key}="):
+        config(f"{key}={2**63}")
+
+
+def test_the_warmup_follows_the_steps():
+    rates = []
+    for steps in (20, 2000):
+        cfg = override(configs.Config(), [f"train.steps={steps}"])
+        _, schedule = build_optimizer(cfg.optimizer, steps, {"w": "D>F"})
+        peak = np.float32(cfg.optimizer.lr)
+        rates.append([np.float32(schedule(s)) for s in range(steps)].index(peak))
+    assert rates == [0, 99]  # 1 and 100 steps of warmup
+
+
+def test_a_short_trial_shortens_the_warmup_of_its_config_in_proportion():
+    assert configs.load("gpt_mini", ["train.steps=40"]).optimizer.warmup == 2
+    assert configs.load("gpt_mini", ["train.steps=500"]).optimizer.warmup == 100
+    with pytest.raises(ConfigError, match=r"optimizer.warmup=50 is longer than train.steps=40"):
+        configs.load("gpt_mini", ["train.steps=40", "optimizer.warmup=50"])
+
+
+def test_an_unset_warmup_is_the_same_setting_as_its_number():
+    unset = configs.Config()
+    assert not configs.list_differences(unset, override(unset, ["optimizer.warmup=100"]))
+    assert configs.list_differences(unset, override(unset, ["optimizer.warmup=99"]))
+
+
+# --- best ---
+
+
+def test_the_best_of_a_run_goes_by_accuracy_if_that_is_set():
+    cfg, best = config("train.best_by=accuracy"), Progress(best_loss=1.0, best_accuracy=0.5)
+    assert loop.is_better(cfg, {"loss": 2.0, "accuracy": 0.6}, best)
+    assert not loop.is_better(cfg, {"loss": 0.5, "accuracy": 0.4}, best)
+    assert loop.is_better(cfg, {"loss": 0.9, "accuracy": 0.5}, best)
+    assert not loop.is_better(cfg, {"loss": 1.0, "accuracy": 0.5}, best)
+    assert loop.is_better(config(), {"loss": 0.5, "accuracy": 0.4}, best)
+
+
+def test_a_classifier_goes_by_accuracy_by_default():
+    assert config().best_by == "loss"
+    assert configs.load("sentiment").best_by == "accuracy"
+
+
+def test_the_console_shows_the_loss_that_is_plotted(capsys):
+    values = {"loss": 2.5, "nats": 2.25, "lr": 1e-3}
+    Console(10, 0).log_step(1, values)
+    assert "loss 2.250 (2.500 with penalties)  lr" in capsys.readouterr().out
+
+
+# --- the first minutes ---
+
+
+def test_an_untrained_model_is_evaluated_and_changes_nothing(trained, folder, monkeypatch):
+    evals = [r["step"] for r in read_metrics(trained.run_folder) if r["kind"] == "eval"]
+    assert evals == [0, 2, 4]
+    cfg = run_config(folder, "name=unseen", *SETTINGS)
+    monkeypatch.setattr(loop, "show_untrained", lambda run: None)
+    train(cfg, is_quiet=True)
+    assert_same_bits(restore_latest(cfg)[0], restore_latest(trained)[0])
+
+
+def test_samples_are_shown_one_below_the_other(folder, capsys, monkeypatch):
+    monkeypatch.setattr(loop, "EARLY_SAMPLES", (1,))
+    settings = ["train.steps=9", "train.sample_every=100", "train.eval_every=9"]
+    cfg = run_config(folder, "name=samples", *settings)
+    train(cfg)
+    out = capsys.readouterr().out
+    names = sorted(os.listdir(os.path.join(cfg.run_folder, "samples")))
+    assert names == ["step_000000.txt", "step_000001.txt", "step_000009.txt"]
+    lines = out.splitlines()
+    begin = lines.index("how its samples began:")
+    assert [line.split()[1] for line in lines[begin + 1 : begin + 3]] == ["0", "9"]
+    assert len([line for line in lines[-3:] if line.startswith("  jaxgpt ")]) == 3
+
+
+def test_too_many_epochs_and_years_are_said_before_training(folder, capsys, monkeypatch):
+    monkeypatch.setattr(run_module, "peak_flops", lambda devices: (1.0, "a guess"))
+    monkeypatch.setattr(report, "MAX_EPOCHS", 0.1)
+    train(run_config(folder, "name=epochs", *SETTINGS))
+    out = capsys.readouterr().out
+    assert "the model will learn the text by heart" in out
+    assert "at least: this plan is for faster devices" in out
+
+
+@pytest.mark.parametrize(
+    ("days", "text"), [(9, "216h00m"), (12, "12 days"), (460 * 365, "460 years")]
+)
+def test_long_durations_are_in_days_and_years(days, text):
+    assert format_duration(days * 86400) == text
+
+
+def test_overfitting_is_said_once():
+    class View:
+        step, lines = 0, []
+
+        def log(self, text):
+            self.lines.append(text)
+
+    hook, view = OverfitWarning(), View()
+    for training, held in [(3, 3), (2.5, 2.8), (2, 2.9), (1.5, 3.0), (1, 3.1), (0.5, 3.2)]:
+        view.step += 10
+        hook.on_metrics(view, view.step, {"nats": training})
+        hook.on_eval(view, {"loss": held})
+    assert len(view.lines) == 1
+    assert "since step 20 the held-out loss has risen from 2.800 to 3.100" in view.lines[0]
+    for training, held in [(2.6, 2.9), (2.7, 3.0), (2.8, 3.1)]:  # not learning is something else
+        other = OverfitWarning()
+        other.on_metrics(view, 0, {"nats": training})
+        other.on_eval(view, {"loss": held})
+    assert len(view.lines) == 1
+
+
+def test_a_state_that_does_not_fit_is_refused_with_what_would(folder, monkeypatch):
+    monkeypatch.setattr(memory, "_read_memory_bytes", lambda device: 10_000)
+    with pytest.raises(ConfigError, match=r"need .* GB on each device.* parameters would fit"):
+        train(run_config(folder, "name=large", *SETTINGS), is_quiet=True)
+
+
+# --- the compilation cache ---
+
+
+def test_the_compile_cache_is_a_bounded_user_folder(tmp_path, monkeypatch):
+    before = jax.config.jax_compilation_cache_dir
+    updates = {}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(jax.config, "update", lambda name, value: updates.update({name: value}))
+    if before:
+        compile_cache.enable_compile_cache()
+        assert not updates  # the user's choice
+        monkeypatch.setattr(type(jax.config), "jax_compilation_cache_dir", None, raising=False)
+    compile_cache.enable_compile_cache()
+    assert updates["jax_compilation_cache_dir"] == str(tmp_path / "jaxgpt")
+    assert updates["jax_compilation_cache_max_size"] == compile_cache.MAX_BYTES
