@@ -100,7 +100,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--source", default="../shared/data/shakespeare/input.txt")
+    parser.add_argument("--source", required=True, help="input.txt of Tiny Shakespeare")
     parser.add_argument("--folder", default="runs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", help="where to write all figures")

@@ -19,5 +19,5 @@ config = Config(
         save_every=200,
         sample_every=200,
     ),
-    sample=SampleConfig(prompt="def ", tokens=120, temperature=0.7, slide=True),
+    sample=SampleConfig(prompt="def ", tokens=120, slide=True),
 )

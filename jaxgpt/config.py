@@ -358,10 +358,10 @@ class SampleConfig(Section):
 
     prompt: str = option("", "text to continue; empty starts a new document", is_runtime=True)
     tokens: int = option(200, "maximum number of tokens to generate", low=1, is_runtime=True)
-    temperature: float = option(0.8, "softmax temperature; 0 = greedy", low=0, is_runtime=True)
+    temperature: float = option(0.5, "softmax temperature; 0 = greedy", low=0, is_runtime=True)
     top_k: int = option(0, "sample from the k likeliest tokens, 0 = all", low=0, is_runtime=True)
     top_p: float = option(
-        1.0,
+        0.95,
         "nucleus sampling: total probability of the likeliest tokens to keep",
         above=0,
         high=1,
@@ -571,14 +571,18 @@ def _fit_warmup(config: Config, steps: int) -> int | None:
     return warmup * steps // config.train.steps
 
 
-def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
+def parse_assignments(assignments: Iterable[str], check_names: bool = False) -> dict[str, Any]:
     """Return the values of `path=value` assignments by key.
 
-    Checks keys, types and bounds only, which is fast: to check names of registries and combinations
-    of settings, the modules of the model would have to be imported.
+    Checks each value alone, which is fast: to check combinations of settings, the modules of the
+    model would have to be imported.
+
+    Args:
+        check_names: also check the names of registries; not if plugins may add more of them later.
 
     Raises:
-        ConfigError: there is no such setting, or the value has another type or is out of bounds.
+        ConfigError: there is no such setting, or the value has another type, is out of bounds or is
+            an unknown name.
     """
     fields, hints = list_fields(Config), list_types(Config)
     values = {}
@@ -591,6 +595,11 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
         if key not in hints:
             raise ConfigError(describe_unknown_key(key, hints))
         values[key] = check_field(parse(text, hints[key], key), fields[key], hints[key], key)
+        if check_names and fields[key].metadata["table"]:
+            known = dict.fromkeys(list_choices(fields[key].metadata["table"]))
+            for name in values[key] if isinstance(values[key], tuple) else (values[key],):
+                if name is not None:
+                    choose(known, name, key)
     return values
 
 

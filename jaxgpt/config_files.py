@@ -1,14 +1,16 @@
 """Find config files and run folders, without heavy imports, so that errors appear at once."""
 
 import contextlib
-import difflib
 import glob
 import os
 import sys
 from collections.abc import Iterator
 from types import ModuleType
 
-from jaxgpt.settings import ConfigError
+from jaxgpt.settings import ConfigError, find_nearest
+
+# Which parameters of a run are used: those of the lowest held-out loss, or the last ones.
+CHECKPOINTS = ("best", "latest")
 
 
 def shipped_folder() -> str:
@@ -29,18 +31,18 @@ def find_config(path: str) -> str:
             searched in this order.
 
     Raises:
-        ConfigError: there is no such file; the message gives the nearest name and all of them.
+        ConfigError: there is no such file; the message gives the nearest names.
     """
     file = path.removesuffix(".py") + ".py"
     places = (path, *(os.path.join(folder, file) for folder in ("", "configs", shipped_folder())))
     found = next((place for place in places if os.path.isfile(place)), None)
     if found:
         return found
-    known = list_configs()
-    name = os.path.basename(file).removesuffix(".py")
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    raise ConfigError(f"--config {path}: no such file.{hint} Available: {', '.join(known)}.")
+    near = find_nearest(os.path.basename(file).removesuffix(".py"), list_configs(), count=3)
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    raise ConfigError(
+        f"--config {path}: no such file.{hint} `jaxgpt train --help` lists all configs."
+    )
 
 
 def list_configs() -> list[str]:
@@ -91,7 +93,21 @@ def find_run_config(run_folder: str) -> str:
     path = os.path.join(run_folder, "config.json")
     if not os.path.isfile(path):
         raise ConfigError(
-            f"{run_folder} is not a run: it has no config.json. Give a run folder of "
-            "`jaxgpt train`, such as runs/stdlib."
+            f"{run_folder} is not a run: it has no config.json. {_suggest_run(run_folder)}"
         )
     return path
+
+
+def _suggest_run(name: str) -> str:
+    """Return which run a name that is none may stand for."""
+    inside = sorted(glob.glob(os.path.join(glob.escape(name), "*", "config.json")))
+    runs = inside or sorted(glob.glob(os.path.join("runs", "*", "config.json")))
+    by_name = {os.path.basename(folder): folder for folder in map(os.path.dirname, runs)}
+    near = list(by_name.values())[:3] if inside else [
+        by_name[found] for found in find_nearest(os.path.basename(name), by_name)
+    ]  # fmt: skip
+    if near:
+        return f"Did you mean {' or '.join(near)}?"
+    if name in list_configs():
+        return f"It is a config: `jaxgpt train --config {name}` makes a run of it."
+    return "Give a run folder of `jaxgpt train`, such as runs/stdlib."

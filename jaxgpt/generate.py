@@ -11,6 +11,7 @@ the list, never on the other rows.
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import chex
@@ -31,6 +32,8 @@ from jaxgpt.model import (
     init_cache,
     unstack_layers,
 )
+from jaxgpt.model.layers import check_token_ids
+from jaxgpt.prompts import shorten
 from jaxgpt.sampling import SamplingParams, draw, make_row_keys, sampleable_tokens
 from jaxgpt.settings import ConfigError
 from jaxgpt.sharding import constrain, use_mesh_of
@@ -90,6 +93,7 @@ def prepare_decode_params(cfg: ModelConfig, params):
     return params | {"stack": stack}
 
 
+@check_token_ids
 @functools.partial(jax.jit, static_argnames=("cfg", "slots"))
 def prefill(
     cfg: ModelConfig, params, tokens, lengths, drawn, slots: int, source=None
@@ -267,6 +271,15 @@ def stream(
             state = None  # the window of a row moves: prefill again
 
 
+def check_scores(values):
+    """Raise ConfigError unless what a model has computed is finite, an array of any shape."""
+    if not np.isfinite(values).all():
+        raise ConfigError(
+            "the model computed scores that are not finite (NaN or infinite), and no text has a "
+            "meaning then: its parameters are not finite, or a value overflows in model.dtype."
+        )
+
+
 def generate(
     config: Config,
     params,
@@ -295,13 +308,69 @@ def count_masks(config: Config) -> int:
     return config.objective.task.count_mask_tokens(config)
 
 
-def add_bos_eos(cfg: ModelConfig, tokenizer: Tokenizer, text: np.ndarray) -> list[int]:
+class TextError(ConfigError):
+    """A text that a model cannot read, among several.
+
+    Attributes:
+        number: of the text, from 0.
+        text: the text.
+        reason: what is wrong with it.
+    """
+
+    def __init__(self, number: int, text: str, reason: str):
+        super().__init__(f"text {number + 1} ({shorten(text)}): {reason}")
+        self.number, self.text, self.reason = number, text, reason
+
+
+@contextmanager
+def name_text(texts: Sequence[str], number: int) -> Iterator[None]:
+    """Make a ConfigError about one of several texts a `TextError`, which says which."""
+    try:
+        yield
+    except ConfigError as error:
+        if len(texts) == 1:
+            raise
+        raise TextError(number, texts[number], str(error)) from error
+
+
+def is_cutting(config: Config) -> bool:
+    """Return whether the task cuts texts that are longer than the context, as in training."""
+    return config.objective.task.IS_PAIRED
+
+
+def find_cut_texts(config: Config, tokenizer: Tokenizer, texts: Sequence[str]) -> list[int]:
+    """Return the numbers of the texts of which an encoder reads the beginning only."""
+    if not is_cutting(config):
+        return []
+    lengths = [len(ids) + 2 for ids in tokenizer.encode_batch(texts)]  # with bos and eos
+    return [number for number, n in enumerate(lengths) if n > config.model.context]
+
+
+def check_vocab(config: Config, tokenizer: Tokenizer):
+    """Raise ConfigError if a tokenizer has ids beyond those of the model, or of its masks."""
+    masks, vocab = count_masks(config), config.model.vocab
+    if tokenizer.vocab_size > vocab - masks:
+        room = f" less {masks} for masks" if masks else ""
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, and the model model.vocab={vocab}"
+            f"{room}: it is not the tokenizer of this model."
+        )
+
+
+def add_bos_eos(
+    cfg: ModelConfig, tokenizer: Tokenizer, text: np.ndarray, is_cut: bool = False
+) -> list[int]:
     """Return the tokens of a text between bos and eos, as an encoder reads it.
+
+    Args:
+        is_cut: what does not fit the context is left out, as in training on pairs and classes.
 
     Raises:
         ConfigError: it does not fit the context.
     """
     ids = [tokenizer.bos, *text.tolist(), tokenizer.eos]
+    if is_cut:
+        return ids[: cfg.context]
     if len(ids) > cfg.context:
         raise ConfigError(
             f"the prompt has {len(ids)} tokens, but model.context={cfg.context} must hold it: "
@@ -318,8 +387,11 @@ def encode_prompts(
     Raises:
         ConfigError: a prompt is invalid or does not fit the context.
     """
-    pairs = zip(prompts, samples, strict=True)
-    return [_make_row(config, tokenizer, prompt, sample) for prompt, sample in pairs]
+    rows = []
+    for number, (prompt, sample) in enumerate(zip(prompts, samples, strict=True)):
+        with name_text(prompts, number):
+            rows.append(_make_row(config, tokenizer, prompt, sample))
+    return rows
 
 
 def encode_text(config: Config, tokenizer: Tokenizer, text: str) -> np.ndarray:
@@ -340,7 +412,7 @@ def _make_row(config: Config, tokenizer: Tokenizer, prompt: str, sample: SampleC
     cfg, text = config.model, encode_text(config, tokenizer, prompt)
     source, ids = [], [tokenizer.bos, *text.tolist()]
     if cfg.family == "encoder_decoder":
-        source, ids = add_bos_eos(cfg, tokenizer, text), ids[:1]
+        source, ids = add_bos_eos(cfg, tokenizer, text, is_cutting(config)), ids[:1]
     if len(ids) >= cfg.context and not sample.slide:
         raise ConfigError(
             f"the prompt has {len(ids)} tokens, but model.context={cfg.context} must hold it and "
@@ -377,9 +449,10 @@ def _extend_row(
 ) -> Generation:
     """Append new tokens to a row until it ends. Return what is now final."""
     text, before = "", len(row.drawn)
-    for token in tokens:
+    for token, logprob in zip(tokens, logprobs, strict=True):
         if row.ending or len(row.ids) >= cfg.context:
             break
+        check_scores(logprob)
         text += row.push(token, eos)
     if len(row.ids) >= cfg.context and not row.sample.slide and not row.ending:
         text += row.end("context")

@@ -14,9 +14,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+
 from jaxgpt import generate, predict, score
 from jaxgpt.config import Config, SampleConfig
-from jaxgpt.generate import Generation
+from jaxgpt.generate import Generation, check_vocab
+from jaxgpt.hosts import fetch
 from jaxgpt.predict import DEFAULT_CANDIDATES, Classification, FilledMask
 from jaxgpt.score import BATCH_TOKENS, Embedding, Score
 from jaxgpt.settings import ConfigError
@@ -43,6 +48,10 @@ class LanguageModel:
         tokenizer: from text to tokens and back.
         labels: names of the classes of a classifier.
         step: training steps that the parameters have had.
+        origin: the checkpoint that they were loaded from, "" if none; messages name it.
+
+    Raises:
+        ConfigError: the tokenizer has ids that the model has no embedding for.
     """
 
     config: Config
@@ -50,12 +59,24 @@ class LanguageModel:
     tokenizer: Tokenizer
     labels: tuple[str, ...] = ()
     step: int = 0
+    origin: str = ""
+
+    def __post_init__(self):
+        check_vocab(self.config, self.tokenizer)
 
     @functools.cached_property
     def decode_params(self) -> Any:
         """The parameters as decoding reads them, prepared once: they take memory a second time."""
         with use_mesh_of(self.params):
             return generate.prepare_decode_params(self.config.model, self.params)
+
+    @functools.cached_property
+    def nonfinite_params(self) -> tuple[str, ...]:
+        """The paths of the parameters with a NaN or an infinity; none can be computed with."""
+        flat = flatten_dict(self.params, sep=".")
+        with use_mesh_of(self.params):
+            finite = fetch(_are_finite(flat))
+        return tuple(path for path in flat if not finite[path])
 
     @property
     def abilities(self) -> tuple[str, ...]:
@@ -145,3 +166,21 @@ class LanguageModel:
             )
         if isinstance(texts, str):
             raise ConfigError(f"expected a list of texts, got one text: use [{texts[:40]!r}].")
+        self.check_finite()
+
+    def check_finite(self):
+        """Raise ConfigError if a parameter is not finite; it names them and the checkpoint."""
+        if names := self.nonfinite_params:
+            few = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            raise ConfigError(
+                f"{self.origin or 'this model'} has parameters with NaN or infinite values: {few} "
+                f"({len(names)} of {len(jax.tree.leaves(self.params))} arrays). Nothing can be "
+                "computed with them: use another checkpoint (best or latest), or train again with "
+                f"a lower optimizer.lr={self.config.optimizer.lr:g}."
+            )
+
+
+@jax.jit
+def _are_finite(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Return whether all values of each array are finite."""
+    return {path: jnp.isfinite(array).all() for path, array in arrays.items()}

@@ -103,7 +103,8 @@ def load_run(
             path = os.path.join(folder, str(step))
             tokenizer.check_fingerprint(_read_progress(path).get("tokenizer", ""), run_folder)
             params = _load_params(path, config, dtype, mesh)
-            return LanguageModel(config, params, tokenizer, tuple(read_labels(run_folder)), step)
+            labels = tuple(read_labels(run_folder))
+            return LanguageModel(config, params, tokenizer, labels, step, path)
     raise ConfigError(f"{run_folder} has no checkpoint yet: train it first, or for longer.")
 
 

@@ -9,9 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt.config import Config, ModelConfig
-from jaxgpt.generate import MASK, add_bos_eos, encode_prompts, encode_with_masks
+from jaxgpt.generate import (
+    MASK,
+    add_bos_eos,
+    check_scores,
+    encode_prompts,
+    encode_with_masks,
+    name_text,
+)
 from jaxgpt.hosts import fetch
 from jaxgpt.model import build, compute_logits
+from jaxgpt.model.layers import check_token_ids
+from jaxgpt.prompts import shorten
 from jaxgpt.sampling import sampleable_tokens
 from jaxgpt.score import BATCH_TOKENS, make_batches, make_coords, pad_right
 from jaxgpt.settings import ConfigError
@@ -45,6 +54,7 @@ class Classification:
     probabilities: dict[str, float]  # of every label, the likeliest first
 
 
+@check_token_ids
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def compute_mask_probabilities(cfg: ModelConfig, params, tokens, lengths, masks, allowed):
     """Return the distribution of the tokens at the masks.
@@ -63,6 +73,7 @@ def compute_mask_probabilities(cfg: ModelConfig, params, tokens, lengths, masks,
     return jax.nn.softmax(jnp.where(allowed, scores, -jnp.inf), axis=-1)
 
 
+@check_token_ids
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def compute_class_probabilities(cfg: ModelConfig, params, tokens, lengths):
     """Return the distribution over classes, float32 [B A], of right-padded texts, int32 [B T]."""
@@ -101,6 +112,7 @@ def fill(
         tokens, lengths = pad_right([rows[n] for n in numbers], shape)
         with use_mesh_of(params):
             probs = fetch(compute_mask_probabilities(cfg, params, tokens, lengths, masks, allowed))
+        check_scores(probs[: len(numbers)])
         for n, row in zip(numbers, probs, strict=False):  # the batch may end in empty rows
             found[n] = [_find_best(tokenizer, p, count) for p in row[: len(places[n])]]
     return [found[n] for n in range(len(rows))]
@@ -119,14 +131,11 @@ def classify(
     labels: Sequence[str] = (),
     batch_tokens: int = BATCH_TOKENS,
 ) -> list[Classification]:
-    """Return the classes of texts.
+    """Return the classes of texts; of one longer than the context its beginning, as in training.
 
     Args:
         labels: names of the classes; without them, they are named by number.
         batch_tokens: tokens of a batch.
-
-    Raises:
-        ConfigError: a text does not fit the context.
     """
     cfg, rows = config.model, _encode_texts(config, tokenizer, texts)
     names = labels or [str(n) for n in range(cfg.classes)]
@@ -135,6 +144,7 @@ def classify(
         tokens, lengths = pad_right([rows[n] for n in numbers], shape)
         with use_mesh_of(params):
             probs = fetch(compute_class_probabilities(cfg, params, tokens, lengths))
+        check_scores(probs[: len(numbers)])
         for n, row in zip(numbers, probs, strict=False):  # the batch may end in empty rows
             order = np.argsort(-row).tolist()
             found[n] = Classification(names[order[0]], {names[i]: float(row[i]) for i in order})
@@ -142,16 +152,20 @@ def classify(
 
 
 def _encode_masked(config: Config, tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    mask = config.model.vocab - 1
-    for text in texts:
-        if MASK not in text:
-            raise ConfigError(f"the prompt {text!r} has no {MASK} to fill.")
-    encoded = [encode_with_masks(tokenizer, text, lambda i: mask) for text in texts]
-    return [add_bos_eos(config.model, tokenizer, ids) for ids in encoded]
+    mask, rows = config.model.vocab - 1, []
+    for number, text in enumerate(texts):
+        with name_text(texts, number):
+            if MASK not in text:
+                raise ConfigError(f"the prompt {shorten(text)} has no {MASK} to fill.")
+            ids = encode_with_masks(tokenizer, text, lambda i: mask)
+            rows.append(add_bos_eos(config.model, tokenizer, ids))
+    return rows
 
 
 def _encode_texts(config: Config, tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    return [add_bos_eos(config.model, tokenizer, tokenizer.encode(text)) for text in texts]
+    """Return the tokens of texts, cut as `data.tasks.TextRows` cuts them."""
+    encoded = tokenizer.encode_batch(texts)
+    return [add_bos_eos(config.model, tokenizer, ids, is_cut=True) for ids in encoded]
 
 
 ENCODERS: dict[str, Callable] = {"masked": _encode_masked, "classify": _encode_texts}

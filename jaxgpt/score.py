@@ -16,9 +16,18 @@ import numpy as np
 
 from jaxgpt.backend import get_backend
 from jaxgpt.config import Config, ModelConfig, choose
-from jaxgpt.generate import add_bos_eos, encode_text, round_up_to_bucket
+from jaxgpt.generate import (
+    add_bos_eos,
+    check_scores,
+    encode_text,
+    is_cutting,
+    name_text,
+    round_up_to_bucket,
+)
 from jaxgpt.hosts import fetch
 from jaxgpt.model import Coords, EncoderInput, build, make_head
+from jaxgpt.model.layers import check_token_ids
+from jaxgpt.prompts import shorten
 from jaxgpt.settings import ConfigError
 from jaxgpt.sharding import constrain, use_mesh_of
 from jaxgpt.tokenizer import Tokenizer
@@ -111,6 +120,7 @@ class Window:
     source: list[int]  # source tokens of an encoder-decoder
 
 
+@check_token_ids
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def score_batch(cfg: ModelConfig, params, tokens, targets, lengths, prefix, source=None):
     """Return the log-probability of every target, and whether it is the likeliest: [B T] each.
@@ -187,12 +197,12 @@ def score(
         )
     has_eos = (prompts is None or is_paired) if eos is None else eos
     pairs = list(zip(texts, prompts if prompts is not None else [""] * len(texts), strict=True))
-    encoded = [_encode_pair(config, tokenizer, *pair, has_eos) for pair in pairs]
-    windows = [
-        window
-        for number, (ids, given, source) in enumerate(encoded)
-        for window in _cut_windows(config.model, number, ids, given, source, stride)
-    ]
+    encoded: list[tuple[list[int], int, list[int]]] = []
+    windows: list[Window] = []
+    for number, pair in enumerate(pairs):
+        with name_text(texts, number):
+            encoded.append(_encode_pair(config, tokenizer, *pair, has_eos))
+            windows += _cut_windows(config.model, number, *encoded[-1], stride)
     logprobs = [np.zeros(len(ids), np.float32) for ids, *_ in encoded]
     is_best = [np.ones(len(ids), bool) for ids, *_ in encoded]
     for window, *scored in _score_windows(config.model, params, windows, batch_tokens):
@@ -211,9 +221,10 @@ def _encode_pair(config: Config, tokenizer: Tokenizer, text: str, prompt: str, h
     ids = encode_text(config, tokenizer, text).tolist() + [tokenizer.eos] * has_eos
     given = encode_text(config, tokenizer, prompt)
     if not ids:
-        raise ConfigError(f"the text {text!r} has no token to score.")
+        raise ConfigError(f"the text {shorten(text)} has no token to score.")
     if config.model.family == "encoder_decoder":
-        return [tokenizer.bos, *ids], 1, add_bos_eos(config.model, tokenizer, given)
+        source = add_bos_eos(config.model, tokenizer, given, is_cutting(config))
+        return [tokenizer.bos, *ids], 1, source
     return [tokenizer.bos, *given.tolist(), *ids], 1 + len(given), []
 
 
@@ -251,6 +262,8 @@ def _score_windows(cfg: ModelConfig, params, windows: Sequence[Window], batch_to
         prefix[: len(rows)] = [row.prefix for row in rows]
         with use_mesh_of(params):
             scored = fetch(score_batch(cfg, params, tokens, targets, size, prefix, source))
+        for row, logprobs in zip(rows, scored[0], strict=False):
+            check_scores(logprobs[: len(row.inputs)])
         yield from zip(rows, *scored, strict=False)  # the batch may end in empty rows
 
 
@@ -265,6 +278,7 @@ POOLINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
+@check_token_ids
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def embed_batch(cfg: ModelConfig, params, tokens, lengths) -> jax.Array:
     """Return the hidden states of right-padded rows, float32 [B T D]."""
@@ -296,16 +310,18 @@ def embed(
     cfg, pool_states = config.model, choose(POOLINGS, pool, "pool")
     is_framed = cfg.family != "decoder"
     rows = []
-    for text in texts:
+    for number, text in enumerate(texts):
         ids = encode_text(config, tokenizer, text) if cfg.family == "encoder_decoder" else (
             tokenizer.encode(text))  # fmt: skip
-        rows.append(add_bos_eos(cfg, tokenizer, ids)[: None if is_framed else -1])
+        with name_text(texts, number):
+            rows.append(add_bos_eos(cfg, tokenizer, ids)[: None if is_framed else -1])
     found: dict[int, Embedding] = {}
     for numbers, shape in make_batches([len(row) for row in rows], cfg.context, batch_tokens):
         with use_mesh_of(params):
             tokens, lengths = pad_right([rows[number] for number in numbers], shape)
             hidden = fetch(embed_batch(cfg, params, tokens, lengths))
         for number, states in zip(numbers, hidden, strict=False):  # there may be empty rows
+            check_scores(states[: len(rows[number])])
             vectors = pool_states(states[: len(rows[number])])
             found[number] = Embedding(np.array(rows[number], np.int32), vectors)
     return [found[number] for number in range(len(rows))]

@@ -3,6 +3,7 @@
 This module imports nothing heavy, so that its handlers are in place while JAX is imported.
 """
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -20,6 +21,8 @@ def run(main: Callable[[], int], name: str = "") -> NoReturn:
     """
     name = name or os.path.basename(sys.argv[0])
     open_standard_files()
+    for file in (sys.stdout, sys.stderr):
+        _replace_unknown_characters(file)
     try:
         status = main()
         sys.stdout.flush()
@@ -61,11 +64,19 @@ def _is_output_broken() -> bool:
     return False
 
 
-def print_text(text: str, file: TextIO | None = None):
+def _replace_unknown_characters(file: TextIO | None):
+    """Make a file print "?" for what its encoding cannot represent, if it would raise an error."""
+    errors = getattr(file, "errors", "")
+    if isinstance(file, io.TextIOWrapper) and errors in ("strict", "surrogateescape"):
+        file.reconfigure(errors="replace")
+
+
+def print_text(text: str, file: TextIO | None = None, end: str = "\n"):
     """Print and flush a text, with "?" for what the encoding of `file` cannot represent."""
     file = sys.stdout if file is None else file
     encoding = getattr(file, "encoding", None) or "utf-8"
     try:
-        print(text, file=file, flush=True)
+        print(text, file=file, flush=True, end=end)
     except UnicodeEncodeError:  # raised before anything is written
-        print(text.encode(encoding, "replace").decode(encoding), file=file, flush=True)
+        shown = text.encode(encoding, "replace").decode(encoding)
+        print(shown, file=file, flush=True, end=end)

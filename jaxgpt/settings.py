@@ -62,9 +62,25 @@ def choose(table: Mapping[str, Any], name: str, key: str) -> Any:
     """
     if name in table:
         return table[name]
-    near = difflib.get_close_matches(name, table, n=1)
+    near = find_nearest(name, table)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ConfigError(f"{key}={name!r} is not known.{hint} Known: {', '.join(sorted(table))}.")
+
+
+def find_nearest(name: str, known: Iterable[str], count: int = 1) -> list[str]:
+    """Return the known names that a mistyped one may stand for, the likeliest first.
+
+    The same letters in another case come first, then a name that begins so, then similar spelling.
+
+    >>> find_nearest("adamW", ["adam", "adamw"]), find_nearest("temp", ["stop", "temperature"])
+    (['adamw'], ['temperature'])
+    """
+    known, low = list(known), str(name).lower()
+    same = [other for other in known if other.lower() == low]
+    longer = [other for other in known if len(low) > 1 and other.lower().startswith(low)]
+    by_case = {other.lower(): other for other in known}
+    close = difflib.get_close_matches(low, by_case, n=count)
+    return list(dict.fromkeys([*same, *longer, *(by_case[other] for other in close)]))[:count]
 
 
 def resolve_table(pointer: str) -> Mapping[str, Any]:
@@ -229,10 +245,10 @@ def describe_unknown_key(key: str, known: Iterable[str]) -> str:
     """Return the error message for an unknown key, with the nearest known keys."""
     known = list(known)
     same_leaf = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
-    near = same_leaf or difflib.get_close_matches(key, known, n=1)
+    near = same_leaf or find_nearest(key, known)
     if not near:
         leaves = {k.split(".")[-1]: k for k in known}
-        near = [leaves[n] for n in difflib.get_close_matches(key.split(".")[-1], leaves, n=1)]
+        near = [leaves[n] for n in find_nearest(key.split(".")[-1], leaves)]
     hint = (
         f" Did you mean {' or '.join(near)}?" if near else " `jaxgpt train --help` lists all keys."
     )

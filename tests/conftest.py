@@ -30,7 +30,11 @@ def key():
 @pytest.fixture
 def count_compilations():
     """Return a function that counts the compiled programs of jitted functions."""
-    return lambda *jitted: sum(f._cache_size() for f in jitted)
+
+    def count(f):  # some are wrapped by checks on the host
+        return (f if hasattr(f, "_cache_size") else f.__wrapped__)._cache_size()
+
+    return lambda *jitted: sum(map(count, jitted))
 
 
 def pytest_addoption(parser):

@@ -68,7 +68,7 @@ def test_a_misspelled_subcommand_suggests_the_nearest():
         (["--help"], 0, "jaxgpt COMMAND"),
         (["--version"], 0, "jaxgpt "),
         (["train", "--help"], 0, "adamw | "),
-        (["sample", "--help"], 0, "sample.temperature=0.8"),
+        (["sample", "--help"], 0, "sample.temperature=0.5"),
         (["sample"], 2, "usage: jaxgpt sample"),
         (["trian"], 2, "jaxgpt: "),
         (["train", "--config", "nope"], 2, "jaxgpt train: --config nope: no such file"),

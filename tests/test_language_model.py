@@ -1,14 +1,20 @@
 """The methods of a model: what each family can do, and results as numbers."""
 
+import dataclasses
 import re
+from contextlib import nullcontext
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import random_params, tiny
 
-from jaxgpt import console
+from jaxgpt import console, predict, score
 from jaxgpt import generate as g
 from jaxgpt.config import Config, SampleConfig, TrainConfig
+from jaxgpt.data import Tokens
+from jaxgpt.data.tasks import PairRows
 from jaxgpt.generate import join_pieces
 from jaxgpt.language_model import LanguageModel
 from jaxgpt.model import Coords, build, compute_logits
@@ -56,8 +62,8 @@ def test_the_rules_are_those_of_the_config_unless_they_are_given():
     model, sample = make_model(), SampleConfig(tokens=5, seed=9)
     assert len(model.generate(["a"])[0].tokens) <= 8
     assert model.generate(["a"]) == model.generate(["a"], model.config.sample)
-    assert model.generate(["a"], sample, seed=4) == model.generate(["a"], seed=4, tokens=5,
-                                                                   temperature=0.8)  # fmt: skip
+    given = model.generate(["a"], seed=4, tokens=5, temperature=0.5, top_p=0.95)
+    assert model.generate(["a"], sample, seed=4) == given
     mixed = model.generate(["a", "b"], [sample, model.config.sample])
     assert mixed[0].tokens == model.generate(["a"], sample)[0].tokens
     with pytest.raises(ConfigError, match="1 sets of rules for 2 prompts"):
@@ -141,3 +147,102 @@ def test_the_console_formats_a_sample_of_every_kind(objective, pattern):
     model = make_model(objective, **CHANGES.get(objective, {}))
 
     assert re.fullmatch(pattern, console.format_sample(model, "the <mask>"), re.DOTALL)
+
+
+# --- what cannot be computed with ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_parameters_that_are_not_finite_are_refused_by_name(objective, value):
+    model = make_model(objective, **CHANGES.get(objective, {}))
+    params = jax.tree.map(jnp.asarray, model.params)
+    params["embed"]["table"] = params["embed"]["table"].at[3, 1].set(value)
+    model = dataclasses.replace(model, params=params, origin="runs/x/best/7")
+    assert model.nonfinite_params == ("embed.table",)
+    texts = [TEXTS.get(objective, "the cat")]
+    for ability in model.abilities:
+        arguments = (texts, texts) if ability == "score" else (texts,)
+        with pytest.raises(ConfigError, match=r"runs/x/best/7 has .*: embed\.table \(1 of "):
+            getattr(model, ability)(*arguments)
+
+
+def test_scores_that_overflow_are_no_text():
+    model = make_model()
+    params = jax.tree.map_with_path(
+        lambda path, x: x * 1e38 if path[-1].key == "scale" else x, model.params
+    )
+    model = dataclasses.replace(model, params=params)
+    assert not model.nonfinite_params
+    for method in (model.generate, model.score):
+        with pytest.raises(ConfigError, match="scores that are not finite"):
+            method(["the cat"])
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused():
+    model = make_model()
+    config = dataclasses.replace(
+        model.config, model=dataclasses.replace(model.config.model, vocab=260)
+    )
+    assert LanguageModel(config, {}, TOKENIZER).config.model.vocab == 260
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, tokenizer="other"),
+        model=dataclasses.replace(config.model, vocab=259),
+    )
+    with pytest.raises(ConfigError, match="the tokenizer has 260 ids, and the model"):
+        LanguageModel(config, {}, TOKENIZER)
+
+
+@pytest.mark.parametrize("wrong", [-1, 300])
+def test_token_ids_outside_of_the_vocabulary_are_refused_where_they_are_known(wrong):
+    model = make_model()
+    cfg, tokens = model.config.model, np.array([[5, wrong, 6]])
+    position = np.arange(3)[None]
+    lengths = np.array([3])
+    with pytest.raises(ValueError, match=f"token id {wrong} is outside"):
+        build(cfg).apply({"params": model.params}, tokens, Coords(position, position * 0 + 1))
+    with pytest.raises(ValueError, match=f"token id {wrong} is outside"):
+        g.prefill(cfg, model.params, tokens, lengths, lengths * 0, 8)
+    with pytest.raises(ValueError, match=f"token id {wrong} is outside"):
+        score.embed_batch(cfg, model.params, tokens, lengths)
+
+
+def test_positions_beyond_a_learned_table_are_refused_where_they_are_known():
+    cfg = make_model(position="learned").config.model
+    params, tokens = random_params(cfg, std=0.3), np.array([[5, 6]])
+    for last, is_refused in ((cfg.context - 1, False), (cfg.context, True)):
+        coords = Coords(np.array([[0, last]]), np.ones((1, 2), int))
+        with pytest.raises(ValueError, match="position") if is_refused else nullcontext():
+            build(cfg).apply({"params": params}, tokens, coords)
+
+
+# --- long texts, among others ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", ["causal", "masked"])
+def test_a_text_that_does_not_fit_is_named_among_the_others(objective):
+    model, text = make_model(objective), TEXTS.get(objective, "the cat")
+    texts = [text, text, "z" * 90 + text]
+    method = model.generate if objective == "causal" else model.fill
+    with pytest.raises(g.TextError, match=r"text 3 \('zzzz.*model.context") as error:
+        method(texts)
+    assert error.value.number == 2
+    with pytest.raises(g.TextError, match="text 3"):
+        model.embed(texts)
+
+
+def test_a_classifier_reads_the_beginning_of_a_long_text_as_in_training():
+    model = make_model("classify", ("x", "y", "z"), classes=3)
+    T = model.config.model.context
+    text = "abcdefgh" * T
+    documents = [[TOKENIZER.bos, *TOKENIZER.encode(t), TOKENIZER.eos] for t in (text, "x")]
+    starts = np.cumsum([0, *map(len, documents)])
+    tokens = Tokens(np.concatenate(documents).astype(np.uint16), starts)
+    row = PairRows(tokens, T, TOKENIZER.pad).pack_side(np.arange(1), 0)
+    probabilities = predict.compute_class_probabilities(
+        model.config.model, model.params, row.tokens, np.array([T])
+    )[0]
+    found = model.classify([text, "x"])[0].probabilities
+    assert [found[label] for label in "xyz"] == pytest.approx(probabilities.tolist(), abs=1e-6)
+    assert g.find_cut_texts(model.config, TOKENIZER, ["x", text, "y" * (T - 2)]) == [1]

@@ -48,8 +48,10 @@ def test_it_opens_with_the_new_names(run_folder):
 
 def test_it_samples_as_before(run_folder, capsys):
     sample_cli(str(run_folder), "best", None, None, [])
+    text, *answers = capsys.readouterr().out.splitlines()
+    assert text == read_config(str(run_folder)).sample.prompt  # the older version left it out
     # What the older version printed.
-    assert capsys.readouterr().out == "<mask>  'a' 0.5%  'd' 0.5%  't' 0.5%  ' ' 0.5%  'n' 0.5%\n"
+    assert answers == ["<mask>  'a' 0.5%  'd' 0.5%  't' 0.5%  ' ' 0.5%  'n' 0.5%"]
 
 
 @pytest.mark.parametrize("assignments", [[], OLD_NAMES], ids=["saved config", "old names"])

@@ -21,7 +21,9 @@ TOKENIZER = make_byte_tokenizer()
 
 
 def make_sampling_params(allowed=True, **settings) -> SamplingParams:
-    return SamplingParams.from_configs([SampleConfig(**{"temperature": 1.0} | settings)], allowed)
+    return SamplingParams.from_configs(
+        [SampleConfig(**{"temperature": 1.0, "top_p": 1.0} | settings)], allowed
+    )
 
 
 def draw_scores(B, V, seed=0):
@@ -179,7 +181,7 @@ ROW_SETTINGS = [dict(temperature=0.0, top_k=3, repetition_penalty=2.0), *SETTING
 
 
 def make_row_params(settings) -> SamplingParams:
-    samples = [SampleConfig(**{"temperature": 1.0} | row) for row in settings]
+    samples = [SampleConfig(**{"temperature": 1.0, "top_p": 1.0} | row) for row in settings]
     return SamplingParams.from_configs(samples, True)
 
 

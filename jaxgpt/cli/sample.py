@@ -2,7 +2,8 @@
 
     jaxgpt sample runs/stdlib
     jaxgpt sample runs/stdlib --prompt "def main(" --prompt "import" tokens=300 temperature=0.7
-    cat prompts.txt | jaxgpt sample runs/stdlib --file -
+    jaxgpt sample runs/stdlib --file prompts.txt --out answers.jsonl
+    jaxgpt sample runs/stdlib --interactive
 
 The defaults are the `sample.*` settings of the run's config; any of them is set with key=value.
 """
@@ -10,7 +11,13 @@ The defaults are the `sample.*` settings of the run's config; any of them is set
 import argparse
 
 from jaxgpt import config as configs
-from jaxgpt.config_files import find_run_config
+from jaxgpt.config_files import CHECKPOINTS, find_run_config
+from jaxgpt.suggestions import check_options, check_sample_arguments
+
+# The options, and whether they take a value; everything else is key=value.
+OPTIONS = dict.fromkeys(("-h", "--help", "--interactive"), False) | dict.fromkeys(
+    ("--prompt", "--file", "--out", "--checkpoint"), True
+)
 
 
 def main(argv: list[str], program: str) -> int:
@@ -35,18 +42,36 @@ def main(argv: list[str], program: str) -> int:
     parser.add_argument("settings", nargs="*", metavar="key=value", help="top_k=50, seed=7, ...")
     parser.add_argument("--prompt", action="append", help="text to continue; may be repeated")
     parser.add_argument("--file", help="a file with one prompt a line; - reads standard input")
+    parser.add_argument("--out", help="a file for the answers as JSON lines: ids, scores, labels")
+    parser.add_argument(
+        "--interactive", action="store_true", help="read prompts from the terminal until Ctrl-D"
+    )
     parser.add_argument("--checkpoint", default="best", help="best (the default) or latest")
+    check_options(argv, OPTIONS, list_keys())
     args, more = parser.parse_known_intermixed_args(argv)
     if args.help or not args.run:
         parser.print_help()
         print(f"\nsettings and their defaults:\n{configs.describe('sample')}")
         return 0 if args.help else 2
+    check_sample_arguments(args.settings, program, args.run)
     keys = [setting.removeprefix("--").removeprefix("sample.") for setting in args.settings + more]
     settings = [key if key.startswith("plugins=") else f"sample.{key}" for key in keys]
     find_run_config(args.run)
     configs.parse_assignments(settings)
+    configs.choose(dict.fromkeys(CHECKPOINTS), args.checkpoint, "--checkpoint")
+    if args.interactive and (args.prompt or args.file or args.out):
+        raise configs.ConfigError("--interactive reads prompts itself: leave out the other ones.")
 
-    from jaxgpt import console
+    from jaxgpt import console, interactive
 
-    console.sample_cli(args.run, args.checkpoint, args.prompt, args.file, settings)
+    if args.interactive:
+        interactive.run_cli(args.run, args.checkpoint, settings)
+    else:
+        console.sample_cli(args.run, args.checkpoint, args.prompt, args.file, settings, args.out)
     return 0
+
+
+def list_keys() -> list[str]:
+    """Return the settings of sampling, without their section."""
+    keys = configs.list_fields(configs.Config)
+    return [key.removeprefix("sample.") for key in keys if key.startswith("sample.")]

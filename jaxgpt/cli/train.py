@@ -15,10 +15,17 @@ elsewhere, three flags describe the processes:
 import argparse
 import os
 import sys
+import textwrap
 
 from jaxgpt import config as configs
-from jaxgpt.config_files import find_config
-from jaxgpt.plugins import import_plugins, parse_plugins
+from jaxgpt.config_files import find_config, list_configs
+from jaxgpt.plugins import import_plugins, parse_plugins, read_plugins
+from jaxgpt.suggestions import check_data_settings, check_options, check_train_arguments
+
+# The options, and whether they take a value; everything else is path=value.
+OPTIONS = {"-h": False, "--help": False} | dict.fromkeys(
+    ("--config", "--coordinator", "--processes", "--process", "--timeout"), True
+)
 
 
 def main(argv: list[str], program: str) -> int:
@@ -55,15 +62,21 @@ def main(argv: list[str], program: str) -> int:
     )
     parser.add_argument("--timeout", type=int, default=300, help="seconds to wait for the others")
     parser.add_argument("settings", nargs="*", metavar="path=value", help="model.width=512, ...")
+    check_options(argv, OPTIONS, configs.list_fields(configs.Config))
     args, more = parser.parse_known_intermixed_args(argv)
     settings = args.settings + more
     if args.help:
         import_plugins(parse_plugins(settings) or (), configs.list_tables())
         parser.print_help()
+        names = textwrap.fill(", ".join(list_configs()), 96)
+        print(f"\nconfigs:\n{textwrap.indent(names, '  ')}")
         print(f"\nsettings and their defaults:\n{configs.describe()}")
         return 0
-    find_config(args.config)
-    configs.parse_assignments(settings)
+    check_train_arguments(settings, program)
+    has_plugins = bool(read_plugins(find_config(args.config)) or parse_plugins(settings))
+    values = configs.parse_assignments(settings, check_names=not has_plugins)
+    if not has_plugins:
+        check_data_settings(values)
 
     from jaxgpt import hosts, trainer
     from jaxgpt.compile_cache import enable_compile_cache

@@ -21,6 +21,7 @@ from jaxgpt.data.paths import find_files
 from jaxgpt.data.units import RawDocuments, SourceUnit, count_units, make_file_unit, read_stamp
 from jaxgpt.optional import require
 from jaxgpt.settings import ConfigError
+from jaxgpt.suggestions import check_local
 from jaxgpt.text import encode_utf8
 
 CHUNK_BYTES = 1 << 20  # read at a time
@@ -48,6 +49,7 @@ def list_units(cfg: DataConfig) -> list[SourceUnit]:
         ConfigError: nothing matches, or nothing that matches can be read. Reading raises it too, if
             a file is corrupt.
     """
+    check_local(cfg.source, "data.source")
     return _group_files(_find_readable_files(cfg.source), cfg, _read_files)
 
 

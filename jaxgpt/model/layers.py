@@ -9,6 +9,7 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxgpt.backend import get_backend
 from jaxgpt.config import ModelConfig
@@ -136,3 +137,33 @@ class Linear(nn.Module):
         if self.site in self.cfg.bias_sites:
             y = y + declare_param(self, "b", out_letters, self.cfg.sizes, zeros).astype(y.dtype)
         return y
+
+
+def check_indices(indices, size: int, name: str):
+    """Raise ValueError for an index of a table that is outside of it, where its value is known.
+
+    JAX would read another row, or NaN, without a word. Under jit the values are not known, and
+    nothing is checked.
+
+    Args:
+        indices: integers of any shape.
+        size: rows of the table.
+        name: what they are, such as "token id".
+    """
+    if isinstance(indices, jax.core.Tracer) or not getattr(indices, "is_fully_addressable", True):
+        return
+    values = np.asarray(indices)
+    outside = values[(values < 0) | (values >= size)]
+    if outside.size:
+        raise ValueError(f"{name} {outside[0]} is outside of the model's table: 0 to {size - 1}.")
+
+
+def check_token_ids(jitted):
+    """Return a jitted function (cfg, params, tokens, ...) that checks its tokens before it runs."""
+
+    @functools.wraps(jitted)
+    def checked(cfg, params, tokens, *args, **kwargs):
+        check_indices(tokens, cfg.vocab, "token id")
+        return jitted(cfg, params, tokens, *args, **kwargs)
+
+    return checked

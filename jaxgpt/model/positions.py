@@ -23,7 +23,7 @@ from jax.tree_util import Partial
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.dims import declare_param
-from jaxgpt.model.layers import compute_once, glorot, normal
+from jaxgpt.model.layers import check_indices, compute_once, glorot, normal
 from jaxgpt.model.masks import Coords, relative_position
 
 # --- pure functions --------------------------------------------------------------------------
@@ -257,6 +257,7 @@ class Learned(PositionEncoding):
         self.table = declare_param(self, "table", "C>D", self.cfg.sizes, normal)
 
     def embed(self, x, positions):
+        check_indices(positions, self.table.shape[0], "position")
         return x + self.table[positions].astype(x.dtype)
 
 

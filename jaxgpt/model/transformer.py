@@ -26,7 +26,7 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.dims import declare_param, split
 from jaxgpt.model.block import REMAT_POLICIES, WIRINGS_WITHOUT_FINAL_NORM, Dropout, LayerGroup
 from jaxgpt.model.heads import HEADS, ClassifierHead, make_head
-from jaxgpt.model.layers import DTYPES, prevent_cse
+from jaxgpt.model.layers import DTYPES, check_indices, prevent_cse
 from jaxgpt.model.masks import Coords
 from jaxgpt.model.mixers import MIXERS
 from jaxgpt.model.mixers.attention import Attention
@@ -236,6 +236,9 @@ class Embedding(nn.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:  # [B T] -> [B T D]
         initial = nn.initializers.normal(self.std)
         table = declare_param(self, "table", self.letters, self.cfg.sizes, initial)
+        check_indices(
+            tokens, table.shape[0], "token id" if self.letters[0] == "V" else "token type"
+        )
         # All-gather the width before the lookup, else the partitioner replicates the lookup.
         table = constrain(table.astype(DTYPES[self.cfg.dtype]), f"{self.letters[0]}.")
         return constrain(table[tokens], "BTD")

@@ -1,0 +1,103 @@
+"""Measure a trained model on any text, as training measures it on held-out text.
+
+The same function computes the numbers (`trainer.evaluate`), on the same batches that a task makes
+of a stream, so that a run's own held-out text gives the loss that its last evaluation printed.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxgpt.config import Config
+from jaxgpt.data import Corpus, prepare, prepare_evaluation
+from jaxgpt.data.work import LogFn, print_line
+from jaxgpt.language_model import LanguageModel
+from jaxgpt.model import build
+from jaxgpt.settings import ConfigError
+from jaxgpt.sharding import use_mesh_of
+from jaxgpt.trainer.evaluate import evaluate
+from jaxgpt.trainer.report import format_confusion
+from jaxgpt.trainer.step import make_eval_step
+
+
+class Measurement(NamedTuple):
+    """What a model scores on a text.
+
+    Attributes:
+        text: the source, and which part of it.
+        values: the metrics; see `trainer.evaluate.evaluate`.
+        unit: what the loss is a mean over: "token" or "text".
+        labels: names of the classes of `values["confusion"]`, if it is there.
+    """
+
+    text: str
+    values: dict[str, Any]
+    unit: str
+    labels: tuple[str, ...] = ()
+
+
+def measure(model: LanguageModel, setting: str = "", log: LogFn = print_line) -> Measurement:
+    """Measure a model on a text that its config names.
+
+    Args:
+        model: `model.config` has the source, how it is read, and `train.batch`, the rows at a time;
+            its `train.eval_batches` bounds how much of the text is read, 0 for all of it.
+        setting: "source" (all of data.source), "test" (data.test), or "" for the text that the run
+            has held out of data.source, or data.validation.
+        log: receives progress lines of tokenizing.
+
+    Raises:
+        ConfigError: the source cannot be read, or has nothing to predict.
+    """
+    model.check_finite()
+    cfg = model.config
+    corpus = _prepare(model, setting, log)
+    task = cfg.objective.task(cfg, corpus)
+    lengths = model.tokenizer.lengths if cfg.objective.is_text else None
+    with use_mesh_of(model.params):
+        step = jax.jit(make_eval_step(cfg, build(cfg.model)))
+        values = evaluate(step, model.params, task.make_eval_batches(), lengths)
+    if math.isnan(values["loss"]):
+        raise ConfigError(
+            f"{_name_text(cfg, setting)} has {corpus.held_out.ids.size} tokens and nothing of them "
+            "is to be predicted: give more text."
+        )
+    text = f"{_name_text(cfg, setting)}: {corpus.held_out_bytes / 1e6:,.2f} MB"
+    return Measurement(text, values, cfg.objective.loss_unit, tuple(task.labels))
+
+
+def _prepare(model: LanguageModel, setting: str, log: LogFn) -> Corpus:
+    """Return the corpus whose held-out part is to be measured."""
+    cfg, is_paired = model.config, model.config.objective.task.IS_PAIRED
+    if setting:
+        return prepare_evaluation(
+            cfg.data, model.tokenizer, is_paired, model.labels, setting=setting, log=log
+        )
+    vocab = cfg.model.vocab - cfg.objective.task.count_mask_tokens(cfg)
+    return prepare(cfg.data, vocab, tokenizer=model.tokenizer, is_paired=is_paired, log=log)
+
+
+def _name_text(cfg: Config, setting: str) -> str:
+    if setting:
+        return f"data.{setting}={getattr(cfg.data, setting)}"
+    if cfg.data.validation:
+        return f"data.validation={cfg.data.validation}"
+    return f"the held-out part of data.source={cfg.data.source}"
+
+
+def format_measurement(found: Measurement) -> str:
+    """Format a measurement, a line for each metric."""
+    values = found.values
+    rows = {
+        "loss": f"{values['loss']:.4f} nats/{found.unit}",
+        "perplexity": f"{values['perplexity']:.2f}",
+        "bits per byte": f"{values['bits_per_byte']:.4f}" if "bits_per_byte" in values else "",
+        "accuracy": f"{values['accuracy']:.2%} of {values['tokens']:,} {found.unit}s",
+    }
+    own = values.keys() - {"loss", "perplexity", "bits_per_byte", "accuracy", "tokens", "confusion"}
+    rows |= {name: f"{values[name]:.4g}" for name in sorted(own)}
+    lines = [f"{name:14} {value}" for name, value in rows.items() if value]
+    if "confusion" in values:
+        lines += ["", format_confusion(values["confusion"], found.labels)]
+    return "\n".join(lines)
