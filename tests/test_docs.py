@@ -145,6 +145,15 @@ def check_sample(arguments: list[str]) -> Config:
     return override(Config(), settings)
 
 
+def check_evaluate(arguments: list[str]) -> Config:
+    _, (run, *settings) = parse_arguments("evaluate", arguments)
+    assert run.startswith("runs/")
+    return override(Config(), settings)
+
+
+CHECKS = {"train": check_train, "sample": check_sample, "evaluate": check_evaluate}
+
+
 def check_module(name: str, arguments: list[str]):
     """Check a module that is run: it is there and has the flags."""
     if not name.startswith("benchmarks."):
@@ -173,7 +182,7 @@ def check_command(words: list[str]):
     script, arguments = split_script(words)
     program = words[0] if words[0] == "." else pathlib.PurePath(words[0]).name
     if script:
-        {"train": check_train, "sample": check_sample}[script](arguments)
+        CHECKS[script](arguments)
     elif program in ("python", "python3") and words[1] == "-m":
         check_module(words[2], words[3:])
     elif program == "pip":
