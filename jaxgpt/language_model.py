@@ -24,7 +24,7 @@ from jaxgpt.generate import Generation, check_vocab
 from jaxgpt.hosts import fetch
 from jaxgpt.predict import DEFAULT_CANDIDATES, Classification, FilledMask
 from jaxgpt.score import BATCH_TOKENS, Embedding, Score
-from jaxgpt.settings import ConfigError
+from jaxgpt.settings import ConfigError, describe_unknown_key, list_fields
 from jaxgpt.sharding import use_mesh_of
 from jaxgpt.tokenizer import Tokenizer
 
@@ -37,7 +37,7 @@ ABILITIES: dict[str, tuple[str, ...]] = {
 }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LanguageModel:
     """A model: its config, its parameters and its tokenizer.
 
@@ -63,6 +63,10 @@ class LanguageModel:
 
     def __post_init__(self):
         check_vocab(self.config, self.tokenizer)
+
+    def __repr__(self) -> str:
+        size = sum(x.size for x in jax.tree.leaves(self.params))
+        return f"LanguageModel({self.config.name!r}, {size:,} parameters, step {self.step})"
 
     @functools.cached_property
     def decode_params(self) -> Any:
@@ -155,6 +159,9 @@ class LanguageModel:
         samples = [sample] * rows if isinstance(sample, SampleConfig) else list(sample)
         if len(samples) != rows:
             raise ConfigError(f"sample has {len(samples)} sets of rules for {rows} prompts.")
+        known = list_fields(SampleConfig)
+        for key in settings.keys() - known.keys():
+            raise ConfigError(describe_unknown_key(key, known))
         return [dataclasses.replace(each, **settings) for each in samples]
 
     def _check(self, ability: str, texts):
@@ -166,6 +173,9 @@ class LanguageModel:
             )
         if isinstance(texts, str):
             raise ConfigError(f"expected a list of texts, got one text: use [{texts[:40]!r}].")
+        for text in texts:
+            if not isinstance(text, str):
+                raise ConfigError(f"expected a list of texts, got {text!r:.60} in it.")
         self.check_finite()
 
     def check_finite(self):

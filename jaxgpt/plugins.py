@@ -93,15 +93,17 @@ def import_recorded_plugins(names: Iterable[str], tables: Sequence[str], run_fol
     Raises:
         ConfigError: as for `import_plugins`; or a plugin is a file, or inside the run folder.
     """
+    names = list(names)
+    files = [name for name in names if _is_file(name) and _get_module_name(name) not in _loaded]
+    if files:
+        raise ConfigError(
+            f"{run_folder} was trained with {', '.join(files)}, and a run folder does not decide "
+            f"which files are run: if you trust them, add plugins={','.join(names)}"
+        )
     for name in names:
         if _get_module_name(name) in _loaded:
             continue
         remedy = f"if you trust it, give its path: plugins=PATH/{_get_module_name(name)}.py"
-        if _is_file(name):
-            raise ConfigError(
-                f"{run_folder} was trained with the plugin {name}, a file, and a run folder does "
-                f"not decide which files are run: {remedy}"
-            )
         root = os.path.realpath(run_folder)
         found = [os.path.realpath(place) for place in _find_module(name)]
         if any(os.path.commonpath([root, place]) == root for place in found):

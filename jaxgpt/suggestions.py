@@ -3,6 +3,7 @@
 Nothing heavy is imported, so that a typo is answered at once.
 """
 
+import argparse
 import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,14 +13,16 @@ from jaxgpt.config_files import list_configs
 from jaxgpt.settings import ConfigError, find_nearest
 
 
-def check_options(argv: Sequence[str], options: Mapping[str, bool], keys: Iterable[str]):
+def check_options(argv: Sequence[str], parser: argparse.ArgumentParser, keys: Iterable[str]):
     """Raise ConfigError for a setting that is written as an option: `--model.width 512`.
 
     Args:
         argv: the arguments of a command.
-        options: the options of the command, and whether each takes a value.
+        parser: the options of the command; everything else is path=value.
         keys: the settings that it takes.
     """
+    options = {name: action.nargs != 0 for action in parser._actions
+               for name in action.option_strings}  # fmt: skip
     keys, rest = list(keys), iter(range(len(argv)))
     for index in rest:
         arg = argv[index]

@@ -1,5 +1,6 @@
 """The command `jaxgpt`: its subcommands, and what it prints without importing jax."""
 
+import argparse
 import ast
 import importlib
 import pathlib
@@ -12,6 +13,8 @@ from tiny_runs import single_device_env
 import jaxgpt
 from jaxgpt import cli, script, settings
 from jaxgpt.config import Config
+from jaxgpt.settings import ConfigError
+from jaxgpt.suggestions import check_options
 
 ROOT = pathlib.Path(__file__).parent.parent
 FOLDER = ROOT / "jaxgpt" / "cli"
@@ -167,3 +170,14 @@ def test_lazy_names_are_visible_to_type_checkers():
 def test_an_undefined_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         jaxgpt.nothing  # noqa: B018
+
+
+def test_the_options_of_the_parser_are_known():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--flag", action="store_true")
+    parser.add_argument("--name")
+    check_options(["--flag", "--name", "--x", "a=1"], parser, ["x"])
+    with pytest.raises(ConfigError, match=r"there is no option --flug\. Did you mean --flag"):
+        check_options(["--flug"], parser, ["x"])
+    with pytest.raises(ConfigError, match="written without dashes, as x=1"):
+        check_options(["--flag", "--x", "1"], parser, ["x"])

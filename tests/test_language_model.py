@@ -246,3 +246,12 @@ def test_a_classifier_reads_the_beginning_of_a_long_text_as_in_training():
     found = model.classify([text, "x"])[0].probabilities
     assert [found[label] for label in "xyz"] == pytest.approx(probabilities.tolist(), abs=1e-6)
     assert g.find_cut_texts(model.config, TOKENIZER, ["x", text, "y" * (T - 2)]) == [1]
+
+
+def test_wrong_arguments_are_named():
+    model = make_model()
+    with pytest.raises(ConfigError, match=r"there is no setting 'temp'.*temperature"):
+        model.generate(["a"], temp=0.5)
+    with pytest.raises(ConfigError, match="expected a list of texts, got 5"):
+        model.score([5])
+    assert repr(model).startswith("LanguageModel('")

@@ -73,7 +73,9 @@ def test_an_example_trains_and_is_loaded_from_outside_of_the_package(name, tmp_p
     assert "eval" in kinds
     assert read_config(cfg.run_folder) == cfg  # which resuming compares
     forget_plugins()
-    with pytest.raises(ConfigError, match=rf"the plugin \S*{name}\.py.*plugins=PATH/{name}.py"):
+    with pytest.raises(
+        ConfigError, match=rf"trained with \S*{name}\.py.*add plugins=\S*{name}\.py"
+    ):
         sample_cli(cfg.run_folder, "best", ["the"], None, ["sample.tokens=3"])
     sample_cli(cfg.run_folder, "best", ["the"], None, ["sample.tokens=3", plugin])
     assert capsys.readouterr().out.startswith("the")
@@ -99,7 +101,7 @@ def test_all_examples_together_on_the_command_line(tmp_path):
     folder = str(tmp_path / "runs" / "mine")
     refused = run("sample.py", folder)
     assert refused.returncode == 2
-    assert "plugins=PATH/kerple.py" in refused.stderr
+    assert f"plugins={names}" in refused.stderr
     assert len(refused.stderr.splitlines()) == 1
     sampled = run("sample.py", folder, f"plugins={names}", "--prompt", "the square")
     assert sampled.returncode == 0, sampled.stderr

@@ -16,8 +16,6 @@ from jaxgpt.config_files import CHECKPOINTS, find_run_config
 from jaxgpt.script import print_text
 from jaxgpt.suggestions import check_data_settings, check_options
 
-OPTIONS = dict.fromkeys(("-h", "--help", "--json"), False) | {"--checkpoint": True}
-
 
 def main(argv: list[str], program: str) -> int:
     """Print the metrics of the model of a run on a text.
@@ -41,7 +39,7 @@ def main(argv: list[str], program: str) -> int:
     parser.add_argument("settings", nargs="*", metavar="path=value", help="data.source=..., ...")
     parser.add_argument("--checkpoint", default="best", help="best (the default) or latest")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    check_options(argv, OPTIONS, list_keys())
+    check_options(argv, parser, list_keys())
     args, more = parser.parse_known_intermixed_args(argv)
     if args.help or not args.run:
         parser.print_help()

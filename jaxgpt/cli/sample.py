@@ -14,11 +14,6 @@ from jaxgpt import config as configs
 from jaxgpt.config_files import CHECKPOINTS, find_run_config
 from jaxgpt.suggestions import check_options, check_sample_arguments
 
-# The options, and whether they take a value; everything else is key=value.
-OPTIONS = dict.fromkeys(("-h", "--help", "--interactive"), False) | dict.fromkeys(
-    ("--prompt", "--file", "--out", "--checkpoint"), True
-)
-
 
 def main(argv: list[str], program: str) -> int:
     """Print what the model of a run generates.
@@ -47,7 +42,7 @@ def main(argv: list[str], program: str) -> int:
         "--interactive", action="store_true", help="read prompts from the terminal until Ctrl-D"
     )
     parser.add_argument("--checkpoint", default="best", help="best (the default) or latest")
-    check_options(argv, OPTIONS, list_keys())
+    check_options(argv, parser, list_keys())
     args, more = parser.parse_known_intermixed_args(argv)
     if args.help or not args.run:
         parser.print_help()

@@ -22,11 +22,6 @@ from jaxgpt.config_files import find_config, list_configs
 from jaxgpt.plugins import import_plugins, parse_plugins, read_plugins
 from jaxgpt.suggestions import check_data_settings, check_options, check_train_arguments
 
-# The options, and whether they take a value; everything else is path=value.
-OPTIONS = {"-h": False, "--help": False} | dict.fromkeys(
-    ("--config", "--coordinator", "--processes", "--process", "--timeout"), True
-)
-
 
 def main(argv: list[str], program: str) -> int:
     """Train the model that the arguments configure.
@@ -62,7 +57,7 @@ def main(argv: list[str], program: str) -> int:
     )
     parser.add_argument("--timeout", type=int, default=300, help="seconds to wait for the others")
     parser.add_argument("settings", nargs="*", metavar="path=value", help="model.width=512, ...")
-    check_options(argv, OPTIONS, configs.list_fields(configs.Config))
+    check_options(argv, parser, configs.list_fields(configs.Config))
     args, more = parser.parse_known_intermixed_args(argv)
     settings = args.settings + more
     if args.help:

@@ -19,6 +19,7 @@ from jaxgpt.config import Config
 from jaxgpt.console import format_sample
 from jaxgpt.data import prefetch_batches
 from jaxgpt.language_model import LanguageModel
+from jaxgpt.settings import ConfigError
 from jaxgpt.trainer.checkpoint import Progress, RunError, describe_last_step
 from jaxgpt.trainer.evaluate import evaluate
 from jaxgpt.trainer.hooks import Hook
@@ -49,6 +50,9 @@ def train(cfg: Config, *, hooks: Sequence[Hook] = (), is_quiet: bool = False) ->
             a run with other settings or data.
         DivergedError: the loss became infinite or NaN.
     """
+    for hook in hooks if isinstance(hooks, Sequence) else [hooks]:
+        if not isinstance(hook, Hook):
+            raise ConfigError(f"hooks has {hook!r}, which is not an instance of a Hook's class.")
     run = open_run(cfg, hooks, is_quiet or hosts.process_index() > 0)
     with closing(run):
         if run.is_complete:

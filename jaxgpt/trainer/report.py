@@ -187,7 +187,7 @@ def format_summary(cfg: Config, progress: Progress, signal_name: str) -> str:
 
 def format_next_commands(cfg: Config) -> str:
     """Format three commands to go on with after training."""
-    folder = shlex.quote(cfg.run_folder)
+    folder = shlex.quote(cfg.run_folder) + _format_plugins(cfg)
     text = shlex.quote(cfg.sample.prompt or "Once")
     more = f"--prompt {text}" + (" temperature=0.5 top_p=0.95" if cfg.objective.is_text else "")
     return "\n".join([
@@ -209,4 +209,9 @@ def _format_reason(progress: Progress) -> str:
 
 
 def _format_sample_hint(cfg: Config) -> str:
-    return f" Sample from it:\n  jaxgpt sample {shlex.quote(cfg.run_folder)}"
+    return f" Sample from it:\n  jaxgpt sample {shlex.quote(cfg.run_folder)}{_format_plugins(cfg)}"
+
+
+def _format_plugins(cfg: Config) -> str:
+    """Return the argument that imports the plugins of a run again."""
+    return f" plugins={shlex.quote(','.join(cfg.plugins))}" if cfg.plugins else ""

@@ -218,3 +218,8 @@ def test_an_own_metric_does_not_change_training(own_objective):
 def test_a_metric_with_a_taken_name_or_of_another_shape_is_rejected(name, shape):
     with pytest.raises(ValueError, match=f"the metric '{name}' of shape"):
         compute_own_means({"weight": jnp.ones(()), name: jnp.ones(shape)}, 1.0)
+
+
+def test_what_is_no_hook_is_refused(folder):
+    with pytest.raises(ConfigError, match="not an instance of a Hook's class"):
+        train(run_config(folder, "name=wrong"), hooks=[Hook], is_quiet=True)
