@@ -14,7 +14,7 @@ def by_row(q, k, v, q_coords, k_coords, score_mod):
         q, k, v, q_coords, k_coords = jax.tree.map(lambda x: x[None], arrays)
         q = score_mod.scale_queries(q)
         logits = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(score_mod(logits, q_coords, k_coords), axis=-1)
+        weights = score_mod.compute_weights(score_mod(logits, q_coords, k_coords))
         return jnp.einsum("bhts,bshk->bthk", weights.astype(v.dtype), v)[0]
 
     return jax.lax.map(attend_row, (q, k, v, q_coords, k_coords))
