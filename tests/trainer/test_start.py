@@ -39,6 +39,7 @@ def train_scripted(cfg, losses=(), **options):
         patch.setattr(run_module, "peak_flops", lambda devices: (1e12, "a guess"))
         if losses:
             patch.setattr(loop, "evaluate", lambda *args: evaluate(*args) | {"loss": next(script)})
+            patch.setattr(loop, "show_untrained", lambda run: None)  # has no scripted loss
         return train(cfg, is_quiet=True, **options)
 
 
