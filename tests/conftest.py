@@ -1,5 +1,6 @@
 """Common setup of the tests. They run on the CPU as eight devices, on every machine."""
 
+import gc
 import os
 import signal
 from importlib.metadata import version
@@ -20,6 +21,18 @@ import pytest
 # A shell that starts this in the background ignores SIGINT; tests of Ctrl-C need the handler.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def free_compiled_programs():
+    """Free the programs that the tests of a file have compiled.
+
+    Each has memory maps of its own. Linux allows a process 65,530 of them; beyond that, the
+    compiler dies by a segmentation fault.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

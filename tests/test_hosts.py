@@ -437,7 +437,9 @@ def test_a_run_of_two_processes_prints_and_writes_once(two_process_run):
     # Gloo's threads print too, at times on one line.
     assert re.sub(r"\[Gloo\] Rank \d+ is connected .*?is : \d+", "", quiet_out).split() == []
     kinds = [(kind, step) for kind, step, *_ in read_records(cfg)]
-    assert sorted(kinds) == [("eval", n) for n in (4, 8, 10)] + [("train", n) for n in range(1, 11)]
+    assert sorted(kinds) == [("eval", n) for n in (0, 4, 8, 10)] + [
+        ("train", n) for n in range(1, 11)
+    ]
     assert sorted(os.listdir(cfg.run_folder)) == [
         "best", "checkpoints", "config.json", "metrics.jsonl", "plots", "samples", "tensorboard",
         "tokenizer.json",

@@ -250,9 +250,9 @@ def test_scores_do_not_depend_on_the_batch(monkeypatch):
     small = MODEL.score(TEXTS, batch_tokens=64)
     record = dataclasses.replace(s.get_backend(), max_chunk_scores=270 * 64)  # 32 chunks
     monkeypatch.setattr(s, "get_backend", lambda: record)
-    s.score_batch.clear_cache()
+    s.score_batch.__wrapped__.clear_cache()
     chunked = MODEL.score(TEXTS)
-    s.score_batch.clear_cache()
+    s.score_batch.__wrapped__.clear_cache()
     for a, b, c in zip(single, small, chunked, strict=True):
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
         np.testing.assert_allclose(a.logprobs, c.logprobs, atol=1e-5)
@@ -262,7 +262,7 @@ def test_the_logits_of_a_batch_are_never_in_memory_at_once():
     cfg = tiny(vocab=2**15, context=64)
     params, _ = abstract_params(cfg)
     rows, row = jax.ShapeDtypeStruct((32, 64), jnp.int32), jax.ShapeDtypeStruct((32,), jnp.int32)
-    text = s.score_batch.lower(cfg, params, rows, rows, row, row).as_text()
+    text = s.score_batch.__wrapped__.lower(cfg, params, rows, rows, row, row).as_text()
     assert "tensor<32x4x32768xf32>" in text  # 2**22 of the 2**26 logits
     assert "x64x32768xf32>" not in text
 

@@ -76,7 +76,7 @@ def test_an_objective_is_learned(trained, name):
     records = read_metrics(cfg.run_folder)
     held = [r["loss"] for r in records if r["kind"] == "eval"]
     first = next(r["nats"] for r in records if r["kind"] == "train")
-    assert len(held) == 3
+    assert len(held) == 4  # one of the untrained model
     # Starts near the logarithm of the vocabulary, or of two classes.
     assert held[-1] < 0.75 * first
 
@@ -148,7 +148,7 @@ def test_a_prompt_without_a_mask_is_rejected(trained):
         predict_answers(trained("masked"), ["nothing hidden"])
 
 
-@pytest.mark.parametrize("name", ["masked", "classify", "span"])
+@pytest.mark.parametrize("name", ["masked", "span"])
 def test_a_prompt_longer_than_the_context_is_rejected(trained, name):
     with pytest.raises(ConfigError, match=r"prompt has \d+ tokens.*model.context=16"):
         predict_answers(trained(name), ["<mask>" + "a long question " * 3])
@@ -184,8 +184,8 @@ def test_an_invalid_prompt_is_rejected_before_training(folder):
 
 @pytest.mark.parametrize(
     ("name", "prompt", "expected"),
-    [("classify", "3 cat 9", "animal"), ("pairs", "3 cat 9", "3 cat 9\nanimal"),
-     ("masked", "the <mask>at", "<mask>  '")],
+    [("classify", "3 cat 9", "3 cat 9\nanimal"), ("pairs", "3 cat 9", "3 cat 9\nanimal"),
+     ("masked", "the <mask>at", "the <mask>at\n<mask>  '")],
 )  # fmt: skip
 def test_sample_py_prints_the_output_of_the_objective(trained, name, prompt, expected):
     command = [sys.executable, "sample.py", trained(name).run_folder, "--prompt", prompt,
