@@ -227,6 +227,11 @@ class ModelConfig(Section):
         )
 
     @property
+    def has_dropout(self) -> bool:
+        """Whether a training step needs a random key for dropout of any kind."""
+        return bool(self.dropout or self.attention_dropout)
+
+    @property
     def has_experts(self) -> bool:
         """Whether the feed-forward of a layer is a mixture of experts."""
         return any(spec.feedforward.startswith("moe") for spec in self.layer_cycle)

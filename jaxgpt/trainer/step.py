@@ -113,7 +113,7 @@ def make_train_step(
     selection = select_letters(abstract_params(cfg.model)[1], trained) if trained else None
 
     def train_step(state: TrainState, batch: Batch):
-        rng = jax.random.fold_in(state.rng, state.step) if cfg.model.dropout else None
+        rng = jax.random.fold_in(state.rng, state.step) if cfg.model.has_dropout else None
         microbatch_count = cfg.train.accumulate or choose_microbatch_count(
             cfg, state.params, *batch.tokens.shape
         )
