@@ -200,7 +200,7 @@ def make_decode(case: Case, rows: int) -> Contestant:
     """Reads prompts and continues them, without text."""
     cfg = make_config(case).model
     params, _ = init_params(cfg, jax.random.key(0))
-    apart = unstack_layers(params)
+    decode_params = unstack_layers(params)
     rules = SamplingParams.from_configs([SampleConfig(temperature=0)], np.ones(case.V, bool))
     tokens = np.random.default_rng(0).integers(0, case.V, (rows, case.prompt), np.int32)
     lengths, drawn = np.full(rows, case.prompt, np.int32), np.zeros(rows, np.int32)
@@ -211,7 +211,9 @@ def make_decode(case: Case, rows: int) -> Contestant:
         state = generate.prefill(cfg, params, tokens, lengths, drawn, slots)
         out = []
         for _ in range(case.new // generate.CHUNK_TOKENS):
-            new, _, state = generate.decode(cfg, apart, rules, keys, state, generate.CHUNK_TOKENS)
+            new, _, state = generate.decode(
+                cfg, decode_params, rules, keys, state, generate.CHUNK_TOKENS
+            )
             out.append(new)
         return out
 

@@ -212,9 +212,20 @@ def _read_progress(folder: str) -> dict[str, Any]:
 
 def read_params(folder: str, abstract) -> Any:
     """Read the parameters of one checkpoint, with the shapes and shardings of `abstract`."""
-    with ocp.StandardCheckpointer() as reader, describe_read_errors(folder):
+    _read_saved_shapes(folder, abstract)
+    return _restore_params(folder, abstract)
+
+
+def _read_saved_shapes(folder: str, expected) -> Any:
+    """Read the names and shapes of the parameters of a checkpoint; they must be `expected`."""
+    with describe_read_errors(folder):
         saved = read_shapes(os.path.join(folder, "params"))
-        check_shapes(folder, {"params": saved}, params=abstract)
+        check_shapes(folder, {"params": saved}, params=expected)
+    return saved
+
+
+def _restore_params(folder: str, abstract) -> Any:
+    with ocp.StandardCheckpointer() as reader, describe_read_errors(folder):
         return reader.restore(os.path.join(folder, "params"), abstract)
 
 
@@ -229,13 +240,11 @@ def _load_params(
         if mesh is None
         else make_shardings(shapes, letters, mesh)
     )
-    with describe_read_errors(folder):
-        saved = read_shapes(os.path.join(folder, "params"))
-        check_shapes(folder, {"params": saved}, params=shapes)
+    saved = _read_saved_shapes(folder, shapes)
     abstract = jax.tree.map(
         lambda x, old, sharding: jax.ShapeDtypeStruct(
             x.shape, DTYPES[dtype] if dtype else old.dtype, sharding=sharding
         ),
         shapes, saved, shardings,
     )  # fmt: skip
-    return read_params(folder, abstract)
+    return _restore_params(folder, abstract)

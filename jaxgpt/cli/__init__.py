@@ -9,6 +9,7 @@ messages. A module is imported only when its subcommand is run. Its imports at t
 light: jax, and what imports jax, is imported inside `main`, after all checks that do not need it.
 """
 
+import argparse
 import importlib
 import sys
 from functools import partial
@@ -46,6 +47,20 @@ def run_command(name: str, argv: list[str], program: str) -> NoReturn:
         return importlib.import_module(f"jaxgpt.cli.{name}").main(argv, program)
 
     script.run(command, program)
+
+
+def make_parser(program: str, description: str | None) -> argparse.ArgumentParser:
+    """Return the parser of a subcommand, whose --help it shows itself, with the settings."""
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+    )
+    parser.add_argument(
+        "-h", "--help", action="store_true", help="show this text and every setting"
+    )
+    return parser
 
 
 def _run_option(name: str) -> int:

@@ -8,10 +8,10 @@ The numbers are computed as those of the evaluations during training. The settin
 ones of the run's config, train.batch and train.eval_batches; any of them is set with path=value.
 """
 
-import argparse
 import json
 
 from jaxgpt import config as configs
+from jaxgpt.cli import make_parser
 from jaxgpt.config_files import CHECKPOINTS, find_run_config
 from jaxgpt.script import print_text
 from jaxgpt.suggestions import check_data_settings, check_options
@@ -26,15 +26,7 @@ def main(argv: list[str], program: str) -> int:
     Raises:
         ConfigError: the folder is not a run, a setting is invalid, or the text cannot be read.
     """
-    parser = argparse.ArgumentParser(
-        prog=program,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
-    )
-    parser.add_argument(
-        "-h", "--help", action="store_true", help="show this text and every setting"
-    )
+    parser = make_parser(program, __doc__)
     parser.add_argument("run", nargs="?", help="a run folder of `jaxgpt train`")
     parser.add_argument("settings", nargs="*", metavar="path=value", help="data.source=..., ...")
     parser.add_argument("--checkpoint", default="best", help="best (the default) or latest")

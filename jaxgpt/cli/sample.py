@@ -8,9 +8,8 @@
 The defaults are the `sample.*` settings of the run's config; any of them is set with key=value.
 """
 
-import argparse
-
 from jaxgpt import config as configs
+from jaxgpt.cli import make_parser
 from jaxgpt.config_files import CHECKPOINTS, find_run_config
 from jaxgpt.suggestions import check_options, check_sample_arguments
 
@@ -24,15 +23,7 @@ def main(argv: list[str], program: str) -> int:
     Raises:
         ConfigError: the folder is not a run, or a setting is invalid.
     """
-    parser = argparse.ArgumentParser(
-        prog=program,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
-    )
-    parser.add_argument(
-        "-h", "--help", action="store_true", help="show this text and every setting"
-    )
+    parser = make_parser(program, __doc__)
     parser.add_argument("run", nargs="?", help="a run folder of `jaxgpt train`")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="top_k=50, seed=7, ...")
     parser.add_argument("--prompt", action="append", help="text to continue; may be repeated")

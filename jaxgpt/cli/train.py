@@ -12,12 +12,12 @@ elsewhere, three flags describe the processes:
     jaxgpt train --coordinator 10.0.0.1:1234 --processes 2 --process 0    (1 on the other)
 """
 
-import argparse
 import os
 import sys
 import textwrap
 
 from jaxgpt import config as configs
+from jaxgpt.cli import make_parser
 from jaxgpt.config_files import find_config, list_configs
 from jaxgpt.plugins import import_plugins, parse_plugins, read_plugins
 from jaxgpt.suggestions import check_data_settings, check_options, check_train_arguments
@@ -32,15 +32,7 @@ def main(argv: list[str], program: str) -> int:
     Raises:
         ConfigError: there is no such config, or a setting is invalid.
     """
-    parser = argparse.ArgumentParser(
-        prog=program,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
-    )
-    parser.add_argument(
-        "-h", "--help", action="store_true", help="show this text and every setting"
-    )
+    parser = make_parser(program, __doc__)
     parser.add_argument(
         "--config",
         default="stdlib",
