@@ -99,7 +99,7 @@ class DataConfig(Section):
     tokenizer: str = option(
         "train",
         "train (a byte-level BPE of model.vocab entries), bytes (no merges), or the path of a "
-        "tokenizer.json or of a folder with encoder.json and vocab.bpe",
+        "tokenizer.json or tokenizer.model, or of a folder with the files of a tokenizer",
     )
     target_key: str = option(
         "", "field that holds the target (a translation, a class) where texts come in pairs"

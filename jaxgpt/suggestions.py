@@ -76,8 +76,8 @@ def check_data_settings(values: Mapping[str, Any]):
     if is_plain and not os.path.exists(name):
         raise ConfigError(
             f"data.tokenizer={name!r} is no file or folder here, and nothing is downloaded. Give "
-            "the path of a tokenizer.json, as on a model's page on huggingface.co, or of a folder "
-            "with GPT-2's encoder.json and vocab.bpe; or 'train', or 'bytes'."
+            "the path of a tokenizer.json or tokenizer.model, as on a model's page on "
+            "huggingface.co, or of a folder with one; or 'train', or 'bytes'."
         )
 
 

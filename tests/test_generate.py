@@ -257,7 +257,7 @@ class MergedTokens:
 @pytest.mark.parametrize(("stops", "kept_text"), [((", ",), "da"), (("c", "b"), "da, ")], ids=str)
 def test_the_first_of_several_stop_strings_in_a_token_ends_the_text(stops, kept_text):
     row = g.Row(SampleConfig(stop=stops), [], [0], MergedTokens())
-    assert row.push(6, eos=1) + row.push(5, eos=1) == kept_text
+    assert row.push(6, eos=(1,)) + row.push(5, eos=(1,)) == kept_text
     assert row.ending == "stop"
 
 
