@@ -88,7 +88,7 @@ def make_row_keys(samples: Sequence[SampleConfig]) -> jax.Array:
 
 
 def sampleable_tokens(tokenizer: Tokenizer, vocab: int, masks: int = 0) -> np.ndarray:
-    """Return which tokens may be sampled, bool [V]: those that represent text, and those that end it.
+    """Return which tokens may be sampled, bool [V]: those that represent text or end it.
 
     The others are pad, unk and bos, and the rows of an embedding table larger than the tokenizer,
     except for the last `masks` of them: the sentinels that a span-corruption model generates.

@@ -168,9 +168,9 @@ def score(
 ) -> list[Score]:
     """Score every token of texts, or of the continuations of prompts.
 
-    A text begins as every document does in training: after bos, if the tokenizer adds it, or else
-    a text without a prompt does, since its first token needs one before it. A prompt and its continuation are
-    tokenized separately, as they are when the continuation is generated.
+    A text begins as every document does in training, after bos; if the tokenizer adds none, only a
+    text without a prompt does, since its first token needs one before it. A prompt and its
+    continuation are tokenized separately, as they are when the continuation is generated.
 
     Args:
         config, params: the model.

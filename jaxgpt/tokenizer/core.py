@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -41,7 +42,7 @@ PLACES = ("start", "section", "inside")
 
 _PIECES_PER_CALL = 512  # of the library, whose results take about 100 bytes per token
 _BYTES_PER_CALL = 1 << 20  # of text, at least one piece: at most so many tokens
-_PROBE = "A  b\r\n\t c'd 1234 é e\u0301 ﬁ 北京 \U0001f642 <eos>  ".encode()
+_PROBE = "A  b\r\n\t c'd 1234 é e\u0301 ﬁ ▁ 北京 \U0001f642 <eos>  ".encode()
 
 
 class Tokenizer:
@@ -266,6 +267,42 @@ class Tokenizer:
             return self.encode_batch([text])[0]
         return np.concatenate([ids for _, ids in self._encode_parts([text], place)])
 
+    def encode_with_offsets(
+        self, text: str, place: str = "start"
+    ) -> tuple[np.ndarray, list[tuple[int, int]]]:
+        """Return the ids of a text, int32 [N], and the characters that each token stands for."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            text = encode_utf8(text).decode("utf-8", "replace")  # lone surrogates
+        if type(self).encode_batch is not Tokenizer.encode_batch:
+            ids = self.encode(text)
+            return ids, [(0, len(text))] * len(ids)
+        with library.catch_library_errors(self._name):
+            found = self._libraries[place].encode(text, add_special_tokens=False)
+        return np.array(found.ids, np.int32), found.offsets
+
+    @functools.cached_property
+    def special_pattern(self) -> re.Pattern[str] | None:
+        """Return the pattern of the special tokens, with the whitespace that some take."""
+        rows = {row["content"]: row for row in json.loads(self.content).get("added_tokens", ())}
+        longest = sorted(filter(None, self.special_ids), key=len, reverse=True)
+        words = [
+            (r"\s*" if rows.get(token, {}).get("lstrip") else "")
+            + re.escape(token)
+            + (r"\s*" if rows.get(token, {}).get("rstrip") else "")
+            for token in longest
+        ]
+        return re.compile("|".join(words)) if words else None
+
+    def list_template_tokens(self) -> dict[str, str]:
+        """Return the special tokens by their role, as chat templates name them: bos_token, ..."""
+        stated = {key: read_token_setting(value) for key, value in self.settings.items()}
+        by_id = {index: token for token, index in self.special_ids.items()}
+        roles = {"bos_token": self.bos, "eos_token": self.eos}
+        found = {key: by_id.get(index, "") for key, index in roles.items() if key not in stated}
+        return found | {key: token for key, token in stated.items() if token}
+
     def encode_batch(self, documents: Sequence[str | bytes]) -> list[np.ndarray]:
         """Return the ids of many texts, computed on all cores.
 
@@ -369,12 +406,28 @@ class Tokenizer:
         add_generation_prompt: bool = False,
         template: str | None = None,
     ) -> np.ndarray:
-        """Return the ids of a conversation, as `chat.encode_chat` does; see there."""
+        """Return the ids of a conversation, int32 [N]; see `chat.encode_chat`.
+
+        Special tokens that a message spells are text, and no bos is added to what the template
+        writes.
+
+        Args:
+            messages: dicts with `role` and `content`.
+            tools: JSON schemas of functions that the model may call.
+            add_generation_prompt: end with the beginning of the assistant's turn.
+            template: Jinja source or the name of a built-in template; None: the tokenizer's own.
+
+        Raises:
+            ConfigError: there is no template, it is invalid, or it refuses the conversation.
+        """
         return chat.encode_chat(self, messages, tools, add_generation_prompt, template).ids
 
     def with_chat_template(self, template: str | Mapping[str, str]) -> "Tokenizer":
         """Return the tokenizer with another chat template: Jinja source, or the name of one."""
-        found = chat.find_template(template) if isinstance(template, str) else template
+        found = template
+        if isinstance(template, str):
+            chat.check_template(template, self.special_ids, self._name)
+            found = chat.find_template(template)
         return type(self)(self.content, self._name, self._given_ends, found, self.settings)
 
     def save(self, path: str | os.PathLike) -> None:
