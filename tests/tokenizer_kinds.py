@@ -1,4 +1,4 @@
-"""Small tokenizers of every kind, trained with the `tokenizers` library, and hard texts for them."""
+"""Small tokenizers of every kind, trained with the `tokenizers` library, and hard texts."""
 
 import base64
 import functools
@@ -21,9 +21,8 @@ from tokenizers import (
 
 from jaxgpt.tokenizer.convert import QWEN2_PATTERN
 
-TEXTS = [*pydoc_data.topics.topics.values()][:40] + [
-    "日本語 テキスト 北京 🙂 café naïve Ünïcode ½ ﬁ 한국어 привет"
-] * 9
+FOREIGN = "日本語 テキスト 北京 🙂 café naïve Ünïcode ½ ﬁ 한국어 привет"
+TEXTS = [*[*pydoc_data.topics.topics.values()][:40], *[FOREIGN] * 9]
 SPECIALS = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 LLAMA3_PATTERN = QWEN2_PATTERN.replace(r"|\p{N}| ?", r"|\p{N}{1,3}| ?")
 
@@ -38,7 +37,7 @@ def make_text(rng: random.Random, pieces=tuple(PIECES)) -> str:
 
 def make_texts(count: int, seed: int = 0, specials: bool = True) -> list[str]:
     rng = random.Random(seed)
-    pieces = tuple(PIECES + (SPECIALS + ["[CLS]", "[SEP]"] if specials else []))
+    pieces = tuple(PIECES + ([*SPECIALS, "[CLS]", "[SEP]"] if specials else []))
     return [make_text(rng, pieces) for _ in range(count)]
 
 

@@ -493,9 +493,12 @@ def measure_compression(tokenizer: Tokenizer, documents: Iterable[str | bytes]) 
 
 def _read_templates(template: Any, name: str) -> dict[str, str]:
     """Return chat templates by name: of one source, of a table, or of a list as in files."""
-    if isinstance(template, list):
-        template = {one["name"]: one["template"] for one in template if isinstance(one, dict)}
-    found = {"default": template} if isinstance(template, str) else dict(template or {})
+    try:
+        if isinstance(template, list):
+            template = {one["name"]: one["template"] for one in template}
+        found = {"default": template} if isinstance(template, str) else dict(template or {})
+    except (TypeError, ValueError, KeyError) as error:
+        raise make_error(name, f"its chat_template is {template!r:.80}") from error
     if not all(isinstance(text, str) for text in (*found, *found.values())):
         raise make_error(name, "its chat_template is not a text")
     return {key: text for key, text in found.items() if text}
