@@ -71,13 +71,13 @@ def try_file(path: pathlib.Path, content: bytes) -> str:
             stream = StreamDecoder(tokenizer)
             parts = [stream.push(index) for index in ids] + [stream.flush()]
             assert "".join(parts) == tokenizer.decode(ids)
+        message = ""
     except ConfigError as error:
-        assert str(path) in str(error), f"without the file: {error}"
-        return str(error)
-    finally:
-        path.unlink()
-        assert time.monotonic() - start < MAX_SECONDS
-    return ""
+        message = str(error)
+    path.unlink()
+    assert not message or str(path) in message, f"without the file: {message}"
+    assert time.monotonic() - start < MAX_SECONDS
+    return message
 
 
 def main():

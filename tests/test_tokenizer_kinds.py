@@ -1,5 +1,6 @@
 """Every kind of tokenizer against the `tokenizers` library, SentencePiece and transformers."""
 
+import doctest
 import functools
 import json
 import random
@@ -20,7 +21,7 @@ from tokenizer_kinds import (
 )
 
 from jaxgpt import text as text_module
-from jaxgpt.tokenizer import StreamDecoder, Tokenizer, load
+from jaxgpt.tokenizer import StreamDecoder, Tokenizer, chat, core, load, streaming
 
 COUNT = 10_000
 UNIGRAMS = ("t5", "unigram", "unigram_bytes")  # the library finds specials in them as pieces
@@ -227,3 +228,8 @@ def test_the_ids_that_end_a_text_are_special_even_if_the_file_does_not_flag_them
     assert end not in tokenizer.encode("a<|im_end|>")
     assert tokenizer.decode([end, 2]) == ""
     assert tokenizer.decode(tokenizer.encode("a<|im_end|>")) == "a<|im_end|>"
+
+
+def test_the_examples_of_the_package_are_correct():
+    for module in (core, streaming, chat, text_module):
+        assert doctest.testmod(module).failed == 0

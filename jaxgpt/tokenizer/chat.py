@@ -18,6 +18,7 @@ import numpy as np
 from jaxgpt.settings import ConfigError
 from jaxgpt.tokenizer import chat_sandbox
 from jaxgpt.tokenizer.chat_templates import REQUIRED_TOKENS, TEMPLATES
+from jaxgpt.tokenizer.spec import make_error
 
 if TYPE_CHECKING:
     from jaxgpt.tokenizer.core import Tokenizer
@@ -57,6 +58,19 @@ def check_template(template: str, specials: Collection[str], name: str):
             f"the chat template {template} needs the special token {missing[0]}, which {name} does "
             "not have: use the template plain, or that of the model."
         )
+
+
+def read_templates(template: Any, name: str) -> dict[str, str]:
+    """Return chat templates by name: of one source, of a table, or of a list as in files."""
+    try:
+        if isinstance(template, list):
+            template = {one["name"]: one["template"] for one in template}
+        found = {"default": template} if isinstance(template, str) else dict(template or {})
+    except (TypeError, ValueError, KeyError) as error:
+        raise make_error(name, f"its chat_template is {template!r:.80}") from error
+    if not all(isinstance(text, str) for text in (*found, *found.values())):
+        raise make_error(name, "its chat_template is not a text")
+    return {key: text for key, text in found.items() if text}
 
 
 def render(
@@ -129,9 +143,11 @@ def encode_chat(
             offsets = [(places[i], places[j]) for i, j in offsets]
         ids.append(found)
         is_generated.append(_find_inside(offsets, begin, spans))
-    empty: list[Any] = [np.zeros(0, np.int32)], [np.zeros(0, bool)]
-    return EncodedChat(np.concatenate(ids or empty[0]), np.concatenate(is_generated or empty[1]),
-                       hide.restore(text)[0])  # fmt: skip
+    return EncodedChat(
+        np.concatenate([np.zeros(0, np.int32), *ids]),
+        np.concatenate([np.zeros(0, bool), *is_generated]),
+        hide.restore(text)[0],
+    )
 
 
 def _choose_template(tokenizer: Tokenizer, template: str | None, has_tools: bool) -> str:

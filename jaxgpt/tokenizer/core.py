@@ -6,7 +6,6 @@ the first space of a text. Encoding runs in the `tokenizers` library (Rust, all 
 its tokenizer.json.
 """
 
-import codecs
 import functools
 import hashlib
 import json
@@ -103,7 +102,7 @@ class Tokenizer:
         self._given_ends = None if ends is None else tuple(ends)
         stated = self.settings.pop("chat_template", None)
         template = stated if chat_template is None else chat_template
-        self.chat_templates = _read_templates(template, name)
+        self.chat_templates = chat.read_templates(template, name)
         self.pad = self.unk = self.bos = self.eos = 0
         self.ends: tuple[int, ...] = ()
         self.token_bytes: list[bytes] = []
@@ -353,6 +352,7 @@ class Tokenizer:
             encodings = {where: iter(self._call(where, group)) for where, group in texts.items()}
             for number, found in order:
                 if isinstance(found, bytes):
+                    assert self._byte_ids is not None
                     yield number, self._byte_ids[np.frombuffer(found, np.uint8)]
                 else:
                     yield number, np.array(next(encodings[found]).ids, np.int32)
@@ -437,71 +437,6 @@ class Tokenizer:
         tokenizer_config.json in the same folder.
         """
         companions.save(self, path)
-
-
-class StreamDecoder:
-    """Decodes ids incrementally; a character is held back until all its bytes have arrived.
-
-    The concatenated results of `push` and `flush` equal `decode` of all ids at once.
-
-    Examples:
-        >>> from jaxgpt.tokenizer import make_byte_tokenizer
-        >>> stream = StreamDecoder(make_byte_tokenizer())
-        >>> [stream.push(index) for index in make_byte_tokenizer().encode("né")], stream.flush()
-        (['n', '', 'é'], '')
-
-    Args:
-        tokenizer: of the ids.
-        is_start: whether the ids begin a text. In the middle of one, a first space is kept.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, is_start: bool = True):
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._drops_space = is_start and tokenizer.drops_first_space
-
-    def push(self, ids: int | Sequence[int] | np.ndarray) -> str:
-        """Return the text completed by these ids (one id, or many)."""
-        found = self._tokenizer.join_bytes(np.atleast_1d(ids))
-        if found and self._drops_space:
-            self._drops_space = False
-            found = found.removeprefix(b" ")
-        return self._decoder.decode(found)
-
-    def flush(self) -> str:
-        """Return the rest after the last id: U+FFFD for an incomplete character, else nothing."""
-        rest = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return rest
-
-
-def measure_compression(tokenizer: Tokenizer, documents: Iterable[str | bytes]) -> float:
-    """Compute bytes of text per token, over all documents: higher means shorter sequences.
-
-    Raises:
-        ConfigError: the documents contain no text.
-    """
-    size = tokens = 0
-    for document in documents:
-        for _, ids in tokenizer.encode_pieces([document]):
-            size += int(tokenizer.lengths[ids].sum())
-            tokens += ids.size
-    if not tokens:
-        raise ConfigError("there is no text to measure compression on: data.source is empty.")
-    return size / tokens
-
-
-def _read_templates(template: Any, name: str) -> dict[str, str]:
-    """Return chat templates by name: of one source, of a table, or of a list as in files."""
-    try:
-        if isinstance(template, list):
-            template = {one["name"]: one["template"] for one in template}
-        found = {"default": template} if isinstance(template, str) else dict(template or {})
-    except (TypeError, ValueError, KeyError) as error:
-        raise make_error(name, f"its chat_template is {template!r:.80}") from error
-    if not all(isinstance(text, str) for text in (*found, *found.values())):
-        raise make_error(name, "its chat_template is not a text")
-    return {key: text for key, text in found.items() if text}
 
 
 def _find_byte_ids(kind: Kind, spec: Spec, names: Mapping[str, int]) -> np.ndarray | None:
