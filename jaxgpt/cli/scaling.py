@@ -7,8 +7,8 @@
     jaxgpt scaling predict sweep/ --flops 1e18                      the best size and budget
     jaxgpt scaling plot sweep/ --leave-out 192x6-2000 --out scaling.png
 
-A sweep is resumed by the same command. Instead of a folder, `fit`, `predict` and `plot` take a
-table (.csv with parameters, tokens, loss, or parameters, flops, loss) or the name of a published law
+A sweep is resumed by the same command. `fit`, `predict` and `plot` also take a table (.csv with
+parameters, tokens, loss, or parameters, flops, loss), or the name of a published law
 (hoffmann, besiroglu). Settings of the runs are path=value, on top of --config.
 """
 
