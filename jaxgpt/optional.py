@@ -19,7 +19,6 @@ EXTRAS = {
     "datasets": Extra("datasets", "hub"),
     "grain": Extra("grain", "grain"),
     "matplotlib": Extra("matplotlib", "plots"),
-    "matplotlib.figure": Extra("matplotlib", "plots"),
     "tensorboardX": Extra("tensorboardX", "tensorboard"),
     "tensorflow_datasets": Extra("tensorflow-datasets", "tfds"),
     "zstandard": Extra("zstandard", "zstd"),

@@ -18,11 +18,14 @@ def plot_law(law: Law, runs: Sequence[Run], held_out: Sequence[Run] = (), title:
     Returns:
         A matplotlib Figure.
     """
-    figure = require("matplotlib.figure", "a figure").Figure(figsize=(12, 5), layout="constrained")
+    matplotlib = require("matplotlib", "a figure")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
     everything = [*runs, *held_out]
     sizes = sorted({run.parameters for run in everything})
-    colors = require("matplotlib", "a figure").colormaps["viridis"](np.linspace(0, 0.9, len(sizes)))
+    colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(sizes)))
     for size, color in zip(sizes, colors, strict=True):
         own = sorted((r for r in runs if r.parameters == size), key=lambda r: r.tokens)
         left.plot([r.compute for r in own], [r.loss for r in own], "o", color=color, markersize=4)

@@ -165,14 +165,15 @@ def fit(runs: Sequence[Run], *, bootstrap: int = 0, seed: int = 0, delta: float 
     best = _fit_from(sizes, tokens, losses, delta, _find_starts(sizes, tokens, losses))
     samples = None
     if bootstrap:
-        rng, rows = np.random.default_rng(seed), []
+        rng, rows = np.random.default_rng(seed), list[np.ndarray]()
         while len(rows) < bootstrap:
             at = rng.integers(0, len(losses), len(losses))
             if len(set(sizes[at])) < 3 or len(set(tokens[at])) < 3:
                 continue  # such a resample determines no exponents
             rows.append(_fit_from(sizes[at], tokens[at], losses[at], delta, [best]))
         samples = np.stack([_to_constants(row) for row in rows])
-    return Law(*_to_constants(best), samples, len(losses))
+    E, A, B, alpha, beta = map(float, _to_constants(best))
+    return Law(E, A, B, alpha, beta, samples, len(losses))
 
 
 def check_runs(runs: Sequence[Run]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
