@@ -1,8 +1,12 @@
 """Generate text: `python sample.py ...` is `jaxgpt sample ...`, from a checkout."""
 
-import sys
+from jaxgpt import interrupts
 
-from jaxgpt import cli
+interrupts.end_process_at_once()  # before what takes time to import
+
+import sys  # noqa: E402
+
+from jaxgpt import cli  # noqa: E402
 
 if __name__ == "__main__":
     cli.run_command("sample", sys.argv[1:], "sample.py")

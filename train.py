@@ -1,8 +1,12 @@
 """Train a Transformer: `python train.py ...` is `jaxgpt train ...`, from a checkout."""
 
-import sys
+from jaxgpt import interrupts
 
-from jaxgpt import cli
+interrupts.end_process_at_once()  # before what takes time to import
+
+import sys  # noqa: E402
+
+from jaxgpt import cli  # noqa: E402
 
 if __name__ == "__main__":
     cli.run_command("train", sys.argv[1:], "train.py")
