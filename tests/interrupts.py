@@ -61,6 +61,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--every", type=float, default=0.05, help="seconds between the moments")
+    parser.add_argument("--start", type=float, default=0.0, help="seconds before the first moment")
     parser.add_argument("--until", type=float, default=6.0, help="seconds of the last moment")
     args = parser.parse_args()
     failures = 0
@@ -70,7 +71,8 @@ def main() -> int:
         paths = (f"folder={folder}", f"data.source={text}", f"data.cache={folder}/cache")
         train = ["train.py", *SETTINGS, *paths]
         subprocess.run([sys.executable, *train, "name=done", "train.steps=2"], cwd=ROOT, check=True)
-        moments = [args.every * i for i in range(1, round(args.until / args.every) + 1)]
+        count = round((args.until - args.start) / args.every)
+        moments = [args.start + args.every * i for i in range(1, count + 1)]
         for i, seconds in enumerate(moments):
             commands = (
                 [*train, f"name=run{i}", "train.steps=1000000"],
