@@ -50,7 +50,7 @@ from benchmarks.ablation_page import (
     format_line,
     format_page,
 )
-from jaxgpt.architecture import MixerConfig, SparseConfig
+from jaxgpt.architecture import MixerConfig
 from jaxgpt.config import (
     Config,
     ConfigError,
@@ -77,7 +77,8 @@ from jaxgpt.trainer.logging import format_duration, write_text_atomically
 from jaxgpt.trainer.state import init_state
 from jaxgpt.trainer.step import make_eval_step, make_train_step
 
-# Patterns and mixers get sizes well below the 64 tokens of context, or they would attend to all.
+# Mixers, and patterns below, get sizes well below the 64 tokens of context, or they would attend to
+# all.
 BASE = Config(
     name="ablate",
     model=ModelConfig(
@@ -87,7 +88,6 @@ BASE = Config(
         layers=2,
         heads=4,
         ffn=128,
-        sparse=SparseConfig(window=16, stride=8, block=8, random=1),
         mixer=MixerConfig(chunk=16, summary=4, memory=32, bucket_window=16),
     ),
     data=DataConfig(tokenizer="bytes"),
@@ -130,6 +130,13 @@ def list_activations(base: Config) -> list[Choice]:
     ]
 
 
+PATTERN_SIZES = {
+    "window": ("model.sparse.window=16",),
+    "chunked": ("model.sparse.chunk=16",),
+    "strided": ("model.sparse.stride=8",),
+    "blocks": ("model.sparse.block=8", "model.sparse.random=1"),
+}
+
 AXES: dict[str, Callable[[Config], list[Choice]]] = {
     "position": list_choices("model.position", POSITION_ENCODINGS),
     "norm": list_choices("model.norm", NORMS),
@@ -139,7 +146,9 @@ AXES: dict[str, Callable[[Config], list[Choice]]] = {
     "feedforward": lambda base: [
         Choice(name, set_feedforward(base, name)) for name in FEEDFORWARDS
     ],
-    "pattern": list_choices("model.pattern", PATTERNS),
+    "pattern": lambda base: [
+        Choice(name, (f"model.pattern={name}", *PATTERN_SIZES.get(name, ()))) for name in PATTERNS
+    ],
 }
 
 
