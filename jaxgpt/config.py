@@ -654,9 +654,9 @@ def _drop_unused(tree: Any) -> None:
     counts = [model.get(key) for key in ("layers", "encoder_layers")]
     most = max((n for n in counts if isinstance(n, int)), default=0)
     for section, names in ((model, PER_LAYER), (model.get("rope"), ROPE_PER_LAYER)):
-        for name in names if isinstance(section, dict) and most > 0 else ():
-            if isinstance(section.get(name), list):
-                section[name] = section[name][:most]
+        if isinstance(section, dict) and most > 0:
+            cut = {k: section[k][:most] for k in names if isinstance(section.get(k), list)}
+            section.update(cut)
 
 
 def _restore_defaults(tree: Any) -> None:

@@ -59,11 +59,11 @@ def _listen(place: tuple[str, int], entry: dict, deadline: float) -> str | None:
     """Collect the lines of all; return "", an error message, or None if some are missing."""
     try:
         server = _open_server(place[1])
-    except OSError as error:
+    except OSError as reason:
         # Another process 0 that listens answers that there are two.
         answer = _ask(place, entry, min(deadline, time.monotonic() + READ_SECONDS))
         return answer or (
-            f"process 0 cannot listen at port {place[1]}: {error.strerror or error}. Is --process "
+            f"process 0 cannot listen at port {place[1]}: {reason.strerror or reason}. Is --process "
             "0 given to another process too, or is the port in use?"
         )
     peers: dict[str, Peer] = {entry["nonce"]: Peer(0, entry["processes"], None)}

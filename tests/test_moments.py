@@ -230,6 +230,7 @@ def test_adamw_in_8_bits_equals_the_reference_with_rounded_moments():
     ours = train(cfg, draw(0), draw_grads())
     theirs = reference_adamw(cfg, draw(0), draw_grads())
     pairs = list(zip(jax.tree.leaves(ours), theirs, strict=True))
+
     # A different draw shows in its own entry only, as about 1e-4.
     def count_differences(pairs):
         return sum((~np.isclose(a, b, rtol=2e-5, atol=2e-6)).sum() for a, b in pairs)
