@@ -63,8 +63,8 @@ def _listen(place: tuple[str, int], entry: dict, deadline: float) -> str | None:
         # Another process 0 that listens answers that there are two.
         answer = _ask(place, entry, min(deadline, time.monotonic() + READ_SECONDS))
         return answer or (
-            f"process 0 cannot listen at port {place[1]}: {reason.strerror or reason}. Is --process "
-            "0 given to another process too, or is the port in use?"
+            f"process 0 cannot listen at port {place[1]}: {reason.strerror or reason}. Is "
+            "--process 0 given to another process too, or is the port in use?"
         )
     peers: dict[str, Peer] = {entry["nonce"]: Peer(0, entry["processes"], None)}
     with closing(server):
