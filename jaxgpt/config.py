@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 import jaxgpt
-from jaxgpt.architecture import ModelConfig
+from jaxgpt.architecture import PATTERN_OF_SIZE, PER_LAYER, ROPE_PER_LAYER, ModelConfig
 from jaxgpt.config_files import find_config, importable_configs
 from jaxgpt.plugins import (
     OTHER_TABLES,
@@ -192,6 +192,11 @@ class OptimizerConfig(Section):
         above=0,
         effective="logit_lr",
     )
+    relative_lr: bool = option(
+        False,
+        "learning rate of adafactor relative to the RMS of each matrix or vector, at least 1e-3, "
+        "as T5 was trained",
+    )
     train: tuple[str, ...] = option(
         (),
         "parameters to train, by path (stack.layers.*), group (stack) or letters (L*>*), as in "
@@ -207,6 +212,11 @@ class OptimizerConfig(Section):
                 f"optimizer.moments={self.moments!r} with optimizer.name={self.name!r}, which "
                 "keeps no moments of matrices: use optimizer.moments=float32, or one of "
                 f"{suitable}."
+            )
+        if self.relative_lr and self.name != "adafactor":
+            raise ConfigError(
+                f"optimizer.relative_lr=True with optimizer.name={self.name!r}, whose rates are "
+                "absolute: use optimizer.name=adafactor, or leave it out."
             )
 
     def count_warmup(self, steps: int) -> int:
@@ -630,6 +640,25 @@ def _rename_settings(tree: Any) -> Any:
     return tree
 
 
+def _drop_unused(tree: Any) -> None:
+    """Remove settings without effect from a saved config: older versions accepted them."""
+    model = tree.get("model") if isinstance(tree, dict) else None
+    if not isinstance(model, dict):
+        return
+    patterns, sparse = model.get("pattern", ("full",)), model.get("sparse")
+    if isinstance(sparse, dict) and isinstance(patterns, list):
+        used = {name for name, pattern in PATTERN_OF_SIZE.items() if pattern in patterns}
+        if {*patterns} <= {"full", "prefix", *PATTERN_OF_SIZE.values()}:
+            unused = PATTERN_OF_SIZE.keys() - used
+            model["sparse"] = {k: v for k, v in sparse.items() if k not in unused}
+    counts = [model.get(key) for key in ("layers", "encoder_layers")]
+    most = max((n for n in counts if isinstance(n, int)), default=0)
+    for section, names in ((model, PER_LAYER), (model.get("rope"), ROPE_PER_LAYER)):
+        if isinstance(section, dict) and most > 0:
+            cut = {k: section[k][:most] for k in names if isinstance(section.get(k), list)}
+            section.update(cut)
+
+
 def _restore_defaults(tree: Any) -> None:
     """Add `FORMER_DEFAULTS` to the nested dicts of a saved config."""
     for key, value in FORMER_DEFAULTS.items():
@@ -667,6 +696,7 @@ def from_json(
     try:
         tree = _rename_settings(json.loads(text))
         _restore_defaults(tree)
+        _drop_unused(tree)
         if isinstance(tree, dict):
             _check_format(tree.pop("versions", {}))
             if plugins is None:

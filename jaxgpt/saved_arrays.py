@@ -149,6 +149,12 @@ def check_shapes(folder: str, saved: Mapping[str, Any], **expected):
         saved: trees of arrays, or of their shapes, by part.
         expected: likewise.
     """
+    missing = [part for part in expected if part not in saved]
+    if missing:
+        raise ConfigError(
+            f"the checkpoint {folder} lacks its part {missing[0]!r}: it was not copied or saved "
+            f"as a whole. {_describe_fallback(folder)}"
+        )
     saved_shapes = {part: get_shapes(saved.get(part)) for part in expected}
     expected_shapes = {part: get_shapes(tree) for part, tree in expected.items()}
     lines = [

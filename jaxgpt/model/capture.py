@@ -1,5 +1,6 @@
 """Read and replace the inner activations of a model: `capture`."""
 
+import difflib
 import fnmatch
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -90,8 +91,11 @@ def _capture(fixed, params, tokens, coords, inputs):
     known = sorted({*request.seen}, key=_natural_order)
     for pattern in (*names, *(pattern for pattern, _ in patches)):
         if not fnmatch.filter(known, pattern):
+            near = difflib.get_close_matches(pattern, known, n=3)
+            hint = f" Did you mean {' or '.join(near)}?" if near else ""
             raise ValueError(
-                f"no activation of this model is named {pattern!r}. There are: {', '.join(known)}."
+                f"no activation of this model is named {pattern!r}.{hint} "
+                f"There are: {', '.join(known)}."
             )
     return hidden, _name_activations(request, stored.get(CAPTURED, {}))
 

@@ -194,6 +194,12 @@ def _save_figure(figure, run_folder: str, name: str):
     os.replace(f"{path}.tmp", path)
 
 
+def format_mfu(mfu: float) -> str:
+    """Format the model FLOPs utilization; a peak that was measured on a busy machine is too low."""
+    note = " (of a peak measured while the machine was busy)" if mfu > 1 else ""
+    return f"MFU {mfu:.0%}{note}"
+
+
 class Console(Hook):
     """Console output: a progress bar on a terminal, plain lines elsewhere.
 
@@ -231,7 +237,7 @@ class Console(Hook):
             text = f"loss {nats:.3f} ({values['loss']:.3f} with penalties)  lr {values['lr']:.2e}"
         if "mfu" in values:
             text += (
-                f"  {values['tokens_per_second']:,.0f} tokens/s  MFU {values['mfu']:.0%}  "
+                f"  {values['tokens_per_second']:,.0f} tokens/s  {format_mfu(values['mfu'])}  "
                 f"ETA {format_duration(values['eta_seconds'])}"
             )
         if self._bar is None:

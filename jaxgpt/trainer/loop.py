@@ -210,7 +210,7 @@ def log_metrics(run: Run, step: int, metrics: Metrics):
         rate = run.task.tokens_per_batch / seconds
         values |= {
             "tokens_per_second": rate,
-            "mfu": rate * flops_per_token(cfg.model) / run.peak_flops,
+            "mfu": rate * flops_per_token(cfg.model, cfg.optimizer.train) / run.peak_flops,
             "eta_seconds": (cfg.train.steps - step) * seconds,
         }
     run.notify("on_metrics", step, values)

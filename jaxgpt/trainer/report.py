@@ -39,7 +39,7 @@ def format_header(run: Any, peak_source: str) -> str:
         f"plan   {cfg.train.steps:,} steps of {cfg.train.batch} x {run.task.T} tokens, "
         f"{cfg.optimizer.name} at {cfg.optimizer.lr:g}; {format_plan(run)}",
         f"speed  peak {run.peak_flops / 1e12:.3g} TFLOP/s ({peak_source}); "
-        f"{flops_per_token(cfg.model) / 1e6:,.1f} MFLOP per token",
+        f"{flops_per_token(cfg.model, cfg.optimizer.train) / 1e6:,.1f} MFLOP per token",
         *list_warnings(run),
     ])  # fmt: skip
 
@@ -56,7 +56,7 @@ def count_epochs(run: Any) -> float:
 def estimate_seconds(run: Any) -> float:
     """Return the least time that all steps of a `Run` can take: at the peak of its devices."""
     tokens = run.cfg.train.steps * run.task.tokens_per_batch
-    return tokens * flops_per_token(run.cfg.model) / run.peak_flops
+    return tokens * flops_per_token(run.cfg.model, run.cfg.optimizer.train) / run.peak_flops
 
 
 def format_plan(run: Any) -> str:
@@ -160,10 +160,11 @@ def format_complete(cfg: Config, progress: Progress) -> str:
     """Format the message for a run in which nothing is left to do."""
     hint = _format_sample_hint(cfg)
     if progress.is_done and progress.step < cfg.train.steps:
+        has_patience = 0 < cfg.train.patience <= progress.stale  # it would stop again
+        remedy = " and a larger train.patience, or 0" if has_patience else ""
         return (
             f"This run is complete: it stopped early at step {progress.step}"
-            f"{_format_reason(progress)}. Continue it by resume=force, with a larger "
-            f"train.patience or 0 if that has stopped it.{hint}"
+            f"{_format_reason(progress)}. Continue it by resume=force{remedy}.{hint}"
         )
     return f"This run is complete.{hint}"
 

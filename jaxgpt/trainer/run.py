@@ -1,5 +1,6 @@
 """Open a run: build everything that a config describes, or resume it from its last checkpoint."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -310,7 +311,12 @@ def _write_run_files(cfg: Config, corpus: Corpus, task: Task):
     if task.labels:
         labels = json.dumps(task.labels) + "\n"
         write_text_atomically(join_run_path(cfg, "labels.json"), labels)
-    write_text_atomically(join_run_path(cfg, "config.json"), configs.to_json(cfg))
+    write_text_atomically(join_run_path(cfg, "config.json"), _to_saved_json(cfg))
+
+
+def _to_saved_json(cfg: Config) -> str:
+    """Serialize the config of a run. resume=force is for one start: it is not what the run is."""
+    return configs.to_json(dataclasses.replace(cfg, resume=Config().resume))
 
 
 def join_run_path(cfg: Config, name: str) -> str:
