@@ -321,8 +321,9 @@ class TrainConfig(Section):
     )
     on_spike: str = option(
         "stop",
-        "answer to a step whose loss or gradient is not finite or far above its mean: stop the run, "
-        "skip the step's update, or rollback to the last checkpoint and pass over the batches since",
+        "answer to a step whose loss or gradient is not finite or far above its mean: stop the "
+        "run, skip the step's update, or rollback to the last checkpoint and on with the batches "
+        "after the spike",
         table="jaxgpt.config:SPIKE_ACTIONS",
         is_runtime=True,
     )

@@ -17,7 +17,11 @@ from jaxgpt.model.taps import Group
 
 Groups = Mapping[tuple[str, str], Group]  # as from `find_groups` of all parameters
 # Parts of the parameters outside of layers, under the name of the activation that they make.
-PART_NAMES = {"embed": "embedding", "stack.norm": "final_norm", "encoder.norm": "encoder.final_norm"}
+PART_NAMES = {
+    "embed": "embedding",
+    "stack.norm": "final_norm",
+    "encoder.norm": "encoder.final_norm",
+}
 
 
 def compute_layer_norms(tree: Any, groups: Groups) -> jax.Array:

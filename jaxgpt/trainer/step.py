@@ -28,7 +28,7 @@ from jaxgpt.trainer.state import TrainState
 #     tokens      tokens with a weight in the loss
 #     grad_norm   before clipping
 #     lr          learning rate
-#     update_norm, skipped, is_spike     with a guard: see `jaxgpt.trainer.spikes`
+#     skipped, is_spike     with a guard: see `jaxgpt.trainer.spikes`
 #
 # `norms`, with `train.log_norms`, has vectors: see `jaxgpt.trainer.norms`. And there are the
 # objective's own metrics (see `jaxgpt.objectives.Sums`).
@@ -175,7 +175,7 @@ def make_train_step(
         new = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
         if state.guard is None:
             return new, metrics
-        return guard_step(cfg.train, state, new, metrics | {"update_norm": optax.tree.norm(updates)})
+        return guard_step(cfg.train, state, new, metrics)
 
     return train_step
 
