@@ -123,11 +123,11 @@ def _avoid_leak() -> Iterator[None]:
     a note of the compression from them, and does without.
     """
     before = tensorstore.Spec.to_json
-    tensorstore.Spec.to_json = lambda spec, include_defaults=False: {}
+    tensorstore.Spec.to_json = lambda spec, include_defaults=False: {}  # type: ignore
     try:
         yield
     finally:
-        tensorstore.Spec.to_json = before
+        tensorstore.Spec.to_json = before  # type: ignore
 
 
 def read_manifest(folder: str) -> dict[str, Any]:
