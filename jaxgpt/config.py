@@ -68,6 +68,8 @@ __all__ = [
 
 WARMUP_SHARE = 20  # the warmup of a run that does not set it is one in so many steps
 
+DEFAULT_SPIKE_MULTIPLE = 10.0
+
 MAX_SEED = 2**63 - 1  # JAX's seeds are signed numbers of 64 bits
 
 
@@ -327,6 +329,38 @@ class TrainConfig(Section):
     sample_every: int = option(
         250, "steps between samples, 0 = only at the end", low=0, is_runtime=True
     )
+    on_spike: str = option(
+        "stop",
+        "answer to a step whose loss or gradient is not finite or far above its mean: stop the "
+        "run, skip the step's update, or rollback to the last checkpoint and on with the batches "
+        "after the spike",
+        table="jaxgpt.config:SPIKE_ACTIONS",
+        is_runtime=True,
+    )
+    spike_threshold: float | None = option(
+        None,
+        "loss or gradient norm that is a spike, as a multiple of its running mean; 0 = only one "
+        "that is not finite; none = 10 with on_spike=skip or rollback, 0 with stop",
+        low=0,
+        is_runtime=True,
+    )
+    spike_window: int = option(
+        100,
+        "steps that the running means of the loss and the gradient norm are taken over; before so "
+        "many steps no finite value is a spike",
+        low=1,
+        is_runtime=True,
+    )
+    max_spikes: int = option(
+        5, "spikes within 1,000 batches after which the next one stops the run", low=0,
+        is_runtime=True,
+    )  # fmt: skip
+    log_norms: int = option(
+        0,
+        "steps between logged norms of the gradient and the parameters of each layer, 0 = never",
+        low=0,
+        is_runtime=True,
+    )
     profile: str = option(
         "",
         "first:last, steps to trace for TensorBoard and XProf, in the run's plugins/profile",
@@ -340,7 +374,25 @@ class TrainConfig(Section):
                 f"train.batch={self.batch} is not divisible by train.accumulate={self.accumulate}: "
                 f"use train.batch={near}."
             )
+        if self.spike_threshold is not None and 0 < self.spike_threshold <= 1:
+            raise ConfigError(
+                f"train.spike_threshold={self.spike_threshold:g} is at most the mean itself, so "
+                "that every other step would be a spike: use a larger multiple, such as 10, or 0 "
+                "for values that are not finite alone."
+            )
         self.parse_profile()
+
+    @property
+    def spike_multiple(self) -> float:
+        """`spike_threshold`, or what it is if it is not set."""
+        if self.spike_threshold is not None:
+            return self.spike_threshold
+        return 0.0 if self.on_spike == "stop" else DEFAULT_SPIKE_MULTIPLE
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether the training step itself finds spikes, and leaves their updates out."""
+        return self.on_spike != "stop" or self.spike_multiple > 0
 
     def parse_profile(self) -> tuple[int, int]:
         """Return the first and last step of `profile`; (0, 0) if it is empty."""
@@ -504,6 +556,11 @@ class Config(Section):
             )
 
 
+SPIKE_ACTIONS = {
+    "stop": "end the run with a message",
+    "skip": "leave the update out, and go on with the next batch",
+    "rollback": "go on from the last checkpoint, with the batches after the spike",
+}
 BEST_BY = {"auto": "by objective", "loss": "the lowest loss", "accuracy": "the highest accuracy"}
 RESUME_MODES = {"auto": "resume if the config agrees", "force": "resume with the new config"}
 START_MISSING = {"refuse": "name them and stop", "init": "initialize them as in a new run"}

@@ -5,7 +5,7 @@ import os
 from jaxgpt.config import Config
 from jaxgpt.settings import ConfigError
 
-FOLDERS = ("best", "checkpoints", "plots", "samples", "tensorboard")
+FOLDERS = ("autopsy", "best", "checkpoints", "plots", "samples", "tensorboard")
 FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "labels.json", "metrics.jsonl",
          "confusion.json")  # fmt: skip
 # As long as the longest path that is written inside a run folder.

@@ -17,6 +17,7 @@ from jaxgpt.sharding import list_unsharded_dims
 from jaxgpt.trainer.checkpoint import Progress
 from jaxgpt.trainer.speed import flops_per_token
 
+SPIKE_BATCHES = 1_000  # within which `train.max_spikes` counts
 EVAL_METRICS = ("loss", "perplexity", "bits_per_byte", "accuracy", "tokens", "confusion")
 
 
@@ -126,6 +127,19 @@ def format_eval(values: Mapping[str, Any], unit: str) -> str:
         text += f"perplexity {values['perplexity']:.2f}  accuracy {values['accuracy']:.1%}"
     own = [f"  {name} {x:.4g}" for name, x in values.items() if name not in EVAL_METRICS]
     return text + "".join(own)
+
+
+def format_spike(spike: Mapping[str, Any], step: int, cfg: Config) -> str:
+    """Format what a run does about a loss spike, and goes on from `step`."""
+    if spike["action"] == "skip":
+        answer = "its update is skipped"
+    else:
+        answer = f"back to step {step}, and on with batch {spike['batch'] + 1}"
+    recent = f"{spike['recent']} of at most {cfg.train.max_spikes} in {SPIKE_BATCHES:,} batches"
+    text = f"spike at step {spike['step']}: {spike['reason']}; {answer} ({recent})"
+    if spike["autopsy"]:
+        text += f": jaxgpt autopsy {shlex.quote(cfg.run_folder)} {spike['autopsy']}"
+    return text
 
 
 def format_confusion(confusion: Sequence[Sequence[int]], labels: Sequence[str]) -> str:
