@@ -32,6 +32,7 @@ from jaxgpt.tokenizer import (
     make_byte_tokenizer,
     measure_compression,
     train,
+    training,
 )
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -207,6 +208,21 @@ def test_each_part_of_a_long_word_counts_as_a_word():
     # So the time is not quadratic in the size of a word; without the parts this has no end.
     letters = np.random.default_rng(0).choice(list("ACGT"), 500_000)
     assert train(["".join(letters)], 2000).vocab_size == 2000
+
+
+@pytest.mark.parametrize("letters", ["ACGT", "我们在北京大学", "0123456789", "+-*/"])
+def test_long_words_beyond_a_size_are_left_out_of_training(letters, monkeypatch):
+    draw = np.random.default_rng(0)
+    words = ["".join(draw.choice(list(letters), 40)) for _ in range(20)]
+    size = sum(len(word.encode()) for word in words[:10])
+    monkeypatch.setattr(training, "MAX_LONG_WORDS_BYTES", size)
+    texts = [f"one {word} two" for word in [*words, *words[:10]]]  # known ones go on counting
+    counted = [*texts[:10], *texts[20:], *["one ", " two"] * 10]
+    lines = []
+    assert train(texts, 400, lines.append).fingerprint == train(counted, 400).fingerprint
+    assert [line.partition(" long ones")[1] for line in lines] == [" long ones"]
+    train(counted, 400, lines.append)
+    assert len(lines) == 1  # nothing was left out
 
 
 def test_a_corpus_with_too_few_pairs_gives_a_smaller_tokenizer():

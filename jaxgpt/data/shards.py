@@ -484,7 +484,7 @@ def _train_tokenizer(
                 yield train[:bytes_left]
                 bytes_left -= len(train)
 
-    tokenizer = tokenizers.train(texts(), vocab)
+    tokenizer = tokenizers.train(texts(), vocab, log)
     _check_vocab(tokenizer, plan.cfg, vocab)
     return tokenizer
 

@@ -5,7 +5,8 @@ pattern that splits text into words; no token crosses a word boundary).
 """
 
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -18,9 +19,15 @@ from jaxgpt.tokenizer.core import Tokenizer
 SPECIALS = ("<pad>", "<unk>", "<bos>", "<eos>")
 MIN_VOCAB = len(SPECIALS) + 256  # a vocabulary without merges
 MAX_TRAINED_WORD_BYTES = 256  # training takes time in the square of the length of a word
+# Training takes about 85 bytes per byte of the different words. Long ones hardly repeat: without
+# spaces between words, as in CJK or DNA, the memory would grow with the text.
+MAX_LONG_WORDS_BYTES = 1 << 23
+_LONG_WORD = re.compile(r"[^\W\d_]{24,}|\d{24,}|[^\w\s]{24,}|\s{24,}|[^\0-\x7f]{5,}")
 
 
-def train(documents: Iterable[str | bytes], vocab: int) -> Tokenizer:
+def train(
+    documents: Iterable[str | bytes], vocab: int, log: Callable[[str], None] | None = None
+) -> Tokenizer:
     """Learn the merges of a byte-level BPE from text.
 
     Each step merges the most frequent pair of adjacent tokens. Ties go to the pair whose left token
@@ -29,9 +36,11 @@ def train(documents: Iterable[str | bytes], vocab: int) -> Tokenizer:
     ("aaa") overlapping pairs count, and merging goes from left to right. Words are those of GPT-2's
     pattern; bytes that are not UTF-8 are left out.
 
-    The counts are exact, with one bound: of a word of more than MAX_TRAINED_WORD_BYTES (DNA, CJK
-    without punctuation, rulers), each so many bytes are counted as a word. Without it the time is
-    quadratic in the length of a word.
+    The counts are exact, with two bounds. Of a word of more than MAX_TRAINED_WORD_BYTES (DNA, CJK
+    without punctuation, rulers), each so many bytes are counted as a word: without it the time is
+    quadratic in the length of a word. And only the first MAX_LONG_WORDS_BYTES of different long
+    words (24 characters, or 5 that are not ASCII) are counted, wherever they occur: without it
+    the memory grows with the text.
 
     Ids: the SPECIALS, then the bytes at 4 + byte, then the merges in the order learned. (No two
     merges make the same bytes: merging is deterministic inside the borders of a token.)
@@ -40,6 +49,7 @@ def train(documents: Iterable[str | bytes], vocab: int) -> Tokenizer:
         documents: text, read once and never kept in memory as a whole.
         vocab: V, the target size, at least 260. If the text has too few pairs, the tokenizer is
             smaller: see its `vocab_size`.
+        log: receives a line if long words are left out.
 
     Returns:
         The tokenizer.
@@ -66,7 +76,8 @@ def train(documents: Iterable[str | bytes], vocab: int) -> Tokenizer:
         [PRE_TOKENIZER, pre_tokenizers.FixedLength(MAX_TRAINED_WORD_BYTES)]
     )
     texts = (part for document in documents for part in split_non_utf8(document))
-    library.train_from_iterator((text for text in texts if isinstance(text, str)), trainer)
+    bounded = bound_long_words((text for text in texts if isinstance(text, str)), log)
+    library.train_from_iterator(bounded, trainer)
     if not trainer.get_word_count():
         raise ConfigError(
             "data.tokenizer='train': there is no text to train on. "
@@ -74,6 +85,43 @@ def train(documents: Iterable[str | bytes], vocab: int) -> Tokenizer:
         )
     merges = json.loads(library.to_str())["model"]["merges"]
     return build([(left, right) for left, right in merges])
+
+
+def bound_long_words(
+    texts: Iterable[str], log: Callable[[str], None] | None = None
+) -> Iterator[str]:
+    """Leave out long words once there are MAX_LONG_WORDS_BYTES of different ones.
+
+    Args:
+        texts: parts of documents, cut between words.
+        log: receives a line when the first word is left out.
+
+    Returns:
+        The parts, divided where a word is left out. Those that were counted before stay.
+    """
+    known: set[str] = set()
+    room, has_logged = MAX_LONG_WORDS_BYTES, False
+    for text in texts:
+        start = 0
+        for match in _LONG_WORD.finditer(text):
+            word = match[0]
+            if word in known:
+                continue
+            size = len(word.encode())
+            if size <= room:
+                known.add(word)
+                room -= size
+                continue
+            if log and not has_logged:
+                log(
+                    "the tokenizer is trained on all short words and on the first "
+                    f"{MAX_LONG_WORDS_BYTES / 1e6:.3g} MB of different long ones, such as text "
+                    "without spaces: more would need 85 times as much memory"
+                )
+            has_logged = True
+            yield text[start : match.start()]
+            start = match.end()
+        yield text[start:]
 
 
 def make_byte_tokenizer() -> Tokenizer:
