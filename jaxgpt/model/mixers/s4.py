@@ -54,9 +54,11 @@ class System(NamedTuple):
 class S4(Mixer):
     """o(gelu(y)), with y the output of the state space.
 
+    As in the paper, one linear layer mixes the channels; the authors' later code has a GLU there.
+
     Source: Gu et al. 2022, arXiv:2111.00396, sections 2 and 3, algorithm 1, appendix C.3; Goel et
     al. 2022 (SaShiMi), arXiv:2202.09729, section 4.1, for Q = P and Re Λ < 0, with which the state
-    cannot growth.
+    cannot grow.
     """
 
     DIRECTIONS = ("causal",)
