@@ -19,6 +19,8 @@ EXTRAS = {
     "datasets": Extra("datasets", "hub"),
     "grain": Extra("grain", "grain"),
     "matplotlib": Extra("matplotlib", "plots"),
+    "sacrebleu": Extra("sacrebleu", "measure"),
+    "sklearn.manifold": Extra("scikit-learn", "inspect"),
     "tensorboardX": Extra("tensorboardX", "tensorboard"),
     "tensorflow_datasets": Extra("tensorflow-datasets", "tfds"),
     "zstandard": Extra("zstandard", "zstd"),

@@ -27,7 +27,8 @@ LAYERS = [
     {"loading"},
     {"console"},
     {"interactive", "trainer"},
-    {"evaluation"},
+    {"evaluation", "inspect", "measure"},
+    {"visualize"},
     {"cli"},
     {"__main__"},
 ]
