@@ -19,6 +19,7 @@ EXTRAS = {
     "datasets": Extra("datasets", "hub"),
     "grain": Extra("grain", "grain"),
     "matplotlib": Extra("matplotlib", "plots"),
+    "matplotlib.figure": Extra("matplotlib", "plots"),
     "sacrebleu": Extra("sacrebleu", "measure"),
     "sklearn.manifold": Extra("scikit-learn", "inspect"),
     "tensorboardX": Extra("tensorboardX", "tensorboard"),

@@ -31,7 +31,9 @@ from jaxgpt.inspect.attention import (
 )
 from jaxgpt.inspect.attribution import (
     Attribution,
+    LogitParts,
     attribute_logit,
+    decompose_logits,
     gradient_x_input,
     integrated_gradients,
 )
@@ -61,6 +63,7 @@ __all__ = [
     "Attribution",
     "EncodedText",
     "Lens",
+    "LogitParts",
     "MergeStep",
     "NextToken",
     "PositionPicture",
@@ -73,6 +76,7 @@ __all__ = [
     "attribute_logit",
     "capture",
     "cka",
+    "decompose_logits",
     "describe_model_positions",
     "describe_positions",
     "effective_rank",

@@ -40,14 +40,14 @@ Linear = Callable[[np.ndarray], np.ndarray]  # [... D] -> [... D]
 
 
 def freeze_rms_norm(params, x: np.ndarray, eps: float) -> tuple[Linear, np.ndarray]:
-    """Return (f, c) with f linear, and f(x) + c = RMSNorm(x), x [D]."""
-    rate = np.asarray(params["scale"], np.float64) / np.sqrt((x * x).mean() + eps)
+    """Return (f, c) with f linear, and f(x) + c = RMSNorm(x), x [... D]."""
+    rate = np.asarray(params["scale"], np.float64) / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
     return lambda y: y * rate, np.zeros_like(x)
 
 
 def freeze_layer_norm(params, x: np.ndarray, eps: float) -> tuple[Linear, np.ndarray]:
-    """Return (f, c) with f linear, and f(x) + c = LayerNorm(x), x [D]."""
-    rate = np.asarray(params["scale"], np.float64) / np.sqrt(x.var() + eps)
+    """Return (f, c) with f linear, and f(x) + c = LayerNorm(x), x [... D]."""
+    rate = np.asarray(params["scale"], np.float64) / np.sqrt(x.var(-1, keepdims=True) + eps)
     bias = np.asarray(params.get("bias", 0.0), np.float64) + np.zeros_like(x)
     return lambda y: (y - y.mean(-1, keepdims=True)) * rate, bias
 
@@ -113,9 +113,54 @@ def attribute_logit(
         position: of the token after which the logit is taken.
 
     Raises:
-        ConfigError: the head of the model is not linear (masked language models), or it has none.
+        ConfigError: see `decompose_logits`.
 
     Source: Elhage et al. 2021, "A mathematical framework for Transformer circuits".
+    """
+    parts = decompose_logits(model, text, source=source, position=position)
+    logits = parts.found.logits[position]
+    target = int(np.argmax(logits)) if target is None else target
+    tokens = [target] if baseline is None else [target, baseline]
+    values = parts.score(np.array(tokens))  # [P N]
+    values = values[:, 0] if baseline is None else values[:, 0] - values[:, 1]
+    return Attribution(parts.names, values.astype(np.float32), float(values.sum()))
+
+
+@dataclass(frozen=True)
+class LogitParts:
+    """What the parts of a model write into the hidden states that the head scores."""
+
+    names: tuple[str, ...]  # P of them, "head.bias" last if the head has one
+    values: np.ndarray  # float64 [P ... D], without "head.bias"
+    rows: np.ndarray  # float64 [V D], the output embedding times the scale of the head
+    bias: np.ndarray | None  # float64 [V]
+    found: Activations
+
+    def score(self, tokens: np.ndarray) -> np.ndarray:
+        """Return what each part adds to the logits of tokens: float64 [P ... N]."""
+        values = self.values @ self.rows[tokens].T
+        if self.bias is None:
+            return values
+        bias = np.broadcast_to(self.bias[tokens], values.shape[1:])
+        return np.concatenate([values, bias[None]])
+
+    def score_each(self, tokens: np.ndarray) -> np.ndarray:
+        """Return what each part adds to the logit of one token a position [T]: float64 [P T]."""
+        values = np.einsum("ptd,td->pt", self.values, self.rows[tokens])
+        return values if self.bias is None else np.concatenate([values, self.bias[tokens][None]])
+
+
+def decompose_logits(
+    model: LanguageModel,
+    text: str | EncodedText,
+    *,
+    source: str | None = None,
+    position: int | slice = slice(None),
+) -> LogitParts:
+    """Return the logits as sums over the parts that write into the residual stream.
+
+    Raises:
+        ConfigError: the head of the model is not linear (masked language models), or it has none.
     """
     require_vocab_scores(model)
     cfg = model.config.model
@@ -125,38 +170,32 @@ def attribute_logit(
             "model. Use `gradient_x_input`."
         )
     model = in_float32(model)
-    sites = ["embedding", *(f"layers.*.{s}.out" for s in SUBLAYERS)]
     text = text if isinstance(text, EncodedText) else encode(model, text, source)
-    sites += ["layers.*.mixer.z", "layers.*.cross.z"]
     known = list_activations(model.config.model)
-    sites = [site for site in sites if fnmatch.filter(known, site)]
+    outputs = [f"layers.*.{site}.{x}" for site in SUBLAYERS for x in ("out", "z")]
+    sites = [site for site in ["embedding", *outputs] if fnmatch.filter(known, site)]
     found = capture(model, text, sites)
-    target = int(np.argmax(found.logits[position])) if target is None else target
     with use_mesh_of(model.params):
-        head = make_head(cfg, model.params)
-        params = fetch(model.params)
-        rows = fetch(head.table)
+        head, params = fetch((make_head(cfg, model.params), model.params))
     names, parts = decompose_residual(cfg, params, found, position)
     if cfg.wiring not in WIRINGS_WITHOUT_FINAL_NORM:
         linear, constant = _freeze(cfg, params["stack"]["norm"], parts.sum(0))
-        names, parts = [*names, "final_norm.bias"], np.stack([*linear(parts), constant])
-    rows = np.asarray(rows, np.float64)
-    direction = rows[target] - (rows[baseline] if baseline is not None else 0)
-    values = parts @ direction * (head.scale or 1)
-    if head.bias is not None:
-        bias = np.asarray(fetch(head.bias), np.float64)
-        values = np.append(values, bias[target] - (bias[baseline] if baseline is not None else 0))
-        names = [*names, "head.bias"]
-    return Attribution(tuple(names), values.astype(np.float32), float(values.sum()))
+        names, parts = [*names, "final_norm.bias"], np.stack([*map(linear, parts), constant])
+    rows = np.asarray(head.table, np.float64) * (head.scale or 1)
+    if head.bias is None:
+        return LogitParts(tuple(names), parts, rows, None, found)
+    bias = np.asarray(head.bias, np.float64)
+    return LogitParts((*names, "head.bias"), parts, rows, bias, found)
 
 
 def decompose_residual(
-    cfg: ModelConfig, params, found: Activations, position: int = -1
+    cfg: ModelConfig, params, found: Activations, position: int | slice = slice(None)
 ) -> tuple[list[str], np.ndarray]:
-    """Return the final residual stream at a position as a sum of parts: names, float64 [P D].
+    """Return the final residual stream as a sum of parts: names, float64 [P ... D].
 
     Args:
-        found: a capture with all residual streams, outputs of sublayers, and z.
+        found: a capture with the embedding and, of all sublayers, outputs and z.
+        position: of one token, or of several.
     """
     names, parts = ["embedding"], [found["embedding"][position].astype(np.float64)]
     for n in range(cfg.layers):
@@ -182,13 +221,13 @@ def decompose_residual(
 
 
 def _split_heads(weights, z: np.ndarray | None, out: np.ndarray) -> dict[str, np.ndarray]:
-    """Return what each head, and the bias, adds to the output of attention [D]; z [H K]."""
+    """Return what each head, and the bias, adds to the output of attention [... D]; z [... H K]."""
     if z is None or "o" not in weights:
         return {"": out}
-    heads = np.einsum("hk,hkd->hd", z, np.asarray(weights["o"]["w"], np.float64))
+    heads = np.einsum("...hk,hkd->h...d", z, np.asarray(weights["o"]["w"], np.float64))
     named = {f"head.{h}": row for h, row in enumerate(heads)}
     if "b" in weights["o"]:
-        named["bias"] = np.asarray(weights["o"]["b"], np.float64)
+        named["bias"] = np.broadcast_to(np.asarray(weights["o"]["b"], np.float64), out.shape)
     return named
 
 

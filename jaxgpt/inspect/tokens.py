@@ -4,6 +4,8 @@ import itertools
 import json
 from dataclasses import dataclass
 
+import tokenizers
+
 from jaxgpt.settings import ConfigError
 from jaxgpt.tokenizer import BYTE_CHARACTERS, CHARACTER_BYTES, Tokenizer
 
@@ -43,9 +45,8 @@ def merge_steps(tokenizer: Tokenizer, word: str) -> list[MergeStep]:
 
     Source: Sennrich et al. 2016, arXiv:1508.07909, algorithm 1.
     """
-    model = json.loads(tokenizer._content)["model"]
-    if model.get("type", "BPE") != "BPE" or BYTE_CHARACTERS[0] not in model["vocab"]:
-        raise ConfigError("the tokenizer is no byte-level BPE: it has no merges of bytes to show.")
+    model = json.loads(tokenizer.content)["model"]
+    _check_byte_level(model)
     pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
     ranks = {tuple(pair): rank for rank, pair in enumerate(pairs)}
     pieces = [BYTE_CHARACTERS[byte] for byte in word.encode()]
@@ -70,3 +71,22 @@ def _show(pieces: list[str]) -> tuple[str, ...]:
         bytes(map(CHARACTER_BYTES.__getitem__, piece)).decode("utf-8", "backslashreplace")
         for piece in pieces
     )
+
+
+def split_words(tokenizer: Tokenizer, text: str) -> list[str]:
+    """Return the words that a byte-level BPE splits a text into; no merge crosses their bounds.
+
+    Raises:
+        ConfigError: the tokenizer is no byte-level BPE.
+    """
+    _check_byte_level(json.loads(tokenizer.content)["model"])
+    library = tokenizers.Tokenizer.from_str(tokenizer.content).pre_tokenizer
+    return [
+        bytes(map(CHARACTER_BYTES.__getitem__, word)).decode("utf-8", "replace")
+        for word, _ in library.pre_tokenize_str(text)
+    ]
+
+
+def _check_byte_level(model: dict):
+    if model.get("type", "BPE") != "BPE" or not {"Ġ", "a"} <= model["vocab"].keys():
+        raise ConfigError("the tokenizer is no byte-level BPE: it has no merges of bytes to show.")
