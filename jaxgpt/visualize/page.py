@@ -53,8 +53,8 @@ class Page:
 
     def _repr_html_(self) -> str:
         return (
-            f'<iframe srcdoc="{html.escape(self.html, quote=True)}" '
-            'style="width:100%;height:48rem;border:1px solid #8888" title="Inside a model"></iframe>'
+            f'<iframe srcdoc="{html.escape(self.html, quote=True)}" title="Inside a model" '
+            'style="width:100%;height:48rem;border:1px solid #8888"></iframe>'
         )
 
     def __repr__(self) -> str:

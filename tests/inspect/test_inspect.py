@@ -7,25 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import random_params, tiny
+from helpers import tiny
+from inspected import TEXT, make_model
 
 from jaxgpt import inspect
-from jaxgpt.config import Config, ConfigError, SampleConfig, TrainConfig
+from jaxgpt.config import ConfigError, SampleConfig
 from jaxgpt.inspect.attribution import get_layer_params
-from jaxgpt.language_model import LanguageModel
-from jaxgpt.tokenizer import make_byte_tokenizer, train
+from jaxgpt.tokenizer import train
 
-TEXT = "a cat sat"
 CLOSE = dict(atol=1e-5, rtol=1e-5)
 WIRINGS = ["pre", "post", "sandwich", "reordered", "parallel"]
-
-
-def make_model(objective="causal", seed=0, **settings):
-    cfg = tiny(**{"vocab": 270, "context": 64, **settings})
-    config = dataclasses.replace(
-        Config(), model=cfg, train=dataclasses.replace(TrainConfig(), objective=objective)
-    )
-    return LanguageModel(config, random_params(cfg, seed), make_byte_tokenizer())
 
 
 @pytest.fixture(scope="module")
