@@ -108,6 +108,15 @@ def test_the_lens_of_the_last_layer_is_the_output(settings):
         assert lens.top_pieces[-1][-1][0] == likeliest
 
 
+def test_the_divergence_is_from_the_last_layer(model):
+    """KL(last || layer), with the logits of a layer taken from a run that skips what follows it."""
+    skip = {"layers.1.mixer.out": "zero", "layers.1.ffn.out": "zero"}
+    logits = [inspect.patch(model, TEXT, change).logits for change in ({}, skip)]
+    last, first = (np.asarray(jax.nn.log_softmax(x)) for x in logits)
+    expected = (np.exp(last) * (last - first)).sum(-1)
+    np.testing.assert_allclose(inspect.logit_lens(model, TEXT).kl[1], expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("wiring", WIRINGS)
 @pytest.mark.parametrize("settings", [{}, dict(norm="layer", bias=True, tie=False)])
 def test_attribution_sums_to_the_logit(wiring, settings):
@@ -232,6 +241,16 @@ def test_ablated_heads_change_the_loss_and_no_head_changes_nothing(model):
     assert second == pytest.approx(losses[:, 10:].mean(), abs=1e-4)
     every = inspect.induction_loss(model, itertools.product(range(2), range(4)), 8, 2)
     assert abs(every[1] - second) > 1e-3
+
+
+def test_an_ablated_head_is_its_own_mean(model):
+    z = inspect.capture(model, TEXT, ["layers.1.mixer.z"])["layers.1.mixer.z"]
+    (patch,) = inspect.ablate_heads([(1, 2)]).values()
+    found = np.asarray(patch(jnp.asarray(z)[None]))[0]
+    np.testing.assert_allclose(
+        found[:, 2], np.broadcast_to(z[:, 2].mean(0), z[:, 2].shape), **CLOSE
+    )
+    np.testing.assert_array_equal(np.delete(found, 2, 1), np.delete(z, 2, 1))
 
 
 def test_attention_of_a_model_without_it_is_refused():

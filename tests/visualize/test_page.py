@@ -19,7 +19,8 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 USE = """
 <script>
 const seen = { blocked: [] };
-document.addEventListener("securitypolicyviolation", (e) => seen.blocked.push(e.effectiveDirective));
+document.addEventListener("securitypolicyviolation",
+  (e) => seen.blocked.push(e.effectiveDirective));
 document.body.append(Object.assign(new Image(), { src: "http://127.0.0.1:9/pixel.png" }));
 const buttons = [...document.querySelectorAll("#tokens button")];
 seen.tokens = buttons.map((b) => b.textContent);
