@@ -102,9 +102,11 @@ def tsne(x: np.ndarray, count: int = 2, perplexity: float = 30.0, seed: int = 0)
 
     Source: van der Maaten and Hinton 2008.
     """
-    library = require("sklearn.manifold", "inspect.tsne")
+    require("sklearn", "inspect.tsne")
+    from sklearn.manifold import TSNE
+
     size = min(perplexity, (len(x) - 1) / 3)
-    method = library.TSNE(count, perplexity=size, init="pca", random_state=seed)
+    method = TSNE(count, perplexity=size, init="pca", random_state=seed)
     return method.fit_transform(np.asarray(x, np.float32))
 
 

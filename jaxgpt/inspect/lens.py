@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ class Lens:
 def finish(cfg: ModelConfig, params, residual: jax.Array) -> jax.Array:
     """Return the logits, float32 [B T V], of a residual stream [B T D] taken for the last one."""
     if cfg.wiring not in WIRINGS_WITHOUT_FINAL_NORM:
-        norm = NORMS[cfg.norm](cfg)
+        norm: Any = NORMS[cfg.norm](cfg)
         residual = norm.apply({"params": params["stack"]["norm"]}, residual)
     tokens = jnp.zeros(residual.shape[:2], jnp.int32)
     hidden = build(cfg).apply({"params": params}, tokens, residual, method="transform_hidden")

@@ -67,7 +67,7 @@ def describe_model_positions(model: LanguageModel, T: int = 64) -> PositionPictu
     """Return what the position encoding of a model's first layer does, with its own parameters."""
     params = fetch(model.params)["stack"].get("position")
     cfg = model.config.model.at_layer(model.config.model.layer_cycle[0])
-    return describe_positions(cfg.position, min(T, cfg.context), cfg, params)
+    return describe_positions(str(cfg.position), min(T, cfg.context), cfg, params)
 
 
 def _call(encoding: PositionEncoding, variables, method: str, *args):

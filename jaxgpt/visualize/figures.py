@@ -13,13 +13,15 @@ from jaxgpt.inspect import Attribution, Lens, PositionPicture
 from jaxgpt.optional import require
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Figure
 
 
 def _make_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
     """Return (figure, axes [rows columns]), not known to pyplot: nothing has to be closed."""
-    figure_class = require("matplotlib.figure", "a figure").Figure
-    figure = figure_class(figsize=(width, height), layout="constrained", dpi=120)
+    require("matplotlib", "a figure")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 

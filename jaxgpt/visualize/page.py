@@ -112,7 +112,9 @@ def describe_model(model: LanguageModel) -> str:
 def _round(x: np.ndarray, digits: int = 4) -> list:
     """Return an array as nested lists of few digits; NaN becomes None."""
     rounded = np.round(np.asarray(x, np.float64), digits)
-    return np.where(np.isnan(rounded), None, rounded.astype(object)).tolist()
+    values = rounded.astype(object)
+    values[np.isnan(rounded)] = None
+    return values.tolist()
 
 
 def _add_predictions(model: LanguageModel, text: inspect.EncodedText) -> dict[str, Any]:
