@@ -11,6 +11,7 @@ from jaxgpt.settings import (
     ConfigError,
     Section,
     choose,
+    find_nearest,
     format_nearest_multiples,
     from_dict,
     list_fields,
@@ -104,7 +105,7 @@ def test_text_of_another_type_is_rejected_by_key_and_value(key, text, expected):
         (dict(count="3"), "inner.count='3' is not a whole number."),
         (dict(share=False), "inner.share=False is not a number."),
         (dict(is_on=1), "inner.is_on=1 is not true or false."),
-        (dict(words="one"), "inner.words='one' is not a list."),
+        (dict(words="one"), "inner.words='one' is not a list: for one value, write ['one']."),
         (dict(words=(1,)), "inner.words=1 is not a string."),
         (dict(pet=3), "inner.pet=3 is not a string."),
         (dict(count=0), "inner.count=0 must be at least 1 and at most 9."),
@@ -134,6 +135,10 @@ def test_sections_are_frozen():
 
 def test_choose_returns_the_row_of_the_table():
     assert choose(PETS, "dog", "pet") == 2
+
+
+def test_a_name_in_another_case_is_nearer_than_one_that_begins_so():
+    assert find_nearest("ADAM", ["adamw", "adam"]) == ["adam"]
 
 
 def test_choose_without_a_near_name_lists_all_names():

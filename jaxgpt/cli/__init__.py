@@ -30,6 +30,8 @@ COMMANDS = {
     "tokenize": "show the tokens of a text, and how they are merged",
     "neighbours": "show the tokens whose embeddings are nearest to that of a word",
     "positions": "draw a position encoding",
+    "autopsy": "show what a loss spike of a run was made of",
+    "scaling": "train a sweep of sizes, fit a scaling law, predict a run",
 }
 
 

@@ -100,7 +100,8 @@ def encode(model: LanguageModel, text: str, source: str | None = None) -> Encode
         )
     ids = encode_text(config, tokenizer, text)
     is_framed = config.model.family == "encoder"
-    tokens = np.array(add_bos_eos(config.model, tokenizer, ids)[: None if is_framed else -1])
+    framed = add_bos_eos(config.model, tokenizer, ids)
+    tokens = np.array(framed if is_framed else framed[:-1] or [tokenizer.bos])
     if source is None:
         return EncodedText(tokens, spell_tokens(model, tokens))
     read = np.array(add_bos_eos(config.model, tokenizer, encode_text(config, tokenizer, source)))
