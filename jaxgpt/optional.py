@@ -17,6 +17,7 @@ class Extra(NamedTuple):
 
 EXTRAS = {
     "datasets": Extra("datasets", "hub"),
+    "gguf": Extra("gguf", "gguf"),
     "grain": Extra("grain", "grain"),
     "matplotlib": Extra("matplotlib", "plots"),
     "tensorboardX": Extra("tensorboardX", "tensorboard"),
