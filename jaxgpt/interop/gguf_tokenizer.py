@@ -26,6 +26,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 MAX_TOKEN_CHARACTERS = 1024  # of SentencePiece: every split of a token is tried
 SPACE = "▁"  # stands for a space in the tokens of SentencePiece
 KEY = "tokenizer.ggml."
+CHAT_TEMPLATE = "tokenizer.chat_template"
 ID_KEYS = {
     "bos": "bos_token_id", "eos": "eos_token_id", "eot": "eot_token_id", "eom": "eom_token_id",
     "unk": "unknown_token_id", "sep": "seperator_token_id", "pad": "padding_token_id",
@@ -52,13 +53,15 @@ class Content:
         text: of a tokenizer.json.
         ids: of bos, eos, pad, unk, ..., where there are such.
         ends: ids that end a text, eos first.
-        chat_template: "" if there is none.
+        settings: as in tokenizer_config.json.
+        chat_templates: by their names; the usual one is "default".
     """
 
     text: str
     ids: dict[str, int]
     ends: tuple[int, ...]
-    chat_template: str
+    settings: dict[str, Any]
+    chat_templates: dict[str, str]
 
     def generation(self) -> dict[str, Any]:
         """Return it as generation_config.json has it."""
@@ -69,7 +72,7 @@ class Content:
 
     def make(self, path: str) -> Tokenizer:
         """Make the tokenizer."""
-        return Tokenizer(self.text, path, self.ends or None, self.chat_template)
+        return Tokenizer(self.text, path, self.ends or None, self.chat_templates, self.settings)
 
 
 class _Vocabulary:
@@ -178,11 +181,43 @@ def read(metadata: Mapping[str, Any], rows: int, path: str) -> Content | None:
     vocabulary = _Vocabulary(metadata, rows, path)
     if not vocabulary.tokens:
         raise vocabulary.error(f"{KEY}tokens is empty")
-    template = metadata.get("tokenizer.chat_template", "")
-    if not isinstance(template, str):
-        raise vocabulary.error("tokenizer.chat_template is no text")
-    text = json.dumps(reader(vocabulary), ensure_ascii=False)
-    return Content(text, vocabulary.ids, _find_ends(vocabulary), template)
+    spec = reader(vocabulary)
+    names = {index: token for token, index in _list_pieces(spec["model"]["vocab"])}
+    settings: dict[str, Any] = {
+        f"{name}_token": names[vocabulary.ids[name]]
+        for name in ("bos", "eos", "pad", "unk")
+        if name in vocabulary.ids
+    }
+    settings["add_bos_token"] = _adds_bos(spec)
+    return Content(
+        json.dumps(spec, ensure_ascii=False),
+        vocabulary.ids,
+        _find_ends(vocabulary),
+        settings,
+        _read_templates(metadata, path),
+    )
+
+
+def _list_pieces(vocab: dict[str, int] | list) -> list[tuple[str, int]]:
+    if isinstance(vocab, dict):
+        return list(vocab.items())
+    return [(piece, index) for index, (piece, _) in enumerate(vocab)]
+
+
+def _adds_bos(spec: Spec) -> bool:
+    template = spec["post_processor"]
+    return template is not None and "SpecialToken" in template["single"][0]
+
+
+def _read_templates(metadata: Mapping[str, Any], path: str) -> dict[str, str]:
+    found = {}
+    for key, template in metadata.items():
+        name = key.removeprefix(CHAT_TEMPLATE)
+        if name != key and (not name or name.startswith(".")):
+            if not isinstance(template, str):
+                raise ConfigError(f"{path}: {key} is no text.")
+            found[name[1:] or "default"] = template
+    return found
 
 
 def _find_ends(vocabulary: _Vocabulary) -> tuple[int, ...]:

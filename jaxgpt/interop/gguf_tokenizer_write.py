@@ -3,13 +3,14 @@
 import base64
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxgpt.interop import gguf_pretokenizers
 from jaxgpt.interop.gguf_format import Value
 from jaxgpt.interop.gguf_tokenizer import (
     BYTE,
+    CHAT_TEMPLATE,
     CONTROL,
     END_TOKENS,
     ID_KEYS,
@@ -57,8 +58,17 @@ def write(
     written["token_type"] = Value(tokens.types, "int32", is_array=True)
     written |= _write_ids(tokenizer, generation, spec, tokens)
     found = {KEY + key: value for key, value in written.items()}
-    if tokenizer.chat_template:
-        found["tokenizer.chat_template"] = Value(tokenizer.chat_template, "string")
+    return found | _write_templates(tokenizer.chat_templates)
+
+
+def _write_templates(templates: Mapping[str, str]) -> dict[str, Value]:
+    others = [name for name in templates if name != "default"]
+    found = {
+        CHAT_TEMPLATE if name == "default" else f"{CHAT_TEMPLATE}.{name}": Value(text, "string")
+        for name, text in templates.items()
+    }
+    if others:
+        found[f"{CHAT_TEMPLATE}s"] = Value(others, "string", is_array=True)
     return found
 
 
@@ -117,7 +127,7 @@ def _write_ids(
     tokenizer: Tokenizer, generation: Spec, spec: Spec, tokens: _Tokens
 ) -> dict[str, Value]:
     first, last = _find_ends_of_template(spec, tokens)
-    ids = {name: getattr(tokenizer, name, None) for name in ("bos", "pad", "unk")}
+    ids = {"bos": tokenizer.bos, "pad": tokenizer.pad, "unk": tokenizer.unk}
     ends = generation.get("eos_token_id") or []
     ends = [*tokenizer.ends, *(ends if isinstance(ends, list) else [ends])]
     ends = list(dict.fromkeys(index for index in ends if index is not None))
@@ -132,10 +142,8 @@ def _write_ids(
     if spec["model"].get("type") == "WordPiece":
         named = {"bos": first, "sep": last, "mask": tokens.ids.get("[MASK]")}
         ids = {key: ids[key] for key in ("pad", "unk")} | named
-    elif first is not None:
-        ids["bos"] = first
     flags = {
-        "add_bos_token": first is not None or bool(getattr(tokenizer, "adds_bos", False)),
+        "add_bos_token": tokenizer.adds_bos,
         "add_eos_token": last is not None,
     }
     written = {ID_KEYS[name]: Value(i, "uint32") for name, i in ids.items() if i is not None}
@@ -175,9 +183,9 @@ def _write_sentencepiece(spec: Spec, tokens: _Tokens) -> dict[str, Value]:
     steps = _flatten(spec.get("pre_tokenizer"), "pretokenizers")
     _refuse_others(normalizers, ("Prepend", "Replace"), "normalizer")
     _refuse_others(steps, ("Metaspace", "Split"), "pre_tokenizer")
-    has_prefix = any(step["type"] == "Prepend" for step in normalizers) or any(
-        step.get("prepend_scheme") in ("always", "first") for step in steps
-    )
+    if _merges_spaces(normalizers, steps):
+        raise ConfigError("llama.cpp's SentencePiece BPE keeps all spaces, this one does not.")
+    has_prefix = _has_prefix(normalizers, steps)
     if model.get("byte_fallback"):
         for byte in range(256):
             if (index := tokens.ids.get(f"<0x{byte:02X}>")) is not None:
@@ -190,6 +198,23 @@ def _write_sentencepiece(spec: Spec, tokens: _Tokens) -> dict[str, Value]:
         "scores": Value(scores, "float32", is_array=True),
         "add_space_prefix": Value(has_prefix, "bool"),
     }
+
+
+def _has_prefix(normalizers: list[Spec], steps: list[Spec]) -> bool:
+    """Return whether a text gets a space before it."""
+    return any(step["type"] == "Prepend" for step in normalizers) or any(
+        step.get("prepend_scheme", "always") in ("always", "first")
+        for step in steps
+        if step["type"] == "Metaspace"
+    )
+
+
+def _merges_spaces(normalizers: list[Spec], steps: list[Spec]) -> bool:
+    """Return whether spaces around a text and repeated ones are dropped."""
+    return any(
+        step["type"] in ("Strip", "WhitespaceSplit") or "Regex" in step.get("pattern", ())
+        for step in normalizers + steps
+    )
 
 
 def _refuse_others(steps: list[Spec], known: tuple[str, ...], part: str) -> None:
@@ -223,22 +248,17 @@ def _derive_scores(merges: list, tokens: _Tokens) -> list[float]:
 def _write_unigram(spec: Spec, tokens: _Tokens) -> dict[str, Value]:
     normalizers = _flatten(spec.get("normalizer"), "normalizers")
     steps = _flatten(spec.get("pre_tokenizer"), "pretokenizers")
-    _refuse_others(normalizers, ("Precompiled", "Strip", "Replace"), "normalizer")
+    _refuse_others(normalizers, ("Precompiled", "Strip", "Replace", "Prepend"), "normalizer")
     _refuse_others(steps, ("WhitespaceSplit", "Metaspace"), "pre_tokenizer")
     given = [score for _, score in spec["model"]["vocab"]]
     _spell_spaces(tokens)
     scores = given + [_UNUSED_SCORE] * (len(tokens.texts) - len(given))
-    merges_spaces = any(step["type"] in ("Strip", "Replace") for step in normalizers) or any(
-        step["type"] == "WhitespaceSplit" for step in steps
-    )
-    has_prefix = any(step.get("prepend_scheme", "always") in ("always", "first")
-                     for step in steps if step["type"] == "Metaspace")  # fmt: skip
     written = {
         "model": Value("t5", "string"),
         "pre": Value("default", "string"),
         "scores": Value(scores, "float32", is_array=True),
-        "add_space_prefix": Value(has_prefix, "bool"),
-        "remove_extra_whitespaces": Value(merges_spaces, "bool"),
+        "add_space_prefix": Value(_has_prefix(normalizers, steps), "bool"),
+        "remove_extra_whitespaces": Value(_merges_spaces(normalizers, steps), "bool"),
     }
     for step in normalizers:
         if step["type"] == "Precompiled" and step["precompiled_charsmap"]:
