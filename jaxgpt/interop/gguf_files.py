@@ -18,9 +18,11 @@ import numpy as np
 
 from jaxgpt.interop import gguf_format, gguf_tokenizer, gguf_tokenizer_write
 from jaxgpt.interop.archive import Archive, Stored
-from jaxgpt.interop.gguf_architectures import ARCHITECTURES, Architecture, Key, Row, expand
-from jaxgpt.interop.gguf_extras import ROPE_FACTORS, Config, Settings, make_rope_factors
+from jaxgpt.interop.gguf_architectures import ARCHITECTURES, Architecture, Key, expand
 from jaxgpt.interop.gguf_format import NewTensor, TensorEntry, Value
+from jaxgpt.interop.gguf_rope import ROPE_FACTORS, make_rope_factors
+from jaxgpt.interop.gguf_rows import Row
+from jaxgpt.interop.gguf_settings import Config, Settings
 from jaxgpt.settings import ConfigError, choose
 
 MAX_LAYERS = 10_000
@@ -75,7 +77,8 @@ def _read_config(architecture: Architecture, settings: Settings) -> Config:
     }
     for key in architecture.keys:
         kind = {"float32": float, "bool": bool}.get(key.type, int)
-        value = settings.get(key.gguf, kind, _resolve_default(key, config))
+        default = key.default(config) if key.default else None
+        value = settings.get(key.gguf, kind, default)
         if value == 0 and kind is int and key.hf != "decoder_start_token_id":
             raise ConfigError(f"{path}: the setting {settings.architecture}.{key.gguf} is 0.")
         config[key.hf] = value
@@ -91,20 +94,6 @@ def _read_config(architecture: Architecture, settings: Settings) -> Config:
     settings.ignore("tensor_data_layout")
     settings.check_all_read()
     return config
-
-
-def _resolve_default(key: Key, config: Mapping[str, Any]) -> Any:
-    """Return the default of a key: a value, another key, or a product or quotient of two."""
-    default = key.default
-    if not isinstance(default, str):
-        return default
-    left, sign, right = default.partition("*") if "*" in default else default.partition("/")
-    values = [int(x) if x.isdigit() else config.get(x) for x in (left, right) if x]
-    if any(not value for value in values):
-        return None
-    if not sign:
-        return values[0]
-    return values[0] * values[1] if sign == "*" else values[0] // values[1]
 
 
 def _count_layers(config: Mapping[str, Any]) -> int:
@@ -245,13 +234,14 @@ def _describe(
                 f"{' or '.join(map(repr, values))}."
             )
     settings: dict[str, Value] = {}
-    for key in architecture.keys:
-        value = config.get(key.hf)
-        value = _resolve_default(key, config) if value is None else value
+    for setting in architecture.keys:
+        value = config.get(setting.hf)
+        if value is None and setting.default:
+            value = setting.default(config)
         if value is None:
-            raise ConfigError(f"{archive.origin}: the config has no {key.hf}.")
-        config[key.hf] = value
-        settings[key.gguf] = Value(value, key.type)
+            raise ConfigError(f"{archive.origin}: the config has no {setting.hf}.")
+        config[setting.hf] = value
+        settings[setting.gguf] = Value(value, setting.type)
     settings |= architecture.write_extra(config, archive.tensors)
     rows = _find_embeddings(archive, config, architecture).shape[0]
     settings["vocab_size"] = Value(rows, "uint32")

@@ -12,6 +12,7 @@ more memory than its values. Quantization itself is that of the package gguf.
 Source: the GGUF specification, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
+import itertools
 import math
 import os
 import struct
@@ -192,7 +193,7 @@ def _place(entries, path: str, start: int, size: int, alignment: int) -> dict[st
         spans.append((offset, offset + length, name))
         tensors[name] = TensorEntry(path, name, shape, kind, start + offset)
     spans.sort()
-    for (_, end, name), (begin, _, other) in zip(spans, spans[1:], strict=False):
+    for (_, end, name), (begin, _, other) in itertools.pairwise(spans):
         if begin < end:
             raise ConfigError(f"{path}: the tensors {name!r} and {other!r} overlap.")
     return tensors
@@ -269,7 +270,7 @@ class _Reader:
     def _scalars(self, number: int, count: int, what: str) -> np.ndarray:
         if number not in SCALARS:
             raise self.error(f"{what} is of the unknown type {number}")
-        name, form = SCALARS[number]
+        _, form = SCALARS[number]
         array = np.frombuffer(self.take(count * np.dtype(form).itemsize, what), form)
         if number != BOOL:
             return array

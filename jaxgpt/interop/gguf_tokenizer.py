@@ -306,7 +306,7 @@ def _read_sentencepiece(vocabulary: _Vocabulary) -> Spec:
     if "unk" in vocabulary.ids:
         model["unk_token"] = tokens[vocabulary.ids["unk"]]
     has_prefix = vocabulary.flag("add_space_prefix", True)
-    normalizers = [{"type": "Prepend", "prepend": SPACE}] if has_prefix else []
+    normalizers: list[Spec] = [{"type": "Prepend", "prepend": SPACE}] if has_prefix else []
     normalizers.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
     decoders: list[Spec] = [
         {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
@@ -391,7 +391,7 @@ def _read_unigram(vocabulary: _Vocabulary) -> Spec:
 
 def _read_wordpiece(vocabulary: _Vocabulary) -> Spec:
     tokens = [
-        token if kind == CONTROL or kind == UNKNOWN
+        token if kind in (CONTROL, UNKNOWN)
         else token[1:] if token.startswith(SPACE)
         else f"##{token}"
         for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)

@@ -127,7 +127,7 @@ def _write_ids(
     tokenizer: Tokenizer, generation: Spec, spec: Spec, tokens: _Tokens
 ) -> dict[str, Value]:
     first, last = _find_ends_of_template(spec, tokens)
-    ids = {"bos": tokenizer.bos, "pad": tokenizer.pad, "unk": tokenizer.unk}
+    ids: dict[str, int | None] = {"bos": tokenizer.bos, "pad": tokenizer.pad, "unk": tokenizer.unk}
     ends = generation.get("eos_token_id") or []
     ends = [*tokenizer.ends, *(ends if isinstance(ends, list) else [ends])]
     ends = list(dict.fromkeys(index for index in ends if index is not None))

@@ -22,7 +22,7 @@ import numpy as np
 
 from jaxgpt.interop import gguf_tokenizer
 from jaxgpt.interop.archive import Archive, Stored
-from jaxgpt.interop.gguf_architectures import KEEP, PERMUTE_K, PERMUTE_Q, Layout
+from jaxgpt.interop.gguf_rows import KEEP, PERMUTE_K, PERMUTE_Q, Layout
 from jaxgpt.settings import ConfigError
 
 MAGIC = b"24ka"  # the number 0x616b3432
@@ -190,9 +190,7 @@ def _list_tensors(header: Header) -> Iterator[tuple[Tensor | None, int, bool, in
             yield tensor, layer, is_quantized, length
 
 
-def _store(
-    path: str, header: Header, config: dict[str, Any]
-) -> Iterator[tuple[Tensor, Stored]]:
+def _store(path: str, header: Header, config: dict[str, Any]) -> Iterator[tuple[Tensor, Stored]]:
     offset = header.start
     for tensor, layer, is_quantized, length in _list_tensors(header):
         if tensor is not None:
@@ -242,7 +240,9 @@ def _read_tokenizer(path: str, vocab: int) -> gguf_tokenizer.Content:
     tokens, scores, at = [], [], 4
     for index in range(vocab):
         if at + 8 > len(raw):
-            raise ConfigError(f"{path}: it ends after {index:,} tokens, and the model has {vocab:,}.")
+            raise ConfigError(
+                f"{path}: it ends after {index:,} of the {vocab:,} tokens of the model."
+            )
         score, length = struct.unpack_from("<fi", raw, at)
         text = raw[at + 8 : at + 8 + max(length, 0)]
         if length < 0 or len(text) < length:
