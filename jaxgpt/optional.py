@@ -18,7 +18,9 @@ class Extra(NamedTuple):
 EXTRAS = {
     "datasets": Extra("datasets", "hub"),
     "grain": Extra("grain", "grain"),
+    "huggingface_hub": Extra("huggingface_hub", "hub"),
     "matplotlib": Extra("matplotlib", "plots"),
+    "safetensors.numpy": Extra("safetensors", "interop"),
     "tensorboardX": Extra("tensorboardX", "tensorboard"),
     "tensorflow_datasets": Extra("tensorflow-datasets", "tfds"),
     "zstandard": Extra("zstandard", "zstd"),
