@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxgpt.config import Config, DataConfig, ModelConfig, TrainConfig
 from jaxgpt.hosts import fetch
 from jaxgpt.interop import aliases, families, rows
-from jaxgpt.interop.archive import Archive, Stored
+from jaxgpt.interop.archive import Archive, Stored, store
 from jaxgpt.interop.families import Family
 from jaxgpt.interop.huggingface import list_ids, list_special_tokens
 from jaxgpt.interop.placeholder import make_placeholder
@@ -85,12 +85,11 @@ def _make_name(origin: str) -> str:
 
 
 def _find_mask(archive: Archive, cfg: ModelConfig) -> dict[str, int]:
-    """Return the id of the mask of an encoder, if its tokenizer has one."""
-    if cfg.family != "encoder" or archive.tokenizer is None:
+    """Return the id of the mask of an encoder, which is one of its tokenizer's."""
+    if cfg.family != "encoder":
         return {}
-    specials = list_special_tokens(archive.tokenizer)
-    mask = specials.get("[MASK]", specials.get("<mask>"))
-    return {} if mask is None or mask >= cfg.vocab else {"mask_token": mask}
+    specials = {} if archive.tokenizer is None else list_special_tokens(archive.tokenizer)
+    return {"mask_token": specials.get("[MASK]", specials.get("<mask>", cfg.vocab - 1))}
 
 
 def make_tokenizer(cfg: ModelConfig, archive: Archive) -> Tokenizer:
@@ -312,6 +311,8 @@ def to_archive(model: LanguageModel, dtype: str | None = None) -> Archive:
     tensors: dict[str, Stored] = {}
     for name, parts in _group_locations(family, cfg, flat).items():
         tensors[name] = _make_tensor(cfg, parts, flat, dtype)
+    if kind == "bart":  # transformers expects it, although it is zero
+        tensors["final_logits_bias"] = store(np.zeros((1, cfg.vocab), np.float32))
     missing = flat.keys() - {p.path for p in rows.list_locations(family.table, cfg)}
     if missing:
         raise ConfigError(f"the parameter {min(missing)} has no counterpart in {family.title}.")

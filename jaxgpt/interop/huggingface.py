@@ -85,12 +85,8 @@ def add_ends(
 ) -> Tokenizer:
     """Return the tokenizer whose ends include the eos_token_id of config and generation_config."""
     ends = list(getattr(tokenizer, "ends", (tokenizer.eos,)))
-    found = [
-        *ends,
-        *list_ids(generation.get("eos_token_id")),
-        *list_ids(config.get("eos_token_id")),
-    ]
-    new = tuple(dict.fromkeys(x for x in found if x < tokenizer.vocab_size))
+    stated = [i for x in (generation, config) for i in list_ids(x.get("eos_token_id"))]
+    new = tuple(dict.fromkeys(x for x in (*ends, *stated) if x < tokenizer.vocab_size))
     if new == tuple(ends) or not hasattr(tokenizer, "with_ends"):
         return tokenizer
     return tokenizer.with_ends(new)

@@ -221,7 +221,7 @@ def _make_stored(path: str, name: str, shape: tuple, dtype: np.dtype, offset: in
     return Stored(shape, dtype.name, read)
 
 
-# --- JSON that may be damaged ----------------------------------------------------------------------
+# --- JSON that may be damaged ---------------------------------------------------------------------
 
 
 def read_json(path: str) -> Any:
