@@ -13,6 +13,7 @@ the state of an optimizer, a saved model is the best checkpoint of a run that ha
 import dataclasses
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -113,6 +114,34 @@ def is_run(path: str) -> bool:
     return os.path.isfile(os.path.join(path, "config.json"))
 
 
+def is_transformers(path: str) -> bool:
+    """Return whether a path is a folder of transformers: its config.json has a model_type."""
+    file = os.path.join(path, "config.json")
+    if not os.path.isfile(file):
+        return False
+    try:
+        with open(file, encoding="utf-8") as handle:
+            content = json.load(handle)
+    except (OSError, ValueError, RecursionError):
+        return has_safetensors(path)
+    if not isinstance(content, dict) or "model" in content:
+        return False  # of a run
+    return "model_type" in content or "architectures" in content or has_safetensors(path)
+
+
+def has_safetensors(path: str) -> bool:
+    """Return whether a folder has a file of tensors in it."""
+    return any(name.endswith(".safetensors") for name in os.listdir(path))
+
+
+def is_hub_name(path: str) -> bool:
+    """Return whether a path that is none names a model of the Hugging Face hub: "user/name"."""
+    user, _, name = path.partition("/")
+    if os.path.exists(path) or os.path.isdir(user) or user in ("", ".", "..", "runs", "models"):
+        return False
+    return all(part and HUB_NAME.fullmatch(part) for part in (user, name))
+
+
 def is_saved_model(path: str) -> bool:
     """Return whether a path is what `save` writes: parameters without a history of training."""
     has_params = latest_step(os.path.join(path, "best")) is not None
@@ -126,8 +155,14 @@ class Loader(NamedTuple):
     function: str  # "module:function", imported when used; takes the arguments of `load`
 
 
+HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
 # The first one that is for a path loads it, so that a more specific kind stands before "run".
-LOADERS: dict[str, Loader] = {"run": Loader(is_run, "jaxgpt.loading:load_run")}
+LOADERS: dict[str, Loader] = {
+    "transformers": Loader(is_transformers, "jaxgpt.interop.loaders:load_folder"),
+    "hub": Loader(is_hub_name, "jaxgpt.interop.loaders:load_hub"),
+    "run": Loader(is_run, "jaxgpt.loading:load_run"),
+}
 
 
 def save(model: LanguageModel, folder: str | os.PathLike):

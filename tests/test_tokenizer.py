@@ -649,7 +649,6 @@ def test_an_impossible_id_is_rejected_at_once(index, where, tmp_path):
         ({"pre_tokenizer": pre_tokenizers.Whitespace()}, "BPE with the pre-tokenizer Whitespace"),
         ({"model": models.WordLevel({"[UNK]": 0}, "[UNK]")}, "it is WordLevel with"),
         ({"model": models.Unigram([("a", 0.0)])}, "it is Unigram with"),
-        ({"model": models.BPE({"a": 0}, [])}, "it has no token for byte 0"),
         ({"specials": ("[MASK]",)}, "no token that ends a document"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -658,6 +657,15 @@ def test_a_tokenizer_that_cannot_encode_every_text_is_rejected(changes, message,
     with pytest.raises(ConfigError, match=message) as caught:
         read(make_foreign_tokenizer(**changes), tmp_path)
     assert f"data.tokenizer='{tmp_path / 'tokenizer.json'}'" in str(caught.value)
+
+
+def test_without_tokens_for_some_bytes_a_tokenizer_is_lossy_and_other_bytes_are_replaced(tmp_path):
+    alphabet = [c for c in BYTE_CHARACTERS if ord(c) != 256 + 4 and c not in BYTE_CHARACTERS[240:]]
+    vocab = {character: index for index, character in enumerate(alphabet)}
+    tokenizer = read(make_foreign_tokenizer(model=models.BPE(vocab, [])), tmp_path)
+    assert not tokenizer.is_lossless
+    assert tokenizer.decode(tokenizer.encode("a\x04b é")) == "ab é"
+    assert tokenizer.decode(tokenizer.encode(b"a\xffb")) == "a\ufffdb"
 
 
 def test_a_token_that_is_not_written_in_bytes_is_rejected(tmp_path):

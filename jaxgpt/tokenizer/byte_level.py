@@ -1,8 +1,8 @@
 """Byte-level tokens, as in GPT-2, Llama 3, Qwen, SmolLM, GPT-NeoX and DeepSeek.
 
 The 256 single bytes are tokens, so nothing is unknown, and every text comes back exactly, unless a
-normalizer changes it first. The models differ in the pattern that divides text into words, and no
-token crosses a word's border.
+normalizer changes it first, or the vocabulary lacks some bytes. The models differ in the pattern
+that divides text into words, and no token crosses a word's border.
 
 Source: Radford et al. 2019, section 2.2.
 """

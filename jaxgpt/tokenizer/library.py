@@ -62,7 +62,8 @@ def make_encoder(
         library.model.dropout = None
     library.encode_special_tokens = True
     for token in tree["added_tokens"]:
-        if (found := library.token_to_id(token["content"])) != token["id"]:
+        found = library.token_to_id(token["content"])
+        if not token["special"] and found != token["id"]:
             raise ValueError(
                 f"the added token {token['content']!r} has the id {token['id']}, but its place in "
                 f"the file gives {found}"

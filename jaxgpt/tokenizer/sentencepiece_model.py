@@ -176,7 +176,7 @@ def _make_normalizer(fields: dict[int, Any], name: str) -> dict[str, Any] | None
     replace = lambda pattern, content: {  # noqa: E731
         "type": "Replace", "pattern": pattern, "content": content}  # fmt: skip
     if fields.get(4, 1):  # remove_extra_whitespaces
-        steps.append(replace({"Regex": r"\A +| +\z"}, ""))
+        steps.append(replace({"Regex": r"\A +|[ ▁]+\z"}, ""))
         steps.append(replace({"Regex": " {2,}"}, " "))
     if fields.get(3, 1):  # add_dummy_prefix
         steps.append({"type": "Prepend", "prepend": _MARK})
