@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxgpt.interop import gguf_format, gguf_tokenizer, gguf_tokenizer_write
 from jaxgpt.interop.archive import Archive, Stored
-from jaxgpt.interop.gguf_architectures import ARCHITECTURES, Architecture, Key, expand
+from jaxgpt.interop.gguf_architectures import ARCHITECTURES, Architecture, expand
 from jaxgpt.interop.gguf_format import NewTensor, TensorEntry, Value
 from jaxgpt.interop.gguf_rope import ROPE_FACTORS, make_rope_factors
 from jaxgpt.interop.gguf_rows import Row
