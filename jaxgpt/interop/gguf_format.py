@@ -31,7 +31,7 @@ MAX_DIMENSIONS = 4
 MAX_ALIGNMENT = 1 << 16  # bytes
 MAX_KEY_BYTES = 1 << 16
 DEFAULT_ALIGNMENT = 32  # bytes
-STRIP_BYTES = 1 << 24  # of a tensor, read and dequantized at once
+STRIP_BYTES = 1 << 22  # of a tensor, read and dequantized at once
 
 STRING, ARRAY, BOOL = 8, 9, 7
 # By the number of a type of values: its name, and as numpy and struct write it.

@@ -48,10 +48,10 @@ def write(
     written = {}
     if kind_count := config.get("type_vocab_size"):
         written["token_type_count"] = Value(kind_count, "uint32")
-    if tokenizer is None:
+    spec = None if tokenizer is None else json.loads(tokenizer.content)
+    if tokenizer is None or spec is None or spec.get("kind") == "none":  # ids without text
         written["model"] = Value("none", "string")
         return {KEY + key: value for key, value in written.items()}
-    spec = json.loads(tokenizer.content)
     tokens = _Tokens(spec, rows)
     written |= choose(_WRITERS, _find_kind(spec), "the tokenizer's kind")(spec, tokens)
     written["tokens"] = Value(tokens.texts, "string", is_array=True)

@@ -61,11 +61,11 @@ class Header(NamedTuple):
 
 
 def is_llama2c(path: str | os.PathLike) -> bool:
-    """Return whether a path is a file of llama2.c, by its beginning and its size."""
-    if not os.path.isfile(path) or not os.fspath(path).endswith(".bin"):
+    """Return whether a file begins as one of llama2.c does."""
+    if not os.path.isfile(path):
         return False
     try:
-        _read_header(os.fspath(path))
+        _read_sizes(os.fspath(path))
     except ConfigError:
         return False
     return True
@@ -106,7 +106,17 @@ def open_file(path: str | os.PathLike, tokenizer: str | os.PathLike | None = Non
 
 
 def _read_header(path: str) -> Header:
-    total = os.path.getsize(path)
+    header, total = _read_sizes(path), os.path.getsize(path)
+    expected = header.start + sum(length for *_, length in _list_tensors(header))
+    if total != expected:
+        raise ConfigError(
+            f"{path}: it has {total:,} bytes, and a model of llama2.c with {header.sizes} has "
+            f"{expected:,}: it is cut short, damaged, or of another kind."
+        )
+    return header
+
+
+def _read_sizes(path: str) -> Header:
     with open(path, "rb") as file:
         raw = file.read(HEADER_BYTES)
     if len(raw) < HEADER_BYTES:
@@ -121,12 +131,6 @@ def _read_header(path: str) -> Header:
         group = values[8] if version == 2 else 1
         header = Header(version, Sizes(*values[:7]), values[7] != 0, group, HEADER_BYTES)
     _check_sizes(path, header)
-    expected = header.start + sum(length for *_, length in _list_tensors(header))
-    if total != expected:
-        raise ConfigError(
-            f"{path}: it has {total:,} bytes, and a model of llama2.c with {header.sizes} has "
-            f"{expected:,}: it is cut short, damaged, or of another kind."
-        )
     return header
 
 
