@@ -63,6 +63,7 @@ class Architecture:
         write_extra: (config, tensors) gives more metadata.
         dropped: beginnings of the names of tensors that it has no place for.
         write_factor: (config, tensor) gives what to multiply values with when they are written.
+        complete: (config, tensors) adds tensors that must be written.
         skipped: a part of the names in transformers that a model of this config does not have.
     """
 
@@ -76,6 +77,7 @@ class Architecture:
     write_extra: Callable[..., dict] = lambda config, tensors: {}
     dropped: tuple[str, ...] = ()
     write_factor: Callable[[Config, str], float] = lambda config, name: 1.0
+    complete: Callable[[Config, dict[str, Any]], None] = lambda config, tensors: None
     skipped: Callable[[Config], str] = lambda config: ""
 
 
@@ -355,6 +357,8 @@ ARCHITECTURES: dict[str, Architecture] = {
             {"relative_attention_max_distance": (128,)},
             extras.read_t5,
             extras.write_t5,
+            write_factor=extras.scale_t5_head,
+            complete=extras.add_t5_head,
             skipped=extras.skip_t5,
         ),
         Architecture(

@@ -207,6 +207,7 @@ def read_t5(config: Config, settings: Settings) -> None:
     is_gated = "enc.blk.0.ffn_gate.weight" in settings.header.tensors
     config["feed_forward_proj"] = "gated-gelu" if is_gated else "relu"
     config["is_encoder_decoder"] = True
+    config["scale_decoder_outputs"] = config["tie_word_embeddings"]
     settings.require("attention.value_length", [width], width)
     settings.require("attention.head_count_kv", [heads], heads)
     settings.ignore("attention.layer_norm_epsilon")
@@ -215,6 +216,23 @@ def read_t5(config: Config, settings: Settings) -> None:
 def skip_t5(config: Config) -> str:
     """Return the part of the names of tensors that a T5 of this kind does not have."""
     return ".wi_1." if config["feed_forward_proj"] == "relu" else ".wi."
+
+
+def _scales_outputs(config: Config) -> bool:
+    """Return whether logits are multiplied by 1/√D, as where a T5 of version 1.0 ties its head."""
+    return bool(config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True)))
+
+
+def add_t5_head(config: Config, tensors: dict[str, Any]) -> None:
+    """Give a head of its own to a T5 that ties it without scaling: a tied one is read as scaled."""
+    if "lm_head.weight" not in tensors and not _scales_outputs(config):
+        tensors["lm_head.weight"] = tensors["shared.weight"]
+
+
+def scale_t5_head(config: Config, name: str) -> float:
+    """Return the factor of a head of its own whose logits are scaled, which llama.cpp does not."""
+    is_scaled = name == "output.weight" and _scales_outputs(config)
+    return config["d_model"] ** -0.5 if is_scaled else 1.0
 
 
 def write_t5(config: Config, tensors: Mapping[str, Any]) -> dict[str, Value]:

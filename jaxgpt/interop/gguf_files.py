@@ -275,6 +275,7 @@ def _plan_tensors(
     archive: Archive, config: Config, architecture: Architecture, quantize: str | None
 ) -> Iterator[NewTensor]:
     left = dict(archive.tensors)
+    architecture.complete(config, left)
     for row in _select_rows(architecture, config):
         if row.gguf.count("{}") == 1:
             continue
@@ -339,7 +340,7 @@ def _to_kind(array: np.ndarray, kind: str, name: str) -> np.ndarray:
     """Refuse values that float16 cannot hold, which would become infinite."""
     if kind == "F16" and array.dtype != np.float16:
         largest = float(np.abs(array.astype(np.float32, copy=False)).max(initial=0))
-        if largest > np.finfo(np.float16).max:
+        if largest >= 65520:  # half a step above the largest float16
             raise ConfigError(f"{name!r} has the value {largest:.6g}, too large for F16: use BF16.")
     return array
 
