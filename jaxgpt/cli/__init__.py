@@ -18,6 +18,8 @@ from typing import Any, NoReturn
 
 import jaxgpt
 from jaxgpt import script
+from jaxgpt.config_files import find_run_config
+from jaxgpt.interop.formats import find_format
 from jaxgpt.settings import choose
 
 COMMANDS = {
@@ -56,6 +58,12 @@ def run_command(name: str, argv: list[str], program: str) -> NoReturn:
 def find_module(name: str) -> Any:
     """Return the module of a subcommand; that of a keyword of Python ends in _."""
     return importlib.import_module(f"jaxgpt.cli.{name}{'_' if keyword.iskeyword(name) else ''}")
+
+
+def check_model(path: str):
+    """Raise ConfigError unless a path is a run, or a model of another library."""
+    if not find_format(path):
+        find_run_config(path)
 
 
 def make_parser(program: str, description: str | None) -> argparse.ArgumentParser:

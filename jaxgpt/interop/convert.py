@@ -254,14 +254,12 @@ def read_params(plan: Plan, shardings: Mapping[str, Any], dtype: str | None = No
     """Read the parameters of a plan onto devices.
 
     Args:
-        shardings: of each parameter, by path.
+        shardings: by path, of the parameters to read.
         dtype: see `to_model`.
     """
     arrays = {}
-    for path, place in plan.places.items():
-        value = read_parameter(plan, place, dtype)
-        arrays[path] = _put(value, shardings[path])
-        del value
+    for path, sharding in shardings.items():
+        arrays[path] = _put(read_parameter(plan, plan.places[path], dtype), sharding)
     return unflatten_dict(arrays, sep=".")
 
 
