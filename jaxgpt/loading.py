@@ -12,8 +12,8 @@ the state of an optimizer, a saved model is the best checkpoint of a run that ha
 
 import dataclasses
 import json
+import math
 import os
-import re
 import shutil
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from jaxgpt import hosts
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.config import Config
 from jaxgpt.config_files import find_run_config
+from jaxgpt.interop.formats import FORMATS
 from jaxgpt.language_model import LanguageModel
 from jaxgpt.model import abstract_params
 from jaxgpt.model.layers import DTYPES
@@ -57,7 +58,8 @@ def load(
     """Load a model for inference, whatever kind of path holds it (see LOADERS).
 
     Args:
-        path: such as runs/gpt_mini.
+        path: a run folder or saved model, such as runs/gpt_mini; a folder of transformers, a GGUF
+            file, a .bin of llama2.c; or user/name of the Hugging Face hub.
         dtype: of the parameters and of the computation, "float32" or "bfloat16"; None keeps the
             parameters as they were saved, and computes in `model.dtype` of the config.
         mesh: a mesh of `sharding.make_mesh` to shard the parameters over; None puts them on the
@@ -114,34 +116,6 @@ def is_run(path: str) -> bool:
     return os.path.isfile(os.path.join(path, "config.json"))
 
 
-def is_transformers(path: str) -> bool:
-    """Return whether a path is a folder of transformers: its config.json has a model_type."""
-    file = os.path.join(path, "config.json")
-    if not os.path.isfile(file):
-        return False
-    try:
-        with open(file, encoding="utf-8") as handle:
-            content = json.load(handle)
-    except (OSError, ValueError, RecursionError):
-        return has_safetensors(path)
-    if not isinstance(content, dict) or "model" in content:
-        return False  # of a run
-    return "model_type" in content or "architectures" in content or has_safetensors(path)
-
-
-def has_safetensors(path: str) -> bool:
-    """Return whether a folder has a file of tensors in it."""
-    return any(name.endswith(".safetensors") for name in os.listdir(path))
-
-
-def is_hub_name(path: str) -> bool:
-    """Return whether a path that is none names a model of the Hugging Face hub: "user/name"."""
-    user, _, name = path.partition("/")
-    if os.path.exists(path) or os.path.isdir(user) or user in ("", ".", "..", "runs", "models"):
-        return False
-    return all(part and HUB_NAME.fullmatch(part) for part in (user, name))
-
-
 def is_saved_model(path: str) -> bool:
     """Return whether a path is what `save` writes: parameters without a history of training."""
     has_params = latest_step(os.path.join(path, "best")) is not None
@@ -155,12 +129,9 @@ class Loader(NamedTuple):
     function: str  # "module:function", imported when used; takes the arguments of `load`
 
 
-HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-
 # The first one that is for a path loads it, so that a more specific kind stands before "run".
 LOADERS: dict[str, Loader] = {
-    "transformers": Loader(is_transformers, "jaxgpt.interop.loaders:load_folder"),
-    "hub": Loader(is_hub_name, "jaxgpt.interop.loaders:load_hub"),
+    **{name: Loader(row.is_for, "jaxgpt.interop.loaders:load") for name, row in FORMATS.items()},
     "run": Loader(is_run, "jaxgpt.loading:load_run"),
 }
 
@@ -225,6 +196,20 @@ def read_config(run_folder: str, plugins: Sequence[str] | None = None) -> Config
     except (OSError, UnicodeDecodeError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"{path} cannot be read: {reason}.") from error
+
+
+def count_dtypes(run_folder: str) -> dict[str, int]:
+    """Return how many parameters of a run there are of each dtype; nothing but shapes is read."""
+    found: dict[str, int] = {}
+    for name in CHECKPOINT_FOLDERS["best"]:
+        folder = os.path.join(run_folder, name)
+        step = latest_step(folder)
+        if step is not None:
+            for x in jax.tree.leaves(read_shapes(os.path.join(folder, str(step), "params"))):
+                kind = str(x.dtype)
+                found[kind] = found.get(kind, 0) + math.prod(x.shape)
+            break
+    return found
 
 
 def read_labels(run_folder: str) -> list[str]:

@@ -11,18 +11,24 @@ light: jax, and what imports jax, is imported inside `main`, after all checks th
 
 import argparse
 import importlib
+import keyword
 import sys
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jaxgpt
 from jaxgpt import script
+from jaxgpt.config_files import find_run_config
+from jaxgpt.interop.formats import find_format
 from jaxgpt.settings import choose
 
 COMMANDS = {
     "train": "train a model, or resume a run",
     "sample": "generate text from a trained model",
     "evaluate": "measure a trained model on any text",
+    "import": "make a run folder of a model of another library",
+    "export": "write a model for transformers or llama.cpp",
+    "inspect": "show what a model is",
 }
 
 
@@ -44,9 +50,20 @@ def run_command(name: str, argv: list[str], program: str) -> NoReturn:
     """
 
     def command() -> int:
-        return importlib.import_module(f"jaxgpt.cli.{name}").main(argv, program)
+        return find_module(name).main(argv, program)
 
     script.run(command, program)
+
+
+def find_module(name: str) -> Any:
+    """Return the module of a subcommand; that of a keyword of Python ends in _."""
+    return importlib.import_module(f"jaxgpt.cli.{name}{'_' if keyword.iskeyword(name) else ''}")
+
+
+def check_model(path: str):
+    """Raise ConfigError unless a path is a run, or a model of another library."""
+    if not find_format(path):
+        find_run_config(path)
 
 
 def make_parser(program: str, description: str | None) -> argparse.ArgumentParser:

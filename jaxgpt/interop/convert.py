@@ -9,7 +9,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,8 +21,7 @@ from jaxgpt.hosts import fetch
 from jaxgpt.interop import aliases, families, rows
 from jaxgpt.interop.archive import Archive, Stored, store
 from jaxgpt.interop.families import Family
-from jaxgpt.interop.huggingface import list_ids, list_special_tokens
-from jaxgpt.interop.placeholder import make_placeholder
+from jaxgpt.interop.huggingface import list_ids
 from jaxgpt.interop.safetensors_files import get_dtype
 from jaxgpt.language_model import LanguageModel
 from jaxgpt.model import abstract_params
@@ -30,6 +29,7 @@ from jaxgpt.model.layers import DTYPES
 from jaxgpt.settings import ConfigError
 from jaxgpt.sharding import make_shardings
 from jaxgpt.tokenizer import Tokenizer
+from jaxgpt.tokenizer.placeholder import make_placeholder
 
 OBJECTIVES = {"decoder": "causal", "encoder": "masked", "encoder_decoder": "pairs"}
 FLOATS = ("float64", "float32", "float16", "bfloat16")
@@ -88,7 +88,7 @@ def _find_mask(archive: Archive, cfg: ModelConfig) -> dict[str, int]:
     """Return the id of the mask of an encoder, which is one of its tokenizer's."""
     if cfg.family != "encoder":
         return {}
-    specials = {} if archive.tokenizer is None else list_special_tokens(archive.tokenizer)
+    specials = {} if archive.tokenizer is None else archive.tokenizer.special_ids
     return {"mask_token": specials.get("[MASK]", specials.get("<mask>", cfg.vocab - 1))}
 
 
@@ -218,6 +218,7 @@ def to_model(
     *,
     dtype: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    log: Callable[[str], None] = lambda note: None,
 ) -> LanguageModel:
     """Return the model of an archive.
 
@@ -225,11 +226,14 @@ def to_model(
         dtype: "float32" or "bfloat16", of the parameters and of the computation; None keeps those
             of the archive (float16 becomes float32).
         mesh: a mesh to shard the parameters over; None = the first device.
+        log: takes messages about what is left out, or decided.
 
     Raises:
         ConfigError: see `plan_import`.
     """
     plan = plan_import(archive)
+    for note in plan.notes:
+        log(f"{archive.origin}: {note}")
     config = plan.config
     if dtype is not None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
@@ -250,14 +254,12 @@ def read_params(plan: Plan, shardings: Mapping[str, Any], dtype: str | None = No
     """Read the parameters of a plan onto devices.
 
     Args:
-        shardings: of each parameter, by path.
+        shardings: by path, of the parameters to read.
         dtype: see `to_model`.
     """
     arrays = {}
-    for path, place in plan.places.items():
-        value = read_parameter(plan, place, dtype)
-        arrays[path] = _put(value, shardings[path])
-        del value
+    for path, sharding in shardings.items():
+        arrays[path] = _put(read_parameter(plan, plan.places[path], dtype), sharding)
     return unflatten_dict(arrays, sep=".")
 
 
@@ -400,10 +402,4 @@ def _write_tokens(model: LanguageModel, is_generation: bool = False) -> dict[str
 
 def list_ends(tokenizer: Tokenizer) -> list[int]:
     """Return the ids that end a text."""
-    return list(getattr(tokenizer, "ends", None) or [tokenizer.eos])
-
-
-def iterate_parameters(plan: Plan) -> Iterator[tuple[str, tuple[int, ...], int]]:
-    """Yield (path, shape, number of parameters) of a model that has not been read."""
-    for path, x in flatten_dict(abstract_params(plan.config.model)[0], sep=".").items():
-        yield path, x.shape, math.prod(x.shape)
+    return list(tokenizer.ends)

@@ -16,12 +16,11 @@ from jaxgpt.interop.archive import Archive
 from jaxgpt.interop.families import FAMILIES
 from jaxgpt.interop.safetensors_files import read_json
 from jaxgpt.settings import ConfigError
-from jaxgpt.tokenizer import Tokenizer
+from jaxgpt.tokenizer import Tokenizer, companions
+from jaxgpt.tokenizer.convert import FORMS
+from jaxgpt.tokenizer.placeholder import NoTokenizer
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
-TOKENIZER_FILES = (
-    "tokenizer.json", "vocab.json", "encoder.json", "vocab.txt", "tokenizer.model", "spiece.model"
-)  # fmt: skip
 
 
 def open_folder(folder: str) -> Archive:
@@ -36,7 +35,7 @@ def open_folder(folder: str) -> Archive:
     generation_path = os.path.join(folder, GENERATION_FILE)
     generation = _read_object(generation_path) if os.path.isfile(generation_path) else {}
     tensors = safetensors_files.open_folder(folder)
-    return Archive(config, tensors, _read_tokenizer(folder, config, generation), generation, folder)
+    return Archive(config, tensors, _read_tokenizer(folder), generation, folder)
 
 
 def _read_object(path: str) -> dict[str, Any]:
@@ -71,25 +70,10 @@ def check_config(config: Mapping[str, Any], path: str):
         )
 
 
-def _read_tokenizer(
-    folder: str, config: Mapping[str, Any], generation: Mapping[str, Any]
-) -> Tokenizer | None:
+def _read_tokenizer(folder: str) -> Tokenizer | None:
     """Return the tokenizer of a folder, which ends a text at any id that a file there names."""
-    if not any(os.path.isfile(os.path.join(folder, name)) for name in TOKENIZER_FILES):
-        return None
-    return add_ends(tokenizers.load(folder), config, generation)
-
-
-def add_ends(
-    tokenizer: Tokenizer, config: Mapping[str, Any], generation: Mapping[str, Any]
-) -> Tokenizer:
-    """Return the tokenizer whose ends include the eos_token_id of config and generation_config."""
-    ends = list(getattr(tokenizer, "ends", (tokenizer.eos,)))
-    stated = [i for x in (generation, config) for i in list_ids(x.get("eos_token_id"))]
-    new = tuple(dict.fromkeys(x for x in (*ends, *stated) if x < tokenizer.vocab_size))
-    if new == tuple(ends) or not hasattr(tokenizer, "with_ends"):
-        return tokenizer
-    return tokenizer.with_ends(new)
+    files = {*os.listdir(folder)}
+    return tokenizers.load(folder) if any(files >= {*form.files} for form in FORMS) else None
 
 
 def list_ids(value: Any) -> list[int]:
@@ -99,6 +83,20 @@ def list_ids(value: Any) -> list[int]:
 
 
 # --- writing -------------------------------------------------------------------------------------
+
+
+def write_archive(archive: Archive, path: str, quantize: str | None = None):
+    """Write a model into a new folder; see `write_folder`.
+
+    Raises:
+        ConfigError: `quantize` is given.
+    """
+    if quantize:
+        raise ConfigError(
+            f"--quantize {quantize} is for --format gguf; with --format hf, --dtype bfloat16 "
+            "halves the size."
+        )
+    write_folder(archive, path)
 
 
 def write_folder(
@@ -115,9 +113,9 @@ def write_folder(
     """
     os.makedirs(folder, exist_ok=True)
     files = {CONFIG_FILE: archive.config, GENERATION_FILE: archive.generation}
-    if archive.tokenizer is not None:
+    if archive.tokenizer is not None and not isinstance(archive.tokenizer, NoTokenizer):
         files |= describe_tokenizer(archive.tokenizer, archive.config)
-        archive.tokenizer.save(os.path.join(folder, "tokenizer.json"))
+        write_text(os.path.join(folder, "tokenizer.json"), archive.tokenizer.content)
     for name, content in files.items():
         write_text(os.path.join(folder, name), json.dumps(content, indent=2, ensure_ascii=False))
     for name, text in (texts or {}).items():
@@ -133,29 +131,21 @@ def write_text(path: str, text: str):
 
 def describe_tokenizer(tokenizer: Tokenizer, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return tokenizer_config.json and special_tokens_map.json of a tokenizer."""
-    names = {index: name for name, index in list_special_tokens(tokenizer).items()}
+    names = {index: name for name, index in tokenizer.special_ids.items()}
     special = {
         f"{role}_token": names[index]
         for role in ("bos", "eos", "pad", "unk")
         if (index := getattr(tokenizer, role)) in names
     }
-    context = config.get("max_position_embeddings") or config.get("n_positions")
-    settings = {
+    settings = companions.describe(tokenizer) | special | {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        **special,
-    }
+        "add_bos_token": tokenizer.adds_bos,
+    }  # fmt: skip
+    context = config.get("max_position_embeddings") or config.get("n_positions")
     if context:
         settings["model_max_length"] = context
-    if template := getattr(tokenizer, "chat_template", ""):
-        settings["chat_template"] = template
     return {"tokenizer_config.json": settings, "special_tokens_map.json": special}
-
-
-def list_special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
-    """Return the ids of the special tokens of a tokenizer by their text."""
-    content = json.loads(getattr(tokenizer, "content", "") or tokenizer._content)
-    return {token["content"]: token["id"] for token in content.get("added_tokens", ())}
 
 
 def replace_folder(partial: str, folder: str):

@@ -5,6 +5,7 @@ byte_level.py  metaspace.py  wordpiece.py   the kinds: how tokens spell bytes
 training.py    learns a byte-level BPE
 files.py       reads and writes every form of file; sentencepiece_model.py: tokenizer.model
 spec.py  roles.py  library.py               a tokenizer.json: checked, its special tokens, encoded
+placeholder.py the tokenizer of a model without one
 chat.py        chat templates: a conversation as text and as ids
 """
 

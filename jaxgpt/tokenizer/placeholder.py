@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from jaxgpt.settings import ConfigError
-from jaxgpt.tokenizer import Tokenizer
+from jaxgpt.tokenizer.core import Tokenizer
 
 KIND = "none"
 
