@@ -1,4 +1,4 @@
-"""Writers and a forward pass of llama2.c, after its own export.py and run.c: slow, and by the book."""
+"""Writers and a forward pass of llama2.c after its export.py and run.c: slow, by the book."""
 
 import math
 import struct
