@@ -17,6 +17,7 @@ class Extra(NamedTuple):
 
 EXTRAS = {
     "datasets": Extra("datasets", "hub"),
+    "gguf": Extra("gguf", "gguf"),
     "grain": Extra("grain", "grain"),
     "huggingface_hub": Extra("huggingface_hub", "hub"),
     "matplotlib": Extra("matplotlib", "plots"),
