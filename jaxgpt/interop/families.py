@@ -214,7 +214,8 @@ def find_family(cfg: ModelConfig) -> tuple[str, dict[str, Any]]:
             )  # fmt: skip
             return kind, {"architectures": [architecture]} | config
         differences.append(found)
-    nearest = min(differences, key=len, default={"mixers": f"model.mixers={cfg.mixers!r}"})
+    differences.sort(key=lambda found: ("family" in found, len(found)))
+    nearest = [*differences, {"mixers": f"model.mixers={cfg.mixers!r}"}][0]
     raise ConfigError(
         "the model has no counterpart in transformers: the nearest one differs in "
         f"{', '.join(nearest.values())}."

@@ -48,8 +48,7 @@ def change_entry(header: dict, **changes):
 
 
 def overlap(header: dict):
-    header[NAME]["data_offsets"] = header[NORM]["data_offsets"]
-    header[NAME]["shape"] = header[NORM]["shape"]
+    header[NAME]["data_offsets"] = [x - 64 for x in header[NAME]["data_offsets"]]
 
 
 def rename(header: dict, old: str, new: str) -> dict:
@@ -72,7 +71,7 @@ HEADERS = {
     "no dtype": (lambda h: h[NAME].pop("dtype") and None, "not described by dtype"),
     "more keys": (lambda h: change_entry(h, more=1), "not described by dtype"),
     "overlapping tensors": (overlap, "overlaps the one before it"),
-    "a hole": (lambda h: h.pop(NORM) and None, "follows bytes of no tensor"),
+    "a hole": (lambda h: h.pop(NAME) and None, "follows bytes of no tensor"),
     "an unknown tensor": (lambda h: rename(h, NAME, "model.layers.0.extra"), "missing"),
     "a tensor of another layer": (
         lambda h: rename(h, NAME, NAME.replace("0", "7")), f"'{NAME}' is missing"
