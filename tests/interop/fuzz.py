@@ -21,8 +21,8 @@ import signal
 import sys
 import tempfile
 import time
-import tracemalloc
 import traceback
+import tracemalloc
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
@@ -30,8 +30,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import jax
-import numpy as np
-from interop.make_files import edit_header, make_model, write_folder
+from interop.make_files import edit_header, write_folder
 
 import jaxgpt
 from jaxgpt import cli
@@ -40,13 +39,14 @@ from jaxgpt.settings import ConfigError
 MAX_SECONDS = 20
 SLACK_BYTES = 3 << 20  # of Python objects, whatever the size of the file
 HOSTILE = (
-    None, True, False, 0, -1, 1, 2, 3, 1.5, 1e308, float("nan"), float("inf"), 2**31, 2**63, 10**30,
-    "", "x", "\0", "../x", "/etc/passwd", "F32", "BF16", "F8_E4M3", [], [0], [1, 2, 3], {}, {"a": 1},
+    None, True, False, 0, -1, 1, 2, 3, 1.5, 1e308, float("nan"), float("inf"), 2**31, 2**63,
+    10**30, "", "x", "\0", "../x", "/etc/passwd", "F32", "BF16", "F8_E4M3", [], [0], [1, 2, 3], {},
+    {"a": 1},
     "llama", "gpt2", "mamba", "t5", "relu", "yarn", [[]], "é" * 300,
 )  # fmt: skip
 
 
-# --- mutations -------------------------------------------------------------------------------------
+# --- mutations -----------------------------------------------------------------------------------
 
 
 def mutate_bytes(data: bytes, dice: random.Random) -> bytes:
@@ -113,7 +113,7 @@ def mutate_safetensors(path: pathlib.Path, dice: random.Random):
         path.write_bytes(mutate_bytes(path.read_bytes(), dice))
 
 
-# --- kinds of files --------------------------------------------------------------------------------
+# --- kinds of files ------------------------------------------------------------------------------
 
 
 class Kind(NamedTuple):
@@ -146,10 +146,10 @@ KINDS: dict[str, Kind] = {
 }
 
 
-# --- one file --------------------------------------------------------------------------------------
+# --- one file ------------------------------------------------------------------------------------
 
 
-class Finding(Exception):
+class FuzzError(Exception):
     """Something that must not happen to a mutated file."""
 
 
@@ -157,7 +157,7 @@ def check_file(path: pathlib.Path, imports: bool = False) -> str:
     """Load a mutated model. Return "refused" or "loaded".
 
     Raises:
-        Finding: it is neither, or takes too much memory or time.
+        FuzzError: it is neither, or takes too much memory or time.
     """
     start, size = time.monotonic(), _count_bytes(path)
     tracemalloc.start()
@@ -168,22 +168,22 @@ def check_file(path: pathlib.Path, imports: bool = False) -> str:
             warnings.simplefilter("ignore")
             outcome = _import(path) if imports else _load(path)
         peak = tracemalloc.get_traced_memory()[1]
-    except Finding:
+    except FuzzError:
         raise
     except (Exception, SystemExit) as error:
-        raise Finding("".join(traceback.format_exception(error)[-6:])) from error
+        raise FuzzError("".join(traceback.format_exception(error)[-6:])) from error
     finally:
         signal.alarm(0)
         tracemalloc.stop()
     if peak > 2 * size + SLACK_BYTES:
-        raise Finding(f"{peak:,} bytes of memory, for files of {size:,}")
+        raise FuzzError(f"{peak:,} bytes of memory, for files of {size:,}")
     if time.monotonic() - start > MAX_SECONDS:
-        raise Finding(f"{time.monotonic() - start:.0f} seconds")
+        raise FuzzError(f"{time.monotonic() - start:.0f} seconds")
     return outcome
 
 
 def _raise_hang(*_):
-    raise Finding(f"a hang: more than {MAX_SECONDS} seconds")
+    raise FuzzError(f"a hang: more than {MAX_SECONDS} seconds")
 
 
 def _load(path: pathlib.Path) -> str:
@@ -194,7 +194,7 @@ def _load(path: pathlib.Path) -> str:
         return "refused"
     cfg = model.config.model
     if any(math.prod(x.shape) > 1 << 24 for x in jax.tree.leaves(model.params)):
-        raise Finding(f"a parameter larger than any file: {cfg}")
+        raise FuzzError(f"a parameter larger than any file: {cfg}")
     return "loaded"
 
 
@@ -205,7 +205,7 @@ def _import(path: pathlib.Path) -> str:
     except ConfigError as error:
         _check_message(error, path)
         if run.exists():
-            raise Finding("a run folder of a model that was refused") from error
+            raise FuzzError("a run folder of a model that was refused") from error
         return "refused"
     jaxgpt.load(run)
     return "loaded"
@@ -215,7 +215,7 @@ def _check_message(error: ConfigError, path: pathlib.Path):
     text = str(error)
     names = {path.name, "tokenizer", "model."}
     if not any(name in text for name in names) or "Traceback" in text or len(text) > 4000:
-        raise Finding(f"an unclear error: {text[:500]!r}") from error
+        raise FuzzError(f"an unclear error: {text[:500]!r}") from error
 
 
 def _count_bytes(path: pathlib.Path) -> int:
@@ -223,11 +223,24 @@ def _count_bytes(path: pathlib.Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def run(count: int, kinds: list[str], seed: int = 0, imports_every: int = 50) -> dict[str, int]:
+def run(
+    count: int,
+    kinds: list[str],
+    seed: int = 0,
+    imports_every: int = 50,
+    on_error: Callable[[FuzzError], None] | None = None,
+) -> dict[str, int]:
     """Check `count` mutated files. Return how many were refused and loaded, by kind.
 
+    Args:
+        count: files.
+        kinds: rows of KINDS, which take turns.
+        seed: of the first file; the next ones follow.
+        imports_every: every so many files are imported as a run folder, the others loaded.
+        on_error: takes what was found, in place of raising it.
+
     Raises:
-        Finding: with the kind and the seed that repeat it.
+        FuzzError: with the kind and the seed that repeat it.
     """
     found: dict[str, int] = collections.Counter()
     with tempfile.TemporaryDirectory() as name:
@@ -245,8 +258,12 @@ def run(count: int, kinds: list[str], seed: int = 0, imports_every: int = 50) ->
                                random.Random(number))  # fmt: skip
             try:
                 outcome = check_file(target, imports=number % imports_every == 0)
-            except Finding as error:
-                raise Finding(f"{kind}, --seed {number} --count 1: {error}") from error
+            except FuzzError as error:
+                full = FuzzError(f"{kind}, --kinds {kind} --seed {number} --count 1: {error}")
+                if on_error is None:
+                    raise full from error
+                on_error(full)
+                outcome = "FOUND"
             found[f"{kind} {outcome}"] += 1
             shutil.rmtree(folder / "work")
     return dict(found)
@@ -261,37 +278,19 @@ def _copy(source: pathlib.Path, target: pathlib.Path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=1000, help="mutated files")
     parser.add_argument("--seed", type=int, default=0, help="of the first file")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
-    parser.add_argument("--keep-going", action="store_true", help="print findings and go on")
     args = parser.parse_args()
-    start, total, findings, seed = time.monotonic(), collections.Counter(), 0, args.seed
-    while seed < args.seed + args.count:
-        size = min(100, args.seed + args.count - seed)
-        if args.keep_going:
-            size = 1
-        try:
-            total.update(run(size, _rotate(args.kinds, 0), seed))
-        except Finding as error:
-            findings += 1
-            print(f"FOUND {error}", flush=True)
-            if not args.keep_going:
-                sys.exit(1)
-        seed += size
-    for name, count in sorted(total.items()):
+    start = time.monotonic()
+    found = run(args.count, args.kinds, args.seed, on_error=lambda error: print(error, flush=True))
+    for name, count in sorted(found.items()):
         print(f"{name:40} {count}")
-    print(f"{sum(total.values())} files in {time.monotonic() - start:.0f} s, {findings} findings")
-    sys.exit(bool(findings))
-
-
-def _rotate(kinds: list[str], by: int) -> list[str]:
-    return kinds[by:] + kinds[:by]
+    print(f"{args.count} files in {time.monotonic() - start:.0f} s")
+    sys.exit(any("FOUND" in name for name in found))
 
 
 if __name__ == "__main__":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    np.seterr(all="ignore")
-    assert make_model
     main()
