@@ -131,7 +131,8 @@ def resolve_head(
     found = next((name for name in heads if name in tensors), None)
     is_t5 = cfg.family == "encoder_decoder" and cfg.position == "t5"
     if found is None:
-        if not cfg.tie and not is_t5 and heads and not cfg.classes:
+        has_no_head = cfg.family == "encoder" and cfg.head == "linear"
+        if not cfg.tie and not is_t5 and not has_no_head:
             raise ConfigError(
                 f"{origin}: tie_word_embeddings is false, and there is no {heads[0]}: the file is "
                 "incomplete, or tie_word_embeddings must be true."
@@ -315,6 +316,9 @@ def to_archive(model: LanguageModel, dtype: str | None = None) -> Archive:
         tensors[name] = _make_tensor(cfg, parts, flat, dtype)
     if kind == "bart":  # transformers expects it, although it is zero
         tensors["final_logits_bias"] = store(np.zeros((1, cfg.vocab), np.float32))
+    if kind == "bert" and not cfg.types:
+        zeros = np.zeros((1, cfg.width), np.float32)
+        tensors["bert.embeddings.token_type_embeddings.weight"] = store(zeros)
     missing = flat.keys() - {p.path for p in rows.list_locations(family.table, cfg)}
     if missing:
         raise ConfigError(f"the parameter {min(missing)} has no counterpart in {family.title}.")

@@ -214,7 +214,8 @@ def find_family(cfg: ModelConfig) -> tuple[str, dict[str, Any]]:
             )  # fmt: skip
             return kind, {"architectures": [architecture]} | config
         differences.append(found)
-    nearest = min(differences, key=len, default={"mixers": f"model.mixers={cfg.mixers!r}"})
+    differences.sort(key=lambda found: ("family" in found, len(found)))
+    nearest = [*differences, {"mixers": f"model.mixers={cfg.mixers!r}"}][0]
     raise ConfigError(
         "the model has no counterpart in transformers: the nearest one differs in "
         f"{', '.join(nearest.values())}."
@@ -247,10 +248,18 @@ def _compare(cfg: ModelConfig, other: ModelConfig) -> dict[str, str]:
     """Return the settings in which two models differ, as "model.x=1 (2 there)" by name."""
     a, b = _describe(cfg), _describe(other)
     return {
-        name: f"model.{name}={a.get(name)!r} ({b.get(name)!r} there)"
+        name: f"model.{name}={_shorten(a.get(name))!r} ({_shorten(b.get(name))!r} there)"
         for name in a | b
         if a.get(name) != b.get(name)
     }
+
+
+def _shorten(value: Any) -> Any:
+    """Return what a cycle of layers repeats."""
+    if not isinstance(value, tuple):
+        return value
+    cycle = llamas.shorten_cycle(list(value))
+    return cycle[0] if len(cycle) == 1 else cycle
 
 
 def _describe(cfg: ModelConfig) -> dict[str, Any]:
@@ -275,6 +284,8 @@ def _describe(cfg: ModelConfig) -> dict[str, Any]:
         position=tuple(spec.position for spec in specs),
         rope=tuple(_describe_rope(cfg, spec.rope) for spec in specs),
     )
+    if cfg.family == "encoder":
+        found["types"] = max(1, cfg.types)  # BERT has at least one, which may be zero
     if cfg.family == "encoder_decoder":
         found["encoder_layers"] = cfg.encoder_layers or cfg.layers
     if has_attention:

@@ -207,6 +207,7 @@ MPT = [
 
 BERT = [
     table("embed", "bert.embeddings.word_embeddings"),
+    table("head", "cls.predictions.decoder"),
     table("stack.position", "bert.embeddings.position_embeddings"),
     table("types", "bert.embeddings.token_type_embeddings"),
     norm("stack.embed_norm", "bert.embeddings.LayerNorm"),

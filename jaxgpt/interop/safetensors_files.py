@@ -84,8 +84,9 @@ def _open_shards(folder: str, index: str) -> dict[str, Stored]:
     if not isinstance(places, dict) or not places:
         raise ConfigError(f"{index}: weight_map is missing: it names the file of each tensor.")
     found: dict[str, Stored] = {}
-    for shard in dict.fromkeys(places.values()):
-        for name, stored in open_file(_check_shard(folder, index, shard)).items():
+    paths = {str(shard): _check_shard(folder, index, shard) for shard in places.values()}
+    for shard, path in paths.items():
+        for name, stored in open_file(path).items():
             if name in found:
                 raise ConfigError(f"{index}: the tensor {name!r} is in two files, also in {shard}.")
             if places.get(name) != shard:
@@ -231,8 +232,11 @@ def read_json(path: str) -> Any:
         ConfigError: it cannot be read, is not JSON, or gives a key twice.
     """
     try:
+        size = os.path.getsize(path)
+        if size > MAX_HEADER_BYTES:
+            raise ConfigError(f"{path} has {size:,} bytes, more than {MAX_HEADER_BYTES:,}.")
         with open(path, "rb") as file:
-            return parse_json(file.read(MAX_HEADER_BYTES), path)
+            return parse_json(file.read(), path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
 
