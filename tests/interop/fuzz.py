@@ -30,10 +30,12 @@ from typing import NamedTuple
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import jax
+from interop import llama2c_files
 from interop.make_files import edit_header, write_folder
 
 import jaxgpt
 from jaxgpt import cli
+from jaxgpt.interop import gguf_files, huggingface
 from jaxgpt.settings import ConfigError
 
 MAX_SECONDS = 20
@@ -113,6 +115,13 @@ def mutate_safetensors(path: pathlib.Path, dice: random.Random):
         path.write_bytes(mutate_bytes(path.read_bytes(), dice))
 
 
+def mutate_binary(path: pathlib.Path, dice: random.Random):
+    """Mutate a GGUF file or one of llama2.c, mostly in its header, where counts and sizes are."""
+    data = path.read_bytes()
+    cut = min(len(data), dice.choice((64, 1000, 4000, 40_000, len(data))))
+    path.write_bytes(mutate_bytes(data[:cut], dice) + data[cut:])
+
+
 # --- kinds of files ------------------------------------------------------------------------------
 
 
@@ -136,6 +145,19 @@ def _write_shards(path: pathlib.Path):
     write_folder(path, shards=3)
 
 
+def _write_gguf(path: pathlib.Path):
+    """Write a tiny Llama with a tokenizer, matrices in 8 bits."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_folder(pathlib.Path(folder) / "model")
+        archive = huggingface.open_folder(f"{folder}/model")
+        gguf_files.write_file(archive, path, "Q8_0")
+
+
+def _write_llama2c(path: pathlib.Path):
+    weights = llama2c_files.make_weights(llama2c_files.SIZE)
+    llama2c_files.write(path, llama2c_files.SIZE, weights, 0, is_tied=True)
+
+
 KINDS: dict[str, Kind] = {
     "safetensors": Kind(write_folder, "model.safetensors", mutate_safetensors),
     "index": Kind(_write_shards, "model.safetensors.index.json", mutate_json),
@@ -143,6 +165,8 @@ KINDS: dict[str, Kind] = {
     "tokenizer.json": Kind(write_folder, "tokenizer.json", mutate_json),
     "tokenizer_config.json": Kind(write_folder, "tokenizer_config.json", mutate_json),
     "generation_config.json": Kind(write_folder, "generation_config.json", mutate_json),
+    "gguf": Kind(_write_gguf, "", mutate_binary, ".gguf"),
+    "llama2c": Kind(_write_llama2c, "", mutate_binary, ".bin"),
 }
 
 

@@ -5,6 +5,9 @@ import struct
 
 import numpy as np
 
+SIZE = dict(
+    dim=16, hidden_dim=24, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=300, max_seq_len=32
+)
 MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 
 

@@ -5,14 +5,12 @@ import numpy as np
 import pytest
 from helpers import compute_logits, single_document_coords
 from interop import llama2c_files
+from interop.llama2c_files import SIZE
 
 import jaxgpt
 from jaxgpt.interop import convert, llama2c
 from jaxgpt.settings import ConfigError
 
-SIZE = dict(
-    dim=16, hidden_dim=24, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=300, max_seq_len=32
-)
 TOKENS = [1, 5, 290, 17, 8, 299, 0, 2, 77, 60]
 PIECES = [
     (b"<unk>", 0.0), (b"\n<s>\n", 0.0), (b"\n</s>\n", 0.0),
