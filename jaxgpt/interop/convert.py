@@ -9,7 +9,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -258,9 +258,14 @@ def read_params(plan: Plan, shardings: Mapping[str, Any], dtype: str | None = No
         shardings: by path, of the parameters to read.
         dtype: see `to_model`.
     """
+    groups: dict[tuple[str, ...], list[rows.Location]] = {}
+    for path in shardings:  # those of fused tensors together, so that each tensor is read once
+        groups.setdefault(plan.places[path].names, []).append(plan.places[path])
     arrays = {}
-    for path, sharding in shardings.items():
-        arrays[path] = _put(read_parameter(plan, plan.places[path], dtype), sharding)
+    for places in groups.values():
+        values = read_parameters(plan, places, dtype)
+        for place in places:
+            arrays[place.path] = _put(values.pop(place.path), shardings[place.path])
     return unflatten_dict(arrays, sep=".")
 
 
@@ -271,24 +276,29 @@ def _put(value: np.ndarray, sharding) -> jax.Array:
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
-def read_parameter(plan: Plan, place: rows.Location, dtype: str | None = None) -> np.ndarray:
-    """Read the tensors of one parameter into one array.
+def read_parameters(
+    plan: Plan, places: Sequence[rows.Location], dtype: str | None = None
+) -> dict[str, np.ndarray]:
+    """Read the tensors of one parameter, or of several that share them, into arrays by path.
 
     Args:
         dtype: see `to_model`.
     """
-    cfg, tensors = plan.config.model, [plan.tensors[name] for name in place.names]
+    cfg, first = plan.config.model, places[0]
+    tensors = [plan.tensors[name] for name in first.names]
     target = get_dtype(dtype) if dtype else np.result_type(*(keep_dtype(x.dtype) for x in tensors))
-    if not place.dims:
-        return np.ascontiguousarray(place.read(tensors[0].read(), cfg), dtype=target)
-    out: np.ndarray | None = None
+    out: dict[str, np.ndarray] = {}
     for i, tensor in enumerate(tensors):
-        value = place.read(tensor.read(), cfg)
-        if out is None:
-            out = np.empty((len(tensors), *value.shape), target)
-        out[i] = value
-    assert out is not None
-    return out.reshape(*place.dims, *out.shape[1:])
+        whole = tensor.read()
+        for place in places:
+            value = place.read(whole, cfg)
+            if i == 0:
+                out[place.path] = np.empty((len(tensors), *value.shape), target)
+            out[place.path][i] = value
+    return {
+        place.path: out[place.path].reshape(*place.dims, *out[place.path].shape[1:])
+        for place in places
+    }
 
 
 def keep_dtype(name: str) -> np.dtype:

@@ -297,7 +297,7 @@ def test_the_host_holds_one_parameter_at_a_time(tmp_path):
     plan = convert.plan_import(archive)
     tracemalloc.start()
     for place in plan.places.values():
-        convert.read_parameter(plan, place)
+        convert.read_parameters(plan, [place])
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < largest + 1.1 * tensor + 300_000
