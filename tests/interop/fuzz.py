@@ -37,7 +37,7 @@ from jaxgpt import cli
 from jaxgpt.settings import ConfigError
 
 MAX_SECONDS = 20
-SLACK_BYTES = 3 << 20  # of Python objects, whatever the size of the file
+SLACK_BYTES = 16 << 20  # of Python objects and of tracing, whatever the size of the file
 HOSTILE = (
     None, True, False, 0, -1, 1, 2, 3, 1.5, 1e308, float("nan"), float("inf"), 2**31, 2**63,
     10**30, "", "x", "\0", "../x", "/etc/passwd", "F32", "BF16", "F8_E4M3", [], [0], [1, 2, 3], {},
