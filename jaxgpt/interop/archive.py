@@ -19,6 +19,7 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
     dtype: str  # of `read()`, as numpy names it: "float32", "bfloat16", ...
     read: Callable[[], np.ndarray]
+    kind: str = ""  # how the file has it, if not in `dtype`: "Q4_1"
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ def _store(entry: TensorEntry, row: Row, config: Config) -> Stored:
                 "the number of heads."
             ) from error
 
-    return Stored(shape, entry.dtype, read)
+    return Stored(shape, entry.dtype, read, entry.quantization)
 
 
 def _split_experts(entry: TensorEntry, row: Row, config: Config) -> Iterator[tuple[str, Stored]]:
@@ -162,7 +162,7 @@ def _split_experts(entry: TensorEntry, row: Row, config: Config) -> Iterator[tup
         )
     for expert in range(experts):
         read = lambda i=expert: gguf_format.read_tensor(entry, i, i + 1)[0]  # noqa: E731
-        yield row.hf.format(expert), Stored(entry.shape[1:], entry.dtype, read)
+        yield row.hf.format(expert), Stored(entry.shape[1:], entry.dtype, read, entry.quantization)
 
 
 def _add_special_ids(config: Config, content: "gguf_tokenizer.Content | None") -> None:

@@ -63,6 +63,11 @@ class TensorEntry(NamedTuple):
         """The numpy dtype of the values after dequantization."""
         return PLAIN_KINDS.get(self.kind, np.dtype("float32")).name
 
+    @property
+    def quantization(self) -> str:
+        """The kind, if the values are quantized."""
+        return "" if self.kind in PLAIN_KINDS else self.kind
+
 
 class Header(NamedTuple):
     """What a file says about its tensors."""

@@ -81,7 +81,7 @@ class _Vocabulary:
     def __init__(self, metadata: Mapping[str, Any], rows: int, path: str):
         self.metadata, self.path = metadata, path
         self.model = self.get("model", str)
-        self.tokens: list[str] = self.get("tokens", list)
+        self.tokens: list[str] = list(self.get("tokens", list))
         self.types = self._numbers("token_type", NORMAL).tolist()
         self.scores = self._numbers("scores", 0.0).tolist()
         if len(self.tokens) > rows:
@@ -267,7 +267,7 @@ def _read_byte_level(vocabulary: _Vocabulary) -> Spec:
     splitter = gguf_pretokenizers.find(name, vocabulary.path)
     ids = vocabulary.map_tokens()
     merges = []
-    for line in vocabulary.get("merges", list):
+    for line in filter(None, vocabulary.get("merges", list)):
         left, right = line[:1], ""
         if (at := line.find(" ", 1)) > 0:
             left, right = line[:at], line[at + 1 :]
@@ -392,7 +392,7 @@ def _read_unigram(vocabulary: _Vocabulary) -> Spec:
 def _read_wordpiece(vocabulary: _Vocabulary) -> Spec:
     tokens = [
         token if kind in (CONTROL, UNKNOWN)
-        else token[1:] if token.startswith(SPACE)
+        else token[1:] if token.startswith(SPACE) and token != SPACE
         else f"##{token}"
         for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
     ]  # fmt: skip

@@ -173,7 +173,7 @@ def _write_byte_level(spec: Spec, tokens: _Tokens) -> dict[str, Value]:
     return {
         "model": Value("gpt2", "string"),
         "pre": Value(name, "string"),
-        "merges": Value(merges, "string", is_array=True),
+        "merges": Value(merges or [""], "string", is_array=True),  # an array cannot be empty
     }
 
 

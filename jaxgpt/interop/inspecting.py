@@ -79,10 +79,11 @@ def describe_config(config: Config) -> Facts:
 
 
 def count_dtypes(archive: Archive) -> dict[str, int]:
-    """Return how many numbers there are of each dtype."""
+    """Return how many numbers there are of each dtype, or quantization."""
     found: dict[str, int] = {}
     for stored in archive.tensors.values():
-        found[stored.dtype] = found.get(stored.dtype, 0) + math.prod(stored.shape)
+        kind = stored.kind or stored.dtype
+        found[kind] = found.get(kind, 0) + math.prod(stored.shape)
     return found
 
 

@@ -9,7 +9,7 @@ import gguf
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import forward, single_document_coords
+from helpers import compute_logits, single_document_coords
 from interop import gguf_cases
 from interop.llama_cpp import LlamaCpp
 
@@ -98,7 +98,7 @@ def test_greedy_text_of_a_hundred_tokens_is_that_of_llama_cpp(folder):
     model = convert.to_model(gguf_files.open_file(path))
     tokens = jnp.array([prompt + expected])
     coords = single_document_coords(tokens)
-    found = forward(model.config.model, model.params, tokens, coords)[0].argmax(-1)
+    found = compute_logits(model.config.model, model.params, tokens, coords)[0].argmax(-1)
     assert found[len(prompt) - 1 : -1].tolist() == expected
 
 
