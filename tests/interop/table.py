@@ -1,6 +1,6 @@
 """The table of families and formats in docs/interop.md, from the registries.
 
-    python -m tests.interop.table
+python -m tests.interop.table
 """
 
 from jaxgpt.interop.families import FAMILIES
