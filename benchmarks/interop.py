@@ -120,8 +120,8 @@ def main():
     lines = {
         "file": f"{found['file_bytes'] / 1e6:.0f} MB, read in {found['read_seconds']:.2f} s",
         "plan": f"{found['plan_seconds']:.2f} s for config, names and shapes",
-        "import": f"{found['load_seconds']:.2f} s, {found['load_over_read']:.2f} times the reading; "
-        f"of the processor {found['cpu_load_over_read']:.2f} times",
+        "import": f"{found['load_seconds']:.2f} s, {found['load_over_read']:.2f} times the "
+        f"reading; of the processor {found['cpu_load_over_read']:.2f} times",
         "peak": f"{found['peak_bytes'] / 1e6:.0f} MB, {found['peak_over_result']:.2f} times the "
         f"parameters; the bound is {found['bound_over_result']:.2f}",
     }

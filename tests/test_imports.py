@@ -29,6 +29,7 @@ LAYERS = [
     {"console"},
     {"interactive", "trainer"},
     {"evaluation"},
+    {"scaling"},
     {"cli"},
     {"__main__"},
 ]

@@ -32,6 +32,7 @@ from jaxgpt.tokenizer import Tokenizer
 from jaxgpt.tokenizer.placeholder import make_placeholder
 
 OBJECTIVES = {"decoder": "causal", "encoder": "masked", "encoder_decoder": "pairs"}
+ALIGNMENT = 64  # bytes, of the arrays of XLA
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
@@ -293,12 +294,20 @@ def read_parameters(
         for place in places:
             value = place.read(whole, cfg)
             if i == 0:
-                out[place.path] = np.empty((len(tensors), *value.shape), target)
+                out[place.path] = allocate_aligned((len(tensors), *value.shape), target)
             out[place.path][i] = value
     return {
         place.path: out[place.path].reshape(*place.dims, *out[place.path].shape[1:])
         for place in places
     }
+
+
+def allocate_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Return an array that a device whose memory is the host's takes as it is, without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    buffer = np.empty(size + ALIGNMENT, np.uint8)
+    offset = -buffer.ctypes.data % ALIGNMENT
+    return buffer[offset : offset + size].view(dtype).reshape(shape)
 
 
 def keep_dtype(name: str) -> np.dtype:
