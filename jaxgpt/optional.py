@@ -21,7 +21,7 @@ EXTRAS = {
     "grain": Extra("grain", "grain"),
     "huggingface_hub": Extra("huggingface_hub", "hub"),
     "matplotlib": Extra("matplotlib", "plots"),
-    "safetensors.numpy": Extra("safetensors", "interop"),
+    "safetensors": Extra("safetensors", "interop"),
     "tensorboardX": Extra("tensorboardX", "tensorboard"),
     "tensorflow_datasets": Extra("tensorflow-datasets", "tfds"),
     "zstandard": Extra("zstandard", "zstd"),

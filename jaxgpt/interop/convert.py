@@ -85,7 +85,7 @@ def _make_name(origin: str) -> str:
     return re.sub(r"\.(gguf|bin)$", "", name) or "imported"
 
 
-def _find_mask(archive: Archive, cfg: ModelConfig) -> dict[str, int]:
+def _find_mask(archive: Archive, cfg: ModelConfig) -> dict[str, Any]:
     """Return the id of the mask of an encoder, which is one of its tokenizer's."""
     if cfg.family != "encoder":
         return {}
@@ -168,7 +168,7 @@ def _locate(
             f"and there are {len(tensors)} tensors with {stored:,} numbers."
         )
     expected = flatten_dict(abstract_params(cfg)[0], sep=".")
-    places = {}
+    places: dict[str, rows.Location] = {}
     for place in rows.locate_weights(family.table, tensors, cfg):
         places.setdefault(place.path, place)
     if missing := sorted(expected.keys() - places.keys()):
@@ -356,7 +356,7 @@ class Part(NamedTuple):
     """A parameter of jaxgpt, or one layer of it, that goes into a tensor of transformers."""
 
     place: rows.Location
-    index: int  # among the tensors of the parameter
+    number: int  # among the tensors of the parameter
 
 
 def _group_locations(
@@ -366,8 +366,8 @@ def _group_locations(
     found: dict[str, list[Part]] = {}
     for place in rows.list_locations(family.table, cfg):
         if place.path in flat and place.row.only != "read":
-            for index, name in enumerate(place.names):
-                found.setdefault(name, []).append(Part(place, index))
+            for number, name in enumerate(place.names):
+                found.setdefault(name, []).append(Part(place, number))
     return found
 
 
@@ -378,7 +378,7 @@ def _make_tensor(
 
     def slice_part(part: Part):
         value, dims = flat[part.place.path], part.place.dims
-        return value[np.unravel_index(part.index, dims)] if dims else value
+        return value[np.unravel_index(part.number, dims)] if dims else value
 
     def make() -> np.ndarray:
         values = [fetch(slice_part(part)) for part in parts]

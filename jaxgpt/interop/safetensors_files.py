@@ -7,6 +7,7 @@ memory map, whose pages would count beside the arrays that they are copied to.
 Source: the format as documented at https://huggingface.co/docs/safetensors.
 """
 
+import importlib
 import json
 import math
 import os
@@ -209,10 +210,11 @@ def _check_spans(path: str, spans: Iterable[tuple[int, int, str]], room: int):
 def _make_stored(path: str, name: str, shape: tuple, dtype: np.dtype, offset: int) -> Stored:
     def read() -> np.ndarray:
         out = np.empty(shape, dtype)
+        content: Any = out.reshape(-1).view(np.uint8)
         try:
             with open(path, "rb") as file:
                 file.seek(offset)
-                count = file.readinto(memoryview(out.reshape(-1).view(np.uint8)))
+                count = file.readinto(content)
         except OSError as error:
             raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
         if count != out.nbytes:
@@ -287,7 +289,8 @@ def write_folder(tensors: Mapping[str, Stored], folder: str, max_bytes: int = MA
 
 def write_file(tensors: Mapping[str, Stored], path: str):
     """Write tensors into one file."""
-    library = require("safetensors.numpy", path)
+    require("safetensors", path)
+    library = importlib.import_module("safetensors.numpy")
     # The library writes other bytes than the values of an array that is not contiguous.
     arrays = {name: np.ascontiguousarray(stored.read()) for name, stored in tensors.items()}
     library.save_file(arrays, path, metadata={"format": "pt"})
