@@ -20,6 +20,7 @@ EXTRAS = {
     "gguf": Extra("gguf", "gguf"),
     "grain": Extra("grain", "grain"),
     "huggingface_hub": Extra("huggingface_hub", "hub"),
+    "jinja2": Extra("Jinja2", "chat"),
     "matplotlib": Extra("matplotlib", "plots"),
     "safetensors": Extra("safetensors", "interop"),
     "tensorboardX": Extra("tensorboardX", "tensorboard"),

@@ -29,6 +29,7 @@ COMMANDS = {
     "import": "make a run folder of a model of another library",
     "export": "write a model for transformers or llama.cpp",
     "inspect": "show what a model is",
+    "autopsy": "show what a loss spike of a run was made of",
     "scaling": "train a sweep of sizes, fit a scaling law, predict a run",
 }
 

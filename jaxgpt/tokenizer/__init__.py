@@ -1,19 +1,19 @@
 """Tokenizers: text to integers and back.
 
-core.py        `Tokenizer` and `StreamDecoder`, for every kind
-byte_level.py  metaspace.py  wordpiece.py   the kinds: how tokens spell bytes
-training.py    learns a byte-level BPE
-files.py       reads and writes every form of file; sentencepiece_model.py: tokenizer.model
-spec.py  roles.py  library.py               a tokenizer.json: checked, its special tokens, encoded
-placeholder.py the tokenizer of a model without one
-chat.py        chat templates: a conversation as text and as ids
+core.py has `Tokenizer`, for every kind, and streaming.py `StreamDecoder`. The kinds (byte_level.py,
+metaspace.py, wordpiece.py) differ in how a token spells its bytes. training.py learns a byte-level
+BPE. files.py loads every form of file: convert.py and sentencepiece_model.py make a tokenizer.json
+of the others, and companions.py has what stands beside it. spec.py, roles.py and library.py check a
+tokenizer.json, find its special tokens, and make its encoder. chat.py renders conversations.
+placeholder.py stands in where a model has no tokenizer.
 """
 
 from jaxgpt.text import PRE_TOKENIZER
 from jaxgpt.tokenizer.byte_level import BYTE_CHARACTERS, CHARACTER_BYTES
-from jaxgpt.tokenizer.core import StreamDecoder, Tokenizer, measure_compression
+from jaxgpt.tokenizer.core import Tokenizer
 from jaxgpt.tokenizer.files import TOKENIZER_KINDS, load
 from jaxgpt.tokenizer.spec import MAX_VOCAB
+from jaxgpt.tokenizer.streaming import StreamDecoder, measure_compression
 from jaxgpt.tokenizer.training import (
     MAX_TRAINED_WORD_BYTES,
     MIN_VOCAB,

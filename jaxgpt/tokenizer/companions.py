@@ -91,6 +91,7 @@ def _read(path: pathlib.Path) -> str:
 
 
 def read_bytes(path: pathlib.Path) -> bytes:
+    """Read a file of at most MAX_BYTES; ConfigError if it cannot be read."""
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:

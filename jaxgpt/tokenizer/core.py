@@ -6,11 +6,11 @@ the first space of a text. Encoding runs in the `tokenizers` library (Rust, all 
 its tokenizer.json.
 """
 
-import codecs
 import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -41,7 +41,7 @@ PLACES = ("start", "section", "inside")
 
 _PIECES_PER_CALL = 512  # of the library, whose results take about 100 bytes per token
 _BYTES_PER_CALL = 1 << 20  # of text, at least one piece: at most so many tokens
-_PROBE = "A  b\r\n\t c'd 1234 é e\u0301 ﬁ 北京 \U0001f642 <eos>  ".encode()
+_PROBE = "A  b\r\n\t c'd 1234 é e\u0301 ﬁ ▁ 北京 \U0001f642 <eos>  ".encode()
 
 
 class Tokenizer:
@@ -102,7 +102,7 @@ class Tokenizer:
         self._given_ends = None if ends is None else tuple(ends)
         stated = self.settings.pop("chat_template", None)
         template = stated if chat_template is None else chat_template
-        self.chat_templates = _read_templates(template, name)
+        self.chat_templates = chat.read_templates(template, name)
         self.pad = self.unk = self.bos = self.eos = 0
         self.ends: tuple[int, ...] = ()
         self.token_bytes: list[bytes] = []
@@ -266,6 +266,42 @@ class Tokenizer:
             return self.encode_batch([text])[0]
         return np.concatenate([ids for _, ids in self._encode_parts([text], place)])
 
+    def encode_with_offsets(
+        self, text: str, place: str = "start"
+    ) -> tuple[np.ndarray, list[tuple[int, int]]]:
+        """Return the ids of a text, int32 [N], and the characters that each token stands for."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            text = encode_utf8(text).decode("utf-8", "replace")  # lone surrogates
+        if type(self).encode_batch is not Tokenizer.encode_batch:
+            ids = self.encode(text)
+            return ids, [(0, len(text))] * len(ids)
+        with library.catch_library_errors(self._name):
+            found = self._libraries[place].encode(text, add_special_tokens=False)
+        return np.array(found.ids, np.int32), found.offsets
+
+    @functools.cached_property
+    def special_pattern(self) -> re.Pattern[str] | None:
+        """Return the pattern of the special tokens, with the whitespace that some take."""
+        rows = {row["content"]: row for row in json.loads(self.content).get("added_tokens", ())}
+        longest = sorted(filter(None, self.special_ids), key=len, reverse=True)
+        words = [
+            (r"\s*" if rows.get(token, {}).get("lstrip") else "")
+            + re.escape(token)
+            + (r"\s*" if rows.get(token, {}).get("rstrip") else "")
+            for token in longest
+        ]
+        return re.compile("|".join(words)) if words else None
+
+    def list_template_tokens(self) -> dict[str, str]:
+        """Return the special tokens by their role, as chat templates name them: bos_token, ..."""
+        stated = {key: read_token_setting(value) for key, value in self.settings.items()}
+        by_id = {index: token for token, index in self.special_ids.items()}
+        roles = {"bos_token": self.bos, "eos_token": self.eos}
+        found = {key: by_id.get(index, "") for key, index in roles.items() if key not in stated}
+        return found | {key: token for key, token in stated.items() if token}
+
     def encode_batch(self, documents: Sequence[str | bytes]) -> list[np.ndarray]:
         """Return the ids of many texts, computed on all cores.
 
@@ -316,6 +352,7 @@ class Tokenizer:
             encodings = {where: iter(self._call(where, group)) for where, group in texts.items()}
             for number, found in order:
                 if isinstance(found, bytes):
+                    assert self._byte_ids is not None
                     yield number, self._byte_ids[np.frombuffer(found, np.uint8)]
                 else:
                     yield number, np.array(next(encodings[found]).ids, np.int32)
@@ -369,12 +406,28 @@ class Tokenizer:
         add_generation_prompt: bool = False,
         template: str | None = None,
     ) -> np.ndarray:
-        """Return the ids of a conversation, as `chat.encode_chat` does; see there."""
+        """Return the ids of a conversation, int32 [N]; see `chat.encode_chat`.
+
+        Special tokens that a message spells are text, and no bos is added to what the template
+        writes.
+
+        Args:
+            messages: dicts with `role` and `content`.
+            tools: JSON schemas of functions that the model may call.
+            add_generation_prompt: end with the beginning of the assistant's turn.
+            template: Jinja source or the name of a built-in template; None: the tokenizer's own.
+
+        Raises:
+            ConfigError: there is no template, it is invalid, or it refuses the conversation.
+        """
         return chat.encode_chat(self, messages, tools, add_generation_prompt, template).ids
 
     def with_chat_template(self, template: str | Mapping[str, str]) -> "Tokenizer":
         """Return the tokenizer with another chat template: Jinja source, or the name of one."""
-        found = chat.find_template(template) if isinstance(template, str) else template
+        found = template
+        if isinstance(template, str):
+            chat.check_template(template, self.special_ids, self._name)
+            found = chat.find_template(template)
         return type(self)(self.content, self._name, self._given_ends, found, self.settings)
 
     def save(self, path: str | os.PathLike) -> None:
@@ -384,68 +437,6 @@ class Tokenizer:
         tokenizer_config.json in the same folder.
         """
         companions.save(self, path)
-
-
-class StreamDecoder:
-    """Decodes ids incrementally; a character is held back until all its bytes have arrived.
-
-    The concatenated results of `push` and `flush` equal `decode` of all ids at once.
-
-    Examples:
-        >>> from jaxgpt.tokenizer import make_byte_tokenizer
-        >>> stream = StreamDecoder(make_byte_tokenizer())
-        >>> [stream.push(index) for index in make_byte_tokenizer().encode("né")], stream.flush()
-        (['n', '', 'é'], '')
-
-    Args:
-        tokenizer: of the ids.
-        is_start: whether the ids begin a text. In the middle of one, a first space is kept.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, is_start: bool = True):
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._drops_space = is_start and tokenizer.drops_first_space
-
-    def push(self, ids: int | Sequence[int] | np.ndarray) -> str:
-        """Return the text completed by these ids (one id, or many)."""
-        found = self._tokenizer.join_bytes(np.atleast_1d(ids))
-        if found and self._drops_space:
-            self._drops_space = False
-            found = found.removeprefix(b" ")
-        return self._decoder.decode(found)
-
-    def flush(self) -> str:
-        """Return the rest after the last id: U+FFFD for an incomplete character, else nothing."""
-        rest = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return rest
-
-
-def measure_compression(tokenizer: Tokenizer, documents: Iterable[str | bytes]) -> float:
-    """Compute bytes of text per token, over all documents: higher means shorter sequences.
-
-    Raises:
-        ConfigError: the documents contain no text.
-    """
-    size = tokens = 0
-    for document in documents:
-        for _, ids in tokenizer.encode_pieces([document]):
-            size += int(tokenizer.lengths[ids].sum())
-            tokens += ids.size
-    if not tokens:
-        raise ConfigError("there is no text to measure compression on: data.source is empty.")
-    return size / tokens
-
-
-def _read_templates(template: Any, name: str) -> dict[str, str]:
-    """Return chat templates by name: of one source, of a table, or of a list as in files."""
-    if isinstance(template, list):
-        template = {one["name"]: one["template"] for one in template if isinstance(one, dict)}
-    found = {"default": template} if isinstance(template, str) else dict(template or {})
-    if not all(isinstance(text, str) for text in (*found, *found.values())):
-        raise make_error(name, "its chat_template is not a text")
-    return {key: text for key, text in found.items() if text}
 
 
 def _find_byte_ids(kind: Kind, spec: Spec, names: Mapping[str, int]) -> np.ndarray | None:

@@ -83,7 +83,7 @@ def read_fields(data: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def _read_piece(data: bytes) -> Piece:
-    fields = {1: b"", 2: 0.0, 3: NORMAL} | dict(read_fields(data))
+    fields: dict[int, Any] = {1: b"", 2: 0.0, 3: NORMAL} | dict(read_fields(data))
     return Piece(fields[1].decode(), float(fields[2]), fields[3])
 
 
@@ -120,9 +120,12 @@ def convert(data: bytes, name: str) -> Converted:
     has_bytes = bool(trainer.get(35)) and len(by_type(BYTE)) == 256
     splits = kind == "Unigram" and not any(_MARK in piece.text[1:] for piece in pieces)
     unknown = by_type(UNKNOWN)[0]
-    named = lambda field, default: next(  # noqa: E731
-        (p.text for p in pieces if p.type == CONTROL
-         and p.text == trainer.get(field, default).decode()), "")  # fmt: skip
+
+    def find_named(field: int, default: bytes) -> str:
+        """Return the token that the trainer names, if it is there."""
+        token = bytes(trainer.get(field, default)).decode()
+        return token if token in by_type(CONTROL) else ""
+
     return Converted(
         vocab=vocab,
         model=_make_model(kind, pieces, vocab, unknown, has_bytes),
@@ -132,8 +135,8 @@ def convert(data: bytes, name: str) -> Converted:
         decoder=_make_decoder(normalizer, has_bytes),
         specials=by_type(UNKNOWN, CONTROL),
         user_defined=by_type(USER_DEFINED),
-        bos=named(46, b"<s>"),
-        eos=named(47, b"</s>"),
+        bos=find_named(46, b"<s>"),
+        eos=find_named(47, b"</s>"),
     )  # fmt: skip
 
 

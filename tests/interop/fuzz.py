@@ -291,12 +291,13 @@ def run(
                 on_error(full)
                 outcome = "FOUND"
             found[f"{kind} {outcome}"] += 1
-            shutil.rmtree(folder / "work")
+            shutil.rmtree(folder / "work", ignore_errors=True)
     return dict(found)
 
 
 def _copy(source: pathlib.Path, target: pathlib.Path):
-    target.parent.mkdir()
+    shutil.rmtree(target.parent, ignore_errors=True)
+    target.parent.mkdir(exist_ok=True)
     if source.is_dir():
         shutil.copytree(source, target)
     else:
