@@ -512,6 +512,12 @@ class Config(Section):
             )
         self._check_objective()
         masks = self.objective.task.count_mask_tokens(self)
+        if masks > self.model.first_mask + 1:
+            raise ConfigError(
+                f"model.mask_token={self.model.mask_token}: the {masks} masks of train.objective="
+                f"{self.train.objective} count down from it, so that it must be at least "
+                f"{masks - 1}."
+            )
         min_vocab = 260 + masks  # 256 bytes, 4 specials
         if self.data.tokenizer in ("train", "bytes") and self.model.vocab < min_vocab:
             extra = f" and the {masks} masks of train.objective={self.train.objective}"
@@ -519,6 +525,13 @@ class Config(Section):
                 f"model.vocab={self.model.vocab} has no room for the 256 bytes and 4 specials"
                 f"{extra if masks else ''}: use at least {min_vocab}."
             )
+
+    @property
+    def tokenizer_vocab(self) -> int:
+        """The largest size of a tokenizer: masks are ids of their own, or some of its ids."""
+        has_own_masks = self.model.mask_token is None
+        masks = self.objective.task.count_mask_tokens(self) if has_own_masks else 0
+        return self.model.vocab - masks
 
     @property
     def objective(self):

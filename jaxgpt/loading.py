@@ -12,6 +12,7 @@ the state of an optimizer, a saved model is the best checkpoint of a run that ha
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from jaxgpt import hosts
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.config import Config
 from jaxgpt.config_files import find_run_config
+from jaxgpt.interop.formats import FORMATS
 from jaxgpt.language_model import LanguageModel
 from jaxgpt.model import abstract_params
 from jaxgpt.model.layers import DTYPES
@@ -56,8 +58,9 @@ def load(
     """Load a model for inference, whatever kind of path holds it (see LOADERS).
 
     Args:
-        path: such as runs/gpt_mini; of a run also its `best` or `checkpoints`, or one checkpoint in
-            it, runs/gpt_mini/best/40.
+        path: a run folder or saved model, such as runs/gpt_mini, also its `best` or `checkpoints`,
+            or one checkpoint in it, runs/gpt_mini/best/40; a folder of transformers, a GGUF file, a
+            .bin of llama2.c; or user/name of the Hugging Face hub.
         dtype: of the parameters and of the computation, "float32" or "bfloat16"; None keeps the
             parameters as they were saved, and computes in `model.dtype` of the config.
         mesh: a mesh of `sharding.make_mesh` to shard the parameters over; None puts them on the
@@ -148,7 +151,10 @@ class Loader(NamedTuple):
 
 
 # The first one that is for a path loads it, so that a more specific kind stands before "run".
-LOADERS: dict[str, Loader] = {"run": Loader(is_run, "jaxgpt.loading:load_run")}
+LOADERS: dict[str, Loader] = {
+    **{name: Loader(row.is_for, "jaxgpt.interop.loaders:load") for name, row in FORMATS.items()},
+    "run": Loader(is_run, "jaxgpt.loading:load_run"),
+}
 
 
 def save(model: LanguageModel, folder: str | os.PathLike):
@@ -211,6 +217,20 @@ def read_config(run_folder: str, plugins: Sequence[str] | None = None) -> Config
     except (OSError, UnicodeDecodeError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"{path} cannot be read: {reason}.") from error
+
+
+def count_dtypes(run_folder: str) -> dict[str, int]:
+    """Return how many parameters of a run there are of each dtype; nothing but shapes is read."""
+    found: dict[str, int] = {}
+    for name in CHECKPOINT_FOLDERS["best"]:
+        folder = os.path.join(run_folder, name)
+        step = latest_step(folder)
+        if step is not None:
+            for x in jax.tree.leaves(read_shapes(os.path.join(folder, str(step), "params"))):
+                kind = str(x.dtype)
+                found[kind] = found.get(kind, 0) + math.prod(x.shape)
+            break
+    return found
 
 
 def read_labels(run_folder: str) -> list[str]:

@@ -24,6 +24,7 @@ LAYERS = [
     {"score"},
     {"predict"},
     {"language_model"},
+    {"interop"},
     {"loading"},
     {"console"},
     {"interactive", "trainer"},

@@ -11,12 +11,15 @@ light: jax, and what imports jax, is imported inside `main`, after all checks th
 
 import argparse
 import importlib
+import keyword
 import sys
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jaxgpt
 from jaxgpt import script
+from jaxgpt.config_files import find_run_config
+from jaxgpt.interop.formats import find_format
 from jaxgpt.settings import choose
 from jaxgpt.suggestions import check_options
 
@@ -30,6 +33,9 @@ COMMANDS = {
     "tokenize": "show the tokens of a text, and how they are merged",
     "neighbours": "show the tokens whose embeddings are nearest to that of a word",
     "positions": "draw a position encoding",
+    "import": "make a run folder of a model of another library",
+    "export": "write a model for transformers or llama.cpp",
+    "inspect": "show what a model is",
     "autopsy": "show what a loss spike of a run was made of",
     "scaling": "train a sweep of sizes, fit a scaling law, predict a run",
 }
@@ -53,9 +59,20 @@ def run_command(name: str, argv: list[str], program: str) -> NoReturn:
     """
 
     def command() -> int:
-        return importlib.import_module(f"jaxgpt.cli.{name}").main(argv, program)
+        return find_module(name).main(argv, program)
 
     script.run(command, program)
+
+
+def find_module(name: str) -> Any:
+    """Return the module of a subcommand; that of a keyword of Python ends in _."""
+    return importlib.import_module(f"jaxgpt.cli.{name}{'_' if keyword.iskeyword(name) else ''}")
+
+
+def check_model(path: str):
+    """Raise ConfigError unless a path is a run, or a model of another library."""
+    if not find_format(path):
+        find_run_config(path)
 
 
 def make_parser(program: str, description: str | None) -> argparse.ArgumentParser:

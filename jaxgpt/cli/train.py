@@ -15,6 +15,7 @@ elsewhere, three flags describe the processes:
 import os
 import sys
 import textwrap
+from functools import partial
 
 from jaxgpt import config as configs
 from jaxgpt import interrupts
@@ -36,8 +37,8 @@ def main(argv: list[str], program: str) -> int:
     parser = make_parser(program, __doc__)
     parser.add_argument(
         "--config",
-        default="stdlib",
-        help="a config file, or the name of one in ./configs or of one that comes with jaxgpt",
+        help="a config file, or the name of one in ./configs or of one that comes with jaxgpt; by "
+        "default stdlib, or with train.start the model that it names",
     )
     parser.add_argument("--coordinator", help="host:port of process 0, auto or none")
     parser.add_argument("--processes", type=int, help="number of processes")
@@ -61,7 +62,8 @@ def main(argv: list[str], program: str) -> int:
         print(f"\nsettings and their defaults:\n{configs.describe()}")
         return 0
     check_train_arguments(settings, program)
-    has_plugins = bool(read_plugins(find_config(args.config)) or parse_plugins(settings))
+    name = args.config or "stdlib"
+    has_plugins = bool(read_plugins(find_config(name)) or parse_plugins(settings))
     values = configs.parse_assignments(settings, check_names=not has_plugins)
     if not has_plugins:
         check_data_settings(values)
@@ -77,7 +79,9 @@ def main(argv: list[str], program: str) -> int:
     processes = args.coordinator, args.processes, args.process, args.timeout
     with hosts.distributed(*processes, end_process=os._exit):
         try:
-            config = hosts.run_on_all(lambda: configs.load(args.config, settings))
+            has_start = args.config is None and values.get("train.start")
+            load = trainer.load_config if has_start else partial(configs.load, name)
+            config = hosts.run_on_all(lambda: load(settings))
             retain_freed_memory()
             trainer.train(config)
         except trainer.RunError as error:

@@ -201,7 +201,7 @@ def _prepare_inputs(cfg: Config, is_quiet: bool) -> RunInputs:
         print_line(f"reading {cfg.data.source}, and tokenizing what is not in {cfg.data.cache}")
     corpus = prepare(
         cfg.data,
-        cfg.model.vocab - cfg.objective.task.count_mask_tokens(cfg),
+        cfg.tokenizer_vocab,
         tokenizer=_load_tokenizer(cfg, resume_step, start),
         is_paired=cfg.objective.task.IS_PAIRED,
         log=(lambda line: None) if is_quiet else print_line,
