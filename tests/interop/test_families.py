@@ -9,7 +9,7 @@ from helpers import tiny
 from interop.hf_cases import MODELS
 from interop.table import make_table
 
-from jaxgpt.architecture import ExpertsConfig, ModelConfig, RopeConfig, SparseConfig
+from jaxgpt.architecture import ExpertsConfig, ModelConfig, RopeConfig
 from jaxgpt.config import load
 from jaxgpt.config_files import list_configs
 from jaxgpt.interop import families
@@ -191,7 +191,7 @@ def test_every_config_that_is_shipped_is_exported():
 
 
 def test_settings_that_change_nothing_do_not_hinder_an_export():
-    cfg = tiny(dropout=0.1, kernel="strips", remat="full", sparse=SparseConfig(window=7))
+    cfg = tiny(dropout=0.1, kernel="strips", remat="full")
     kind, config = find_family(cfg)
     back = families.read_config(config, (), "config.json")
     assert (kind, back.width) == ("llama", cfg.width)
