@@ -5,8 +5,10 @@ A checkpoint is a folder named after its step, with one folder per part (params,
 
 import glob
 import json
+import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -63,6 +65,7 @@ def make_manager(folder: str, is_read_only: bool = False) -> ocp.CheckpointManag
     """Return the writer and reader of the checkpoints in a folder. It deletes none by itself."""
     folder = os.path.abspath(folder)
     match_literally(folder)
+    silence_save_errors()
     options = (
         ocp.CheckpointManagerOptions(read_only=True)
         if is_read_only
@@ -71,6 +74,32 @@ def make_manager(folder: str, is_read_only: bool = False) -> ocp.CheckpointManag
     arrays = {part: ocp.StandardCheckpointHandler() for part in PARTS}
     handlers = {**arrays, PROGRESS: ocp.JsonCheckpointHandler()}
     return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+
+
+def silence_save_errors():
+    """Keep tracebacks of failed saves out of the output: the error itself is raised, and handled.
+
+    After the first error of a save, Orbax leaves other writes alone. Each of them then prints one.
+    """
+    for name in ("asyncio", "absl"):
+        logging.getLogger(name).addFilter(_is_for_users)  # once, however often it is added
+    if sys.unraisablehook is not _print_unraisable:
+        _previous_hook.append(sys.unraisablehook)
+        sys.unraisablehook = _print_unraisable
+
+
+def _is_for_users(record: logging.LogRecord) -> bool:
+    text = f"{record.pathname} {record.exc_info} {record.getMessage()}"
+    return record.levelno < logging.ERROR or "orbax" not in text
+
+
+_previous_hook = [sys.unraisablehook]
+
+
+def _print_unraisable(unraisable: Any):
+    error = unraisable.exc_value
+    if not isinstance(error, RuntimeError) or str(error) != "Event loop is closed":
+        _previous_hook[-1](unraisable)
 
 
 def match_literally(folder: str):
@@ -125,8 +154,8 @@ def describe_error(error: BaseException) -> str:
         return str(error)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    if found := re.search(r"OS error \d+: ([\w /-]+)", str(error)):  # in TensorStore's messages
-        return found[1].strip()
+    if found := re.search(r"(?:os_error_code=|OS error )'?(\d+)", str(error)):  # of TensorStore
+        return os.strerror(int(found[1]))
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 

@@ -83,6 +83,7 @@ class _Folder:
     def __init__(self, folder: str, keep: int, is_read_only: bool):
         self.path, self._keep, self._is_read_only = os.path.abspath(folder), keep, is_read_only
         self.manager = make_manager(folder, is_read_only)
+        self._has_failed = False
         self.damaged: set[int] = set()  # steps that cannot be restored, under their names so far
         self._saving: tuple[int, dict[str, dict[str, list[int]]]] | None = None
         if not is_read_only and hosts.process_index() == 0:  # what a killed process has left
@@ -95,6 +96,8 @@ class _Folder:
     def save(self, step: int, progress: Progress, **trees):
         """Start saving; return as soon as the arrays may be overwritten."""
         self.wait()
+        if self._has_failed:
+            self._remove_unfinished()
         with self._describe_errors(step):
             if self.damaged:
                 self._rename(sorted(self.damaged), "")
@@ -130,21 +133,25 @@ class _Folder:
         reason = next(filter(None, hosts.all_gather_text("save", reason)), "")
         if not reason:
             return
-        self._remove_unfinished(step)
+        self._remove_unfinished()
+        if step in list_steps(self.path):  # complete, but it could not be read back
+            self.damaged.add(step)
+        with suppress(Exception):  # the disk may be gone
+            self.manager.reload()
         name, last = f"{self.path}/{step}", describe_last_step(os.path.dirname(self.path), step)
         error = SaveError(f"the checkpoint {name} could not be saved ({reason}); {last}")
         error.is_best = os.path.basename(self.path) == "best"
         raise error from cause
 
-    def _remove_unfinished(self, step: int):
-        """Free the space of a checkpoint that could not be saved; it does not count as one."""
+    def _remove_unfinished(self):
+        """Free the space of checkpoints that could not be saved.
+
+        Called again later: writes of a save that has failed may still go on, and make folders.
+        """
+        self._has_failed = True
         if hosts.process_index() == 0:
-            for path in glob.glob(f"{glob.escape(self.path)}/{step}.orbax-checkpoint-tmp*"):
+            for path in glob.glob(f"{glob.escape(self.path)}/*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(path, ignore_errors=True)
-        if step in list_steps(self.path):  # complete, but it could not be read back
-            self.damaged.add(step)
-        with suppress(Exception):  # the disk may be gone
-            self.manager.reload()
 
     def _rename(self, steps: Sequence[int], target: str):
         """Take the names of checkpoints away, at once for readers, in all processes.
@@ -178,6 +185,8 @@ class _Folder:
             self.wait()
         finally:
             self.manager.close()
+            if self._has_failed:
+                self._remove_unfinished()
 
 
 def describe_last_step(run_folder: str, other_than: int = -1) -> str:
