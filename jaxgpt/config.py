@@ -665,17 +665,21 @@ def to_json(config: Config) -> str:
     return json.dumps({**tree, "versions": versions}, indent=2) + "\n"
 
 
-def check_json(text: str, where: str = "config.json"):
-    """Check that the output of `to_json` is as it was written. Older versions have no checksum.
+def check_json(text: str, where: str = "config.json") -> bool:
+    """Check that the output of `to_json` is as it was written.
 
     Args:
         where: the path of the file.
 
+    Returns:
+        Whether it has a checksum: older versions wrote none.
+
     Raises:
         ConfigError: it has changed.
+        ValueError: it is no JSON.
     """
     tree = json.loads(text)
-    versions = tree.get("versions", {})
+    versions = tree.get("versions") if isinstance(tree, dict) else None
     expected = versions.pop("checksum", None) if isinstance(versions, dict) else None
     if expected is not None and expected != _hash_tree(tree):
         raise ConfigError(
@@ -683,6 +687,7 @@ def check_json(text: str, where: str = "config.json"):
             f"{expected}. Put the file back; or delete its line with the checksum, if it was "
             "changed on purpose."
         )
+    return expected is not None
 
 
 def _hash_tree(tree: Any) -> str:

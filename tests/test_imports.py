@@ -27,7 +27,7 @@ LAYERS = [
     {"predict"},
     {"language_model"},
     {"loading"},
-    {"console"},
+    {"console", "verification"},
     {"interactive", "trainer"},
     {"evaluation"},
     {"cli"},

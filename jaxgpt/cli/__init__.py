@@ -23,6 +23,7 @@ COMMANDS = {
     "train": "train a model, or resume a run",
     "sample": "generate text from a trained model",
     "evaluate": "measure a trained model on any text",
+    "verify": "check that the files of a run are as they were saved",
 }
 
 

@@ -160,7 +160,7 @@ def _open_locked(cfg: Config, lock: RunLock | None, hooks: Sequence[Hook], is_qu
         peak_flops=peak * hosts.process_count(),
         start_note=start.note if start else "",
     )
-    notes = [saver.note, format_lost_steps(cfg, progress.step, read_metrics(cfg.run_folder))]
+    note = saver.note or format_lost_steps(cfg, progress.step, read_metrics(cfg.run_folder))
     if not run.is_complete:  # a complete run is left as it is
         check_writable(cfg)
         _write_run_files(cfg, corpus, task)
@@ -174,7 +174,7 @@ def _open_locked(cfg: Config, lock: RunLock | None, hooks: Sequence[Hook], is_qu
             *hooks,
         )
     console.log(format_header(run, peak_source))
-    for note in filter(None, notes):
+    if note:
         console.log(note)
     if missing := describe_missing(OPTIONAL_USES):
         console.log(missing)
