@@ -230,6 +230,11 @@ def check_config_file(run_folder: str):
         configs.check_json(file.read(), path)
 
 
+def read_facts(folder: str) -> dict[str, Any]:
+    """Read and check the progress that was saved with a checkpoint; nothing if it was left out."""
+    return _read_progress(folder)[0]
+
+
 def _read_progress(folder: str) -> tuple[dict[str, Any], dict[str, Record] | None]:
     """Read the progress and the checksums of a checkpoint; nothing if they were left out."""
     if not os.path.isdir(os.path.join(folder, "progress")) and os.path.isdir(folder):

@@ -334,11 +334,22 @@ def _renew_progress(cfg: Config, corpus: Corpus, saver: Checkpoints, progress: P
 @hosts.run_on_first
 def _write_run_files(cfg: Config, corpus: Corpus, task: Task):
     """Write the config of the run, its tokenizer and the names of its classes."""
-    corpus.tokenizer.save(join_run_path(cfg, "tokenizer.json"))
-    if task.labels:
-        labels = json.dumps(task.labels) + "\n"
-        write_text_atomically(join_run_path(cfg, "labels.json"), labels)
-    write_text_atomically(join_run_path(cfg, "config.json"), configs.to_json(cfg))
+    path = join_run_path(cfg, "tokenizer.json")
+    if not os.path.exists(path) or tokenizers.load(path).fingerprint != corpus.tokenizer.fingerprint:
+        corpus.tokenizer.save(path)
+    files = {"labels.json": json.dumps(task.labels) + "\n"} if task.labels else {}
+    for name, text in (files | {"config.json": configs.to_json(cfg)}).items():
+        path = join_run_path(cfg, name)
+        if not _has_text(path, text):  # a run resumes on a disk that is full
+            write_text_atomically(path, text)
+
+
+def _has_text(path: str, text: str) -> bool:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read() == text
+    except (OSError, ValueError):
+        return False
 
 
 def join_run_path(cfg: Config, name: str) -> str:

@@ -15,7 +15,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxgpt import config as configs
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.config import Config
-from jaxgpt.loading import CHECKPOINT_FOLDERS, read_config, read_params
+from jaxgpt.loading import (
+    CHECKPOINT_FOLDERS,
+    check_config_file,
+    read_config,
+    read_facts,
+    read_params,
+)
 from jaxgpt.model import abstract_params
 from jaxgpt.saved_arrays import latest_step
 from jaxgpt.selection import merge, select
@@ -61,7 +67,9 @@ def find_start(path: str) -> Start:
     """
     try:
         run_folder, folder = _find_checkpoint(path)
+        check_config_file(run_folder)
         tokenizer = tokenizers.load(os.path.join(run_folder, "tokenizer.json"))
+        tokenizer.check_fingerprint(read_facts(folder).get("tokenizer", ""), run_folder)
         return Start(folder, read_config(run_folder), tokenizer)
     except ConfigError as error:
         raise ConfigError(f"train.start={path!r}: {error}") from error
