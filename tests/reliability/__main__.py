@@ -12,9 +12,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 import jax
 
-from . import Commands, Outcome, damage, disks, elastic, kills, readers, soak
+from . import Commands, Outcome, cost, damage, disks, elastic, kills, readers, soak
 
-SCENARIOS = ("flips", "kills", "disks", "readers", "signals", "two_runs", "processes", "soak")
+SCENARIOS = ("flips", "kills", "disks", "readers", "signals", "two_runs", "processes", "soak", "cost")
 
 
 def list_scenarios(args: argparse.Namespace, folder: pathlib.Path):
@@ -38,6 +38,7 @@ def list_scenarios(args: argparse.Namespace, folder: pathlib.Path):
             yield "disks", lambda how=how: disks.lose(commands, how)
     yield "readers", lambda: readers.read_beside_writer(folder / "read", args.reads)
     yield "processes", lambda: elastic.shrink(commands)
+    yield "cost", lambda: cost.measure(folder / "cost")
     if args.minutes:
         yield "soak", lambda: soak.soak(folder / "soak", args.minutes)
 

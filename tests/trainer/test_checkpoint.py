@@ -344,12 +344,15 @@ def test_a_flipped_bit_in_an_array_is_found_and_named(tmp_path):
         checkpoints.wait()
         folder = tmp_path / "checkpoints" / "3" / "rest" / "ocdbt.process_0" / "d"
         path = max(folder.iterdir(), key=lambda file: file.stat().st_size)
-        data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 1
-        path.write_bytes(data)
-        assert checkpoints.restore(run.abstract)[1].step == 2
-        found = re.search(r"damaged \((rest\.opt_state\.\S+) has another checksum", checkpoints.note)
-        assert found
+        data, notes = path.read_bytes(), []
+        for part in range(1, 7):  # some may hit the index of the arrays
+            changed = bytearray(data)
+            changed[len(data) * part // 7] ^= 1
+            path.write_bytes(changed)
+            checkpoints._latest.damaged.clear()
+            assert checkpoints.restore(run.abstract)[1].step == 2
+            notes.append(checkpoints.note)
+        assert re.search(r"damaged \(rest\.opt_state\.\S+ has another checksum", "".join(notes))
 
 
 def test_one_process_that_cannot_read_makes_all_continue_before(tmp_path, monkeypatch):
