@@ -164,7 +164,7 @@ def read_arrays(folder: str, part: str, abstract: Any, records: Mapping[str, Rec
             return np.asarray(read_box(box), dtype=x.dtype)
 
         return jax.make_array_from_callback(
-            x.shape, x.sharding, lambda index: read_shard(make_box(index, x.shape))
+            x.shape, x.sharding, lambda index: read_shard(make_box(index or (), x.shape))
         )
 
     with ThreadPoolExecutor(READERS) as pool:

@@ -276,9 +276,10 @@ def _describe_fallback(folder: str) -> str:
         if str(other) != step and is_readable(os.path.join(parent, str(other))):
             return f"Move it away or delete it: step {other}, the one before, can be read."
     for sibling in set(FOLDERS) - {name}:
-        other = latest_step(os.path.join(run_folder, sibling))
-        if other is not None and is_readable(os.path.join(run_folder, sibling, str(other))):
-            path = os.path.join(run_folder, sibling, str(other))
+        path = os.path.join(
+            run_folder, sibling, str(latest_step(os.path.join(run_folder, sibling)))
+        )
+        if is_readable(path):
             return f"{path} can be read, and holds the parameters: keep it."
     return "No other checkpoint of this run can be read (train.keep sets how many are kept)."
 

@@ -3,7 +3,6 @@
 No model is built: arrays are read one at a time, so that any run can be verified on any machine.
 """
 
-import json
 import os
 from typing import Any, NamedTuple
 

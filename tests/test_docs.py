@@ -151,7 +151,18 @@ def check_evaluate(arguments: list[str]) -> Config:
     return override(Config(), settings)
 
 
-CHECKS = {"train": check_train, "sample": check_sample, "evaluate": check_evaluate}
+def check_verify(arguments: list[str]) -> Config:
+    _, (run,) = parse_arguments("verify", arguments)
+    assert run.startswith("runs/")
+    return Config()
+
+
+CHECKS = {
+    "train": check_train,
+    "sample": check_sample,
+    "evaluate": check_evaluate,
+    "verify": check_verify,
+}
 
 
 def check_module(name: str, arguments: list[str]):

@@ -7,8 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from reliability import damage, disks, kills, readers
-from reliability import Commands
+from reliability import Commands, damage, disks, kills, readers
 
 from jaxgpt.saved_arrays import list_steps
 from jaxgpt.verification import verify

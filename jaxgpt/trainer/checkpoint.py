@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -125,11 +126,12 @@ class _Folder:
     @contextmanager
     def _describe_errors(self, step: int) -> Iterator[None]:
         """Turn any error of saving, in any process, into a SaveError in all of them."""
-        cause, reason = None, ""
+        cause: Exception | None = None
         try:
             yield
-        except Exception as error:  # Orbax raises all kinds of errors
-            cause, reason = error, describe_error(error)
+        except Exception as found:  # Orbax raises all kinds of errors
+            cause = found
+        reason = describe_error(cause) if cause else ""
         reason = next(filter(None, hosts.all_gather_text("save", reason)), "")
         if not reason:
             return
@@ -240,7 +242,7 @@ class Checkpoints:
         first = None
         for step in self._latest.list_steps():
             folder = os.path.join(self._latest.path, str(step))
-            restored = _read_on_all(lambda folder=folder: _read_state(folder, abstract))
+            restored = _read_on_all(partial(_read_state, folder, abstract))
             if isinstance(restored, DamagedError):
                 first = first or restored
                 self._latest.damaged.add(step)
@@ -293,7 +295,8 @@ def _read_on_all(read: Callable[[], Any]) -> Any:
     Raises:
         ConfigError: another error, of any process.
     """
-    result, error, kind = None, None, ""
+    result, kind = None, ""
+    error: ConfigError | None = None
     try:
         result = read()
     except ConfigError as found:
@@ -304,10 +307,10 @@ def _read_on_all(read: Callable[[], Any]) -> Any:
         for index, (other_kind, other_text) in enumerate(outcomes):
             if other_kind != wanted:
                 continue
-            error = error if kind == wanted else error_type(f"process {index}: {other_text}")
-            if isinstance(error, DamagedError):
-                return error
-            raise error
+            raised = error if kind == wanted else error_type(f"process {index}: {other_text}")
+            if isinstance(raised, DamagedError):
+                return raised
+            raise raised or error_type(other_text)
     return result
 
 

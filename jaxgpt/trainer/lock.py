@@ -230,5 +230,5 @@ def _format_holder(holder: dict[str, Any]) -> str:
 def _describe_holder(path: str, holder: dict[str, Any]) -> str:
     return (
         f"another run trains in {os.path.dirname(path)}: {_format_holder(holder)}. Give this one "
-        f"its own name=..., or end the other one. If it is certain that it has ended, delete {path}."
+        f"its own name=..., or end the other one. If it has certainly ended, delete {path}."
     )

@@ -335,13 +335,20 @@ def _renew_progress(cfg: Config, corpus: Corpus, saver: Checkpoints, progress: P
 def _write_run_files(cfg: Config, corpus: Corpus, task: Task):
     """Write the config of the run, its tokenizer and the names of its classes."""
     path = join_run_path(cfg, "tokenizer.json")
-    if not os.path.exists(path) or tokenizers.load(path).fingerprint != corpus.tokenizer.fingerprint:
+    if not _is_saved(corpus.tokenizer, path):
         corpus.tokenizer.save(path)
     files = {"labels.json": json.dumps(task.labels) + "\n"} if task.labels else {}
     for name, text in (files | {"config.json": configs.to_json(cfg)}).items():
         path = join_run_path(cfg, name)
         if not _has_text(path, text):  # a run resumes on a disk that is full
             write_text_atomically(path, text)
+
+
+def _is_saved(tokenizer: tokenizers.Tokenizer, path: str) -> bool:
+    try:
+        return tokenizers.load(path).fingerprint == tokenizer.fingerprint
+    except (ConfigError, OSError):
+        return False
 
 
 def _has_text(path: str, text: str) -> bool:

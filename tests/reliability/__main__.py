@@ -14,7 +14,17 @@ import jax
 
 from . import Commands, Outcome, cost, damage, disks, elastic, kills, readers, soak
 
-SCENARIOS = ("flips", "kills", "disks", "readers", "signals", "two_runs", "processes", "soak", "cost")
+SCENARIOS = (
+    "flips",
+    "kills",
+    "disks",
+    "readers",
+    "signals",
+    "two_runs",
+    "processes",
+    "soak",
+    "cost",
+)
 
 
 def list_scenarios(args: argparse.Namespace, folder: pathlib.Path):
@@ -55,7 +65,9 @@ def format_row(outcome: Outcome, seconds: float) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.reliability", description=__doc__)
     parser.add_argument("--kills", type=int, default=5, help="kill -9; signals and others follow")
-    parser.add_argument("--flips", type=int, default=25, help="flipped bits; a fifth of other damage")
+    parser.add_argument(
+        "--flips", type=int, default=25, help="flipped bits; a fifth of other damage"
+    )
     parser.add_argument("--reads", type=int, default=200, help="reads beside a writer")
     parser.add_argument("--minutes", type=float, default=0.5, help="of the soak; 0 leaves it out")
     parser.add_argument("--only", choices=SCENARIOS, action="append", help="may be repeated")

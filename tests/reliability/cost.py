@@ -21,7 +21,9 @@ def measure(folder: pathlib.Path, megabytes: int = 300, times: int = 5) -> Outco
     """Save and read a state of some size, with and without its checksums."""
     rng = np.random.default_rng(0)
     count = max(megabytes * 10**6 // (3 * 4 << 20), 1)
-    params = {f"w{i}": jnp.asarray(rng.normal(size=(1024, 1024)), jnp.float32) for i in range(count)}
+    params = {
+        f"w{i}": jnp.asarray(rng.normal(size=(1024, 1024)), jnp.float32) for i in range(count)
+    }
     moments = {"m": jax.tree.map(lambda x: x * 0.1, params), "v": jax.tree.map(jnp.square, params)}
     state = TrainState(jnp.int32(0), params, moments, jax.random.key(0))
     size = 3 * sum(x.nbytes for x in params.values())

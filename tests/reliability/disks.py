@@ -4,6 +4,7 @@ import contextlib
 import os
 import pathlib
 import subprocess
+import tempfile
 from collections.abc import Iterator
 
 from jaxgpt.saved_arrays import list_steps
@@ -14,16 +15,13 @@ from . import Commands, Outcome, shorten
 
 def can_mount() -> bool:
     """Return whether this process may mount a file system in memory."""
-    return os.path.exists("/proc") and os.geteuid() == 0 and _mount_works()
-
-
-def _mount_works() -> bool:
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(subprocess.CalledProcessError):
-        with small_disk(pathlib.Path(folder), 64):
+    if os.name != "posix" or os.geteuid() != 0:
+        return False
+    try:
+        with tempfile.TemporaryDirectory() as folder, small_disk(pathlib.Path(folder), 64):
             return True
-    return False
+    except (OSError, subprocess.CalledProcessError):
+        return False
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Runs of several processes: killed on four, continued on two and on one, with every array checked."""
+"""Runs of several processes: killed on four, continued on two and one, all arrays checked."""
 
 import pathlib
 import signal

@@ -61,7 +61,7 @@ def kill(commands: Commands, times: int, steps: int = 200, seed: int = 0) -> Out
     """
     dice, failures, lost = random.Random(seed), [], []
     unfinished = 0
-    folder, reference = make_reference(commands, steps)
+    reference = make_reference(commands, steps)[1]
     name = 0
     done = 0
     while done < times:
@@ -81,7 +81,9 @@ def kill(commands: Commands, times: int, steps: int = 200, seed: int = 0) -> Out
                     return Outcome("kill -9", done, failures, {})
                 continue
             done += 1
-            unfinished += any(".orbax-checkpoint-tmp" in x for x in os.listdir(f"{run}/checkpoints"))
+            unfinished += any(
+                ".orbax-checkpoint-tmp" in x for x in os.listdir(f"{run}/checkpoints")
+            )
             found, last = check_run(run, reference, lines)
             failures += found
             lost.append(last)
@@ -97,7 +99,7 @@ def kill(commands: Commands, times: int, steps: int = 200, seed: int = 0) -> Out
 
 
 def check_run(run: str, reference: dict[int, dict], lines: list[str]) -> tuple[list[str], int]:
-    """Compare a killed run with one that was not; return what is wrong, and how many steps it lost."""
+    """Compare a killed run with one that was not; return what is wrong, and the steps it lost."""
     failures = []
     if not is_usable(verify(run)):
         failures.append(f"{run} is damaged")

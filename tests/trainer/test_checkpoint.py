@@ -391,7 +391,9 @@ def test_a_checkpoint_that_cannot_be_saved_leaves_the_others_and_the_next_one_is
             manager = checkpoints._latest.manager
             before = manager.wait_until_finished
             patch.setattr(manager, "wait_until_finished", lambda: [before(), fail()])
-            with pytest.raises(SaveError, match=r"checkpoints/2 could not be saved \(No space left"):
+            with pytest.raises(
+                SaveError, match=r"checkpoints/2 could not be saved \(No space left"
+            ):
                 checkpoints.wait()
         assert checkpoints.latest_step() == 1
         checkpoints.save(run.make_state(), Progress(step=3))

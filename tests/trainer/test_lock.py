@@ -54,7 +54,9 @@ def refuse(folder, monkeypatch=None) -> str:
 
 def test_a_second_run_is_refused_with_who_holds_the_folder(holder, tmp_path):
     message = refuse(tmp_path)
-    assert re.search(rf"another run trains in {tmp_path}: process {holder.pid} on .+ since 20", message)
+    assert re.search(
+        rf"another run trains in {tmp_path}: process {holder.pid} on .+ since 20", message
+    )
     assert f"delete {tmp_path}/{NAME}" in message
 
 
