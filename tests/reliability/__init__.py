@@ -4,7 +4,7 @@ A small dose is in tests/test_reliability.py. A large one:
 
     python -m tests.reliability --kills 50 --flips 500 --minutes 60
 
-prints a table in Markdown and one JSON object. Each scenario is a function that returns an `Outcome`.
+prints a table in Markdown and JSON. Each scenario is a function that returns an `Outcome`.
 """
 
 import multiprocessing
