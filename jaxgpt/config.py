@@ -321,7 +321,7 @@ class TrainConfig(Section):
     )
     on_save_error: str = option(
         "continue",
-        "if a checkpoint cannot be saved (full disk, lost mount): continue to the next one, or stop",
+        "if a checkpoint cannot be saved (full disk, lost mount): continue to the next, or stop",
         table="jaxgpt.config:ON_SAVE_ERROR",
         is_runtime=True,
     )
