@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -84,8 +85,9 @@ def silence_save_errors():
     for name in ("asyncio", "absl"):
         logging.getLogger(name).addFilter(_is_for_users)  # once, however often it is added
     if sys.unraisablehook is not _print_unraisable:
-        _previous_hook.append(sys.unraisablehook)
-        sys.unraisablehook = _print_unraisable
+        _previous["unraisable"], sys.unraisablehook = sys.unraisablehook, _print_unraisable
+    if threading.excepthook is not _print_thread_error:
+        _previous["thread"], threading.excepthook = threading.excepthook, _print_thread_error
 
 
 def _is_for_users(record: logging.LogRecord) -> bool:
@@ -93,13 +95,18 @@ def _is_for_users(record: logging.LogRecord) -> bool:
     return record.levelno < logging.ERROR or "orbax" not in text
 
 
-_previous_hook = [sys.unraisablehook]
+_previous: dict[str, Any] = {}
 
 
 def _print_unraisable(unraisable: Any):
     error = unraisable.exc_value
     if not isinstance(error, RuntimeError) or str(error) != "Event loop is closed":
-        _previous_hook[-1](unraisable)
+        _previous["unraisable"](unraisable)
+
+
+def _print_thread_error(found: Any):
+    if ".orbax-checkpoint-tmp" not in str(found.exc_value):
+        _previous["thread"](found)
 
 
 def match_literally(folder: str):
