@@ -100,6 +100,10 @@ class _Folder:
         if self._has_failed:
             self._remove_unfinished()
         with self._describe_errors(step):
+            if not os.path.isdir(self.path):  # not into the folder that a disk was mounted on
+                raise FileNotFoundError(
+                    2, "No such file or directory, is its disk gone?", self.path
+                )
             if self.damaged:
                 self._rename(sorted(self.damaged), "")
             records = sum_arrays(**trees)
