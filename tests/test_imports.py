@@ -30,6 +30,7 @@ LAYERS = [
     {"console", "verification"},
     {"interactive", "trainer"},
     {"evaluation"},
+    {"scaling"},
     {"cli"},
     {"__main__"},
 ]
