@@ -115,9 +115,9 @@ def unseal(saved: Any) -> tuple[dict[str, Any], dict[str, Record] | None]:
         raise ChecksumError("progress is not a JSON object")
     progress = {key: value for key, value in saved.items() if key != KEY}
     if KEY not in saved:
-        # Values are numbers and texts. A table is that of the checksums under a damaged name.
-        if any(isinstance(value, dict) for value in progress.values()):
-            raise ChecksumError("progress has no checksums and an unknown table")
+        parts = {"arrays", "progress", "table"}  # they may be there under a damaged name
+        if any(isinstance(value, dict) and parts <= value.keys() for value in progress.values()):
+            raise ChecksumError("progress has its checksums under another name")
         return progress, None
     sums = saved[KEY]
     made = {key: value for key, value in sums.items() if key != "table"} if sums else {}

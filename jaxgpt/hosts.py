@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
+from jaxgpt.roll_call import check_process_ids
 from jaxgpt.settings import ConfigError
 from jaxgpt.sharding import make_batch_sharding
 
@@ -189,6 +190,8 @@ def _connect(init_args: dict[str, Any], timeout: int):
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # It would swallow every SIGTERM from here on, even before the training loop handles signals.
     jax.config.update("jax_enable_preemption_service", False)
+    if "coordinator_address" in init_args:
+        check_process_ids(*_get_flags(init_args), timeout)
     timer = threading.Timer(timeout, _report_timeout, [init_args, timeout, _end_process.get()])
     timer.daemon = True
     timer.start()
@@ -206,6 +209,11 @@ def _connect(init_args: dict[str, Any], timeout: int):
         ) from error
     finally:
         timer.cancel()
+
+
+def _get_flags(init_args: dict[str, Any]) -> tuple[str, int, int]:
+    names = ("coordinator_address", "num_processes", "process_id")
+    return tuple(init_args[name] for name in names)  # type: ignore[return-value]
 
 
 def _report_timeout(init_args: dict[str, Any], timeout: int, end_process: EndProcess | None):

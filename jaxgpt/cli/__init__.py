@@ -24,6 +24,7 @@ COMMANDS = {
     "sample": "generate text from a trained model",
     "evaluate": "measure a trained model on any text",
     "verify": "check that the files of a run are as they were saved",
+    "autopsy": "show what a loss spike of a run was made of",
     "scaling": "train a sweep of sizes, fit a scaling law, predict a run",
 }
 
