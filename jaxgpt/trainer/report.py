@@ -45,6 +45,22 @@ def format_header(run: Any, peak_source: str) -> str:
     ])  # fmt: skip
 
 
+def format_lost_steps(cfg: Config, step: int, records: Sequence[Mapping[str, Any]]) -> str:
+    """Format which steps of a run that resumes at `step` were not saved; "" if all were.
+
+    Args:
+        records: of metrics.jsonl, from before the run resumed.
+    """
+    last = max((r["step"] for r in records if r["kind"] == "train"), default=0)
+    if not step or last <= step:
+        return ""
+    return (
+        f"lost   {last - step} steps or more, made after step {step} was saved: they are made "
+        f"again. A kill costs at most train.save_every={cfg.train.save_every} steps, and those "
+        "made while a checkpoint was being written."
+    )
+
+
 MAX_EPOCHS = 50  # a model of useful size has learned its text by heart before
 MAX_DAYS = 30
 
