@@ -48,15 +48,16 @@ os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 import jax
 from jax.experimental import topologies
 
-from benchmarks.hlo import (
+from jaxgpt.config import Config, ConfigError, load, override
+from jaxgpt.planning.hlo import (
     ARRAY,
+    add_trip_counts,
     count_array_bytes,
     count_runs,
     list_collectives,
     split_computations,
 )
-from benchmarks.step import lower_step
-from jaxgpt.config import Config, ConfigError, load, override
+from jaxgpt.planning.step import lower_step
 from jaxgpt.script import run
 from jaxgpt.settings import choose
 from jaxgpt.trainer.speed import PEAK_FLOPS, flops_per_token
@@ -65,19 +66,7 @@ MATRIX_UNIT_WIDTH = 128
 MIN_COPY_BYTES = 2**20  # smaller copies are not listed
 
 
-class Chip(NamedTuple):
-    """A chip's data sheet; its peak FLOP/s are in trainer/speed.py."""
-
-    topology: str  # of four chips
-    units: int  # matrix units
-    memory: float  # bytes
-    bandwidth: float  # bytes/s
-
-
-CHIPS = {
-    "v5e": Chip("v5e:2x2", 4, 16 * 2**30, 819e9),
-    "v5p": Chip("v5p:2x2x1", 8, 95 * 2**30, 2765e9),
-}
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1"}  # of four chips
 
 # Name: (config, chips, settings). Batches fit the memory of the smaller chip.
 MODELS = {
@@ -134,21 +123,6 @@ INSTRUCTION = re.compile(
 )
 FREE_KINDS = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "while", "iota",
         "after-all", "partition-id"}  # fmt: skip
-
-
-def add_trip_counts(text: str) -> str:
-    """Add the trip counts of loops, which the TPU compiler omits, from the loops' conditions."""
-    programs = split_computations(text)
-    lines = text.splitlines()
-    for number, line in enumerate(lines):
-        condition = re.search(r" while\(.*condition=%([\w.\-]+)", line)
-        if not condition or "known_trip_count" in line:
-            continue
-        body = "\n".join(programs[condition[1]])
-        bounds = re.findall(r"= s32\[\]\S* constant\((\d+)\)", body)
-        if len(bounds) == 1 and "direction=LT" in body:
-            lines[number] += f', "known_trip_count":{{"n":"{bounds[0]}"}}'
-    return "\n".join(lines)
 
 
 def parse_instructions(text: str) -> tuple[list[Instruction], dict[str, str]]:

@@ -19,10 +19,10 @@ from tiny_runs import config
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))  # benchmarks are not installed
 
 from benchmarks import tpu
-from benchmarks.hlo import list_collectives
-from benchmarks.step import lower_step
 from jaxgpt.config import Config, ConfigError, load, override
 from jaxgpt.model import count_params
+from jaxgpt.planning.hlo import list_collectives
+from jaxgpt.planning.step import lower_step
 from jaxgpt.trainer.speed import flops_per_token
 
 CONFIGS = {

@@ -405,7 +405,7 @@ def test_overfitting_is_said_once():
 
 
 def test_a_state_that_does_not_fit_is_refused_with_what_would(folder, monkeypatch):
-    monkeypatch.setattr(memory, "_read_memory_bytes", lambda device: 10_000)
+    monkeypatch.setattr(memory, "read_memory_bytes", lambda device: 10_000)
     with pytest.raises(ConfigError, match=r"need .* GB on each device.* parameters would fit"):
         train(run_config(folder, "name=large", *SETTINGS), is_quiet=True)
 
