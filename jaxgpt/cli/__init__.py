@@ -21,6 +21,7 @@ from jaxgpt.settings import choose
 
 COMMANDS = {
     "train": "train a model, or resume a run",
+    "plan": "tell what a run needs, or what fits a device, before anything runs",
     "sample": "generate text from a trained model",
     "evaluate": "measure a trained model on any text",
 }

@@ -5,7 +5,7 @@ the config as it is. The best ones are then compiled, where there is a compiler 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from jaxgpt.config import Config, get, override
@@ -16,6 +16,7 @@ from jaxgpt.planning.footprint import (
     estimate_footprint,
 )
 from jaxgpt.settings import ConfigError
+from jaxgpt.trainer.estimate import list_changes
 
 MAX_COMPILATIONS = {"cpu": 6, "gpu": 3, "tpu": 1}  # of changes; one takes a minute for TPUs
 MAX_BATCH_FACTOR = 1024
@@ -65,47 +66,16 @@ class ScaledEstimate:
 
     def __init__(self, base: Config, measured: Footprint, target: Target):
         self.target = target
-        estimate = estimate_footprint(base, target)[0]
+        estimate = estimate_footprint(base, target)
         self.factor = measured.temporaries / max(estimate.temporaries, 1)
         self.extra = measured.arguments - estimate.arguments
 
     def __call__(self, cfg: Config) -> Footprint:
-        found = estimate_footprint(cfg, self.target)[0]
+        found = estimate_footprint(cfg, self.target)
         temporaries = round(found.temporaries * self.factor)
         return Footprint(
             "estimated", found.arguments + self.extra, temporaries, (), found.microbatches
         )
-
-
-def list_changes(cfg: Config, target: Target, microbatches: int) -> Iterator[tuple[str, str, str]]:
-    """Yield (kind, settings, cost) of single changes that may save memory, the cheapest first."""
-    count = target.count
-    if count > 1 and cfg.mesh.fsdp == 1 and (cfg.mesh.data in (-1, count)):
-        yield "fsdp", "mesh.data=1 mesh.fsdp=-1", "parameters are gathered where they are used"
-    divided = count if cfg.mesh.data == -1 or cfg.mesh.fsdp == -1 else cfg.mesh.data * cfg.mesh.fsdp
-    rows = cfg.train.batch // max(divided, 1)
-    for parts in (2 * microbatches, rows):
-        if microbatches < parts <= rows and cfg.train.batch % (parts * divided) == 0:
-            yield "accumulate", f"train.accumulate={parts}", "smaller products"
-    chip = target.chip
-    if cfg.model.dtype == "float32" and (chip is None or chip.has_bfloat16):
-        slow = "; slower on most CPUs" if target.platform == "cpu" else ", and faster"
-        yield "dtype", "model.dtype=bfloat16", f"rounded activations{slow}"
-    if cfg.optimizer.moments == "float32" and has_moments(cfg):
-        yield "moments", "optimizer.moments=int8", "moments of 1 byte instead of 4"
-    if cfg.model.remat == "none":
-        yield "remat", "model.remat=dots", "activations between products computed again"
-    if cfg.model.remat != "full":
-        yield "remat", "model.remat=full", "the forward pass runs twice: a third more arithmetic"
-
-
-def has_moments(cfg: Config) -> bool:
-    """Return whether the optimizer keeps moments of matrices, which may be stored in 8 bits."""
-    try:
-        override(cfg, ["optimizer.moments=int8"])
-    except ConfigError:
-        return False
-    return True
 
 
 def find_changes(cfg: Config, target: Target, now: Footprint, is_quick: bool) -> list[Change]:
@@ -118,7 +88,8 @@ def find_changes(cfg: Config, target: Target, now: Footprint, is_quick: bool) ->
         is_quick: whether to estimate only.
     """
     estimate = ScaledEstimate(cfg, now, target)
-    singles = list(list_changes(cfg, target, now.microbatches))
+    has_bfloat16 = target.chip is None or target.chip.has_bfloat16
+    singles = list(list_changes(cfg, target.count, target.platform, now.microbatches, has_bfloat16))
     last = {kind: settings for kind, settings, _ in singles}  # the strongest of each kind
     combined: list[tuple[str, str]] = []
     for count in range(2, len(last) + 1):
@@ -131,10 +102,9 @@ def find_changes(cfg: Config, target: Target, now: Footprint, is_quick: bool) ->
             continue  # not with this model, or this number of devices
         if found.peak < now.peak:
             tried.append((settings, cost, found))
-    order = sorted(
-        range(len(tried)),
-        key=lambda i: (not fits(tried[i][2], target), 0 if fits(tried[i][2], target) else tried[i][2].peak, i),
-    )  # fmt: skip
+    fitting = [i for i, (*_, found) in enumerate(tried) if fits(found, target)]
+    others = sorted({*range(len(tried))} - {*fitting}, key=lambda i: tried[i][2].peak)
+    order = fitting + others
     limit = 0 if is_quick or not target.devices else MAX_COMPILATIONS[target.platform]
     changes = []
     for rank, i in enumerate(order):

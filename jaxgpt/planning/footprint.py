@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from jaxgpt.config import Config
 from jaxgpt.planning.chips import Chip, Slice, get_peak_flops
@@ -16,9 +15,8 @@ from jaxgpt.planning.hlo import (
     add_trip_counts,
     list_collectives,
 )
-from jaxgpt.planning.step import lower_step, make_abstract_state
-from jaxgpt.sharding import MESH_AXES, check_fits, make_mesh, resolve_sizes
-from jaxgpt.trainer.estimate import MemoryEstimate, count_microbatches, estimate_memory
+from jaxgpt.planning.step import lower_step
+from jaxgpt.trainer.estimate import count_microbatches, estimate_step
 from jaxgpt.trainer.memory import read_memory_bytes
 
 MAX_SCALAR_BYTES = 8  # losses, counts and norms, which are not listed
@@ -111,34 +109,15 @@ class Footprint:
         return self.arguments + self.temporaries
 
 
-def make_abstract_mesh(cfg: Config, target: Target) -> AbstractMesh:
-    """Return the mesh of a config over the devices of a target, which need not exist.
-
-    Raises:
-        ConfigError: the axes do not multiply to the number of devices.
-    """
-    sizes = resolve_sizes(cfg.mesh, target.count)
-    kind = target.kind or target.name
-    device = AbstractDevice(kind, None, target.platform)
-    auto = (AxisType.Auto,) * len(MESH_AXES)
-    return AbstractMesh(sizes, MESH_AXES, axis_types=auto, abstract_device=device)
-
-
-def estimate_footprint(cfg: Config, target: Target) -> tuple[Footprint, MemoryEstimate]:
+def estimate_footprint(cfg: Config, target: Target) -> Footprint:
     """Estimate the step of a config on a target without compiling anything.
 
     Raises:
         ConfigError: the config does not fit this number of devices.
     """
-    mesh = make_abstract_mesh(cfg, target)
-    check_fits(cfg, mesh)
-    with jax.sharding.use_abstract_mesh(mesh):
-        _, _, state = make_abstract_state(cfg, mesh)
-        found = estimate_memory(cfg, state, mesh)
-        total = sum(x.size for x in jax.tree.leaves(state.params))
-        microbatches = count_microbatches(cfg, total)
+    found, microbatches = estimate_step(cfg, target.count, target.platform, target.kind)
     arguments = found.parameters + found.optimizer
-    return Footprint("estimated", arguments, found.temporaries, (), microbatches), found
+    return Footprint("estimated", arguments, found.temporaries, (), microbatches)
 
 
 def compile_footprint(cfg: Config, target: Target) -> Footprint:
@@ -157,7 +136,7 @@ def compile_footprint(cfg: Config, target: Target) -> Footprint:
         size = parse_needed_bytes(str(error))
         if size is None:
             raise
-        estimate = estimate_footprint(cfg, target)[0]
+        estimate = estimate_footprint(cfg, target)
         arguments = min(estimate.arguments, size)
         return Footprint("compiled", arguments, size - arguments, (), microbatches)
     memory = compiled.memory_analysis()

@@ -38,7 +38,7 @@ from jaxgpt.planning.footprint import (
 )
 from jaxgpt.planning.rates import predict_step_seconds
 from jaxgpt.settings import ConfigError
-from jaxgpt.trainer.estimate import TYPICAL_MFU
+from jaxgpt.trainer.estimate import TYPICAL_MFU, make_abstract_mesh
 from jaxgpt.trainer.speed import flops_per_token, peak_flops
 
 BYTES_PER_TOKEN = 4.0  # of English text, with a vocabulary of some ten thousand tokens
@@ -71,9 +71,9 @@ class Plan:
         time_source: where the time is from.
         seconds_per_step: of training.
         seconds: of all steps.
+        steps: of the run.
         exchanges: collectives by kind and mesh axes, of one device and one step.
         changes: settings that need less memory, if the step does not fit.
-        settings: those in which the config differs from the shipped one it was made from.
     """
 
     name: str
@@ -109,9 +109,7 @@ class Plan:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Plan":
         """Invert `to_dict`."""
-        exchanges = tuple(
-            Exchange(**{**x, "axes": tuple(x["axes"])}) for x in values["exchanges"]
-        )
+        exchanges = tuple(Exchange(**{**x, "axes": tuple(x["axes"])}) for x in values["exchanges"])
         changes = tuple(
             Change(**{**x, "settings": tuple(x["settings"])}) for x in values["changes"]
         )
@@ -179,7 +177,7 @@ def answer(config: dict[str, str], topology: str, mfu: float | None, quick: bool
 
 def measure_footprint(cfg: Config, target: Target) -> Footprint:
     """Compile the step for the devices of a target, or estimate it if there is no compiler."""
-    return compile_footprint(cfg, target) if target.devices else estimate_footprint(cfg, target)[0]
+    return compile_footprint(cfg, target) if target.devices else estimate_footprint(cfg, target)
 
 
 def make_plan(cfg: Config, target: Target, mfu: float | None, quick: bool) -> Plan:
@@ -195,9 +193,7 @@ def make_plan(cfg: Config, target: Target, mfu: float | None, quick: bool) -> Pl
     per_token = flops_per_token(cfg.model)
     fraction, seconds, time_source = predict_seconds(cfg, target, now, mfu, is_fitting)
     available = count_usable_bytes(target)
-    from jaxgpt.planning.footprint import make_abstract_mesh
-
-    mesh = make_abstract_mesh(cfg, target)
+    mesh = make_abstract_mesh(cfg, target.count, target.platform, target.kind)
     return Plan(
         name=cfg.name,
         device=target.name,

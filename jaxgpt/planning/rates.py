@@ -62,9 +62,7 @@ def make_array(dtype, *shape: int) -> jax.Array:
 
 def measure_product(dtype, n: int, rows: int, columns: int) -> float:
     """Return the seconds of [n rows] x [rows columns]."""
-    return measure_seconds(
-        jnp.matmul, make_array(dtype, n, rows), make_array(dtype, rows, columns)
-    )
+    return measure_seconds(jnp.matmul, make_array(dtype, n, rows), make_array(dtype, rows, columns))
 
 
 def measure_bandwidth() -> float:

@@ -7,10 +7,9 @@ import numpy as np
 
 from jaxgpt.config import Config
 from jaxgpt.data import Batch
-from jaxgpt.model import abstract_params, build
-from jaxgpt.optimizer import build as build_optimizer
+from jaxgpt.model import build
 from jaxgpt.sharding import check_fits, make_batch_sharding, make_mesh
-from jaxgpt.trainer.state import abstract_state
+from jaxgpt.trainer.state import make_abstract_state
 from jaxgpt.trainer.step import make_train_step
 
 
@@ -21,14 +20,6 @@ class Step(NamedTuple):
     optimizer: Any
     state: Any  # abstract, with shardings
     lowered: Any
-
-
-def make_abstract_state(cfg: Config, mesh) -> tuple[Any, Any, Any]:
-    """Return the optimizer of a config, its schedule, and the state as shapes and shardings."""
-    _, letters = abstract_params(cfg.model)
-    optimizer, schedule = build_optimizer(cfg.optimizer, cfg.train.steps, letters)
-    state = abstract_state(cfg.model, optimizer, cfg.seed, mesh, cfg.optimizer.train)
-    return optimizer, schedule, state
 
 
 def make_abstract_batch(cfg: Config, mesh) -> Batch:

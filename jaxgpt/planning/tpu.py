@@ -55,6 +55,15 @@ def find_python() -> str:
     return sys.executable
 
 
+def is_available() -> bool:
+    """Return whether an interpreter with the TPU compiler is known."""
+    try:
+        find_python()
+    except ConfigError:
+        return False
+    return True
+
+
 def plan_in_process(request: dict[str, Any]) -> dict[str, Any]:
     """Run `plan.answer` on a request in a process that has the TPU compiler.
 

@@ -15,14 +15,19 @@ It is for what must be cheap: the warnings before a run, and devices for which n
 compiled on this machine. `jaxgpt plan` reads the compiled step where it can.
 """
 
+import functools
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from jaxgpt.backend import get_backend, get_platform
-from jaxgpt.config import Config
-from jaxgpt.sharding import SHARDING_RULES
+from jaxgpt.config import Config, override
+from jaxgpt.settings import ConfigError
+from jaxgpt.sharding import MESH_AXES, SHARDING_RULES, check_fits, resolve_sizes
+from jaxgpt.trainer.state import make_abstract_state
 from jaxgpt.trainer.step import choose_microbatch_count
 
 # Fraction of the peak that a step reaches where nothing was measured: a typical figure for an
@@ -117,5 +122,101 @@ def estimate_memory(cfg: Config, abstract: Any, mesh: Any) -> MemoryEstimate:
 def _is_dense(T: int) -> bool:
     """Return whether attention over rows of T tokens materializes its scores."""
     backend = get_backend()
-    has_kernel = get_platform() != "cpu" and T * T >= backend.min_accelerated_scores
-    return not has_kernel and (T < backend.min_strip_queries or T * T < backend.max_dense_scores)
+    has_kernel = get_platform() != "cpu" and backend.min_accelerated_scores <= T * T
+    return not has_kernel and (backend.min_strip_queries > T or backend.max_dense_scores > T * T)
+
+
+def make_abstract_mesh(cfg: Config, count: int, platform: str, kind: str) -> AbstractMesh:
+    """Return the mesh of a config over `count` devices, which need not exist.
+
+    Raises:
+        ConfigError: the axes do not multiply to the number of devices.
+    """
+    sizes = resolve_sizes(cfg.mesh, count)
+    auto = (AxisType.Auto,) * len(MESH_AXES)
+    device = AbstractDevice(kind or platform, None, platform)
+    return AbstractMesh(sizes, MESH_AXES, axis_types=auto, abstract_device=device)
+
+
+def estimate_step(
+    cfg: Config, count: int, platform: str, kind: str = ""
+) -> tuple[MemoryEstimate, int]:
+    """Estimate the memory of a step on devices that need not exist.
+
+    Returns:
+        (memory of one device, number of microbatches).
+
+    Raises:
+        ConfigError: the config does not fit this number of devices.
+    """
+    mesh = make_abstract_mesh(cfg, count, platform, kind)
+    check_fits(cfg, mesh)
+    with jax.sharding.use_abstract_mesh(mesh):
+        # Everything else in the config leaves the shapes of the state as they are.
+        state = _make_state(Config(model=cfg.model, optimizer=cfg.optimizer), mesh)
+        total = sum(x.size for x in jax.tree.leaves(state.params))
+        return estimate_memory(cfg, state, mesh), count_microbatches(cfg, total)
+
+
+@functools.lru_cache(maxsize=16)
+def _make_state(cfg: Config, mesh: AbstractMesh) -> Any:
+    return make_abstract_state(cfg, mesh)[2]
+
+
+# --- what to change ------------------------------------------------------------------------------
+
+
+def list_changes(
+    cfg: Config, count: int, platform: str, microbatches: int, has_bfloat16: bool = True
+) -> Iterator[tuple[str, str, str]]:
+    """Yield (kind, settings, cost) of changes that may save memory, the cheapest first.
+
+    Args:
+        count: number of devices.
+        microbatches: parts of a batch as it is.
+    """
+    if count > 1 and cfg.mesh.fsdp == 1 and cfg.mesh.data in (-1, count):
+        yield "fsdp", "mesh.data=1 mesh.fsdp=-1", "parameters are gathered where they are used"
+    is_rest = cfg.mesh.data == -1 or cfg.mesh.fsdp == -1
+    divided = count if is_rest else cfg.mesh.data * cfg.mesh.fsdp
+    rows = cfg.train.batch // max(divided, 1)
+    for parts in sorted({2 * microbatches, rows}):
+        if microbatches < parts <= rows and cfg.train.batch % (parts * divided) == 0:
+            yield "accumulate", f"train.accumulate={parts}", "smaller products"
+    if cfg.model.dtype == "float32" and has_bfloat16:
+        speed = "slower on most CPUs" if platform == "cpu" else "and faster"
+        yield "dtype", "model.dtype=bfloat16", f"rounded activations, {speed}"
+    if cfg.optimizer.moments == "float32" and has_moments(cfg):
+        yield "moments", "optimizer.moments=int8", "moments of 1 byte instead of 4"
+    if cfg.model.remat == "none":
+        yield "remat", "model.remat=dots", "what lies between products is computed again"
+    if cfg.model.remat != "full":
+        yield "remat", "model.remat=full", "the forward pass runs twice: a third more arithmetic"
+
+
+def has_moments(cfg: Config) -> bool:
+    """Return whether the optimizer keeps moments of matrices, which may be stored in 8 bits."""
+    try:
+        override(cfg, ["optimizer.moments=int8"])
+    except ConfigError:
+        return False
+    return True
+
+
+def format_advice(cfg: Config, count: int, platform: str) -> str:
+    """Format what to change when a step did not fit, each with an estimate of its memory."""
+    now, microbatches = estimate_step(cfg, count, platform)
+    lines = []
+    for _, settings, cost in list_changes(cfg, count, platform, microbatches):
+        try:
+            found, _ = estimate_step(override(cfg, settings.split()), count, platform)
+        except ConfigError:
+            continue
+        if found.total < now.total:
+            lines.append((found.total, f"  about {found.total / 1e9:,.2f} GB  {settings} ({cost})"))
+    text = "\n".join(line for _, line in sorted(lines))
+    return (
+        f"A step needs about {now.total / 1e9:,.2f} GB on each device as it is, an estimate. What "
+        f"needs less:\n{text}\nor a smaller train.batch={cfg.train.batch}, model.width or "
+        "model.layers. `jaxgpt plan`, or the same command with --plan, compiles and ranks them."
+    )

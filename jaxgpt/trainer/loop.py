@@ -24,6 +24,7 @@ from jaxgpt.trainer.checkpoint import Progress, RunError, describe_last_step
 from jaxgpt.trainer.evaluate import evaluate
 from jaxgpt.trainer.hooks import Hook
 from jaxgpt.trainer.logging import write_text_atomically
+from jaxgpt.trainer.memory import describe_step_memory_errors
 from jaxgpt.trainer.report import format_complete, format_duration, format_samples, format_summary
 from jaxgpt.trainer.run import Run, can_sample, join_run_path, open_run
 from jaxgpt.trainer.speed import flops_per_token
@@ -64,7 +65,10 @@ def train(cfg: Config, *, hooks: Sequence[Hook] = (), is_quiet: bool = False) ->
             make_stop_signal(run.progress.step, run.console.log) as stop,
         ):
             run.notify("on_start")
-            with describe_file_errors(cfg.run_folder):
+            with (
+                describe_file_errors(cfg.run_folder),
+                describe_step_memory_errors(cfg, run.mesh),
+            ):
                 run_steps(run, stop)
                 run.saver.wait()
                 run.notify("on_end")

@@ -13,6 +13,8 @@ import jax
 from jaxgpt.config import Config
 from jaxgpt.saved_arrays import is_out_of_memory
 from jaxgpt.settings import ConfigError
+from jaxgpt.trainer.checkpoint import RunError, describe_last_step
+from jaxgpt.trainer.estimate import format_advice
 
 # Options of mallopt(3), with their values
 M_TRIM_THRESHOLD, NEVER = -1, -1
@@ -71,6 +73,24 @@ def describe_memory_errors(cfg: Config, abstract: Any) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise ConfigError(message) from error
+
+
+@contextmanager
+def describe_step_memory_errors(cfg: Config, mesh: jax.sharding.Mesh) -> Iterator[None]:
+    """Turn running out of memory in a training step into an error that says what would fit.
+
+    Raises:
+        RunError: in place of the original error.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        device = mesh.devices.flat[0]
+        advice = format_advice(cfg, mesh.size, device.platform)
+        checkpoint = describe_last_step(cfg.run_folder)
+        raise RunError(f"out of memory on {device.device_kind} ({checkpoint}). {advice}") from error
 
 
 def read_memory_bytes(device: jax.Device) -> int:
