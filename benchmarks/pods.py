@@ -2,7 +2,7 @@
 
     python -m benchmarks.pods                            every model, a few minutes each
     python -m benchmarks.pods --models llama_7b          one of them
-    python -m benchmarks.pods --docs docs/howto/plan.md  rewrite the table of that page
+    python -m benchmarks.pods --docs docs/plan.md  rewrite the table of that page
 
 The step of every model is compiled by the TPU compiler (see jaxgpt/planning/tpu.py), and nothing
 runs: memory, and the bytes that a chip sends, are those of the compiled program. "Theory" is what

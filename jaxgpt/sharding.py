@@ -74,7 +74,7 @@ def resolve_sizes(cfg: MeshConfig, device_count: int) -> tuple[int, ...]:
     return sizes
 
 
-def check_fits(cfg: Config, mesh: Mesh):
+def check_fits(cfg: Config, mesh: Mesh | AbstractMesh):
     """Check, before anything is compiled, that the mesh divides the batch, context and layers.
 
     Raises:

@@ -28,6 +28,7 @@ from test_imports import MODULES
 from tiny_runs import single_device_env, write_text
 
 from jaxgpt.config import Config, ConfigError, load, override
+from jaxgpt.planning.chips import parse_device, parse_topology
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -151,7 +152,21 @@ def check_evaluate(arguments: list[str]) -> Config:
     return override(Config(), settings)
 
 
-CHECKS = {"train": check_train, "sample": check_sample, "evaluate": check_evaluate}
+def check_plan(arguments: list[str]) -> Config:
+    flags, settings = parse_arguments("plan", arguments)
+    if topology := flags.get("--topology"):
+        parse_topology(topology)
+    if device := flags.get("--fit", "").replace("here", ""):
+        parse_device(device)
+    return load(flags.get("--config", "stdlib"), settings)
+
+
+CHECKS = {
+    "plan": check_plan,
+    "train": check_train,
+    "sample": check_sample,
+    "evaluate": check_evaluate,
+}
 
 
 def check_module(name: str, arguments: list[str]):

@@ -27,7 +27,7 @@ LAYERS = [
     {"loading"},
     {"console"},
     {"interactive", "trainer"},
-    {"evaluation"},
+    {"evaluation", "planning"},
     {"cli"},
     {"__main__"},
 ]

@@ -88,8 +88,9 @@ def find_changes(cfg: Config, target: Target, now: Footprint, is_quick: bool) ->
         is_quick: whether to estimate only.
     """
     estimate = ScaledEstimate(cfg, now, target)
-    has_bfloat16 = target.chip is None or target.chip.has_bfloat16
-    singles = list(list_changes(cfg, target.count, target.platform, now.microbatches, has_bfloat16))
+    singles = list(
+        list_changes(cfg, target.count, target.platform, now.microbatches, target.has_bfloat16)
+    )
     last = {kind: settings for kind, settings, _ in singles}  # the strongest of each kind
     combined: list[tuple[str, str]] = []
     for count in range(2, len(last) + 1):

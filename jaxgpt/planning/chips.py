@@ -6,6 +6,7 @@ A device is named as in `jaxgpt plan --fit NAME` (T4, H100, v5e-8, here), a slic
 
 import math
 import re
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from jaxgpt.settings import ConfigError, choose
@@ -49,10 +50,11 @@ CHIPS = {
 }
 
 
-class Slice(NamedTuple):
+@dataclass(frozen=True)
+class Slice:
     """A number of chips of one kind, in a TPU's case with their topology."""
 
-    name: str  # as in the message: "4 x v5e (v5e:2x2)"
+    name: str  # as in messages: "4 x v5e (v5e:2x2)"
     chip: Chip
     kind: str  # the row of CHIPS
     count: int
@@ -98,7 +100,7 @@ def parse_device(text: str) -> Slice:
         chips = max(1, int(tpu[2] or CHIPS[kind].cores) // CHIPS[kind].cores)
         return parse_topology(f"{kind}:{arrange_chips(chips, CHIPS[kind].dims, text)}")
     kind = by_lower.get(name.lower()) or name
-    choose(dict.fromkeys([*CHIPS, "here"]), kind, "--fit")
+    choose(dict.fromkeys([*CHIPS, "here"]), kind, "device")
     return Slice(f"{count} x {kind}" if count > 1 else kind, CHIPS[kind], kind, count)
 
 

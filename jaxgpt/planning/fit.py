@@ -111,15 +111,11 @@ def _load_configs(settings: Sequence[str]) -> Iterator[tuple[int, str, Config]]:
 
 def list_candidates(cfg: Config, target: Target) -> Iterator[tuple[str, ...]]:
     """Yield settings under which a config may fit a target, the fastest first."""
-    chip, base = target.chip, []
-    if chip and not chip.has_bfloat16 and cfg.model.dtype == "bfloat16":
+    base = []
+    if not target.has_bfloat16 and cfg.model.dtype == "bfloat16":
         base.append("model.dtype=float32")
-    elif (
-        target.platform != "cpu"
-        and cfg.model.dtype == "float32"
-        and (not chip or chip.has_bfloat16)
-    ):
-        base.append("model.dtype=bfloat16")  # fmt: skip
+    elif target.platform != "cpu" and cfg.model.dtype == "float32" and target.has_bfloat16:
+        base.append("model.dtype=bfloat16")
     if target.count > 1:
         base += ["mesh.data=1", "mesh.fsdp=-1"]
     elif cfg.mesh.fsdp != 1:

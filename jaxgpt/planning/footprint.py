@@ -44,6 +44,11 @@ class Target:
     chip: Chip | None = None
     kind: str = ""
 
+    @property
+    def has_bfloat16(self) -> bool:
+        """Whether the devices compute in bfloat16."""
+        return self.chip is None or self.chip.has_bfloat16
+
 
 def find_devices_here() -> Target:
     """Return the devices of this machine."""

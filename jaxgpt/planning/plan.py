@@ -9,7 +9,6 @@ Nothing is allocated, and no step runs.
 """
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,7 +147,9 @@ def plan(
     """
     chips = find_chips(topology, device)
     if chips and chips.topology:
-        request = dict(config=to_request(config), topology=chips.topology, mfu=mfu, quick=quick)
+        request = dict(
+            config=configs.to_json(config), topology=chips.topology, mfu=mfu, quick=quick
+        )
         return Plan.from_dict(tpu.plan_in_process(request))
     target = make_target(chips) if chips else find_devices_here()
     return make_plan(config, target, mfu, quick)
@@ -163,14 +164,9 @@ def find_chips(topology: str, device: str) -> Slice | None:
     return parse_device(device) if device not in ("", "here") else None
 
 
-def to_request(config: Config) -> dict[str, str]:
-    """Return a config as text that another process reads."""
-    return {"content": configs.to_json(config), "folder": os.getcwd()}
-
-
-def answer(config: dict[str, str], topology: str, mfu: float | None, quick: bool) -> dict[str, Any]:
+def answer(config: str, topology: str, mfu: float | None, quick: bool) -> dict[str, Any]:
     """Plan for a TPU slice, in a process that has its compiler: see `tpu.plan_in_process`."""
-    cfg = configs.from_json(config["content"])
+    cfg = configs.from_json(config)
     target = make_target(parse_topology(topology), tpu.get_devices(topology))
     return make_plan(cfg, target, mfu, quick).to_dict()
 
@@ -182,7 +178,7 @@ def measure_footprint(cfg: Config, target: Target) -> Footprint:
 
 def make_plan(cfg: Config, target: Target, mfu: float | None, quick: bool) -> Plan:
     """Plan a run on a target."""
-    if target.chip and not target.chip.has_bfloat16 and cfg.model.dtype == "bfloat16":
+    if not target.has_bfloat16 and cfg.model.dtype == "bfloat16":
         raise ConfigError(f"model.dtype=bfloat16: a {target.kind} has no bfloat16; use float32.")
     now = measure_footprint(cfg, target)
     is_fitting = fits(now, target)
@@ -191,7 +187,7 @@ def make_plan(cfg: Config, target: Target, mfu: float | None, quick: bool) -> Pl
     T = cfg.objective.task.compute_row_tokens(cfg)
     tokens_per_step = cfg.train.batch * T
     per_token = flops_per_token(cfg.model)
-    fraction, seconds, time_source = predict_seconds(cfg, target, now, mfu, is_fitting)
+    fraction, seconds, time_source = predict_seconds(cfg, target, now, mfu)
     available = count_usable_bytes(target)
     mesh = make_abstract_mesh(cfg, target.count, target.platform, target.kind)
     return Plan(
@@ -230,7 +226,7 @@ def make_plan(cfg: Config, target: Target, mfu: float | None, quick: bool) -> Pl
 
 
 def predict_seconds(
-    cfg: Config, target: Target, now: Footprint, mfu: float | None, is_fitting: bool
+    cfg: Config, target: Target, now: Footprint, mfu: float | None
 ) -> tuple[float, float, str]:
     """Return (MFU, seconds of a step, where they are from)."""
     flops = flops_per_token(cfg.model) * cfg.train.batch * cfg.model.context

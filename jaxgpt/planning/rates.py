@@ -20,6 +20,8 @@ from jaxgpt.model.layers import DTYPES
 from jaxgpt.planning.footprint import Footprint, Target
 
 MAX_TOKENS = 2048  # of a measured product: larger ones run at the same rate
+MAX_SIDE = 4096  # of a measured matrix
+MAX_HEADS, MAX_ROW = 8, 1024  # of measured attention
 REPEATS = 3
 COPY_NUMBERS = 2**24  # of the array that measures the bandwidth
 OPTIMIZER_PASSES = 12  # float32 numbers moved per parameter: clipping, moments, update
@@ -61,8 +63,10 @@ def make_array(dtype, *shape: int) -> jax.Array:
 
 
 def measure_product(dtype, n: int, rows: int, columns: int) -> float:
-    """Return the seconds of [n rows] x [rows columns]."""
-    return measure_seconds(jnp.matmul, make_array(dtype, n, rows), make_array(dtype, rows, columns))
+    """Return the seconds of [n rows] x [rows columns], of large ones from those of a part."""
+    few_rows, few_columns = min(rows, MAX_SIDE), min(columns, MAX_SIDE)
+    x, w = make_array(dtype, n, few_rows), make_array(dtype, few_rows, few_columns)
+    return measure_seconds(jnp.matmul, x, w) * (rows / few_rows) * (columns / few_columns)
 
 
 def measure_bandwidth() -> float:
@@ -73,12 +77,13 @@ def measure_bandwidth() -> float:
 
 def measure_attention(dtype, T: int, H: int, K: int) -> float:
     """Return the seconds of both products of attention over one row, with their softmax."""
+    few, short = min(H, MAX_HEADS), min(T, MAX_ROW)
 
     def attend(q, k, v):
         return jax.nn.softmax(q @ k.swapaxes(-1, -2), axis=-1).astype(dtype) @ v
 
-    x = make_array(dtype, H, T, K)
-    return measure_seconds(attend, x, x, x)
+    x = make_array(dtype, few, short, K)
+    return measure_seconds(attend, x, x, x) * (H / few) * (T / short) ** 2
 
 
 def predict_step_seconds(cfg: Config, target: Target, footprint: Footprint) -> StepTime:
@@ -112,9 +117,8 @@ def predict_step_seconds(cfg: Config, target: Target, footprint: Footprint) -> S
     rows = tokens / model.context
     one_row = measure_attention(dtype, model.context, d["H"], d["K"])
     attention = (runs - 0.5) * layers * rows * one_row * _CAUSAL_SHARE
-    columns = min(d["V"], 8192)
-    vocabulary = measure_product(dtype, n, d["D"], columns) * d["V"] / columns
-    vocabulary *= 3 * tokens / n * (0 if model.classes else 1)
+    scores = 0.0 if model.classes else measure_product(dtype, n, d["D"], d["V"])
+    vocabulary = 3 * scores * tokens / n
     leaves = jax.tree.leaves(abstract_params(model)[0])
     parameters = sum(x.size for x in leaves)
     bandwidth = measure_bandwidth()

@@ -49,8 +49,8 @@ def format_memory(plan: Plan) -> str:
     """Format "1.2 GiB: 0.9 of state and batch, 0.3 of temporaries; 31% of 4.0 GiB"."""
     memory = plan.memory
     text = (
-        f"{memory['peak'] / GIB:,.2f} GiB on each device: {memory['arguments'] / GIB:,.2f} of state "
-        f"and batch, {memory['temporaries'] / GIB:,.2f} of temporaries"
+        f"{memory['peak'] / GIB:,.2f} GiB on each device: {memory['arguments'] / GIB:,.2f} of "
+        f"state and batch, {memory['temporaries'] / GIB:,.2f} of temporaries"
     )
     if memory["available"]:
         fraction = memory["peak"] / memory["available"]

@@ -88,8 +88,8 @@ def list_warnings(run: Any) -> list[str]:
     needed, memory = estimate_memory_of(run)
     if memory and needed > memory:
         lines.append(
-            f"warning: a step needs about {needed / 1e9:,.1f} GB, and this {_name_devices(run)} has "
-            f"{memory / 1e9:,.1f} GB: it may not fit; --plan shows what would."
+            f"warning: a step needs about {needed / 1e9:,.1f} GB, and this {_name_devices(run)} "
+            f"has {memory / 1e9:,.1f} GB: it may not fit; --plan shows what would."
         )
     return lines
 

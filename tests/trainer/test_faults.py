@@ -373,7 +373,7 @@ def test_too_many_epochs_and_years_are_said_before_training(folder, capsys, monk
     train(run_config(folder, "name=epochs", *SETTINGS))
     out = capsys.readouterr().out
     assert "the model will learn the text by heart" in out
-    assert "at least: this plan is for faster devices" in out
+    assert "--plan shows what would fit" in out
 
 
 @pytest.mark.parametrize(
