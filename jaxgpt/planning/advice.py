@@ -169,7 +169,7 @@ def search_largest(check: Callable[[int], bool], limit: int) -> int:
     while high <= limit and check(high):
         low, high = high, 2 * high
     high = min(high, limit + 1)
-    while high - low > max(1, low // 16):
+    while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if check(middle) else (low, middle)
     return low

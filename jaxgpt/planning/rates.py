@@ -101,12 +101,11 @@ def predict_step_seconds(cfg: Config, target: Target, footprint: Footprint) -> S
     )
     is_gated = any(spec.feedforward.endswith("gated") for spec in model.layer_cycle)
     hidden = d["F"] * (model.moe.active if model.has_experts else 1)
-    shapes = {
-        (d["D"], d["H"] * d["K"]): 1,
-        (d["H"] * d["K"], d["D"]): 1,
-    }
+    shapes: dict[tuple[int, int], int] = {}
     for shape, count in (
+        ((d["D"], d["H"] * d["K"]), 1),
         ((d["D"], d["G"] * d["K"]), 2),
+        ((d["H"] * d["K"], d["D"]), 1),
         ((d["D"], hidden), 1 + is_gated),
         ((hidden, d["D"]), 1),
     ):
