@@ -7,11 +7,13 @@ import pathlib
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from tiny_runs import config, run_config, single_device_env
+from tiny_runs import config, single_device_env
 
 import jaxgpt
 from jaxgpt import cli, sharding
@@ -32,9 +34,11 @@ from jaxgpt.planning.footprint import (
 )
 from jaxgpt.planning.plan import Plan, make_plan, predict_seconds
 from jaxgpt.planning.step import lower_step
-from jaxgpt.trainer import RunError, report, train
+from jaxgpt.trainer import RunError, report
+from jaxgpt.trainer.estimate import TYPICAL_MFU, make_abstract_mesh
 from jaxgpt.trainer.memory import describe_step_memory_errors
 from jaxgpt.trainer.speed import flops_per_token
+from jaxgpt.trainer.state import make_abstract_state
 
 MIB = 2**20
 # Parameters, moments and activations are all large enough to matter.
@@ -281,8 +285,6 @@ def test_gathering_in_stages_changes_no_value_and_no_gradient(monkeypatch):
 def test_only_a_whole_3d_torus_gathers_in_stages():
     def find(kind, count, **axes):
         cfg = override(BASE, [f"mesh.{axis}={size}" for axis, size in axes.items()])
-        from jaxgpt.trainer.estimate import make_abstract_mesh
-
         return sharding.find_gather_stages(make_abstract_mesh(cfg, count, "tpu", kind))
 
     assert find("TPU v5", 64, data=1, fsdp=64) == (16, 4)
@@ -595,16 +597,27 @@ def test_the_plan_is_a_command_and_a_function():
 # --- what is said unasked ---
 
 
-def test_a_run_that_takes_days_or_may_not_fit_says_so_before_it_starts(tmp_path, monkeypatch):
+def test_a_run_that_takes_days_or_may_not_fit_says_so_before_it_starts(monkeypatch):
+    mesh = sharding.make_mesh(BASE.mesh, jax.devices()[:1])
+    run = SimpleNamespace(
+        cfg=BASE,
+        mesh=mesh,
+        state=make_abstract_state(BASE, mesh)[2],
+        progress=SimpleNamespace(step=0),
+        task=SimpleNamespace(tokens_per_batch=32 * 64),
+        corpus=SimpleNamespace(train=SimpleNamespace(ids=np.zeros(2**20, np.uint16))),
+        peak_flops=1e12,
+    )
+    assert not report.list_warnings(run)
+    days = 12 * flops_per_token(BASE.model) * 32 * 64 / (41 * 86400 * TYPICAL_MFU["cpu"])
+    run.peak_flops = days
+    (line,) = report.list_warnings(run)
+    assert line.startswith("warning: about 41 days on this CPU; --plan shows what would fit.")
+    run.peak_flops = 1e12
     monkeypatch.setattr(report, "read_memory_bytes", lambda device: 1000)
-    monkeypatch.setattr("jaxgpt.trainer.run.peak_flops", lambda devices: (1.0, "a guess"))
-    lines = []
-    monkeypatch.setattr("jaxgpt.trainer.logging.Console.log", lambda self, text: lines.append(text))
-    train(run_config(tmp_path, "train.steps=1", "train.sample_every=0"))
-    text = "\n".join(lines)
-    assert "on this CPU; --plan shows what would fit" in text
-    assert "a step needs about" in text
-    assert "it may not fit" in text
+    (line,) = report.list_warnings(run)
+    assert "a step needs about" in line
+    assert "it may not fit; --plan" in line
 
 
 def test_running_out_of_memory_ends_with_what_needs_less(tmp_path):
