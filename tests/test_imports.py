@@ -28,6 +28,7 @@ LAYERS = [
     {"console"},
     {"interactive", "trainer"},
     {"evaluation", "planning"},
+    {"scaling"},
     {"cli"},
     {"__main__"},
 ]

@@ -24,6 +24,7 @@ COMMANDS = {
     "plan": "tell what a run needs, or what fits a device, before anything runs",
     "sample": "generate text from a trained model",
     "evaluate": "measure a trained model on any text",
+    "scaling": "train a sweep of sizes, fit a scaling law, predict a run",
 }
 
 
