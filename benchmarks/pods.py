@@ -26,7 +26,6 @@ COMMON = ("model.dtype=bfloat16", "model.remat=full", "mesh.data=1", "mesh.fsdp=
 # Name: (config, topology, rows of a chip).
 PODS = {
     "llama_7b": ("llama_7b", "v5e:4x4", 1),
-    "llama_7b v5p": ("llama_7b", "v5p:2x2x4", 4),
     "llama_65b": ("llama_65b", "v5p:4x4x4", 1),
     "gpt3_175b": ("gpt3_175b", "v5p:4x4x8", 1),
 }

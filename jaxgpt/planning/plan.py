@@ -36,6 +36,7 @@ from jaxgpt.planning.footprint import (
     make_target,
 )
 from jaxgpt.planning.rates import predict_step_seconds
+from jaxgpt.planning.report import format_plan
 from jaxgpt.settings import ConfigError
 from jaxgpt.trainer.estimate import TYPICAL_MFU, make_abstract_mesh
 from jaxgpt.trainer.speed import flops_per_token, peak_flops
@@ -115,8 +116,6 @@ class Plan:
         return cls(**{**values, "exchanges": exchanges, "changes": changes})
 
     def __str__(self) -> str:
-        from jaxgpt.planning.report import format_plan
-
         return format_plan(self)
 
 

@@ -1,8 +1,14 @@
 """A plan as text."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from jaxgpt.planning.advice import Change, join_settings
-from jaxgpt.planning.plan import Plan
 from jaxgpt.trainer.report import format_duration
+
+if TYPE_CHECKING:
+    from jaxgpt.planning.plan import Plan
 
 GIB = 2**30
 
