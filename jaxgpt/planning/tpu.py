@@ -1,7 +1,7 @@
 """Plan for TPUs without a TPU: the compiler in libtpu runs on any Linux machine.
 
 It prints its log on every run that finds it, so it is best installed in an environment of its own,
-and always runs in a process of its own: `plan_in_process` starts this module with the interpreter
+and always runs in a process of its own: `plan_in_process` starts worker.py with the interpreter
 of `JAXGPT_TPU_PYTHON`, or with this one if libtpu is installed beside jaxgpt.
 """
 
@@ -80,7 +80,7 @@ def plan_in_process(request: dict[str, Any]) -> dict[str, Any]:
         paths = [root, *filter(None, [environment.get("PYTHONPATH")])]
         environment["PYTHONPATH"] = os.pathsep.join(paths)
     done = subprocess.run(
-        [python, "-m", "jaxgpt.planning.tpu"],
+        [python, "-m", "jaxgpt.planning.worker"],
         input=json.dumps(request),
         capture_output=True,
         text=True,
@@ -119,20 +119,3 @@ def get_devices(topology: str) -> list:
             if "is not divisible" not in message:
                 break
     raise ConfigError(f"--topology {topology}: the TPU compiler refuses it: {message}")
-
-
-def main() -> int:
-    """Answer one request from standard input on standard output."""
-    from jaxgpt.planning.plan import answer
-
-    request = json.load(sys.stdin)
-    try:
-        result = answer(**request)
-    except ConfigError as error:
-        result = {"error": str(error)}
-    print(f"\n{RESULT}{json.dumps(result)}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
