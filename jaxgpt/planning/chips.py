@@ -29,6 +29,7 @@ class Chip(NamedTuple):
 
     @property
     def is_tpu(self) -> bool:
+        """Whether it is a TPU."""
         return self.platform == "tpu"
 
 

@@ -108,7 +108,7 @@ class Plan:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Plan":
-        """Invert `to_dict`."""
+        """Return the plan whose `to_dict` gave these values."""
         exchanges = tuple(Exchange(**{**x, "axes": tuple(x["axes"])}) for x in values["exchanges"])
         changes = tuple(
             Change(**{**x, "settings": tuple(x["settings"])}) for x in values["changes"]

@@ -42,6 +42,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
+        """Seconds of the step."""
         return self.products + self.attention + self.vocabulary + self.memory + self.optimizer
 
 
@@ -58,6 +59,7 @@ def measure_seconds(f: Callable, *args: jax.Array) -> float:
 
 
 def make_array(dtype, *shape: int) -> jax.Array:
+    """Return an array of random numbers."""
     rng = np.random.default_rng(0)
     return jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
 

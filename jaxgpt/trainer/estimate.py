@@ -49,10 +49,12 @@ class MemoryEstimate(NamedTuple):
 
     @property
     def total(self) -> int:
+        """Bytes of the step."""
         return sum(self)
 
     @property
     def temporaries(self) -> int:
+        """Bytes besides parameters and moments."""
         return self.gradients + self.activations + self.working
 
 
