@@ -29,6 +29,7 @@ from tiny_runs import single_device_env, write_text
 
 from jaxgpt.config import Config, ConfigError, load, override
 from jaxgpt.interop.formats import FORMATS
+from jaxgpt.planning.chips import parse_device, parse_topology
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -170,8 +171,17 @@ def check_inspect(arguments: list[str]):
     assert path
 
 
+def check_plan(arguments: list[str]) -> Config:
+    flags, settings = parse_arguments("plan", arguments)
+    if topology := flags.get("--topology"):
+        parse_topology(topology)
+    if device := flags.get("--fit", "").replace("here", ""):
+        parse_device(device)
+    return load(flags.get("--config", "stdlib"), settings)
+
+
 CHECKS = {
-    "train": check_train, "sample": check_sample, "evaluate": check_evaluate,
+    "train": check_train, "sample": check_sample, "evaluate": check_evaluate, "plan": check_plan,
     "import": check_import, "export": check_export, "inspect": check_inspect,
 }  # fmt: skip
 

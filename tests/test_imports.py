@@ -30,7 +30,7 @@ LAYERS = [
     {"loading"},
     {"console", "verification"},
     {"interactive", "trainer"},
-    {"evaluation", "inspect", "measure", "scaling"},
+    {"evaluation", "inspect", "measure", "planning", "scaling"},
     {"visualize"},
     {"cli"},
     {"__main__"},

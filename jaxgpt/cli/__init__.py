@@ -25,6 +25,7 @@ from jaxgpt.suggestions import check_options
 
 COMMANDS = {
     "train": "train a model, or resume a run",
+    "plan": "tell what a run needs, or what fits a device, before anything runs",
     "sample": "generate text from a trained model",
     "evaluate": "measure a trained model on any text",
     "look": "write a page that shows the inside of a model on a text",

@@ -28,6 +28,8 @@ from jaxgpt.trainer.hooks import Hook
 from jaxgpt.trainer.logging import warn_on_file_errors, write_text_atomically
 from jaxgpt.trainer.norms import list_layers
 from jaxgpt.trainer.recovery import DivergedError, Spike, find_spike, recover
+from jaxgpt.trainer.logging import write_text_atomically
+from jaxgpt.trainer.memory import describe_step_memory_errors
 from jaxgpt.trainer.report import format_complete, format_duration, format_samples, format_summary
 from jaxgpt.trainer.run import Run, can_sample, join_run_path, open_run
 from jaxgpt.trainer.speed import flops_per_token
@@ -66,7 +68,10 @@ def train(cfg: Config, *, hooks: Sequence[Hook] = (), is_quiet: bool = False) ->
             make_stop_signal(run.progress.step, run.console.log) as stop,
         ):
             run.notify("on_start")
-            with describe_file_errors(cfg.run_folder):
+            with (
+                describe_file_errors(cfg.run_folder),
+                describe_step_memory_errors(cfg, run.mesh),
+            ):
                 run_steps(run, stop)
                 finish_saving(run)
                 run.notify("on_end")

@@ -610,7 +610,7 @@ def test_too_many_epochs_and_years_are_said_before_training(folder, capsys, monk
     train(run_config(folder, "name=epochs", *SETTINGS))
     out = capsys.readouterr().out
     assert "the model will learn the text by heart" in out
-    assert "at least: this plan is for faster devices" in out
+    assert "--plan shows what would fit" in out
 
 
 @pytest.mark.parametrize(
@@ -642,7 +642,7 @@ def test_overfitting_is_said_once():
 
 
 def test_a_state_that_does_not_fit_is_refused_with_what_would(folder, monkeypatch):
-    monkeypatch.setattr(memory, "_read_memory_bytes", lambda device: 10_000)
+    monkeypatch.setattr(memory, "read_memory_bytes", lambda device: 10_000)
     with pytest.raises(ConfigError, match=r"need .* GB on each device.* parameters would fit"):
         train(run_config(folder, "name=large", *SETTINGS), is_quiet=True)
 
