@@ -11,6 +11,7 @@ pattern that splits text into words; no token crosses a word boundary).
 import codecs
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -345,12 +346,14 @@ def train(documents: Iterable[str | bytes], vocab: int) -> Tokenizer:
         [PRE_TOKENIZER, pre_tokenizers.FixedLength(MAX_TRAINED_WORD_BYTES)]
     )
     texts = (part for document in documents for part in split_non_utf8(document))
-    library.train_from_iterator((text for text in texts if isinstance(text, str)), trainer)
-    if not trainer.get_word_count():
+    texts = (text for text in texts if text and isinstance(text, str))
+    first = next(texts, None)
+    if first is None:
         raise ConfigError(
             "data.tokenizer='train': there is no text to train on. "
             "Check that data.source names files that are not empty."
         )
+    library.train_from_iterator(itertools.chain([first], texts), trainer)
     merges = json.loads(library.to_str())["model"]["merges"]
     return _build([(left, right) for left, right in merges])
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 import jaxgpt
+from jaxgpt.backend import choose_dtype
 from jaxgpt.config import Config
 from jaxgpt.model import abstract_params, count_params
 from jaxgpt.selection import select, select_letters
@@ -79,6 +80,12 @@ def list_warnings(run: Any) -> list[str]:
         lines.append(
             f"warning: {format_duration(days * 86400)} at least: this plan is for faster devices. "
             "A smaller model or fewer train.steps end sooner."
+        )
+    device = run.mesh.devices.flat[0]
+    is_emulated = device.platform == "gpu" and choose_dtype(device) != "bfloat16"
+    if is_emulated and run.cfg.model.dtype == "bfloat16":
+        lines.append(
+            f"warning: {device.device_kind} only emulates bfloat16: model.dtype=float32 is faster."
         )
     return lines
 
