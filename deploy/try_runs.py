@@ -21,15 +21,15 @@ import sys
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-STEPS, SAVE_EVERY = 120, 20
-KILL_AT, STOP_AT = 50, 70  # steps
+STEPS, SAVE_EVERY = 60, 10
+KILL_AT, STOP_AT = 25, 35  # steps
 DEADLINE = 900  # seconds for one run
 SETTINGS = [
     *("model.vocab=260", "model.context=32", "model.width=64", "model.layers=2", "model.heads=4"),
     *("model.ffn=128", "data.tokenizer=bytes", "data.workers=1", "optimizer.warmup=5"),
-    *("train.batch=8", "train.accumulate=1", "train.eval_every=40", "train.eval_batches=2"),
+    *("train.batch=8", "train.accumulate=1", "train.eval_every=20", "train.eval_batches=2"),
     *(f"train.steps={STEPS}", f"train.save_every={SAVE_EVERY}", "train.log_every=1"),
-    *("train.sample_every=0", "mesh.fsdp=-1", "mesh.data=1"),
+    *("train.sample_every=0", "sample.tokens=4", "mesh.fsdp=-1", "mesh.data=1"),
 ]
 
 
@@ -89,6 +89,25 @@ class Launcher:
 
     def wait_for_step(self, name: str, step: int):
         wait_until(lambda: any(n >= step for _, n, _ in self.read_losses(name)))
+
+    def read_arrays(self, name: str) -> dict:
+        """Return every array of the last checkpoint of a run, by its path."""
+        import jax
+        import numpy as np
+        import orbax.checkpoint as ocp
+
+        found = {}
+        checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+        for part in sorted((self.folder / "runs" / name / "checkpoints" / str(STEPS)).iterdir()):
+            if not (part / "_METADATA").exists():  # a file, or JSON
+                continue
+            shapes = checkpointer.metadata(part).item_metadata.tree
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+            tree = checkpointer.restore(part, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+            for path, x in jax.tree.leaves_with_path(tree):
+                found[part.name + jax.tree_util.keystr(path)] = np.asarray(x)
+        assert found, f"no arrays in the last checkpoint of {name}"
+        return found
 
     def read_log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text()
@@ -173,26 +192,10 @@ def write_text(folder: pathlib.Path):
 
 def compare(launcher: Launcher, a: str, b: str) -> bool:
     """Compare two runs bit for bit and print the result; return whether they are equal."""
-    import numpy as np
-    import orbax.checkpoint as ocp
-
-    trees = []
-    for name in (a, b):
-        path = launcher.folder / "runs" / name / "checkpoints" / str(STEPS)
-        parts = [p for p in ("params", "opt_state", "state") if (path / p).is_dir()]
-        restore = ocp.PyTreeCheckpointer().restore
-        leaves = {}
-        for part in parts:
-            flat = flatten(restore(path / part), part)
-            leaves |= {key: np.asarray(value) for key, value in flat.items()}
-        trees.append(leaves)
+    trees = [launcher.read_arrays(name) for name in (a, b)]
     assert trees[0].keys() == trees[1].keys(), "different arrays"
-    assert trees[0]
     different = [k for k in trees[0] if trees[0][k].tobytes() != trees[1][k].tobytes()]
-    largest = max(
-        (float(np.abs(trees[0][k].astype(float) - trees[1][k].astype(float)).max())
-         for k in different), default=0.0,
-    )  # fmt: skip
+    largest = max((abs(trees[0][k] - trees[1][k]).max() for k in different), default=0.0)
     losses = [launcher.read_losses(name) for name in (a, b)]
     same_losses = losses[0] == losses[1]
     size = sum(x.size for x in trees[0].values())
@@ -204,16 +207,6 @@ def compare(launcher: Launcher, a: str, b: str) -> bool:
         flush=True,
     )
     return not different and same_losses
-
-
-def flatten(tree, path: str) -> dict:
-    if isinstance(tree, dict):
-        items = tree.items()
-    elif isinstance(tree, (list, tuple)):
-        items = enumerate(tree)
-    else:
-        return {} if tree is None else {path: tree}
-    return {k: v for key, value in items for k, v in flatten(value, f"{path}/{key}").items()}
 
 
 def check(launcher: Launcher, tasks: int) -> bool:
