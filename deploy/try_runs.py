@@ -120,7 +120,13 @@ class Slurm(Launcher):
 
     def start(self, name: str, tasks: int) -> int:
         command = [
-            *("sbatch", "--parsable", "--nodes=1", f"--ntasks={tasks}", f"--ntasks-per-node={tasks}"),
+            *(
+                "sbatch",
+                "--parsable",
+                "--nodes=1",
+                f"--ntasks={tasks}",
+                f"--ntasks-per-node={tasks}",
+            ),
             *("--gpus-per-node=0", "--cpus-per-task=1", f"--output={self.folder / name}.log"),
             *(f"--chdir={ROOT}", str(ROOT / "deploy" / "slurm" / "train.sbatch")),
             *self.make_arguments(name),

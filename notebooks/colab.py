@@ -17,8 +17,8 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jaxgpt/jaxgpt/blob/main/notebooks/colab.ipynb)
 #
 # On a TPU, a GPU or a CPU: choose one under *Runtime > Change runtime type* (on Kaggle: *Settings >
-# Accelerator*), then *Run all*. Without a change below, this trains a small GPT on the
-# documentation and source of Python itself, which are on every machine that has Python.
+# Accelerator*, and switch *Internet* on), then *Run all*. Without a change below, this trains a small
+# GPT on the documentation and source of Python itself, which are on every machine that has Python.
 #
 # **After a disconnect**: *Run all* again. With `save_to` in Google Drive, training goes on from the
 # last checkpoint, with the batches that follow, as if nothing had happened.
@@ -32,8 +32,8 @@ settings = ""  # @param {type: "string"}
 # fmt: on
 
 # %% [markdown]
-# `settings` are those of the command line: `data.source=https://...` is not one of them, but
-# `data.source=/content/my_texts train.steps=5000 name=mine` is.
+# `settings` are those of the command line, such as
+# `data.source=/content/my_texts train.steps=5000 name=mine`.
 #
 # ## Install
 #

@@ -72,9 +72,7 @@ def test_a_run_in_bfloat16_on_a_gpu_that_emulates_it_is_warned(monkeypatch):
     monkeypatch.setattr(report, "estimate_seconds", lambda run: 1)
     run.cfg = override(Config(), ["model.dtype=bfloat16"])
     (line,) = report.list_warnings(run)
-    assert line == (
-        "warning: Tesla T4 only emulates bfloat16: model.dtype=float32 is faster."
-    )
+    assert line == ("warning: Tesla T4 only emulates bfloat16: model.dtype=float32 is faster.")
     run.cfg = Config()
     assert not report.list_warnings(run)
 

@@ -222,8 +222,10 @@ def test_a_slurm_job_requeues_itself_until_the_run_is_done(status, restarts, is_
     ended, _ = stage.run("bash", SBATCH, "name=mine", SLURM_JOB_ID="7", **count)
     assert ended == status
     assert stage.count("srun --kill-on-bad-exit=1 ") == 1
-    assert stage.calls.read_text().splitlines()[0].endswith(
-        f"jaxgpt train --stop-status {UNFINISHED} name=mine"
+    assert (
+        stage.calls.read_text()
+        .splitlines()[0]
+        .endswith(f"jaxgpt train --stop-status {UNFINISHED} name=mine")
     )
     assert stage.count("scontrol requeue 7") == is_requeued
 
