@@ -190,7 +190,8 @@ def wait_until(is_true):
 
 
 def write_text(folder: pathlib.Path):
-    dice, words = random.Random(0), "the a cat dog sat on mat and ran to hill red big".split()
+    dice = random.Random(0)
+    words = ("the", "a", "cat", "dog", "sat", "on", "mat", "and", "ran", "to", "hill", "red", "big")
     folder.mkdir(parents=True)
     for number in range(20):
         (folder / f"{number:02}.txt").write_text(" ".join(dice.choices(words, k=300)) + ".\n")
@@ -252,7 +253,8 @@ def main():
         write_text(folder / "text")
     launcher = {"slurm": Slurm, "openmpi": OpenMPI}[name](folder)
     counts = [int(n) for n in sys.argv[3:]] or [2, 4]
-    sys.exit(0 if all([check(launcher, tasks) for tasks in counts]) else 1)
+    results = [check(launcher, tasks) for tasks in counts]
+    sys.exit(0 if all(results) else 1)
 
 
 if __name__ == "__main__":

@@ -109,8 +109,10 @@ def make_initialize_args(
         name = detect_cluster(environment)
         if name is None:
             return None
-        devices = {"local_device_ids": []} if has_own_devices(environment) else {}  # [] is all
-        return {"cluster_detection_method": CLUSTERS[name][1]} | devices
+        detected: dict[str, Any] = {"cluster_detection_method": CLUSTERS[name][1]}
+        if has_own_devices(environment):
+            detected["local_device_ids"] = []  # all of them
+        return detected
     if coordinator in ("auto", "none") and len(missing) == 2:
         return {} if coordinator == "auto" else None
     if missing or coordinator is None or processes is None or process is None:
@@ -219,7 +221,7 @@ def _connect(init_args: dict[str, Any], timeout: int):
 
 def _initialize(init_args: dict[str, Any], timeout: int):
     """Call `jax.distributed.initialize` with the limits and options that this version has."""
-    limits = dict(
+    limits: dict[str, Any] = dict(
         initialization_timeout=timeout + 60,  # JAX would end the process without a message
         heartbeat_timeout_seconds=timeout,
         shutdown_timeout_seconds=timeout,  # since jax 0.8

@@ -17,8 +17,8 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jaxgpt/jaxgpt/blob/main/notebooks/colab.ipynb)
 #
 # On a TPU, a GPU or a CPU: choose one under *Runtime > Change runtime type* (on Kaggle: *Settings >
-# Accelerator*, and switch *Internet* on), then *Run all*. Without a change below, this trains a small
-# GPT on the documentation and source of Python itself, which are on every machine that has Python.
+# Accelerator*, and switch *Internet* on), then *Run all*. Without a change below, this trains a
+# small GPT on the documentation and source of Python itself, which are wherever Python is.
 #
 # **After a disconnect**: *Run all* again. With `save_to` in Google Drive, training goes on from the
 # last checkpoint, with the batches that follow, as if nothing had happened.
@@ -37,8 +37,8 @@ settings = ""  # @param {type: "string"}
 #
 # ## Install
 #
-# Every package that is installed here stays at its version: JAX, NumPy and the plugin for the TPU or
-# GPU belong together. Only what is missing is added.
+# Every package that is installed here stays at its version: JAX, NumPy and the plugin for the TPU
+# or GPU belong together. Only what is missing is added.
 
 # %%
 import importlib
@@ -101,8 +101,8 @@ print(f"runs are saved in {os.path.abspath(folder)}")
 # %% [markdown]
 # ## The device, and a model that suits it
 #
-# A T4 has no bfloat16, and cuDNN's attention needs a newer GPU: there jaxgpt computes in float32, with
-# its own kernels. A TPU and newer GPUs compute in bfloat16.
+# A T4 has no bfloat16, and cuDNN's attention needs a newer GPU: there jaxgpt computes in float32,
+# with its own kernels. A TPU and newer GPUs compute in bfloat16.
 
 # %%
 import jax
@@ -205,8 +205,8 @@ plt.show()
 # %% [markdown]
 # ## Take the model with you
 #
-# Without the optimizer's state, a model takes a third of the space. The archive lies beside the runs;
-# `jaxgpt.load` reads the folder inside.
+# Without the optimizer's state, a model takes a third of the space. The archive lies beside the
+# runs; `jaxgpt.load` reads the folder inside.
 
 # %%
 import shutil
