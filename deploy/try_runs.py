@@ -10,6 +10,7 @@ parameters and optimizer state, and every logged loss.
 """
 
 import json
+import logging
 import os
 import pathlib
 import random
@@ -21,8 +22,8 @@ import sys
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-STEPS, SAVE_EVERY = 60, 10
-KILL_AT, STOP_AT = 25, 35  # steps
+STEPS, SAVE_EVERY = 120, 20
+KILL_AT, STOP_AT = 25, 45  # steps
 DEADLINE = 900  # seconds for one run
 SETTINGS = [
     *("model.vocab=260", "model.context=32", "model.width=64", "model.layers=2", "model.heads=4"),
@@ -92,6 +93,7 @@ class Launcher:
 
     def read_arrays(self, name: str) -> dict:
         """Return every array of the last checkpoint of a run, by its path."""
+        logging.getLogger("absl").setLevel(logging.ERROR)
         import jax
         import numpy as np
         import orbax.checkpoint as ocp
@@ -238,6 +240,7 @@ def check(launcher: Launcher, tasks: int) -> bool:
     for name in (whole, killed, stopped):
         for step in re.findall(r"resuming from step (\d+)", launcher.read_log(name)):
             print(f"  {name}: resumed from step {step}", flush=True)
+            assert int(step) < STEPS, "the run was complete before it was stopped: more STEPS"
         for line in re.findall(r"Stopped by .*", launcher.read_log(name)):
             print(f"  {name}: {line}", flush=True)
     results = [compare(launcher, whole, name) for name in (killed, stopped)]

@@ -27,7 +27,7 @@ for ((restart = 0; restart <= MAX_RESTARTS; restart++)); do
   status=$?
   if [ -n "$is_stopped" ]; then
     wait "$child"  # the first `wait` ends at the signal, mpirun once the run is saved
-    exit "$UNFINISHED"
+    exit $?
   fi
   # 0 is the last step, 2 a wrong setting.
   if [ "$status" -eq 0 ] || [ "$status" -eq 2 ]; then exit "$status"; fi
