@@ -25,6 +25,7 @@ from benchmarks.worker import FailedError, Worker
 from jaxgpt.trainer.speed import PEAK_FLOPS
 
 TURNS = 5
+LT, NO_TRITON = "--xla_gpu_enable_cublaslt=true", "--xla_gpu_enable_triton_gemm=false"
 GPU_GB = 141  # of an H200
 
 
@@ -88,10 +89,18 @@ WAVES = {
         peer("gpt2_124m", "torch eager"),
     ],
     "flags": [
-        ours("gpt2_124m", "no Triton GEMM", flags="--xla_gpu_enable_triton_gemm=false"),
+        ours("gpt2_124m", "no Triton GEMM", flags=NO_TRITON),
         ours("gpt2_124m", "no command buffers", flags="--xla_gpu_enable_command_buffer="),
         ours("gpt2_124m", "loss_chunk=16384", "train.loss_chunk=16384", gb=28),
-        ours("gpt2_124m", "batch 64", "train.batch=64", gb=44),
+    ],
+    "cuBLASLt": [
+        ours("gpt2_124m", "cuBLASLt", flags=LT),
+        ours("gpt2_124m", "cuBLASLt, no Triton GEMM", flags=f"{LT} {NO_TRITON}"),
+        ours("gpt2_1558m", "cuBLASLt", flags=LT, gb=62),
+    ],
+    "rows": [
+        ours("gpt2_124m", "batch 64", "train.batch=64", gb=40),
+        ours("gpt2_1558m", "batch 16", "train.batch=16", gb=84),
     ],
     "llama3_1b fp8": [ours("llama3_1b", "fp8", "model.products=fp8", gb=60)],  # compiles 200 s
     "llama3_1b more": [
@@ -130,8 +139,12 @@ class Day:
         """Compile all at the same time, then time each alone."""
         workers = {one: self.worker(one) for one in contestants}
         try:
+            items = [
+                (one, worker, make_case(one.shape, one.settings.split(), self.scratch))
+                for one, worker in workers.items()
+            ]
             with concurrent.futures.ThreadPoolExecutor(len(workers)) as pool:
-                ready = dict(zip(workers, pool.map(self.prepare, workers.items()), strict=True))
+                ready = dict(zip(workers, pool.map(self.prepare, items), strict=True))
             for one, made in ready.items():
                 self.add(one, made, self.timed(one, workers[one], made))
                 workers[one].close()  # its memory is needed
@@ -140,9 +153,8 @@ class Day:
                 worker.close()
 
     def prepare(self, item) -> dict:
-        one, worker = item
+        one, worker, case = item
         start = time.perf_counter()
-        case = make_case(one.shape, one.settings.split(), self.scratch)
         try:
             about = worker.ask(min(self.left(), 120), do="about")["about"]
             self.about |= {k: v for k, v in about.items() if k not in ("square", "copied")}

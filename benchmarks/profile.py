@@ -60,7 +60,7 @@ def main() -> int:
     a = parser.parse_intermixed_args()
     a.out.mkdir(parents=True, exist_ok=True)
     case = make_case(a.shape, a.settings, "")
-    made = jax_side.step(case)
+    made = jax_side.make_step(case)
     cfg = configs.override(jax_side.make_config(case), ())
     text = lower_step(cfg, jax.devices()[:1]).lowered.compile().as_text()
     (a.out / f"{a.shape}.hlo.gz").write_bytes(gzip.compress(text.encode()))

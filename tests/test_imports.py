@@ -28,6 +28,7 @@ LAYERS = [
     {"console"},
     {"interactive", "trainer"},
     {"evaluation"},
+    {"scaling"},
     {"cli"},
     {"__main__"},
 ]

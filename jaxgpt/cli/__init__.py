@@ -23,6 +23,7 @@ COMMANDS = {
     "train": "train a model, or resume a run",
     "sample": "generate text from a trained model",
     "evaluate": "measure a trained model on any text",
+    "scaling": "train a sweep of sizes, fit a scaling law, predict a run",
 }
 
 
