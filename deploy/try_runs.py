@@ -42,7 +42,7 @@ def make_environment(devices: int) -> dict[str, str]:
         "PYTHONPATH": str(ROOT),
         "JAXGPT": f"{sys.executable} -m jaxgpt",
         "MAX_RESTARTS": "3",
-        "SECONDS_TO_SAVE": "20",
+        "SECONDS_TO_SAVE": "60",
     }
 
 
