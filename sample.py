@@ -1,5 +1,12 @@
 """Generate text: `python sample.py ...` is `jaxgpt sample ...`, from a checkout."""
 
+try:
+    from jaxgpt import interrupts
+
+    interrupts.end_process_at_once()  # before what takes time to import
+except KeyboardInterrupt:
+    raise SystemExit(130) from None
+
 import sys
 
 from jaxgpt import cli

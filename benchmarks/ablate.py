@@ -9,8 +9,17 @@ The choices are the rows of the registries, so a new row is included automatical
 the config rejects is listed with the reason. For each seed, every choice trains on the same batches
 (steps x batch x context). The trained model's held-out loss is also computed in windows of 2 and 4
 times the training length: the same text is cut into longer pieces, so the three losses are means
-over the same tokens and differ only in how much context a token has. Each configuration adds one
-line of JSON to rows.jsonl under --out; a configuration that is already there is not run again.
+over the same tokens and differ only in how much context a token has.
+
+There are two phases. The losses do not depend on what else the machine does, and take most of the
+time; the speed and memory of a step are measured afterwards, in a few minutes of a quiet machine:
+
+    nice python -m benchmarks.ablate --phase losses
+    python -m benchmarks.ablate --phase speed
+
+Without --phase, both. Each configuration adds a line of JSON to losses.jsonl and one to speed.jsonl
+under --out; what is already there is not measured again, so that a command that ended early is
+continued by giving it again. The page shows a dash for what has not been measured yet.
 """
 
 import argparse
@@ -31,7 +40,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxgpt.architecture import MixerConfig, SparseConfig
+from benchmarks.ablation_page import (
+    CONTEXT_FACTORS,
+    Entry,
+    Rejection,
+    Result,
+    describe_base,
+    draw_plots,
+    format_line,
+    format_page,
+)
+from jaxgpt.architecture import MixerConfig
 from jaxgpt.config import (
     Config,
     ConfigError,
@@ -40,7 +59,6 @@ from jaxgpt.config import (
     OptimizerConfig,
     TrainConfig,
     override,
-    to_json,
 )
 from jaxgpt.data import tasks
 from jaxgpt.data.loader import make_eval_batches
@@ -59,7 +77,8 @@ from jaxgpt.trainer.logging import format_duration, write_text_atomically
 from jaxgpt.trainer.state import init_state
 from jaxgpt.trainer.step import make_eval_step, make_train_step
 
-# Patterns and mixers get sizes well below the 64 tokens of context, or they would attend to all.
+# Mixers, and patterns below, get sizes well below the 64 tokens of context, or they would attend to
+# all.
 BASE = Config(
     name="ablate",
     model=ModelConfig(
@@ -69,14 +88,13 @@ BASE = Config(
         layers=2,
         heads=4,
         ffn=128,
-        sparse=SparseConfig(window=16, stride=8, block=8, random=1),
         mixer=MixerConfig(chunk=16, summary=4, memory=32, bucket_window=16),
     ),
     data=DataConfig(tokenizer="bytes"),
     optimizer=OptimizerConfig(lr=2e-3, warmup=40),
     train=TrainConfig(steps=400, batch=16, eval_batches=64),
 )
-CONTEXT_FACTORS = (1, 2, 4)  # lengths of the held-out windows, relative to the training length
+WARMUP_STEPS, BLOCK_STEPS, BLOCKS = 3, 20, 3  # training steps of a measurement of speed
 
 
 # --- choices ---------------------------------------------------------------------------------
@@ -87,23 +105,6 @@ class Choice(NamedTuple):
 
     name: str
     settings: tuple[str, ...]  # path=value
-
-
-class Entry(NamedTuple):
-    """A choice that can be trained."""
-
-    axis: str
-    name: str
-    cfg: Config
-
-
-class Rejection(NamedTuple):
-    """A choice that cannot be trained with the rest of the base."""
-
-    axis: str
-    name: str
-    reason: str  # the first sentence of the error message
-    objectives: tuple[str, ...]  # those with which it can be trained
 
 
 def list_choices(key: str, table) -> Callable[[Config], list[Choice]]:
@@ -129,6 +130,13 @@ def list_activations(base: Config) -> list[Choice]:
     ]
 
 
+PATTERN_SIZES = {
+    "window": ("model.sparse.window=16",),
+    "chunked": ("model.sparse.chunk=16",),
+    "strided": ("model.sparse.stride=8",),
+    "blocks": ("model.sparse.block=8", "model.sparse.random=1"),
+}
+
 AXES: dict[str, Callable[[Config], list[Choice]]] = {
     "position": list_choices("model.position", POSITION_ENCODINGS),
     "norm": list_choices("model.norm", NORMS),
@@ -138,7 +146,9 @@ AXES: dict[str, Callable[[Config], list[Choice]]] = {
     "feedforward": lambda base: [
         Choice(name, set_feedforward(base, name)) for name in FEEDFORWARDS
     ],
-    "pattern": list_choices("model.pattern", PATTERNS),
+    "pattern": lambda base: [
+        Choice(name, (f"model.pattern={name}", *PATTERN_SIZES.get(name, ()))) for name in PATTERNS
+    ],
 }
 
 
@@ -249,16 +259,21 @@ def extend_context(cfg: Config, factor: int) -> tuple[Config, str]:
     return longer, " and ".join(f"`{name}`" for name in fixed)
 
 
-def measure(cfg: Config, batches: Batches, seeds: Sequence[int]) -> dict[str, Any]:
-    """Train from scratch with every seed, and return the losses, speed and memory."""
+def compile_train_step(cfg: Config, batches: Batches, seed: int):
+    """Return the compiled initialization and training step."""
     optimizer, schedule = build_optimizer(
         cfg.optimizer, cfg.train.steps, abstract_params(cfg.model)[1]
     )
-    start = time.perf_counter()
     init = jax.jit(lambda seed: init_state(cfg.model, optimizer, seed))
-    state, batch = init(seeds[0]), batches.get_train_batches(seeds[0])[0]
+    state, batch = init(seed), batches.get_train_batches(seed)[0]
     step = make_train_step(cfg, build(cfg.model), optimizer, schedule)
-    step = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+    return init, jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+
+
+def measure_losses(cfg: Config, batches: Batches, seeds: Sequence[int]) -> dict[str, Any]:
+    """Train from scratch with every seed, and return the held-out losses by window length."""
+    init, step = compile_train_step(cfg, batches, seeds[0])
+    params = init(seeds[0]).params
     evaluate, reason = {}, ""
     for factor in CONTEXT_FACTORS:
         longer, why = extend_context(cfg, factor)
@@ -266,29 +281,36 @@ def measure(cfg: Config, batches: Batches, seeds: Sequence[int]) -> dict[str, An
         if not why:
             lowered = jax.jit(make_eval_step(longer, build(longer.model)))
             batch = next(batches.iterate_held_out(factor))
-            evaluate[factor] = lowered.lower(state.params, batch).compile()
-    compiled = time.perf_counter()
-
-    seconds: list[float] = []  # per step, the median of each seed
+            evaluate[factor] = lowered.lower(params, batch).compile()
     losses: dict[int, list[float]] = {factor: [] for factor in evaluate}
     for seed in seeds:
-        state, step_seconds = train(step, init(seed), batches.get_train_batches(seed))
-        seconds.append(statistics.median(step_seconds))
+        state = train(step, init(seed), batches.get_train_batches(seed))[0]
         for factor, run_eval in evaluate.items():
             held_out = batches.iterate_held_out(factor)
             losses[factor].append(compute_held_out_loss(run_eval, state.params, held_out))
-    memory = step.memory_analysis()
     return {
         "parameters": count_params(cfg.model)["total"],
         "losses": losses,
         "reason": reason,
+    }
+
+
+def measure_speed(cfg: Config, batches: Batches, seeds: Sequence[int]) -> dict[str, Any]:
+    """Return the time of a training step, in several blocks of steps, and its memory."""
+    init, step = compile_train_step(cfg, batches, seeds[0])
+    state, train_batches = init(seeds[0]), batches.get_train_batches(seeds[0])[:BLOCK_STEPS]
+    state, _ = train(step, state, train_batches[:WARMUP_STEPS])
+    seconds: list[float] = []  # per step, the median of each block
+    for _ in range(BLOCKS):
+        state, step_seconds = train(step, state, train_batches)
+        seconds.append(statistics.median(step_seconds))
+    memory = step.memory_analysis()
+    return {
         "seconds_per_step": seconds,
         "tokens_per_second": cfg.train.batch * cfg.model.context / statistics.median(seconds),
         "megabytes": (memory.temp_size_in_bytes + memory.argument_size_in_bytes) / 1e6
         if memory
         else None,
-        "compile_seconds": compiled - start,
-        "run_seconds": time.perf_counter() - compiled,
     }
 
 
@@ -309,348 +331,99 @@ def compute_held_out_loss(run_eval, params, batches) -> float:
     return float(np.sum([s["nats"] for s in sums]) / np.sum([s["weight"] for s in sums]))
 
 
-# --- rows.jsonl ------------------------------------------------------------------------------
+# --- losses.jsonl and speed.jsonl --------------------------------------------------------------
 
 
-def describe_environment(base: Config, seeds: Sequence[int]) -> dict[str, str]:
-    """Return what a measurement depends on besides its config."""
+def describe_environment() -> dict[str, str]:
+    """Return what a measurement depends on besides its config and its seeds."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "seeds": ", ".join(map(str, seeds)),
         "python": platform.python_version(),
         "jax": jax.__version__,
         "device": f"{jax.devices()[0].device_kind}, {cores} cores",
     }
 
 
-def hash_inputs(cfg: Config, facts: dict[str, str], batches: Batches) -> str:
-    parts = [to_json(cfg), facts, batches.corpus.fingerprint]
+def list_changes(cfg: Any, default: Any, prefix: str = "") -> list[str]:
+    """Return the settings that are not at their defaults, as path=value.
+
+    Defaults are left out, so that measurements stay valid when settings are added.
+    """
+    changes: list[str] = []
+    for field in dataclasses.fields(cfg):
+        value, other = getattr(cfg, field.name), getattr(default, field.name)
+        if dataclasses.is_dataclass(value):
+            changes += list_changes(value, other, f"{prefix}{field.name}.")
+        elif value != other:
+            changes.append(f"{prefix}{field.name}={value!r}")
+    return sorted(changes)
+
+
+IGNORED_SETTINGS = ("data.cache=", "data.source=", "name=", "folder=")  # the text has a fingerprint
+
+
+def hash_inputs(cfg: Config, batches: Batches, seeds: Sequence[int], phase: str) -> str:
+    """Return the key of a measurement; losses depend on the machine by rounding alone."""
+    changes = [c for c in list_changes(cfg, Config()) if not c.startswith(IGNORED_SETTINGS)]
+    environment = describe_environment() if phase == "speed" else None
+    parts = [changes, batches.corpus.fingerprint, list(seeds), environment]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 
 
 def read_rows(path: pathlib.Path) -> dict[str, dict]:
     """Return the finished rows by key; skip a line truncated when its process was killed."""
     rows = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        row["losses"] = {int(factor): losses for factor, losses in row["losses"].items()}
+        if "losses" in row:
+            row["losses"] = {int(factor): losses for factor, losses in row["losses"].items()}
         rows[row["key"]] = row
     return rows
 
 
-def measure_all(entries: Sequence[Entry], batches: Batches, seeds: Sequence[int], facts, path):
-    """Return the row of every entry, in order: read from the file if present, else measured."""
-    rows, result = read_rows(path), []
+def append_row(path: pathlib.Path, row: dict):
+    """Append a line, after the end of a line that was truncated."""
+    is_cut = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("\n" * bool(is_cut) + json.dumps(row) + "\n")
+
+
+PHASES = {"losses": measure_losses, "speed": measure_speed}
+
+
+def measure_all(entries: Sequence[Entry], batches: Batches, seeds, out: pathlib.Path, phase: str):
+    """Measure what the file of a phase ("losses" or "speed") lacks."""
+    path = out / f"{phase}.jsonl"
+    rows = read_rows(path)
     for entry in entries:
-        key = hash_inputs(entry.cfg, facts, batches)
+        key = hash_inputs(entry.cfg, batches, seeds, phase)
         if key not in rows:
-            rows[key] = {"key": key} | measure(entry.cfg, batches, seeds)
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(rows[key]) + "\n")
-        result.append(rows[key])
+            measured = PHASES[phase](entry.cfg, batches, seeds)
+            labels = {"name": f"{entry.axis}: {entry.name}", "environment": describe_environment()}
+            rows[key] = {"key": key} | labels | measured
+            append_row(path, rows[key])
         print(format_line(entry, rows[key]), flush=True)
-    return result
 
 
-# --- tables and text -------------------------------------------------------------------------
+def read_results(entries: Sequence[Entry], batches: Batches, seeds, out: pathlib.Path):
+    """Return what has been measured of each choice, in both phases; {} where nothing has.
 
-HEADER = (
-    "loss",
-    "±",
-    *(f"{n}x" for n in CONTEXT_FACTORS[1:]),
-    "parameters",
-    "ms",
-    "tokens/s",
-    "MB",
-)
-
-
-def average_loss(row: dict, factor: int = 1) -> float:
-    return statistics.mean(row["losses"][factor])
-
-
-def measure_spread(row: dict, factor: int = 1) -> float:
-    losses = row["losses"][factor]
-    return (max(losses) - min(losses)) / 2
-
-
-def format_cells(row: dict) -> tuple[str, ...]:
-    """Return the figures of a row, in the order of HEADER."""
-    longer = (
-        f"{average_loss(row, n):.3f}" if n in row["losses"] else "-" for n in CONTEXT_FACTORS[1:]
-    )
-    return (
-        f"{average_loss(row):.3f}",
-        f"{measure_spread(row):.3f}" if len(row["losses"][1]) > 1 else "-",
-        *longer,
-        f"{row['parameters']:,}",
-        f"{1e3 * statistics.median(row['seconds_per_step']):.1f}",
-        f"{row['tokens_per_second']:,.0f}",
-        f"{row['megabytes']:.1f}" if row["megabytes"] else "-",
-    )
-
-
-def format_line(entry: Entry | None, row: dict | None) -> str:
-    """Format a line of the table for the terminal; without a row, its header."""
-    start = (entry.axis, entry.name) if entry else ("axis", "choice")
-    figures = " ".join(f"{cell:>10}" for cell in (format_cells(row) if row else HEADER))
-    return f"{start[0]:12} {start[1]:36} {figures}"
-
-
-def format_table(entries: Sequence[Entry], rows: Sequence[dict], base: Config) -> str:
-    """Format the table of one axis in Markdown, with the reasons for its dashes."""
-    lines = [f"| choice | {' | '.join(HEADER)} |", "|---" + "|---:" * len(HEADER) + "|"]
-    reasons: dict[str, list[str]] = {}
-    for entry, row in zip(entries, rows, strict=True):
-        name = f"**{entry.name}**" if entry.cfg == base else entry.name
-        if row["reason"]:
-            reasons.setdefault(row["reason"], []).append(entry.name)
-        lines.append(f"| {name} | {' | '.join(format_cells(row))} |")
-    notes = [
-        f"\\- {', '.join(names)}: {why} has no rows for longer windows."
-        for why, names in reasons.items()
-    ]
-    return "\n".join([*lines, *(["", *notes] if notes else [])])
-
-
-def estimate_noise(rows: Sequence[dict]) -> float | None:
-    """Return the relative spread of the seeds' median step times: the median over the rows."""
-    spreads = [max(s) / min(s) - 1 for s in (row["seconds_per_step"] for row in rows) if len(s) > 1]
-    return statistics.median(spreads) if spreads else None
-
-
-def summarize(entries: Sequence[Entry], rows: Sequence[dict], base: Config) -> str:
-    """Summarize the figures of one axis in sentences that are valid for any figures."""
-    ranked = sorted(
-        zip((e.name for e in entries), rows, strict=True), key=lambda x: average_loss(x[1])
-    )
-    if len(ranked) < 2:
-        return "There is nothing to compare."
-    (best, low), (worst, high) = ranked[0], ranked[-1]
-    sentences = [
-        f"Lowest loss: {best}, {average_loss(low):.3f}; highest: {worst}, {average_loss(high):.3f}."
-    ]
-    base_row = next((row for e, row in zip(entries, rows, strict=True) if e.cfg == base), None)
-    if base_row and len(base_row["losses"][1]) > 1:
-        near = [
-            name
-            for name, row in ranked
-            if row is not base_row
-            and abs(average_loss(row) - average_loss(base_row))
-            <= measure_spread(row) + measure_spread(base_row)
-        ]
-        sentences.append(f"Seed ranges that overlap with the base's: {', '.join(near) or 'none'}.")
-    longest = CONTEXT_FACTORS[-1]
-    changes = [
-        (average_loss(r, longest) - average_loss(r), n) for n, r in ranked if longest in r["losses"]
-    ]
-    if len(changes) > 1:
-        (least, a), (most, b) = min(changes), max(changes)
-        sentences.append(
-            f"From 1x to {longest}x the length the loss changes by {least:+.3f} ({a}) "
-            f"to {most:+.3f} ({b})."
-        )
-    fast, slow = (f(ranked, key=lambda x: x[1]["tokens_per_second"]) for f in (max, min))
-    ratio = fast[1]["tokens_per_second"] / slow[1]["tokens_per_second"]
-    sentences.append(f"Fastest: {fast[0]}, {ratio:.1f} times the tokens/s of {slow[0]}.")
-    return " ".join(sentences)
-
-
-PAGE_TEMPLATE = """\
-# Ablation
-
-Generated by the command below, which rewrites this page and its figures; do not edit.
-
-```sh
-{command}
-```
-
-{facts}
-
-Each choice replaces one part of the base (bold); nothing else changes except what its name states.
-Where gated and plain feed-forwards are exchanged, F is chosen to keep the number of parameters.
-Mixers that cannot use the base's position encoding run without one, as their names state. For each
-seed, all choices train on the same {steps:,} batches of {batch} windows of {context} tokens
-({tokens:,} tokens), at one learning rate ({lr:g}), which was tuned for none of them: the page shows
-how they compare in a small model and a short run, not which is best. design.md has what was found
-about the scales of those that lag.
-
-* **loss**: nats per token on the same {held_out:,} held-out tokens, mean over the seeds; **±** is
-  half of the distance between the lowest and the highest seed.
-* **{longer}**: the same model on the same tokens, in windows of that many times the training
-  length. There, attention reaches distances that did not occur in training.
-* **ms**, **tokens/s**: of a training step after compilation, the median.
-{noise}* **MB**: arguments and temporary memory of the compiled training step.
-
-"""
-
-
-NOISE_TEMPLATE = (
-    "  Machine noise: the seeds of a choice differ by {spread:.0%} (median over choices).\n"
-)
-
-
-def describe_base(base: Config, facts: dict[str, str]) -> str:
-    m = base.model
-    shape = f"{m.layers} layers, width {m.width}, {m.heads} heads, F {m.ffn}, {m.vocab} tokens"
-    kind = f"{m.position}, {m.norm}, {m.wiring}, {m.feedforward} {m.activation}"
-    facts = {
-        "base": f"{shape}; {kind}; {'/'.join(m.mixers)}",
-        "text": f"{base.data.source}, tokenizer {base.data.tokenizer}",
-    } | facts
-    return "\n".join(f"* {name}: {value}" for name, value in facts.items())
-
-
-class Result(NamedTuple):
-    """The data of a report."""
-
-    base: Config
-    entries: list[Entry]
-    rows: list[dict]
-    rejections: list[Rejection]
-    facts: dict[str, str]
-    command: str
-    held_out_tokens: int
-
-    def group_by_axis(self) -> dict[str, tuple[list[Entry], list[dict]]]:
-        """Return the entries and rows of each axis."""
-        names = dict.fromkeys([e.axis for e in self.entries] + [r.axis for r in self.rejections])
-        pairs = list(zip(self.entries, self.rows, strict=True))
-        return {
-            name: ([e for e, _ in pairs if e.axis == name], [r for e, r in pairs if e.axis == name])
-            for name in names
-        }
-
-
-def format_page(result: Result) -> str:
-    base, spread = result.base, estimate_noise(result.rows)
-    text = PAGE_TEMPLATE.format(
-        command=result.command,
-        facts=describe_base(base, result.facts),
-        steps=base.train.steps,
-        batch=base.train.batch,
-        context=base.model.context,
-        tokens=base.train.steps * base.train.batch * base.model.context,
-        lr=base.optimizer.lr,
-        held_out=result.held_out_tokens,
-        longer="**, **".join(f"{n}x" for n in CONTEXT_FACTORS[1:]),
-        noise="" if spread is None else NOISE_TEMPLATE.format(spread=spread),
-    )
-    plots = list_plots(result)
-    parts = [text, f"![loss by choice](images/{plots['loss']})\n"]
-    for axis, (entries, rows) in result.group_by_axis().items():
-        parts.append(f"\n## {axis}\n")
-        if entries:
-            parts.append(f"\n{format_table(entries, rows, base)}\n")
-            parts.append(f"\n{summarize(entries, rows, base)}\n")
-        for rejection in result.rejections:
-            if rejection.axis == axis:
-                objectives = ", ".join(rejection.objectives)
-                accepted = f" Accepted with train.objective={objectives}." if objectives else ""
-                parts.append(f"\nLeft out: **{rejection.name}**. {rejection.reason}{accepted}\n")
-        if axis in plots:
-            parts.append(f"\n![{axis}](images/{plots[axis]})\n")
-    return "".join(parts)
-
-
-def list_plots(result: Result) -> dict[str, str]:
-    """Return the file of each plot, by "loss" or by its axis."""
-    files = {"position": "ablation_length.png", "mixer": "ablation_speed.png"}
-    axes = {axis for axis, (entries, _) in result.group_by_axis().items() if entries}
-    plots = {axis: file for axis, file in files.items() if axis in axes}
-    return {"loss": "ablation_loss.png"} | plots
-
-
-# --- plots -----------------------------------------------------------------------------------
-
-BLUE, RED = "#2980b9", "#c0392b"
-
-
-def draw_plots(result: Result, folder: pathlib.Path):
-    """Draw the plots and write them as PNG files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    by_axis = result.group_by_axis()
-    plotters = {"loss": plot_losses, "position": plot_lengths, "mixer": plot_speed}
-    for name, file in list_plots(result).items():
-        figure = plotters[name](result, *by_axis.get(name, ([], [])))
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-        FigureCanvasAgg(figure).print_png(str(folder / file))
-
-
-def make_figure(width: float, height: float):
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=120, layout="constrained")
-
-
-def plot_losses(result: Result, *_):
-    """Plot the loss of every choice with the range over the seeds, one panel per axis."""
-    measured = {axis: x for axis, x in result.group_by_axis().items() if x[0]}
-    sizes = [len(entries) for entries, _ in measured.values()]
-    figure = make_figure(7.5, 0.8 + 0.24 * sum(sizes) + 0.25 * len(sizes))
-    panels = figure.subplots(len(sizes), sharex=True, squeeze=False, height_ratios=sizes)[:, 0]
-    for panel, (axis, (entries, rows)) in zip(panels, measured.items(), strict=True):
-        order = sorted(range(len(rows)), key=lambda i: -average_loss(rows[i]))
-        for height, i in enumerate(order):
-            color = RED if entries[i].cfg == result.base else BLUE
-            panel.errorbar(average_loss(rows[i]), height, xerr=measure_spread(rows[i]), fmt="o",
-                           ms=4, capsize=2, color=color)  # fmt: skip
-        panel.set_yticks(range(len(order)), [entries[i].name for i in order], fontsize=8)
-        panel.set_ylim(-0.6, len(order) - 0.4)
-        panel.set_title(axis, fontsize=9, loc="left")
-        panel.grid(alpha=0.3)
-        panel.tick_params(axis="x", labelsize=8)
-    panels[-1].set_xlabel("held-out loss (nats per token); the base is red", fontsize=9)
-    return figure
-
-
-def plot_lengths(result: Result, entries, rows):
-    """Plot the loss against the length of the window, for the position encodings."""
-    figure = make_figure(7, 4)
-    panel = figure.subplots()
-    for entry, row in zip(entries, rows, strict=True):
-        lengths = [n * result.base.model.context for n in row["losses"]]
-        means = [average_loss(row, n) for n in row["losses"]]
-        ranges = [measure_spread(row, n) for n in row["losses"]]
-        panel.errorbar(lengths, means, ranges, marker="o", ms=4, capsize=2, lw=1.2,
-                       label=entry.name)  # fmt: skip
-    panel.set_xscale("log", base=2)
-    ticks = [n * result.base.model.context for n in CONTEXT_FACTORS]
-    panel.set_xticks(ticks, [str(n) for n in ticks])
-    panel.set(xlabel=f"tokens in a window (trained: {ticks[0]})",
-              ylabel="held-out loss (nats per token)")  # fmt: skip
-    panel.grid(alpha=0.3)
-    panel.legend(frameon=False)
-    return figure
-
-
-def plot_speed(result: Result, entries, rows):
-    """Plot the loss against the speed, for the mixers."""
-    from matplotlib import colormaps
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    figure = make_figure(8, 4)
-    panel = figure.subplots()
-    colors = colormaps["turbo"].resampled(max(len(rows), 2))  # one for each mixer
-    for i, ((entry, row), marker) in enumerate(
-        zip(zip(entries, rows, strict=True), itertools.cycle("os^vDPX<>*hdp"))
-    ):
-        point = (row["tokens_per_second"], average_loss(row))
-        name = entry.name.partition(" (")[0]
-        panel.errorbar(*point, yerr=measure_spread(row), fmt=marker, ms=6, capsize=2, label=name,
-                       color=colors(i))  # fmt: skip
-    panel.set_xscale("log")
-    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    panel.xaxis.set_minor_locator(NullLocator())
-    panel.set(xlabel="training tokens per second", ylabel="held-out loss (nats per token)")
-    panel.grid(alpha=0.3)
-    figure.legend(loc="outside right center", frameon=False, fontsize=9)
-    return figure
+    Returns:
+        A row for each entry, and the environments of the measurements, by phase.
+    """
+    results: list[dict] = [{} for _ in entries]
+    environments: dict[str, str] = {}
+    for phase in PHASES:
+        rows = read_rows(out / f"{phase}.jsonl")
+        for entry, result in zip(entries, results, strict=True):
+            row = dict(rows.get(hash_inputs(entry.cfg, batches, seeds, phase), {}))
+            for name, value in row.pop("environment", {}).items():
+                environments.setdefault(f"{name} ({phase})", value)
+            result.update(row)
+    return results, environments
 
 
 # --- the command -----------------------------------------------------------------------------
@@ -685,8 +458,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=BASE.train.steps, help="training steps")
     parser.add_argument("--source", default=BASE.data.source, help="text; see data.source")
     parser.add_argument(
-        "--out", type=pathlib.Path, default="runs/ablate", help="folder for rows.jsonl"
+        "--out",
+        type=pathlib.Path,
+        default="benchmarks/results/ablation",
+        help="folder for losses.jsonl and speed.jsonl (default: %(default)s)",
     )
+    parser.add_argument("--phase", choices=PHASES, help="measure only this (default: both)")
     parser.add_argument(
         "--docs", type=pathlib.Path, help="folder for ablation.md and images/ (default: --out)"
     )
@@ -717,21 +494,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     planned = plan(base, a.product or a.axes, is_product=bool(a.product))
     entries = [x for x in planned if isinstance(x, Entry)]
     rejections = [x for x in planned if isinstance(x, Rejection)]
-    batches, facts = Batches(base), describe_environment(base, a.seeds)
+    batches = Batches(base)
     held_out_tokens = int(sum(batch.weights.sum() for batch in batches.iterate_held_out(1)))
-    command = shlex.join(["python", "-m", "benchmarks.ablate", *arguments])
-    print(f"{command}\n{describe_base(base, facts)}\n\n{format_line(None, None)}", flush=True)
+    facts = {"seeds": ", ".join(map(str, a.seeds))}
+    given = list_page_arguments(arguments)
+    command = shlex.join(["python", "-m", "benchmarks.ablate", *given])
+    print(f"{command}\n{describe_base(base, facts)}", flush=True)
     a.out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    rows = measure_all(entries, batches, a.seeds, facts, a.out / "rows.jsonl")
+    for phase in [a.phase] if a.phase else PHASES:
+        print(f"\n{phase}\n{format_line(None, None)}", flush=True)
+        measure_all(entries, batches, a.seeds, a.out, phase)
     for rejection in rejections:
         print(f"{rejection.axis:12} {rejection.name:36} left out: {rejection.reason}")
+    rows, environments = read_results(entries, batches, a.seeds, a.out)
+    facts |= environments
     result = Result(base, entries, rows, rejections, facts, command, held_out_tokens)
     docs = a.docs or a.out
     draw_plots(result, docs / "images")
     write_text_atomically(str(docs / "ablation.md"), format_page(result))
     print(f"{format_duration(time.perf_counter() - start)}; {docs / 'ablation.md'}")
     return 0
+
+
+def list_page_arguments(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments of a command that measures all of the page: those without --phase."""
+    phase = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    phase.add_argument("--phase")
+    return phase.parse_known_args(list(arguments))[1]
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ config = Config(
     ),
     optimizer=OptimizerConfig(
         name="adafactor",
-        lr=1e-2,
+        lr=1e-2,  # relative: 1% of a parameter's RMS per step
+        relative_lr=True,
         schedule="inverse_sqrt",
         warmup=10_000,
         weight_decay=0.0,

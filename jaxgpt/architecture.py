@@ -42,6 +42,14 @@ class LayerSpec:
 PER_LAYER = ("mixers", "pattern", "feedforward", "ffn", "position")
 ROPE_PER_LAYER = ("theta", "scaling", "factor")  # in `model.rope`
 
+# The pattern that uses a size of `model.sparse`.
+PATTERN_OF_SIZE = {
+    "window": "window",
+    "chunk": "chunked",
+    "stride": "strided",
+    **dict.fromkeys(("block", "near", "anchors", "random"), "blocks"),
+}
+
 OPTIONS_OF_ATTENTION = (
     "softcap",
     "qk_norm",
@@ -329,8 +337,9 @@ class ModelConfig(Section):
         return resolve_table("jaxgpt.model.transformer:FAMILIES")[self.family].DIRECTIONS
 
     def check(self):
-        for check in (self._check_heads, self._check_layers, self._check_positions,
-                     self._check_mixers, self._check_kernel, self._check_family):  # fmt: skip
+        for check in (self._check_heads, self._check_layers, self._check_sparse,
+                      self._check_positions, self._check_mixers, self._check_kernel,
+                      self._check_family):  # fmt: skip
             check()
 
     def _check_heads(self):
@@ -356,6 +365,12 @@ class ModelConfig(Section):
         for key, value in values.items():
             if value == ():
                 raise ConfigError(f"{key} is empty: give at least one.")
+            most = max(self.layers, self.encoder_layers or 0)
+            if isinstance(value, tuple) and len(value) > most:
+                raise ConfigError(
+                    f"{key} has {len(value)} values for {most} layers: the last "
+                    f"{len(value) - most} would have no effect. Leave them out."
+                )
         for key in ("layers", "encoder_layers"):
             layers = getattr(self, key)
             repeats = self.group_layers(layers)[1] if layers else 0
@@ -363,6 +378,18 @@ class ModelConfig(Section):
                 raise ConfigError(
                     f"model.unroll={self.unroll} does not divide the {repeats} repeats of "
                     f"model.{key}={layers}: use a divisor, or 1."
+                )
+
+    def _check_sparse(self):
+        if not {*self.pattern} <= {"full", "prefix", *PATTERN_OF_SIZE.values()}:
+            return  # a plugin's pattern may use any of the sizes
+        for name, pattern in PATTERN_OF_SIZE.items():
+            value = getattr(self.sparse, name)
+            if value != getattr(SparseConfig(), name) and pattern not in self.pattern:
+                raise ConfigError(
+                    f"model.sparse.{name}={value} has no effect with model.pattern="
+                    f"{','.join(self.pattern)}: it is of the pattern {pattern!r}. Add that to "
+                    "model.pattern, or leave it out."
                 )
 
     def _check_positions(self):

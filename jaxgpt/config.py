@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 import jaxgpt
-from jaxgpt.architecture import ModelConfig
+from jaxgpt.architecture import PATTERN_OF_SIZE, PER_LAYER, ROPE_PER_LAYER, ModelConfig
 from jaxgpt.config_files import find_config, importable_configs
 from jaxgpt.plugins import (
     OTHER_TABLES,
@@ -68,6 +68,8 @@ __all__ = [
 
 WARMUP_SHARE = 20  # the warmup of a run that does not set it is one in so many steps
 
+DEFAULT_SPIKE_MULTIPLE = 10.0
+
 MAX_SEED = 2**63 - 1  # JAX's seeds are signed numbers of 64 bits
 
 
@@ -99,7 +101,7 @@ class DataConfig(Section):
     tokenizer: str = option(
         "train",
         "train (a byte-level BPE of model.vocab entries), bytes (no merges), or the path of a "
-        "tokenizer.json or of a folder with encoder.json and vocab.bpe",
+        "tokenizer.json or tokenizer.model, or of a folder with the files of a tokenizer",
     )
     target_key: str = option(
         "", "field that holds the target (a translation, a class) where texts come in pairs"
@@ -192,6 +194,11 @@ class OptimizerConfig(Section):
         above=0,
         effective="logit_lr",
     )
+    relative_lr: bool = option(
+        False,
+        "learning rate of adafactor relative to the RMS of each matrix or vector, at least 1e-3, "
+        "as T5 was trained",
+    )
     train: tuple[str, ...] = option(
         (),
         "parameters to train, by path (stack.layers.*), group (stack) or letters (L*>*), as in "
@@ -207,6 +214,11 @@ class OptimizerConfig(Section):
                 f"optimizer.moments={self.moments!r} with optimizer.name={self.name!r}, which "
                 "keeps no moments of matrices: use optimizer.moments=float32, or one of "
                 f"{suitable}."
+            )
+        if self.relative_lr and self.name != "adafactor":
+            raise ConfigError(
+                f"optimizer.relative_lr=True with optimizer.name={self.name!r}, whose rates are "
+                "absolute: use optimizer.name=adafactor, or leave it out."
             )
 
     def count_warmup(self, steps: int) -> int:
@@ -317,6 +329,38 @@ class TrainConfig(Section):
     sample_every: int = option(
         250, "steps between samples, 0 = only at the end", low=0, is_runtime=True
     )
+    on_spike: str = option(
+        "stop",
+        "answer to a step whose loss or gradient is not finite or far above its mean: stop the "
+        "run, skip the step's update, or rollback to the last checkpoint and on with the batches "
+        "after the spike",
+        table="jaxgpt.config:SPIKE_ACTIONS",
+        is_runtime=True,
+    )
+    spike_threshold: float | None = option(
+        None,
+        "loss or gradient norm that is a spike, as a multiple of its running mean; 0 = only one "
+        "that is not finite; none = 10 with on_spike=skip or rollback, 0 with stop",
+        low=0,
+        is_runtime=True,
+    )
+    spike_window: int = option(
+        100,
+        "steps that the running means of the loss and the gradient norm are taken over; before so "
+        "many steps no finite value is a spike",
+        low=1,
+        is_runtime=True,
+    )
+    max_spikes: int = option(
+        5, "spikes within 1,000 batches after which the next one stops the run", low=0,
+        is_runtime=True,
+    )  # fmt: skip
+    log_norms: int = option(
+        0,
+        "steps between logged norms of the gradient and the parameters of each layer, 0 = never",
+        low=0,
+        is_runtime=True,
+    )
     profile: str = option(
         "",
         "first:last, steps to trace for TensorBoard and XProf, in the run's plugins/profile",
@@ -330,7 +374,25 @@ class TrainConfig(Section):
                 f"train.batch={self.batch} is not divisible by train.accumulate={self.accumulate}: "
                 f"use train.batch={near}."
             )
+        if self.spike_threshold is not None and 0 < self.spike_threshold <= 1:
+            raise ConfigError(
+                f"train.spike_threshold={self.spike_threshold:g} is at most the mean itself, so "
+                "that every other step would be a spike: use a larger multiple, such as 10, or 0 "
+                "for values that are not finite alone."
+            )
         self.parse_profile()
+
+    @property
+    def spike_multiple(self) -> float:
+        """`spike_threshold`, or what it is if it is not set."""
+        if self.spike_threshold is not None:
+            return self.spike_threshold
+        return 0.0 if self.on_spike == "stop" else DEFAULT_SPIKE_MULTIPLE
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether the training step itself finds spikes, and leaves their updates out."""
+        return self.on_spike != "stop" or self.spike_multiple > 0
 
     def parse_profile(self) -> tuple[int, int]:
         """Return the first and last step of `profile`; (0, 0) if it is empty."""
@@ -494,6 +556,11 @@ class Config(Section):
             )
 
 
+SPIKE_ACTIONS = {
+    "stop": "end the run with a message",
+    "skip": "leave the update out, and go on with the next batch",
+    "rollback": "go on from the last checkpoint, with the batches after the spike",
+}
 BEST_BY = {"auto": "by objective", "loss": "the lowest loss", "accuracy": "the highest accuracy"}
 RESUME_MODES = {"auto": "resume if the config agrees", "force": "resume with the new config"}
 START_MISSING = {"refuse": "name them and stop", "init": "initialize them as in a new run"}
@@ -630,6 +697,25 @@ def _rename_settings(tree: Any) -> Any:
     return tree
 
 
+def _drop_unused(tree: Any) -> None:
+    """Remove settings without effect from a saved config: older versions accepted them."""
+    model = tree.get("model") if isinstance(tree, dict) else None
+    if not isinstance(model, dict):
+        return
+    patterns, sparse = model.get("pattern", ("full",)), model.get("sparse")
+    if isinstance(sparse, dict) and isinstance(patterns, list):
+        used = {name for name, pattern in PATTERN_OF_SIZE.items() if pattern in patterns}
+        if {*patterns} <= {"full", "prefix", *PATTERN_OF_SIZE.values()}:
+            unused = PATTERN_OF_SIZE.keys() - used
+            model["sparse"] = {k: v for k, v in sparse.items() if k not in unused}
+    counts = [model.get(key) for key in ("layers", "encoder_layers")]
+    most = max((n for n in counts if isinstance(n, int)), default=0)
+    for section, names in ((model, PER_LAYER), (model.get("rope"), ROPE_PER_LAYER)):
+        if isinstance(section, dict) and most > 0:
+            cut = {k: section[k][:most] for k in names if isinstance(section.get(k), list)}
+            section.update(cut)
+
+
 def _restore_defaults(tree: Any) -> None:
     """Add `FORMER_DEFAULTS` to the nested dicts of a saved config."""
     for key, value in FORMER_DEFAULTS.items():
@@ -667,6 +753,7 @@ def from_json(
     try:
         tree = _rename_settings(json.loads(text))
         _restore_defaults(tree)
+        _drop_unused(tree)
         if isinstance(tree, dict):
             _check_format(tree.pop("versions", {}))
             if plugins is None:

@@ -10,7 +10,7 @@ the list, never on the other rows.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -48,7 +48,9 @@ class Generation:
     """Generated text, or in a stream the next piece of one."""
 
     text: str
-    tokens: tuple[int, ...]  # without eos; the text ends before a stop string, the tokens after it
+    tokens: tuple[
+        int, ...
+    ]  # without the one that ends the text; the text ends before a stop string, the tokens after it
     logprobs: tuple[float, ...]  # of every token in the model's own distribution, in nats
     ending: str  # "eos", "stop", "tokens" (as many as requested) or "context" (full); "" = goes on
 
@@ -164,7 +166,8 @@ MASK = "<mask>"  # how a masked token or span is written in a prompt
 
 def encode_with_masks(tokenizer: Tokenizer, text: str, mask: Callable[[int], int]) -> np.ndarray:
     """Tokenize a text, with the token mask(i) for the i-th `<mask>`."""
-    first, *others = (tokenizer.encode(piece) for piece in text.split(MASK))
+    start, *rest = text.split(MASK)
+    first, others = tokenizer.encode(start), [tokenizer.encode(x, "section") for x in rest]
     return np.concatenate([first, *(x for i, ids in enumerate(others) for x in ([mask(i)], ids))])
 
 
@@ -186,9 +189,9 @@ class Row:
         """Tokens that may still be generated."""
         return self.sample.tokens - len(self.drawn)
 
-    def push(self, token: int, eos: int) -> str:
-        """Append a token and return the text that is now final."""
-        if token == eos:
+    def push(self, token: int, eos: Collection[int]) -> str:
+        """Append a token, of which `eos` end the text, and return the text that is now final."""
+        if token in eos:
             return self.end("eos")
         self.ids.append(token)
         self.drawn.append(token)
@@ -263,7 +266,7 @@ def stream(
             tokens, logprobs = (x.tolist() for x in fetch(drawn))
         left -= CHUNK_TOKENS
         yield [
-            _extend_row(row, new, values, tokenizer.eos, cfg)
+            _extend_row(row, new, values, tokenizer.ends, cfg)
             for row, new, values in zip(rows, tokens, logprobs, strict=True)
         ]
         is_full = any(len(row.ids) >= cfg.context and not row.ending for row in rows)
@@ -342,7 +345,8 @@ def find_cut_texts(config: Config, tokenizer: Tokenizer, texts: Sequence[str]) -
     """Return the numbers of the texts of which an encoder reads the beginning only."""
     if not is_cutting(config):
         return []
-    lengths = [len(ids) + 2 for ids in tokenizer.encode_batch(texts)]  # with bos and eos
+    frame = len(tokenizer.prefix) + 1  # bos and eos
+    lengths = [len(ids) + frame for ids in tokenizer.encode_batch(texts)]
     return [number for number, n in enumerate(lengths) if n > config.model.context]
 
 
@@ -362,13 +366,15 @@ def add_bos_eos(
 ) -> list[int]:
     """Return the tokens of a text between bos and eos, as an encoder reads it.
 
+    There is no bos if the texts of the tokenizer do not begin with it.
+
     Args:
         is_cut: what does not fit the context is left out, as in training on pairs and classes.
 
     Raises:
         ConfigError: it does not fit the context.
     """
-    ids = [tokenizer.bos, *text.tolist(), tokenizer.eos]
+    ids = [*tokenizer.prefix, *text.tolist(), tokenizer.eos]
     if is_cut:
         return ids[: cfg.context]
     if len(ids) > cfg.context:
@@ -394,15 +400,20 @@ def encode_prompts(
     return rows
 
 
-def encode_text(config: Config, tokenizer: Tokenizer, text: str) -> np.ndarray:
+def encode_text(
+    config: Config, tokenizer: Tokenizer, text: str, place: str = "start"
+) -> np.ndarray:
     """Tokenize a text for an objective whose model generates: each `<mask>` is its own sentinel.
+
+    Args:
+        place: where the text stands; see `Tokenizer.encode`.
 
     Raises:
         ConfigError: it has more masks than the model.
     """
     masks = count_masks(config)
     if not masks:
-        return tokenizer.encode(text)
+        return tokenizer.encode(text, place)
     if text.count(MASK) > masks:
         raise ConfigError(f"the prompt has {text.count(MASK)} masks; the model has {masks}.")
     return encode_with_masks(tokenizer, text, lambda i: config.model.vocab - 1 - i)
@@ -410,16 +421,18 @@ def encode_text(config: Config, tokenizer: Tokenizer, text: str) -> np.ndarray:
 
 def _make_row(config: Config, tokenizer: Tokenizer, prompt: str, sample: SampleConfig) -> Row:
     cfg, text = config.model, encode_text(config, tokenizer, prompt)
-    source, ids = [], [tokenizer.bos, *text.tolist()]
+    source, ids = [], [*tokenizer.prefix, *text.tolist()] or [tokenizer.bos]
+    is_start = not prompt  # of the text that is generated
     if cfg.family == "encoder_decoder":
-        source, ids = add_bos_eos(cfg, tokenizer, text, is_cutting(config)), ids[:1]
+        source, ids = add_bos_eos(cfg, tokenizer, text, is_cutting(config)), [tokenizer.bos]
+        is_start = True
     if len(ids) >= cfg.context and not sample.slide:
         raise ConfigError(
             f"the prompt has {len(ids)} tokens, but model.context={cfg.context} must hold it and "
             "at least one more: shorten it, or set slide=true to keep only its end."
         )
     names = {cfg.vocab - 1 - i: f"<{i}>" for i in range(count_masks(config))}
-    return Row(sample, source, ids, StreamDecoder(tokenizer), masks=names)
+    return Row(sample, source, ids, StreamDecoder(tokenizer, is_start), masks=names)
 
 
 def _prefill_rows(cfg: ModelConfig, params, rows: list[Row]) -> tuple[DecodeState, int]:
@@ -445,7 +458,11 @@ def _pad_left(texts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _extend_row(
-    row: Row, tokens: list[int], logprobs: list[float], eos: int, cfg: ModelConfig
+    row: Row,
+    tokens: list[int],
+    logprobs: list[float],
+    eos: Collection[int],
+    cfg: ModelConfig,
 ) -> Generation:
     """Append new tokens to a row until it ends. Return what is now final."""
     text, before = "", len(row.drawn)

@@ -23,6 +23,7 @@ import jax
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
+from jaxgpt.roll_call import check_process_ids
 from jaxgpt.settings import ConfigError
 from jaxgpt.sharding import make_batch_sharding
 
@@ -205,6 +206,8 @@ def _connect(init_args: dict[str, Any], timeout: int):
     # the collective deadlocks.
     os.environ.setdefault("NPROC", str(max(os.cpu_count() or 1, MIN_CPU_THREADS)))
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if "coordinator_address" in init_args:
+        check_process_ids(*_get_flags(init_args), timeout)
     timer = threading.Timer(timeout, _report_timeout, [init_args, timeout, _end_process.get()])
     timer.daemon = True
     timer.start()
@@ -235,6 +238,11 @@ def _initialize(init_args: dict[str, Any], timeout: int):
     jax.distributed.initialize(**init_args, **{k: v for k, v in limits.items() if k in known})
     if handler is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)
+
+
+def _get_flags(init_args: dict[str, Any]) -> tuple[str, int, int]:
+    names = ("coordinator_address", "num_processes", "process_id")
+    return tuple(init_args[name] for name in names)  # type: ignore[return-value]
 
 
 def _report_timeout(init_args: dict[str, Any], timeout: int, end_process: EndProcess | None):

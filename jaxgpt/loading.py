@@ -56,7 +56,8 @@ def load(
     """Load a model for inference, whatever kind of path holds it (see LOADERS).
 
     Args:
-        path: such as runs/gpt_mini.
+        path: such as runs/gpt_mini; of a run also its `best` or `checkpoints`, or one checkpoint in
+            it, runs/gpt_mini/best/40.
         dtype: of the parameters and of the computation, "float32" or "bfloat16"; None keeps the
             parameters as they were saved, and computes in `model.dtype` of the config.
         mesh: a mesh of `sharding.make_mesh` to shard the parameters over; None puts them on the
@@ -91,21 +92,41 @@ def load_run(
     plugins: Sequence[str] | None,
 ) -> LanguageModel:
     """Load the model of a run folder; see `load`."""
+    run_folder, named = split_checkpoint_path(run_folder)
     config = read_config(run_folder, plugins)
     tokenizer = tokenizers.load(os.path.join(run_folder, "tokenizer.json"))
     if dtype is not None:
         model_config = dataclasses.replace(config.model, dtype=dtype)
         config = dataclasses.replace(config, model=model_config)
-    for name in configs.choose(CHECKPOINT_FOLDERS, checkpoint, "checkpoint"):
-        folder = os.path.abspath(os.path.join(run_folder, name))
-        step = latest_step(folder)
+    names = configs.choose(CHECKPOINT_FOLDERS, checkpoint, "checkpoint")
+    for folder in [named] if named else [os.path.join(run_folder, name) for name in names]:
+        step = int(os.path.basename(folder)) if is_checkpoint(folder) else latest_step(folder)
         if step is not None:
-            path = os.path.join(folder, str(step))
+            path = os.path.abspath(folder if is_checkpoint(folder) else f"{folder}/{step}")
             tokenizer.check_fingerprint(_read_progress(path).get("tokenizer", ""), run_folder)
             params = _load_params(path, config, dtype, mesh)
             labels = tuple(read_labels(run_folder))
             return LanguageModel(config, params, tokenizer, labels, step, path)
     raise ConfigError(f"{run_folder} has no checkpoint yet: train it first, or for longer.")
+
+
+def is_checkpoint(path: str) -> bool:
+    """Return whether a path is one checkpoint of a run, such as runs/x/best/40."""
+    return os.path.basename(path).isdecimal() and os.path.isdir(os.path.join(path, "params"))
+
+
+def split_checkpoint_path(path: str) -> tuple[str, str]:
+    """Return (the run folder, "" or the folder inside it that the path names).
+
+    >>> split_checkpoint_path("runs/x"), split_checkpoint_path("runs/x/best")
+    (('runs/x', ''), ('runs/x', 'runs/x/best'))
+    """
+    path = os.path.normpath(path)
+    if is_checkpoint(path):
+        return os.path.dirname(os.path.dirname(path)), path
+    if os.path.basename(path) in CHECKPOINT_FOLDERS["best"] and not is_run(path):
+        return os.path.dirname(path), path
+    return path, ""
 
 
 def is_run(path: str) -> bool:

@@ -47,6 +47,7 @@ SUM_NAMES = ("loss", "nats", "weight", "correct", "confusion")
 RESERVED_METRICS = (
     *("accuracy", "tokens", "grad_norm", "lr", "tokens_per_second", "mfu", "eta_seconds"),
     *("perplexity", "bits_per_byte", "kind", "step"),
+    *("norms", "is_spike", "skipped"),
 )
 
 

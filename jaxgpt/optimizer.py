@@ -309,12 +309,30 @@ def lion(cfg: OptimizerConfig, lr: optax.Schedule, letters: Letters):
 def adafactor(cfg: OptimizerConfig, lr: optax.Schedule, letters: Letters):
     """RMSProp with second moments factored into rows and columns. Uses weight_decay.
 
-    Its b2 follows 1 - t^-0.8; lr is absolute, as in every other rule here, not relative to the
-    scale of the parameter.
+    Its b2 follows 1 - t^-0.8. lr is absolute, as in every other rule here; with relative_lr it is
+    relative to the scale of the parameter, max(10^-3, RMS(p)), as in the paper and for T5.
 
-    Source: Shazeer & Stern 2018, algorithms 4 and 5 without the relative step size.
+    Source: Shazeer & Stern 2018, arXiv:1804.04235, algorithms 4 and 5; the relative step size:
+    section 8. Raffel et al. 2020, section 3.1.2, for T5.
     """
-    return _add_decay_and_rate(_scale_by_adafactor(letters), cfg, lr, letters)
+    rule = _scale_by_adafactor(letters)
+    if cfg.relative_lr:
+        rule = optax.chain(rule, _scale_by_parameter(letters))
+    return _add_decay_and_rate(rule, cfg, lr, letters)
+
+
+MIN_PARAMETER_SCALE = 1e-3  # epsilon_2 of Adafactor: a parameter of zeros could not begin to move
+
+
+def _scale_by_parameter(letters: Letters) -> optax.GradientTransformation:
+    """Multiply the update of each matrix or vector, in each layer, by the RMS of its parameter."""
+
+    def scale(update, p, letters: str):
+        axes = sum(_split_axes(letters), ())
+        rms = jnp.sqrt(jnp.mean(p**2, axes, keepdims=True))
+        return update * jnp.maximum(rms, MIN_PARAMETER_SCALE)
+
+    return optax.stateless(lambda updates, params: jax.tree.map(scale, updates, params, letters))
 
 
 def muon(cfg: OptimizerConfig, lr: optax.Schedule, letters: Letters):

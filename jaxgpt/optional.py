@@ -18,6 +18,7 @@ class Extra(NamedTuple):
 EXTRAS = {
     "datasets": Extra("datasets", "hub"),
     "grain": Extra("grain", "grain"),
+    "jinja2": Extra("Jinja2", "chat"),
     "matplotlib": Extra("matplotlib", "plots"),
     "tensorboardX": Extra("tensorboardX", "tensorboard"),
     "tensorflow_datasets": Extra("tensorflow-datasets", "tfds"),

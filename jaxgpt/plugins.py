@@ -24,6 +24,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -167,15 +168,22 @@ def _import_module(name: str, tables: Sequence[str], folders: Sequence[str]) -> 
         raise
     except Exception as error:
         is_missing = isinstance(error, ModuleNotFoundError) and error.name == name.split(".")[0]
-        what = "no such module" if is_missing else f"{type(error).__name__}: {error}"
-        raise ConfigError(
-            f"plugins={name}: {what}. Give a module that Python can import, or the path of a .py "
-            "file."
-        ) from error
+        if is_missing:
+            text = "no such module. Give one that Python can import, or the path of a .py file."
+        else:
+            text = f"the plugin itself fails{_find_line(error)}: {type(error).__name__}: {error}"
+        raise ConfigError(f"plugins={name}: {text}") from error
     finally:
         del sys.path[: len(folders)]
     _check_no_replacement(name, before)
     _loaded.add(name)
+
+
+def _find_line(error: Exception) -> str:
+    """Return the file and line of an error, innermost; a module that cannot be parsed has none."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if f.filename != __file__ and "importlib" not in f.filename]
+    return f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
 
 
 def _check_no_replacement(name: str, before: Mapping[str, Mapping[str, Any]]) -> None:

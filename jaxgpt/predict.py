@@ -104,7 +104,8 @@ def fill(
     """
     cfg, rows = config.model, _encode_masked(config, tokenizer, texts)
     places = [np.flatnonzero(np.array(row) == cfg.vocab - 1).tolist() for row in rows]
-    allowed = sampleable_tokens(tokenizer, cfg.vocab) & (np.arange(cfg.vocab) != tokenizer.eos)
+    allowed = sampleable_tokens(tokenizer, cfg.vocab)
+    allowed[list(tokenizer.ends)] = False
     found: dict[int, list[FilledMask]] = {}
     for numbers, shape in make_batches([len(row) for row in rows], cfg.context, batch_tokens):
         M = 2 ** (max(len(places[n]) for n in numbers) - 1).bit_length()  # few sizes

@@ -88,14 +88,14 @@ def make_row_keys(samples: Sequence[SampleConfig]) -> jax.Array:
 
 
 def sampleable_tokens(tokenizer: Tokenizer, vocab: int, masks: int = 0) -> np.ndarray:
-    """Return which tokens may be sampled, bool [V]: those that represent text, and eos.
+    """Return which tokens may be sampled, bool [V]: those that represent text or end it.
 
     The others are pad, unk and bos, and the rows of an embedding table larger than the tokenizer,
     except for the last `masks` of them: the sentinels that a span-corruption model generates.
     """
     ids = np.arange(vocab)
     is_text = np.isin(ids, np.flatnonzero(tokenizer.lengths))
-    return is_text | (ids == tokenizer.eos) | (ids >= vocab - masks)
+    return is_text | np.isin(ids, tokenizer.ends) | (ids >= vocab - masks)
 
 
 def warp_scores(scores: jax.Array, seen: jax.Array, sampling: SamplingParams) -> jax.Array:

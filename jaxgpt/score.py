@@ -168,8 +168,9 @@ def score(
 ) -> list[Score]:
     """Score every token of texts, or of the continuations of prompts.
 
-    A text begins after bos, as every document does in training. A prompt and its continuation are
-    tokenized separately, as they are when the continuation is generated.
+    A text begins as every document does in training, after bos; if the tokenizer adds none, only a
+    text without a prompt does, since its first token needs one before it. A prompt and its
+    continuation are tokenized separately, as they are when the continuation is generated.
 
     Args:
         config, params: the model.
@@ -218,14 +219,17 @@ def score(
 
 def _encode_pair(config: Config, tokenizer: Tokenizer, text: str, prompt: str, has_eos: bool):
     """Return (tokens from bos on, how many of them are given, tokens of the source)."""
-    ids = encode_text(config, tokenizer, text).tolist() + [tokenizer.eos] * has_eos
+    is_paired = config.model.family == "encoder_decoder"
+    place = "inside" if prompt and not is_paired else "start"
+    ids = encode_text(config, tokenizer, text, place).tolist() + [tokenizer.eos] * has_eos
     given = encode_text(config, tokenizer, prompt)
     if not ids:
         raise ConfigError(f"the text {shorten(text)} has no token to score.")
-    if config.model.family == "encoder_decoder":
+    if is_paired:
         source = add_bos_eos(config.model, tokenizer, given, is_cutting(config))
         return [tokenizer.bos, *ids], 1, source
-    return [tokenizer.bos, *given.tolist(), *ids], 1 + len(given), []
+    before = [*tokenizer.prefix, *given.tolist()] or [tokenizer.bos]
+    return [*before, *ids], len(before), []
 
 
 def _cut_windows(
@@ -314,7 +318,8 @@ def embed(
         ids = encode_text(config, tokenizer, text) if cfg.family == "encoder_decoder" else (
             tokenizer.encode(text))  # fmt: skip
         with name_text(texts, number):
-            rows.append(add_bos_eos(cfg, tokenizer, ids)[: None if is_framed else -1])
+            row = add_bos_eos(cfg, tokenizer, ids)
+            rows.append(row if is_framed else row[:-1] or [tokenizer.bos])
     found: dict[int, Embedding] = {}
     for numbers, shape in make_batches([len(row) for row in rows], cfg.context, batch_tokens):
         with use_mesh_of(params):

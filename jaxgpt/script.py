@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn, TextIO
 
+from jaxgpt import interrupts
 from jaxgpt.settings import ConfigError
 
 
@@ -26,6 +27,7 @@ def run(main: Callable[[], int], name: str = "") -> NoReturn:
     try:
         status = main()
         sys.stdout.flush()
+        interrupts.end_process_at_once()  # what remains is Python's own end
         sys.exit(status)
     except ConfigError as error:
         print(f"{name}: {error}", file=sys.stderr)

@@ -275,7 +275,7 @@ def _coerce(value, kind, key: str):
         return None if value is None else _coerce(value, args[0], key)
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, (tuple, list)):
-            raise ConfigError(f"{key}={value!r} is not a list.")
+            raise ConfigError(f"{key}={value!r} is not a list: for one value, write [{value!r}].")
         return tuple(_coerce(item, args[0], key) for item in value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

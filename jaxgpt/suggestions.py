@@ -24,6 +24,8 @@ def check_options(argv: Sequence[str], parser: argparse.ArgumentParser, keys: It
     options = {name: action.nargs != 0 for action in parser._actions
                for name in action.option_strings}  # fmt: skip
     keys, rest = list(keys), iter(range(len(argv)))
+    spellings = {key.split(".")[-1]: f"{key}=VALUE" for key in reversed(keys)}
+    spellings |= {option.lstrip("-").replace("-", "_"): option for option in options}
     for index in rest:
         arg = argv[index]
         if arg == "--":
@@ -41,8 +43,12 @@ def check_options(argv: Sequence[str], parser: argparse.ArgumentParser, keys: It
             value = argv[index + 1] if index + 1 < len(argv) else "VALUE"
             ways = " or ".join(f"{key}={shlex.quote(value)}" for key in same)
             raise ConfigError(f"{arg}: settings are written without dashes, as {ways}.")
-        near = find_nearest(arg, options) or find_nearest(name, keys)
-        hint = f" Did you mean {near[0]}?" if near else " --help lists what there is."
+        near = find_nearest(name, [*spellings], 1) or find_nearest(name, keys, 1)
+        hint = (
+            f" Did you mean {spellings.get(near[0], near[0])}?"
+            if near
+            else " --help lists what there is."
+        )
         raise ConfigError(f"there is no option {arg}.{hint}")
 
 
@@ -76,8 +82,8 @@ def check_data_settings(values: Mapping[str, Any]):
     if is_plain and not os.path.exists(name):
         raise ConfigError(
             f"data.tokenizer={name!r} is no file or folder here, and nothing is downloaded. Give "
-            "the path of a tokenizer.json, as on a model's page on huggingface.co, or of a folder "
-            "with GPT-2's encoder.json and vocab.bpe; or 'train', or 'bytes'."
+            "the path of a tokenizer.json or tokenizer.model, as on a model's page on "
+            "huggingface.co, or of a folder with one; or 'train', or 'bytes'."
         )
 
 

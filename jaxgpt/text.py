@@ -21,11 +21,16 @@ _CUT_POINT = re.compile(r"(?<=[^\s\u180e])[ \n]")
 MIN_PIECE_CHARACTERS = 16_384  # between cuts: enough pieces for all cores, and bounded memory
 MAX_WORD_CHARACTERS = 32_768  # of a word of GPT-2's pattern; each so many of a longer one are one
 _CONTRACTION = 3  # characters ("'re"): a shorter rest of a window may hold a part of one
-# Other patterns are unknown. Those in use begin a word at a space between a visible character and
-# a letter; it is checked, and only in texts whose tokens at once would fill the memory.
-_OTHER_CUT_POINT = re.compile(r"(?<=[!-~]) (?=[A-Za-z])")
+# Other patterns are unknown. Candidates are places where those in use begin a word: a space between
+# a visible character and a letter, the beginning of a line, an ideograph after punctuation. They
+# are checked, and only in texts whose tokens at once would fill the memory.
+_OTHER_CUT_POINT = re.compile(
+    r"(?<=[!-~]) (?=[A-Za-z])|(?<=\n)(?=[!-~\u4e00-\u9fff])"
+    r"|(?<=[\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f])(?=[\u4e00-\u9fff])"
+)
 _MIN_OTHER_PIECE_CHARACTERS = 1 << 19
-_CUT_CONTEXT = 256  # characters on both sides of a cut that are split into words to check it
+_MAX_CANDIDATES = 100  # before a word is taken to be gigantic
+CUT_CONTEXT = 256  # characters on both sides of a cut that are split into words to check it
 
 
 def encode_utf8(text: str) -> bytes:
@@ -110,32 +115,36 @@ def _find_border(text: str, start: int, longest: int) -> int:
 
 
 def cut_very_long_text(
-    split: Callable[[str], list], added: Sequence[str], text: str
+    is_border: Callable[[str, int], bool] | None, added: Sequence[str], has_words: bool, text: str
 ) -> Iterator[str]:
-    """Split a very long text between words of any pattern.
+    """Split a very long text where that does not change its tokens.
 
     Args:
-        split: returns the words of a text and their spans.
-        added: tokens that are found before words are.
+        is_border: whether no token crosses a place of a text; None if there is no such place.
+        added: tokens that are found before all others are.
+        has_words: the tokens are inside of words, and a gigantic word is cut; else the text is not
+            cut before there is a border.
         text: text of any length.
     """
 
-    def is_border(place: int) -> bool:
-        begin = max(place - _CUT_CONTEXT, 0)
-        window = text[begin : place + _CUT_CONTEXT]
-        if place - begin not in {span[0] for _, span in split(window)}:
-            return False
+    def is_cut(place: int) -> bool:
         near = ((text[max(place - len(t) + 1, 0) : place + len(t) - 1], t) for t in added)
-        return not any(token in around for around, token in near)
+        return (
+            is_border is not None
+            and is_border(text, place)
+            and not any(token in around for around, token in near)
+        )
 
     start, size = 0, _MIN_OTHER_PIECE_CHARACTERS
-    while len(text) - start > 2 * size:
-        found = _OTHER_CUT_POINT.finditer(text, start + size, start + 2 * size)
-        places = itertools.islice((match.start() for match in found), 100)
-        end = next(filter(is_border, places), start + 2 * size)
+    while is_border is not None and len(text) - start > 2 * size:
+        last = start + 2 * size if has_words else len(text)
+        found = (match.start() for match in _OTHER_CUT_POINT.finditer(text, start + size, last))
+        places = itertools.islice(found, _MAX_CANDIDATES) if has_words else found
+        end = next(filter(is_cut, places), last)
         yield text[start:end]
         start = end
-    yield text[start:] if start else text
+    if start < len(text) or not text:
+        yield text[start:] if start else text
 
 
 def group_by_size(

@@ -10,7 +10,7 @@ from tiny_runs import write_text
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))  # benchmarks are not installed
 
-from benchmarks import ablate
+from benchmarks import ablate, ablation_page
 from benchmarks.ablate import (
     AXES,
     BASE,
@@ -22,7 +22,7 @@ from benchmarks.ablate import (
     plan,
     resolve_choice,
 )
-from jaxgpt.config import ConfigError, override
+from jaxgpt.config import Config, ConfigError, override
 from jaxgpt.model import count_params
 from jaxgpt.model.block import WIRINGS
 from jaxgpt.model.feedforward import ACTIVATIONS, FEEDFORWARDS
@@ -185,8 +185,12 @@ def finished_run(folder, command):
 
 
 def test_a_row_has_all_its_figures(finished_run):
-    lines = (finished_run / "rows.jsonl").read_text().splitlines()
-    rope, learned = map(json.loads, lines)
+    losses, speed = (
+        [json.loads(line) for line in (finished_run / f"{phase}.jsonl").read_text().splitlines()]
+        for phase in ("losses", "speed")
+    )
+    assert [x["name"] for x in losses] == [x["name"] for x in speed]
+    rope, learned = (a | b for a, b in zip(losses, speed, strict=True))
     assert {factor: len(losses) for factor, losses in rope["losses"].items()} == {
         "1": 2, "2": 2, "4": 2,
     }  # fmt: skip
@@ -197,7 +201,8 @@ def test_a_row_has_all_its_figures(finished_run):
     assert learned["parameters"] - rope["parameters"] == 16 * 16  # the table of positions
     for row in (rope, learned):
         assert row["megabytes"] > 4 * 4 * row["parameters"] / 1e6  # with gradients and moments
-        assert min(row["seconds_per_step"], default=0) > 0
+        assert len(row["seconds_per_step"]) == 3
+        assert min(row["seconds_per_step"]) > 0
         seconds = np.median(row["seconds_per_step"])
         assert row["tokens_per_second"] == pytest.approx(4 * 16 / seconds)
 
@@ -223,9 +228,67 @@ def test_a_second_run_measures_nothing_and_writes_the_same(finished_run, command
     def fail(*_):
         raise AssertionError("it was measured already")
 
-    monkeypatch.setattr(ablate, "measure", fail)
+    monkeypatch.setattr(ablate, "PHASES", {"losses": fail, "speed": fail})
     assert ablate.main(command) == 0
     assert before == {path: path.read_bytes() for path in finished_run.rglob("*") if path.is_file()}
+
+
+def test_a_command_that_ended_early_goes_on_where_it_was(
+    finished_run, folder, command, monkeypatch, tmp_path
+):
+    registry = {name: POSITION_ENCODINGS[name] for name in ("rope", "learned")}
+    monkeypatch.setitem(AXES, "position", ablate.list_choices("model.position", registry))
+    for phase in ablate.PHASES:  # each phase lacks another choice; one line was cut by a kill
+        lines = (finished_run / f"{phase}.jsonl").read_text().splitlines()
+        kept = lines[0] if phase == "losses" else lines[1]
+        (tmp_path / f"{phase}.jsonl").write_text(f"{kept}\n{lines[0][:40]}")
+    measured = []
+    row = {"losses": {1: [4.5, 5.0]}, "seconds_per_step": [1.0], "tokens_per_second": 64.0}
+
+    def measure(phase):
+        return lambda cfg, *_: measured.append((phase, cfg.model.position)) or row
+
+    monkeypatch.setattr(ablate, "PHASES", {p: measure(p) for p in ("losses", "speed")})
+    assert ablate.main([*command, f"--out={tmp_path}"]) == 0
+    assert measured == [("losses", "learned"), ("speed", "rope")]
+    assert ablate.main([*command, f"--out={tmp_path}"]) == 0
+    assert len(measured) == 2
+    assert "| learned | 4.750 | 0.250 |" in (tmp_path / "ablation.md").read_text()
+
+
+def test_one_phase_leaves_dashes_and_names_the_whole_command(
+    folder, command, monkeypatch, tmp_path
+):
+    registry = {"rope": POSITION_ENCODINGS["rope"]}
+    monkeypatch.setitem(AXES, "position", ablate.list_choices("model.position", registry))
+    row = {"losses": {1: [4.5, 5.0]}, "parameters": 10, "reason": ""}
+
+    def fail(*_):
+        raise AssertionError("only the losses were asked for")
+
+    monkeypatch.setattr(ablate, "PHASES", {"losses": lambda *_: row, "speed": fail})
+    arguments = [*command, f"--out={tmp_path}", "--phase", "losses"]
+    assert ablate.main(arguments) == 0
+    page = (tmp_path / "ablation.md").read_text()
+    assert "| **rope** | 4.750 | 0.250 | - | - | 10 | - | - | - |" in page
+    assert "--phase" not in page
+    assert "jax (losses)" in page
+    assert "jax (speed)" not in page
+
+
+def test_losses_stay_valid_on_another_machine_and_speeds_do_not(batches, monkeypatch):
+    keys = {p: ablate.hash_inputs(BASE, batches, [0], p) for p in ablate.PHASES}
+    monkeypatch.setattr(ablate, "describe_environment", lambda: {"device": "another"})
+    assert ablate.hash_inputs(BASE, batches, [0], "losses") == keys["losses"]
+    assert ablate.hash_inputs(BASE, batches, [0], "speed") != keys["speed"]
+    assert ablate.hash_inputs(BASE, batches, [1], "losses") != keys["losses"]
+
+
+def test_a_key_depends_on_what_differs_from_the_defaults():
+    changes = ablate.list_changes(override(BASE, ["model.norm=layer", "seed=3"]), Config())
+    assert {"model.norm='layer'", "seed=3", "model.width=64"} <= set(changes)
+    assert not any(c.startswith(("model.norm_scale", "mesh.")) for c in changes)
+    assert ablate.list_changes(Config(), Config()) == []
 
 
 def test_another_budget_is_measured_again(finished_run, command, monkeypatch):
@@ -237,15 +300,16 @@ def test_another_budget_is_measured_again(finished_run, command, monkeypatch):
         measured_steps.append(cfg.train.steps)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ablate, "measure", stop)
+    monkeypatch.setitem(ablate.PHASES, "losses", stop)
     with pytest.raises(KeyboardInterrupt):
         ablate.main(["--steps=4", *command[1:]])
     assert measured_steps == [4]
 
 
 def test_rejected_choices_are_on_the_page(finished_run, command, monkeypatch, tmp_path):
-    rows = ablate.read_rows(finished_run / "rows.jsonl")
-    monkeypatch.setattr(ablate, "measure_all", lambda entries, *_: [*rows.values()][:1])
+    row = next(iter(ablate.read_rows(finished_run / "losses.jsonl").values()))
+    monkeypatch.setattr(ablate, "measure_all", lambda *_: None)
+    monkeypatch.setattr(ablate, "read_results", lambda *_: ([row], {}))
     registry = {name: MIXERS[name] for name in ("attention", "linformer")}
     monkeypatch.setitem(AXES, "mixer", ablate.list_choices("model.mixers", registry))
     assert ablate.main([*command, "--axes=mixer", f"--docs={tmp_path}"]) == 0
@@ -255,9 +319,9 @@ def test_rejected_choices_are_on_the_page(finished_run, command, monkeypatch, tm
 
 
 def test_a_truncated_line_is_ignored(finished_run, tmp_path):
-    line, _ = (finished_run / "rows.jsonl").read_text().splitlines()
-    (tmp_path / "rows.jsonl").write_text(f"{line}\n{line[:40]}")
-    assert len(ablate.read_rows(tmp_path / "rows.jsonl")) == 1
+    line, _ = (finished_run / "losses.jsonl").read_text().splitlines()
+    (tmp_path / "losses.jsonl").write_text(f"{line}\n{line[:40]}")
+    assert len(ablate.read_rows(tmp_path / "losses.jsonl")) == 1
 
 
 # --- tables and text ---
@@ -270,16 +334,16 @@ def make_row(losses, speed=1.0):
 def test_the_summary_follows_from_the_figures():
     entries = [Entry("norm", n, c) for n, c in (("a", BASE), ("b", None), ("c", None))]
     rows = [make_row([2.0, 2.2]), make_row([2.15, 2.25], 3.0), make_row([3.0, 3.1])]
-    summary = ablate.summarize(entries, rows, BASE)
+    summary = ablation_page.summarize(entries, rows, BASE)
     assert summary == (
         "Lowest loss: a, 2.100; highest: c, 3.050. Seed ranges that overlap with the base's: b. "
         "Fastest: b, 3.0 times the tokens/s of a."
     )
 
 
-def test_noise_is_the_spread_of_the_seeds_step_times():
-    assert ablate.estimate_noise([make_row([1.0])] * 3) == pytest.approx(0.1)
-    assert ablate.estimate_noise([make_row([1.0]) | {"seconds_per_step": [1.0]}]) is None
+def test_noise_is_the_spread_of_the_step_times_of_blocks():
+    assert ablation_page.estimate_noise([make_row([1.0])] * 3) == pytest.approx(0.1)
+    assert ablation_page.estimate_noise([make_row([1.0]) | {"seconds_per_step": [1.0]}]) is None
 
 
 def test_an_unknown_axis_is_named(capsys):

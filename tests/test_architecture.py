@@ -67,6 +67,22 @@ BOTH = ("model.family=encoder_decoder", "train.objective=span")
         (["model.position=rope,alibi", "model.kernel=splash"], ["'splash'", "alibi", "bias"]),
         (["model.pattern=window,full", "model.unroll=2"], ["model.unroll=2", "3 repeats"]),
         (["model.sparse.near=2"], ["model.sparse.near=2", "1 or 3"]),
+        (
+            ["model.sparse.window=16"],
+            ["model.sparse.window=16 has no effect with model.pattern=full", "'window'"],
+        ),
+        (
+            ["model.pattern=window", "model.sparse.block=8"],
+            ["model.sparse.block=8 has no effect with model.pattern=window", "'blocks'"],
+        ),
+        (
+            ["model.layers=2", "model.position=rope,none,rope"],
+            ["model.position has 3 values for 2 layers", "the last 1 would have no effect"],
+        ),
+        (
+            ["model.layers=2", "model.rope.theta=1e4,1e4,1e5,1e6"],
+            ["model.rope.theta has 4 values for 2 layers", "the last 2"],
+        ),
         # positions
         (["model.rope.factor=4"], ["model.rope.factor=4", "model.rope.scaling", "yarn"]),
         (["model.position=learned", "model.rope.theta=5"],

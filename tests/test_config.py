@@ -25,6 +25,7 @@ from jaxgpt.config import (
     override,
     to_json,
 )
+from jaxgpt.sections import SparseConfig
 from jaxgpt.settings import get, list_fields, list_types, resolve_table
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -471,6 +472,17 @@ def test_a_saved_config_from_before_a_setting_keeps_its_meaning():
     assert not from_json(json.dumps(tree)).model.has_embed_scale
     del tree["optimizer"]["logit_lr"]
     assert from_json(json.dumps(tree)).optimizer.logit_lr == 1
+
+
+def test_a_saved_config_with_settings_without_effect_is_read_without_them():
+    tree = json.loads(to_json(override(Config(), ["model.layers=2", "model.pattern=window"])))
+    tree["model"]["sparse"] |= {"window": 16, "block": 8}
+    tree["model"]["rope"]["theta"] = [1e4, 1e5, 1e6]
+    tree["model"]["position"] = ["rope", "none", "none"]
+    model = from_json(json.dumps(tree)).model
+    assert model.sparse == SparseConfig(window=16)
+    assert model.rope.theta == (1e4, 1e5)
+    assert model.position == ("rope", "none")
 
 
 def test_every_former_default_is_of_a_present_setting():

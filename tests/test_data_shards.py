@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizer_kinds import make_content
 
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.config import DataConfig
@@ -713,3 +714,46 @@ def test_the_memory_for_a_long_document_is_a_small_multiple_of_it(tmp_path, line
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     assert float(done.stdout) < 160  # megabytes; 40 to 82 measured, and 344 before
+
+
+@pytest.mark.parametrize("kind", ["llama2", "t5", "wordpiece", "qwen2"])
+def test_documents_of_any_tokenizer_have_its_ids_between_what_begins_and_ends_a_text(
+    kind, cfg, tmp_path
+):
+    settings = {"bos_token": None}  # as a file of transformers: the file says whether bos is added
+    tokenizer = tokenizers.Tokenizer(make_content(kind), settings=settings)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    notes = []
+    corpus = prepare(
+        override(cfg, tokenizer=str(tmp_path / "tokenizer.json")), 2000, log=notes.append
+    )
+    assert corpus.tokenizer.adds_bos == (kind in ("llama2", "wordpiece"))
+    prefix, eos = tokenizer.prefix, tokenizer.eos
+    expected = [[*prefix, *tokenizer.encode(text).tolist(), eos] for text in make_texts()]
+    found = [
+        tokens.ids[begin:end].tolist()
+        for tokens in (corpus.train, corpus.held_out)
+        for begin, end in zip(tokens.starts[:-1], tokens.starts[1:], strict=True)
+    ]
+    assert sorted(found) == sorted(expected)
+    assert any("does not keep all of a text" in note for note in notes)
+    frames = corpus.held_out.documents * (1 + tokenizer.adds_bos)
+    size = corpus.held_out.ids.size - frames
+    assert corpus.bytes_per_token == corpus.held_out_bytes / size
+
+
+def test_targets_begin_with_bos_even_if_texts_do_not(tmp_path):
+    lines = [json.dumps({"text": f"source {n}", "answer": f"target {n}"}) for n in range(20)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.make_byte_tokenizer().content, settings={"add_bos_token": False}
+    )
+    cfg = DataConfig(source=str(tmp_path / "pairs.jsonl"), cache=str(tmp_path / "cache"),
+                     target_key="answer")  # fmt: skip
+    corpus = prepare(cfg, VOCAB, tokenizer, is_paired=True)
+    firsts = corpus.train.ids[corpus.train.starts[:-1]].reshape(-1, 2)
+    assert set(firsts[:, 0].tolist()) == {4 + ord("s")}
+    assert set(firsts[:, 1].tolist()) == {tokenizer.bos}
+    pairs = corpus.held_out.documents // 2
+    text = corpus.held_out.ids.size - 3 * pairs
+    assert corpus.bytes_per_token == corpus.held_out_bytes / text

@@ -12,13 +12,14 @@ import pytest
 from helpers import compute_logits, random_params, single_document_coords, tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizer_kinds import make_content
 
 from jaxgpt import generate as g
 from jaxgpt.config import Config, ConfigError, ModelConfig, SampleConfig, TrainConfig
 from jaxgpt.generate import generate, round_up_to_bucket, stream
 from jaxgpt.model import Coords, abstract_params, build, init_cache, unstack_layers
 from jaxgpt.sampling import SamplingParams, draw, sampleable_tokens
-from jaxgpt.tokenizer import StreamDecoder, make_byte_tokenizer
+from jaxgpt.tokenizer import StreamDecoder, Tokenizer, make_byte_tokenizer
 
 TOKENIZER = make_byte_tokenizer()
 CFG = tiny(vocab=270, context=64)  # ten more rows than the tokenizer has tokens
@@ -257,7 +258,7 @@ class MergedTokens:
 @pytest.mark.parametrize(("stops", "kept_text"), [((", ",), "da"), (("c", "b"), "da, ")], ids=str)
 def test_the_first_of_several_stop_strings_in_a_token_ends_the_text(stops, kept_text):
     row = g.Row(SampleConfig(stop=stops), [], [0], MergedTokens())
-    assert row.push(6, eos=1) + row.push(5, eos=1) == kept_text
+    assert row.push(6, eos=(1,)) + row.push(5, eos=(1,)) == kept_text
     assert row.ending == "stop"
 
 
@@ -430,3 +431,30 @@ def test_pieces_of_a_stream_join_to_the_decoding_of_the_whole(ids, data):
         n = data.draw(st.integers(1, len(rest)))
         text, rest = text + stream.push(rest[:n]), rest[n:]
     assert text + stream.flush() == TOKENIZER.decode(ids)
+
+
+def test_any_of_the_tokenizers_ends_ends_a_row_and_is_not_shown():
+    unended = generate_all(["hello"], NO_EOS, params=PARAMS_WITHOUT_EOS)[0]
+    end = unended.tokens[20]
+    place = unended.tokens.index(end)
+    tokenizer = Tokenizer(TOKENIZER.content, ends=[TOKENIZER.eos, end])
+    rows = generate_all(["hello"], NO_EOS, params=PARAMS_WITHOUT_EOS, tokenizer=tokenizer)
+    assert (rows[0].tokens, rows[0].ending) == (unended.tokens[:place], "eos")
+    assert rows[0].text == TOKENIZER.decode(list(rows[0].tokens))
+
+
+def test_a_prompt_begins_with_bos_only_if_the_tokenizer_adds_it():
+    tokenizer = Tokenizer(TOKENIZER.content, settings={"add_bos_token": False})
+    config = Config(model=CFG)
+    for prompt, ids in (("ab", [101, 102]), ("", [TOKENIZER.bos])):
+        (row,) = g.encode_prompts(config, tokenizer, [prompt], [GREEDY])
+        assert row.ids == ids
+
+
+def test_the_first_space_of_a_continuation_is_kept_and_that_of_a_text_is_not():
+    tokenizer = Tokenizer(make_content("llama2"))
+    word = tokenizer.encode("the").tolist()
+    config = Config(model=dataclasses.replace(CFG, vocab=tokenizer.vocab_size))
+    for prompt, text in (("a", " the"), ("", "the")):
+        (row,) = g.encode_prompts(config, tokenizer, [prompt], [GREEDY])
+        assert "".join(row.push(token, tokenizer.ends) for token in word) == text

@@ -10,9 +10,9 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = [
-    {"settings"},
+    {"interrupts", "settings"},
     {"sections"},
-    {"architecture", "config_files", "optional", "plugins", "script", "text"},
+    {"architecture", "config_files", "optional", "plugins", "roll_call", "script", "text"},
     {"prompts", "suggestions"},
     {"config"},
     {"backend", "dims", "saved_arrays", "seeds", "timing", "tokenizer"},

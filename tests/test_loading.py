@@ -65,6 +65,17 @@ def test_a_run_is_loaded_at_its_latest_step(run):
     assert_same_bits(model.params, latest)
 
 
+@pytest.mark.parametrize(
+    ("path", "step"), [("best/2", 2), ("checkpoints/4", 4), ("best", 2), ("checkpoints/", 4)]
+)
+def test_one_checkpoint_of_a_run_is_loaded_by_its_path(run, path, step):
+    folder, latest, best = run
+    model = load(f"{folder}/{path}")
+    assert model.step == step
+    assert model.config == config()
+    assert_same_bits(model.params, best if step == 2 else latest)
+
+
 def test_a_run_without_a_best_is_loaded_at_its_latest_step(run, tmp_path):
     folder, latest, _ = run
     part = tmp_path / "part"

@@ -230,12 +230,16 @@ def test_adamw_in_8_bits_equals_the_reference_with_rounded_moments():
     ours = train(cfg, draw(0), draw_grads())
     theirs = reference_adamw(cfg, draw(0), draw_grads())
     pairs = list(zip(jax.tree.leaves(ours), theirs, strict=True))
+
     # A different draw shows in its own entry only, as about 1e-4.
-    wrong = sum((~np.isclose(a, b, rtol=2e-5, atol=2e-6)).sum() for a, b in pairs)
-    assert wrong <= 2
+    def count_differences(pairs):
+        return sum((~np.isclose(a, b, rtol=2e-5, atol=2e-6)).sum() for a, b in pairs)
+
+    assert count_differences(pairs) <= 2
     plain = reference_adamw(cfg, draw(0), draw_grads(), is_rounded=False)
-    moved = [np.abs(a - b).max() for a, b in zip(plain, theirs, strict=True)]
-    assert max(moved) > 1e-3  # so a missing rounding would show
+    # A missing rounding would show in nearly every entry of a matrix.
+    sizes = [p.size for p, d in zip(plain, jax.tree.leaves(LETTERS), strict=True) if ">" in d]
+    assert count_differences(zip(plain, theirs, strict=True)) > 0.5 * sum(sizes)
 
 
 @pytest.mark.parametrize(

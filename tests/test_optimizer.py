@@ -251,6 +251,45 @@ def test_adafactor_equals_optaxs_where_both_factor_the_same_axes():
     assert_close(ours, expected)
 
 
+def test_a_relative_rate_is_that_of_optaxs_adafactor():
+    letters, sizes = {"up": "D>F"}, dict(D=8, F=12)
+    params, grads = draw(0, letters, sizes), draw_grads(letters, sizes)
+    params["up"] = params["up"] * 0.05
+    theirs = optax.adafactor(0.01, min_dim_size_to_factor=2, multiply_by_parameter_scale=True)
+    expected = jax.tree.map(jnp.float32, params)
+    state = theirs.init(expected)
+    for g in grads:
+        updates, state = theirs.update(jax.tree.map(jnp.float32, g), state, expected)
+        expected = optax.apply_updates(expected, updates)
+    cfg = constant_config("adafactor", weight_decay=0.0, relative_lr=True)
+    assert_close(train(cfg, params, grads, letters), expected)
+
+
+def test_a_relative_rate_is_that_of_each_layer_and_has_a_least_value():
+    letters = {"query": "LD>HK", "scale": "LD", "zero": "LD>F"}
+    params, grads = draw(0, letters), draw_grads(letters)[:1]
+    params["query"] = params["query"] * np.array([1.0, 100.0] * 9)[: SIZES["L"], None, None, None]
+    params["zero"] = params["zero"] * 0
+    absolute, relative = (
+        train(
+            constant_config("adafactor", weight_decay=0.0, relative_lr=is_relative),
+            params, grads, letters,
+        )
+        for is_relative in (False, True)
+    )  # fmt: skip
+    for name, p in params.items():
+        axes = tuple(range(1, p.ndim))
+        rms = np.sqrt(np.mean(p**2, axis=axes, keepdims=True))
+        step = np.asarray(absolute[name], np.float64) - p
+        expected = p + step * np.maximum(rms, 1e-3)
+        assert_close(relative[name], expected, rtol=1e-3, atol=1e-6)
+
+
+def test_only_adafactor_has_a_relative_rate():
+    with pytest.raises(ConfigError, match=r"relative_lr=True with optimizer\.name='adamw'"):
+        config("adamw", relative_lr=True)
+
+
 def test_adafactor_stores_a_row_and_a_column_per_matrix():
     letters = {"query": "LD>HK"}
     optimizer, _ = build(config("adafactor"), STEPS, letters)

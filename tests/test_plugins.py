@@ -218,8 +218,14 @@ def test_plugins_may_differ_when_a_run_is_resumed():
     ("code", "message"),
     [
         (None, "no such file"),
-        ("import nothing_like_this", "ModuleNotFoundError: No module named 'nothing_like_this'"),
-        ("1 / 0", "ZeroDivisionError: division by zero"),
+        (
+            "import nothing_like_this",
+            "fails .*line 1.*: ModuleNotFoundError: No module named 'nothing_like_this'$",
+        ),
+        (
+            "x = 1\n1 / 0",
+            r"the plugin itself fails \(.*broken_plugin.py, line 2\): ZeroDivisionError: division",
+        ),
         (
             "from jaxgpt.model.norms import NORMS\nNORMS['rms'] = NORMS['layer']",
             r"it replaces NORMS\['rms'\]",

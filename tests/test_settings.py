@@ -104,7 +104,7 @@ def test_text_of_another_type_is_rejected_by_key_and_value(key, text, expected):
         (dict(count="3"), "inner.count='3' is not a whole number."),
         (dict(share=False), "inner.share=False is not a number."),
         (dict(is_on=1), "inner.is_on=1 is not true or false."),
-        (dict(words="one"), "inner.words='one' is not a list."),
+        (dict(words="one"), "inner.words='one' is not a list: for one value, write ['one']."),
         (dict(words=(1,)), "inner.words=1 is not a string."),
         (dict(pet=3), "inner.pet=3 is not a string."),
         (dict(count=0), "inner.count=0 must be at least 1 and at most 9."),

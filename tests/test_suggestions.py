@@ -37,6 +37,8 @@ def run_command(*arguments, cwd=ROOT):
         (["train", "--seed", "10"], "as seed=10 or sample.seed=10."),
         (["train", "--steps=10"], "Did you mean train.steps?"),
         (["train", "--confg", "x"], "Did you mean --config?"),
+        (["train", "--promt", "x"], "Did you mean sample.prompt=VALUE?"),
+        (["sample", RUN, "--promt", "x"], "Did you mean --prompt?"),
         (["train", "data.tokenizer=gpt2"], "data.tokenizer='gpt2' is no file or folder here"),
         (["train", "data.source=https://a.b/c.txt"], "download it first (curl -LO https://a.b"),
         (["train", "data.source=0.5 * x + s3://a/b"], "'s3://a/b' is an address"),

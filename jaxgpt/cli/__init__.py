@@ -23,6 +23,7 @@ COMMANDS = {
     "train": "train a model, or resume a run",
     "sample": "generate text from a trained model",
     "evaluate": "measure a trained model on any text",
+    "autopsy": "show what a loss spike of a run was made of",
     "scaling": "train a sweep of sizes, fit a scaling law, predict a run",
 }
 

@@ -11,6 +11,7 @@ ones of the run's config, train.batch and train.eval_batches; any of them is set
 import json
 
 from jaxgpt import config as configs
+from jaxgpt import interrupts
 from jaxgpt.cli import make_parser
 from jaxgpt.config_files import CHECKPOINTS, find_run_config
 from jaxgpt.script import print_text
@@ -51,6 +52,7 @@ def main(argv: list[str], program: str) -> int:
 
     from jaxgpt import console, evaluation
 
+    interrupts.raise_keyboard_interrupt()
     model = console.load_model(args.run, args.checkpoint, settings)
     if not setting and model.config.data.test:
         setting = "test"

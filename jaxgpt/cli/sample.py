@@ -9,6 +9,7 @@ The defaults are the `sample.*` settings of the run's config; any of them is set
 """
 
 from jaxgpt import config as configs
+from jaxgpt import interrupts
 from jaxgpt.cli import make_parser
 from jaxgpt.config_files import CHECKPOINTS, find_run_config
 from jaxgpt.suggestions import check_options, check_sample_arguments
@@ -50,6 +51,7 @@ def main(argv: list[str], program: str) -> int:
 
     from jaxgpt import console, interactive
 
+    interrupts.raise_keyboard_interrupt()
     if args.interactive:
         interactive.run_cli(args.run, args.checkpoint, settings)
     else:

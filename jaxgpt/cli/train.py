@@ -17,6 +17,7 @@ import sys
 import textwrap
 
 from jaxgpt import config as configs
+from jaxgpt import interrupts
 from jaxgpt.cli import make_parser
 from jaxgpt.config_files import find_config, list_configs
 from jaxgpt.plugins import import_plugins, parse_plugins, read_plugins
@@ -77,6 +78,7 @@ def main(argv: list[str], program: str) -> int:
     from jaxgpt.compile_cache import enable_compile_cache
     from jaxgpt.trainer.memory import retain_freed_memory
 
+    interrupts.raise_keyboard_interrupt()
     if not args.no_compile_cache:
         enable_compile_cache()
 

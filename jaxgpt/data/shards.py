@@ -83,6 +83,9 @@ class ConcatenatedArray:
 class Tokens(NamedTuple):
     """A stream of tokens: [bos] + document + [eos], one document after another.
 
+    There is no bos if the texts of the tokenizer do not begin with it; but in pairs, the second
+    text, a target, always begins with it.
+
     Args:
         ids: uint16 or uint32 [N], usually mapped from disk, from one file or from many.
         starts: int64 [documents + 1], where each document begins in ids, and N at the end.
@@ -145,7 +148,8 @@ class Corpus:
     @property
     def bytes_per_token(self) -> float:
         """Bytes of text per token on the held-out part, not counting bos and eos."""
-        return self.held_out_bytes / (self.held_out.ids.size - 2 * self.held_out.documents)
+        frames = _count_frame_tokens(self.held_out.documents, self.tokenizer, self.is_paired)
+        return self.held_out_bytes / (self.held_out.ids.size - frames)
 
 
 def prepare(
@@ -232,6 +236,12 @@ def _name_cache_errors(cfg: DataConfig) -> Iterator[None]:
         raise ConfigError(f"data.cache={cfg.cache!r} cannot be used: {error}.") from error
 
 
+def _count_frame_tokens(documents: int, tokenizer: Tokenizer, is_paired: bool) -> int:
+    """Count bos and eos of documents, every second of which is a target if they are paired."""
+    targets = documents // 2 if is_paired else 0
+    return documents + targets + (documents - targets) * len(tokenizer.prefix)
+
+
 class Plan(NamedTuple):
     """How documents are divided and tokenized, the same for all units."""
 
@@ -274,6 +284,11 @@ def _prepare_corpus(
     given = tokenizer or _load_configured_tokenizer(cfg)
     if given:
         _check_vocab(given, cfg, vocab)
+        if not given.is_lossless:
+            log(
+                f"data.tokenizer={cfg.tokenizer} ({given.kind}) does not keep all of a text: the "
+                "model learns what decoding its tokens gives"
+            )
     plan = Plan(cfg, rule, is_paired, given)
     key = [*data, [survey.digest for survey in surveys]]  # another division has other files
     keys = [_digest([*key, "train", vocab])] if cfg.tokenizer == "train" else []
@@ -559,10 +574,14 @@ class _ShardWriter:
 
     def flush(self):
         tokenizer, dtype = self.plan.known_tokenizer, self.plan.dtype
-        bos, eos = np.array([[tokenizer.bos], [tokenizer.eos]], dtype)
+        target, prefix, eos = (
+            np.array(ids, dtype) for ids in ([tokenizer.bos], tokenizer.prefix, [tokenizer.eos])
+        )
         pieces = tokenizer.encode_pieces(self.pending)
         for _, group in itertools.groupby(pieces, key=lambda piece: piece[0]):  # of a document
-            size, before = 2, bos
+            is_target = self.plan.is_paired and (len(self.starts) - 1) % 2
+            before = target if is_target else prefix
+            size = before.size + 1
             for _, ids in group:  # written one by one: a document may be long
                 self.write(np.concatenate([before, ids.astype(dtype)]))
                 size, before = size + ids.size, ids[:0].astype(dtype)

@@ -1,5 +1,6 @@
 """Read and replace the inner activations of a model: `capture`."""
 
+import difflib
 import fnmatch
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -75,7 +76,7 @@ def capture(
     """
     fixed = (cfg, tuple(names), tuple((patches or {}).items()))
     hidden, found = _capture(fixed, params, tokens, coords, inputs)
-    return hidden, {name: found[name] for name in sorted(found, key=_natural_order)}
+    return hidden, {name: found[name] for name in sorted(found, key=order_by_layer)}
 
 
 @partial(jax.jit, static_argnums=0)
@@ -87,11 +88,14 @@ def _capture(fixed, params, tokens, coords, inputs):
         (hidden, _), stored = build(cfg).apply(
             variables, tokens, coords, mutable=[CAPTURED], **inputs
         )
-    known = sorted({*request.seen}, key=_natural_order)
+    known = sorted({*request.seen}, key=order_by_layer)
     for pattern in (*names, *(pattern for pattern, _ in patches)):
         if not fnmatch.filter(known, pattern):
+            near = difflib.get_close_matches(pattern, known, n=3)
+            hint = f" Did you mean {' or '.join(near)}?" if near else ""
             raise ValueError(
-                f"no activation of this model is named {pattern!r}. There are: {', '.join(known)}."
+                f"no activation of this model is named {pattern!r}.{hint} "
+                f"There are: {', '.join(known)}."
             )
     return hidden, _name_activations(request, stored.get(CAPTURED, {}))
 
@@ -105,7 +109,7 @@ def list_activations(cfg: ModelConfig) -> list[str]:
     inputs = {"source": EncoderInput(tokens, coords)} if is_paired else {}
     run = partial(_capture, (cfg, ("*",), ()))
     _, found = jax.eval_shape(run, params, tokens, coords, inputs)
-    return sorted(found, key=_natural_order)
+    return sorted(found, key=order_by_layer)
 
 
 def find_groups(params) -> dict[tuple[str, str], Group]:
@@ -143,7 +147,7 @@ def _name_activations(request: Request, stored) -> dict[str, jax.Array]:
     return found
 
 
-def _natural_order(name: str) -> list:
+def order_by_layer(name: str) -> list:
     """Order the encoder before the decoder, and layers by number."""
     is_encoder = name.startswith("encoder.")
     parts = name.removeprefix("encoder.").split(".")

@@ -13,7 +13,7 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import numpy as np
@@ -45,6 +45,14 @@ class Progress:
     evaluation: str = ""  # what `best_loss` was measured on (see `run.describe_evaluation`)
     is_done: bool = False  # it has stopped early
     stop_reason: str = ""
+    passed: int = 0  # batches that rollbacks have passed over: the next one is step + passed
+    spikes: list[int] = field(default_factory=list)  # numbers of the batches of the latest spikes
+    guard: dict[str, float] = field(default_factory=dict)  # see `spikes.read_guard`
+
+    @property
+    def next_batch(self) -> int:
+        """The number of the batch of the next step."""
+        return self.step + self.passed
 
 
 class RunError(RuntimeError):

@@ -5,8 +5,9 @@ import os
 from jaxgpt.config import Config
 from jaxgpt.settings import ConfigError
 
-FOLDERS = ("best", "checkpoints", "plots", "samples", "tensorboard")
-FILES = ("config.json", "tokenizer.json", "labels.json", "metrics.jsonl", "confusion.json")
+FOLDERS = ("autopsy", "best", "checkpoints", "plots", "samples", "tensorboard")
+FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "labels.json", "metrics.jsonl",
+         "confusion.json")  # fmt: skip
 # As long as the longest path that is written inside a run folder.
 LONGEST_NAME = os.path.join(
     "checkpoints", "0000000.orbax-checkpoint-tmp", "params", "ocdbt.process_0", "d", "0" * 32

@@ -105,6 +105,16 @@ class Hook:
     def on_eval(self, view: RunView, values: Mapping[str, Any]):
         """Act on the metrics of an evaluation (see `evaluate`), after the best one is updated."""
 
+    def on_norms(self, view: RunView, step: int, values: Mapping[str, float]):
+        """Act on the norms of a step by layer, "grad_norm/layers.0": every `train.log_norms`."""
+
+    def on_spike(self, view: RunView, spike: Mapping[str, Any]):
+        """Act on a loss spike, with the run where it goes on: after the spike, or rolled back.
+
+        Steps from `view.step` to the spike, and some after it, have been counted before: `on_step`
+        is called for them again. `spike` is as in metrics.jsonl: step, batch, action, reason.
+        """
+
     def on_save(self, view: RunView):
         """Act when a checkpoint is about to be saved: of this step, with these parameters."""
 

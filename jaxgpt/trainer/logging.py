@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from jaxgpt import hosts
 from jaxgpt.optional import is_installed
 from jaxgpt.script import print_text
 from jaxgpt.trainer.hooks import Hook, RunView
-from jaxgpt.trainer.report import format_confusion, format_duration, format_eval
+from jaxgpt.trainer.report import format_confusion, format_duration, format_eval, format_spike
 
 
 class MetricsFile(Hook):
@@ -25,17 +26,23 @@ class MetricsFile(Hook):
 
     @hosts.run_on_first
     def __init__(self, run_folder: str, step: int):
+        self._folder = run_folder
         self.path = os.path.join(run_folder, "metrics.jsonl")
-        lines = _read_lines(self.path)
-        kept = [line for line in lines if (r := _parse_record(line)) and r["step"] <= step]
+        self._open(step)
+
+    def _open(self, step: int, kept_kinds: Sequence[str] = ()):
+        """Open the files without the records after a step, but those of `kept_kinds`."""
+        records = ((line, _parse_record(line)) for line in _read_lines(self.path))
+        kept = [x for x, r in records if r and (r["step"] <= step or r["kind"] in kept_kinds)]
         write_text_atomically(self.path, "".join(kept))
         self._file = open(self.path, "a", buffering=1)  # noqa: SIM115
         self._board = None
         if is_installed("tensorboardX"):
             from tensorboardX import SummaryWriter
 
-            board = os.path.join(run_folder, "tensorboard")
-            self._board = SummaryWriter(board, purge_step=step + 1 if step else None)
+            board = os.path.join(self._folder, "tensorboard")
+            is_purged = bool(step or kept_kinds)
+            self._board = SummaryWriter(board, purge_step=step + 1 if is_purged else None)
 
     @hosts.run_on_first
     def write(self, kind: str, step: int, values: Mapping[str, float]):
@@ -45,7 +52,18 @@ class MetricsFile(Hook):
         if self._board is None:
             return
         for name, value in values.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
+            if is_number(value):
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def on_norms(self, view: RunView, step: int, values: Mapping[str, float]):
+        self.write("norms", step, values)
+
+    @hosts.run_on_first
+    def on_spike(self, view: RunView, spike: Mapping[str, Any]):
+        if view.step < spike["step"]:  # a rollback: what came after its step is not part of the run
+            self.close()
+            self._open(view.step, kept_kinds=("spike",))
+        self.write("spike", spike["step"], {k: v for k, v in spike.items() if k != "step"})
 
     def on_metrics(self, view: RunView, step: int, values: Mapping[str, float]):
         self.write("train", step, values)
@@ -82,8 +100,11 @@ def _parse_record(line: str) -> dict[str, Any] | None:
     return record if isinstance(record.get("step"), int) else None
 
 
-def _round_value(value: float) -> float | int:
-    return value if isinstance(value, int) else float(f"{value:.6g}")
+def _round_value(value: Any) -> Any:
+    """Round a float; JSON has no NaN and no infinity, which become text."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else str(value)
 
 
 def read_metrics(run_folder: str) -> list[dict[str, Any]]:
@@ -113,6 +134,7 @@ class Plots(Hook):
     def on_eval(self, view: RunView, values: Mapping[str, Any]):
         folder = view.cfg.run_folder
         plot_curves(folder, view.cfg.name, view.cfg.objective.loss_unit)
+        plot_norms(folder, view.cfg.name)
         if "confusion" in values:
             record = {"step": view.step, "labels": view.labels, "rows": values["confusion"]}
             path = os.path.join(folder, "confusion.json")
@@ -160,6 +182,38 @@ def _plot_metric(
 
 
 @hosts.run_on_first
+def plot_norms(run_folder: str, title: str):
+    """Plot the norms of gradient and parameters by layer, in plots/norms.png, if there are any."""
+    records = [r for r in read_metrics(run_folder) if r["kind"] == "norms"]
+    if not records or not is_installed("matplotlib"):
+        return
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 7), dpi=120, layout="constrained")
+    labels = {"grad_norm": "norm of the gradient", "param_norm": "norm of the parameters"}
+    panels = zip(figure.subplots(2, sharex=True), labels, strict=True)
+    for axes, kind in panels:
+        names = [name for name in records[-1] if name.startswith(f"{kind}/")]
+        colors = matplotlib.colormaps["viridis"].resampled(max(len(names), 2))
+        for number, name in enumerate(names):
+            points = [(r["step"], r[name]) for r in records if is_number(r.get(name))]
+            if points:
+                label = name.partition("/")[2] if len(names) <= MAX_LABELS else None
+                axes.plot(*zip(*points, strict=True), color=colors(number), lw=1, label=label)
+        axes.set(yscale="log", ylabel=labels[kind])
+        axes.grid(alpha=0.3)
+        if 0 < len(names) <= MAX_LABELS:
+            axes.legend(frameon=False, fontsize=7)
+    axes.set(xlabel="step")
+    figure.suptitle(f"{title}: norms by layer, the first dark, the last light")
+    _save_figure(figure, run_folder, "norms")
+
+
+MAX_LABELS = 14  # of layers in the legend of a plot
+
+
+@hosts.run_on_first
 def plot_confusion(run_folder: str, labels: Sequence[str], rows: Sequence[Sequence[int]]):
     """Plot the confusion matrix, true classes in rows, in plots/confusion.png."""
     if not is_installed("matplotlib"):
@@ -192,6 +246,12 @@ def _save_figure(figure, run_folder: str, name: str):
     os.makedirs(os.path.dirname(path), exist_ok=True)
     FigureCanvasAgg(figure).print_png(f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
+
+
+def format_mfu(mfu: float) -> str:
+    """Format the model FLOPs utilization; a peak that was measured on a busy machine is too low."""
+    note = " (of a peak measured while the machine was busy)" if mfu > 1 else ""
+    return f"MFU {mfu:.0%}{note}"
 
 
 class Console(Hook):
@@ -231,7 +291,7 @@ class Console(Hook):
             text = f"loss {nats:.3f} ({values['loss']:.3f} with penalties)  lr {values['lr']:.2e}"
         if "mfu" in values:
             text += (
-                f"  {values['tokens_per_second']:,.0f} tokens/s  MFU {values['mfu']:.0%}  "
+                f"  {values['tokens_per_second']:,.0f} tokens/s  {format_mfu(values['mfu'])}  "
                 f"ETA {format_duration(values['eta_seconds'])}"
             )
         if self._bar is None:
@@ -246,6 +306,10 @@ class Console(Hook):
 
     def on_untrained(self, view: RunView, values: Mapping[str, Any]):
         self.log(f"step 0  {format_eval(values, view.cfg.objective.loss_unit)}  (untrained)")
+
+    def on_spike(self, view: RunView, spike: Mapping[str, Any]):
+        if spike["action"] != "stop":  # an error says so
+            self.log(format_spike(spike, view.step, view.cfg))
 
     def on_eval(self, view: RunView, values: Mapping[str, Any]):
         loss, step = view.best

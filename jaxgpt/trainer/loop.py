@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from typing import Any, NamedTuple
 
 import jax
@@ -19,20 +19,21 @@ from jaxgpt.config import Config
 from jaxgpt.console import format_sample
 from jaxgpt.data import prefetch_batches
 from jaxgpt.language_model import LanguageModel
+from jaxgpt.model.capture import find_groups
+from jaxgpt.selection import select
 from jaxgpt.settings import ConfigError
 from jaxgpt.trainer.checkpoint import Progress, RunError, describe_last_step
 from jaxgpt.trainer.evaluate import evaluate
 from jaxgpt.trainer.hooks import Hook
 from jaxgpt.trainer.logging import write_text_atomically
+from jaxgpt.trainer.norms import list_layers
+from jaxgpt.trainer.recovery import DivergedError, Spike, find_spike, recover
 from jaxgpt.trainer.report import format_complete, format_duration, format_samples, format_summary
 from jaxgpt.trainer.run import Run, can_sample, join_run_path, open_run
 from jaxgpt.trainer.speed import flops_per_token
-from jaxgpt.trainer.step import Metrics
+from jaxgpt.trainer.spikes import read_guard
+from jaxgpt.trainer.step import Metrics, select_trained
 from jaxgpt.trainer.stop import StopSignal, make_stop_signal
-
-
-class DivergedError(RunError):
-    """The loss or the parameters are infinite or NaN."""
 
 
 def train(cfg: Config, *, hooks: Sequence[Hook] = (), is_quiet: bool = False) -> Progress:
@@ -92,15 +93,32 @@ def describe_file_errors(run_folder: str) -> Iterator[None]:
 
 
 def run_steps(run: Run, stop: StopSignal):
-    """Run training steps until the end, an early stop or a signal."""
+    """Run training steps until the end, an early stop or a signal; recover from spikes."""
+    timer: StepTimer | None = StepTimer(run)
+    if run.progress.step == 0:
+        show_untrained(run)
+    is_due = False
+    while True:
+        try:
+            if is_due:  # after the step that was skipped
+                do_what_is_due(run, find_due(run.cfg, run.progress.step, run.is_complete))
+            run_until_spike(run, stop, timer)
+            return
+        except Spike as spike:
+            timer = None
+            is_due = recover(run, spike, stop)
+
+
+def run_until_spike(run: Run, stop: StopSignal, timer: "StepTimer | None"):
+    """Run training steps until the end, an early stop or a signal.
+
+    Raises:
+        Spike: a step, its evaluation or the state is no good.
+    """
     cfg, progress = run.cfg, run.progress
     local_rows = hosts.find_local_rows(run.mesh, cfg.train.batch)
-    batches = prefetch_batches(run.task, progress.step, local_rows, cfg.data.prefetch)
+    batches = prefetch_batches(run.task, progress.next_batch, local_rows, cfg.data.prefetch)
     pending = None  # metrics of an earlier step, fetched once the next step has been dispatched
-    first = progress.step + 1
-    if progress.step == 0:
-        show_untrained(run)
-    timer = StepTimer(run)
     run.clock.start(progress.step)
     with closing(batches):
         while not run.is_complete and not stop.name:
@@ -109,30 +127,20 @@ def run_steps(run: Run, stop: StopSignal):
             progress.step += 1
             progress.tokens += run.task.tokens_per_batch
             step = progress.step
-            if step == first:
-                jax.block_until_ready(metrics)
-                duration = format_duration(run.clock.start(step))
-                run.console.log(f"compiled, and made one step, in {duration}")
-            timer.count(metrics)
+            if timer:
+                timer.count(metrics)
             run.notify("on_step")
             if pending:
                 log_metrics(run, *pending)
             due = find_due(cfg, step, run.is_complete or stop.is_last_step(step))
-            pending = (step, metrics) if due.log else None
+            pending = (step, metrics) if due.log or due.norms else None
             if not (due.eval or due.save or due.sample):
                 continue
             if pending:
                 log_metrics(run, *pending)
                 pending = None
-            check_finite(run, step, "loss", float(metrics["loss"]))
-            progress.seconds += run.clock.pause()
-            if due.eval:
-                run_eval(run)
-            if due.save or progress.is_done:
-                save(run)
-            if due.sample:  # last, because it is only shown
-                log_sample(run)
-            run.clock.start(step)
+            check_step(run, step, metrics)
+            do_what_is_due(run, due)
     if pending:
         log_metrics(run, *pending)
     save(run)  # in case a signal arrived outside of the training step
@@ -145,6 +153,7 @@ class Due(NamedTuple):
     """What is to be done after a step."""
 
     log: bool
+    norms: bool
     eval: bool
     save: bool
     sample: bool
@@ -159,11 +168,24 @@ def find_due(cfg: Config, step: int, is_stopping: bool) -> Due:
     train, is_last = cfg.train, step == cfg.train.steps
     return Due(
         log=is_last or step % train.log_every == 0,
+        norms=train.log_norms > 0 and (is_last or step % train.log_norms == 0),
         eval=is_last or step % train.eval_every == 0,
         save=is_stopping or step % train.save_every == 0,
         sample=is_last
         or (train.sample_every > 0 and (step % train.sample_every == 0 or step in EARLY_SAMPLES)),
     )
+
+
+def do_what_is_due(run: Run, due: Due):
+    """Evaluate, save and sample after a step, as far as they are due."""
+    run.progress.seconds += run.clock.pause()
+    if due.eval:
+        run_eval(run)
+    if due.save or run.progress.is_done:
+        save(run)
+    if due.sample:  # last, because it is only shown
+        log_sample(run)
+    run.clock.start(run.progress.step)
 
 
 def show_untrained(run: Run):
@@ -174,18 +196,22 @@ def show_untrained(run: Run):
 
 
 class StepTimer:
-    """Logs the time that the run will take, once a few steps have shown it."""
+    """Logs the time of the first step, and of the run, once a few more steps have shown it."""
 
     STEPS = 5  # that are timed, after the one that compiles
 
     def __init__(self, run: Run):
         self._run, self._first, self._start = run, run.progress.step + 1, 0.0
         timed = range(self._first, self._first + self.STEPS)
-        self._is_undisturbed = not any(any(find_due(run.cfg, s, False)[1:]) for s in timed)
+        self._is_undisturbed = not any(any(find_due(run.cfg, s, False)[2:]) for s in timed)
 
     def count(self, metrics: Metrics):
         """Count a step that has been dispatched."""
         done = self._run.progress.step - self._first
+        if done == 0:
+            jax.block_until_ready(metrics)
+            duration = format_duration(self._run.clock.start(self._run.progress.step))
+            self._run.console.log(f"compiled, and made one step, in {duration}")
         if done not in (0, self.STEPS) or not self._is_undisturbed:
             return
         jax.block_until_ready(metrics)
@@ -203,17 +229,34 @@ class StepTimer:
 
 def log_metrics(run: Run, step: int, metrics: Metrics):
     """Fetch the metrics of a training step, and pass them to the hooks."""
-    values = {name: float(metrics[name]) for name in dict.fromkeys(("loss", "nats", *metrics))}
-    check_finite(run, step, "loss", values["loss"])
-    cfg, seconds = run.cfg, run.clock.seconds_per_step(step)
+    check_step(run, step, metrics)
+    cfg, due = run.cfg, find_due(run.cfg, step, False)
+    if due.norms:
+        run.notify("on_norms", step, fetch_norms(run, metrics["norms"]))
+    if not due.log:
+        return
+    names = (name for name in metrics if name not in ("norms", "is_spike"))
+    values = {name: float(metrics[name]) for name in dict.fromkeys(("loss", "nats", *names))}
+    seconds = run.clock.seconds_per_step(step)
     if seconds:  # not known for the first step, which compiles
         rate = run.task.tokens_per_batch / seconds
         values |= {
             "tokens_per_second": rate,
-            "mfu": rate * flops_per_token(cfg.model) / run.peak_flops,
+            "mfu": rate * flops_per_token(cfg.model, cfg.optimizer.train) / run.peak_flops,
             "eta_seconds": (cfg.train.steps - step) * seconds,
         }
     run.notify("on_metrics", step, values)
+
+
+def fetch_norms(run: Run, norms: Any) -> dict[str, float]:
+    """Fetch the norms of a step by layer, as "grad_norm/layers.0"."""
+    trees = {"grad": select(run.state.params, select_trained(run.cfg)), "param": run.state.params}
+    groups = find_groups(run.state.params)
+    return {
+        f"{kind}_norm/{name}": float(value)
+        for kind, values in hosts.fetch(norms).items()
+        for name, value in zip(list_layers(trees[kind], groups), values, strict=True)
+    }
 
 
 def run_eval(run: Run):
@@ -268,23 +311,22 @@ def save(run: Run):
         return
     norm = float(_compute_norm(run.state.params))  # the loss is that of the parameters before
     check_finite(run, run.progress.step, "norm of the parameters", norm)
+    run.progress.guard = read_guard(run.state.guard)
     run.notify("on_save")
     run.saver.save(run.state, run.progress)
 
 
+def check_step(run: Run, step: int, metrics: Metrics):
+    """Raise Spike if a step is one, or comes after one at which the state is held."""
+    if "is_spike" in metrics and bool(metrics["is_spike"]):
+        raise find_spike(run)
+    check_finite(run, step, "loss", float(metrics["loss"]))
+
+
 def check_finite(run: Run, step: int, quantity: str, value: float):
-    """Raise DivergedError, with advice, unless `value` is finite."""
-    if math.isfinite(value):
-        return
-    cfg = run.cfg.optimizer
-    with suppress(RunError):
-        run.saver.wait()  # the last one may still be being saved
-    checkpoint = describe_last_step(run.cfg.run_folder)
-    clip = f"clip harder than optimizer.clip={cfg.clip}" if cfg.clip else "set optimizer.clip=1"
-    raise DivergedError(
-        f"the {quantity} is {value} at step {step} ({checkpoint}): lower optimizer.lr={cfg.lr}, "
-        f"lengthen optimizer.warmup={cfg.count_warmup(run.cfg.train.steps)}, or {clip}."
-    )
+    """Raise Spike unless `value` is finite."""
+    if not math.isfinite(value):
+        raise Spike(step, f"the {quantity} is {value}")
 
 
 __all__ = ["DivergedError", "Run", "evaluate", "open_run", "train"]

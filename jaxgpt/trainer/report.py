@@ -18,6 +18,7 @@ from jaxgpt.sharding import list_unsharded_dims
 from jaxgpt.trainer.checkpoint import Progress
 from jaxgpt.trainer.speed import flops_per_token
 
+SPIKE_BATCHES = 1_000  # within which `train.max_spikes` counts
 EVAL_METRICS = ("loss", "perplexity", "bits_per_byte", "accuracy", "tokens", "confusion")
 
 
@@ -40,7 +41,7 @@ def format_header(run: Any, peak_source: str) -> str:
         f"plan   {cfg.train.steps:,} steps of {cfg.train.batch} x {run.task.T} tokens, "
         f"{cfg.optimizer.name} at {cfg.optimizer.lr:g}; {format_plan(run)}",
         f"speed  peak {run.peak_flops / 1e12:.3g} TFLOP/s ({peak_source}); "
-        f"{flops_per_token(cfg.model) / 1e6:,.1f} MFLOP per token",
+        f"{flops_per_token(cfg.model, cfg.optimizer.train) / 1e6:,.1f} MFLOP per token",
         *list_warnings(run),
     ])  # fmt: skip
 
@@ -57,7 +58,7 @@ def count_epochs(run: Any) -> float:
 def estimate_seconds(run: Any) -> float:
     """Return the least time that all steps of a `Run` can take: at the peak of its devices."""
     tokens = run.cfg.train.steps * run.task.tokens_per_batch
-    return tokens * flops_per_token(run.cfg.model) / run.peak_flops
+    return tokens * flops_per_token(run.cfg.model, run.cfg.optimizer.train) / run.peak_flops
 
 
 def format_plan(run: Any) -> str:
@@ -135,6 +136,19 @@ def format_eval(values: Mapping[str, Any], unit: str) -> str:
     return text + "".join(own)
 
 
+def format_spike(spike: Mapping[str, Any], step: int, cfg: Config) -> str:
+    """Format what a run does about a loss spike, and goes on from `step`."""
+    if spike["action"] == "skip":
+        answer = "its update is skipped"
+    else:
+        answer = f"back to step {step}, and on with batch {spike['batch'] + 1}"
+    recent = f"{spike['recent']} of at most {cfg.train.max_spikes} in {SPIKE_BATCHES:,} batches"
+    text = f"spike at step {spike['step']}: {spike['reason']}; {answer} ({recent})"
+    if spike["autopsy"]:
+        text += f": jaxgpt autopsy {shlex.quote(cfg.run_folder)} {spike['autopsy']}"
+    return text
+
+
 def format_confusion(confusion: Sequence[Sequence[int]], labels: Sequence[str]) -> str:
     """Format a confusion matrix: true classes in rows, predicted classes in columns."""
     names = [name[:12] for name in labels]
@@ -167,10 +181,11 @@ def format_complete(cfg: Config, progress: Progress) -> str:
     """Format the message for a run in which nothing is left to do."""
     hint = _format_sample_hint(cfg)
     if progress.is_done and progress.step < cfg.train.steps:
+        has_patience = 0 < cfg.train.patience <= progress.stale  # it would stop again
+        remedy = " and a larger train.patience, or 0" if has_patience else ""
         return (
             f"This run is complete: it stopped early at step {progress.step}"
-            f"{_format_reason(progress)}. Continue it by resume=force, with a larger "
-            f"train.patience or 0 if that has stopped it.{hint}"
+            f"{_format_reason(progress)}. Continue it by resume=force{remedy}.{hint}"
         )
     return f"This run is complete.{hint}"
 

@@ -1,5 +1,6 @@
 """Open a run: build everything that a config describes, or resume it from its last checkpoint."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from jaxgpt.saved_arrays import ShapeMismatchError, latest_step
 from jaxgpt.selection import select_letters
 from jaxgpt.settings import ConfigError
 from jaxgpt.sharding import check_fits, make_mesh
+from jaxgpt.trainer.autopsy import make_diagnosis
 from jaxgpt.trainer.checkpoint import Checkpoints, Progress
 from jaxgpt.trainer.folder import check_run_folder, check_writable, is_writable
 from jaxgpt.trainer.hooks import EarlyStop, Hook, OverfitWarning, Profiler, RunView
@@ -32,6 +34,7 @@ from jaxgpt.trainer.logging import Console, MetricsFile, Plots, write_text_atomi
 from jaxgpt.trainer.memory import describe_memory_errors
 from jaxgpt.trainer.report import format_header
 from jaxgpt.trainer.speed import Clock, peak_flops
+from jaxgpt.trainer.spikes import add_guard
 from jaxgpt.trainer.start import Start, find_start, match_start, take_params
 from jaxgpt.trainer.state import TrainState, abstract_state, make_state
 from jaxgpt.trainer.step import make_eval_step, make_train_step
@@ -53,12 +56,21 @@ class Run:
     console: Console
     hooks: Sequence[Hook]
     peak_flops: float  # FLOP/s of all devices
+    restore: Callable[[], tuple[TrainState, Progress]]  # of the last checkpoint, or the first state
+    restore_state: Callable[
+        [], TrainState
+    ]  # the same state alone; the run's files stay as they are
+    diagnose: Callable  # see `autopsy.make_diagnosis`
     start_note: str = ""  # which parameters it began with, if not with random ones
     clock: Clock = field(default_factory=Clock)
 
     def place_batch(self, batch: Batch) -> Batch:
         """Put a batch [B T], or this process's rows of it, on the devices."""
         return hosts.place_batch(batch, self.mesh, self.cfg.train.batch)
+
+    def drop_state(self):
+        """Free the memory of the state, before another one is restored."""
+        self.state = None  # type: ignore[assignment]
 
     def notify(self, event: str, *args):
         """Call the method `event` of every hook."""
@@ -109,13 +121,26 @@ def open_run(cfg: Config, hooks: Sequence[Hook] = (), is_quiet: bool = False) ->
     _, letters = abstract_params(cfg.model)
     optimizer, schedule = build_optimizer(cfg.optimizer, cfg.train.steps, letters)
     abstract = abstract_state(cfg.model, optimizer, cfg.seed, mesh, cfg.optimizer.train)
-    if resume_step is None:
-        state, progress = _begin(cfg, corpus, saver, optimizer, abstract, start)
-    else:
-        state, progress = hosts.run_on_all(lambda: _restore(cfg, corpus, saver, abstract))
 
+    def restore_state() -> TrainState:
+        if saver.latest_step() is None:
+            state, progress = _make_state(cfg, optimizer, abstract, start), Progress()
+        else:
+            state, progress = hosts.run_on_all(lambda: saver.restore(abstract))
+        return _add_guard(cfg, state, progress, abstract)
+
+    def restore() -> tuple[TrainState, Progress]:
+        if saver.latest_step() is None:
+            state, progress = _begin(cfg, corpus, saver, optimizer, abstract, start)
+        else:
+            state, progress = hosts.run_on_all(lambda: _restore(cfg, corpus, saver, abstract))
+        return _add_guard(cfg, state, progress, abstract), progress
+
+    state, progress = restore()
     model = build(cfg.model)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    if state.guard is not None:
+        shardings = shardings.replace(guard=jax.tree.map(lambda x: x.sharding, state.guard))
     train_step = make_train_step(cfg, model, optimizer, schedule)
     peak, peak_source = peak_flops(mesh.local_devices)
     console = Console(cfg.train.steps, progress.step, is_quiet)
@@ -131,6 +156,9 @@ def open_run(cfg: Config, hooks: Sequence[Hook] = (), is_quiet: bool = False) ->
         saver=saver,
         console=console,
         hooks=(),
+        restore=restore,
+        restore_state=restore_state,
+        diagnose=jax.jit(make_diagnosis(cfg, model, optimizer, schedule)),
         peak_flops=peak * hosts.process_count(),
         start_note=start.note if start else "",
     )
@@ -234,16 +262,26 @@ def describe_evaluation(cfg: Config, fingerprint: str) -> str:
 def _begin(
     cfg: Config, corpus: Corpus, saver: Checkpoints, optimizer, abstract, start: Start | None
 ) -> tuple[TrainState, Progress]:
-    """Make the state of a new run."""
-    with describe_memory_errors(cfg, abstract):
-        state = make_state(cfg.model, optimizer, cfg.seed, abstract)
-    if start:
-        initial = state
-        state = hosts.run_on_all(lambda: take_params(start, initial, abstract))
+    """Make the state of a new run, and its progress."""
+    state = _make_state(cfg, optimizer, abstract, start)
     saver.delete_best()  # of a run that was killed before its first checkpoint
     evaluation = describe_evaluation(cfg, corpus.fingerprint)
     tokenizer = corpus.tokenizer.fingerprint
     return state, Progress(data=corpus.fingerprint, tokenizer=tokenizer, evaluation=evaluation)
+
+
+def _make_state(cfg: Config, optimizer, abstract, start: Start | None) -> TrainState:
+    with describe_memory_errors(cfg, abstract):
+        state = make_state(cfg.model, optimizer, cfg.seed, abstract)
+    if not start:
+        return state
+    return hosts.run_on_all(lambda: take_params(start, state, abstract))
+
+
+def _add_guard(cfg: Config, state: TrainState, progress: Progress, abstract) -> TrainState:
+    if not cfg.train.is_guarded:
+        return state
+    return add_guard(state, progress.guard, abstract.step.sharding)
 
 
 def _restore(
@@ -310,7 +348,12 @@ def _write_run_files(cfg: Config, corpus: Corpus, task: Task):
     if task.labels:
         labels = json.dumps(task.labels) + "\n"
         write_text_atomically(join_run_path(cfg, "labels.json"), labels)
-    write_text_atomically(join_run_path(cfg, "config.json"), configs.to_json(cfg))
+    write_text_atomically(join_run_path(cfg, "config.json"), _to_saved_json(cfg))
+
+
+def _to_saved_json(cfg: Config) -> str:
+    """Serialize the config of a run. resume=force is for one start: it is not what the run is."""
+    return configs.to_json(dataclasses.replace(cfg, resume=Config().resume))
 
 
 def join_run_path(cfg: Config, name: str) -> str:

@@ -3,7 +3,8 @@
     MFU = tokens/s * FLOPs per token / peak FLOP/s of all devices
     FLOPs per token = 6 * (parameters in matrix products) + 12 * L * H * K * T
 
-Every weight of a matrix costs a multiplication and an addition, once forward and twice backward;
+Every weight of a matrix costs a multiplication and an addition, once forward and twice backward:
+for the gradient of the activations, and for its own, which a weight that is not trained lacks;
 attention adds two products of [T K] by [K T] per head, counted without the causal mask so that
 figures compare with the literature. Only the experts to which a token is routed count; in an
 encoder-decoder a token passes through one of the two stacks.
@@ -14,14 +15,16 @@ Source: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B.
 import functools
 import re
 import time
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.model import count_expert_params, count_params
+from jaxgpt.model import abstract_params, count_expert_params, count_params
 from jaxgpt.model.mixers import MIXERS
+from jaxgpt.selection import select, select_letters
 
 # Dense bfloat16 FLOP/s of a chip, from the vendors' data sheets, by a word of its device_kind.
 PEAK_FLOPS = {
@@ -43,8 +46,12 @@ PEAK_FLOPS = {
 
 
 @functools.cache  # it traces the model to count, and is called for every line of the log
-def flops_per_token(cfg: ModelConfig) -> float:
-    """Return the FLOPs of one training step per token, forward and backward."""
+def flops_per_token(cfg: ModelConfig, trained: Sequence[str] = ()) -> float:
+    """Return the FLOPs of one training step per token, forward and backward.
+
+    Args:
+        trained: patterns of the parameters that are trained (`optimizer.train`); () = all.
+    """
     count = count_params(cfg)
     stacks = 2 if cfg.family == "encoder_decoder" else 1
     vocabulary = 0 if cfg.classes else cfg.vocab * cfg.width  # logits of every token, tied or not
@@ -54,7 +61,19 @@ def flops_per_token(cfg: ModelConfig) -> float:
     specs = cfg.list_layers(cfg.layers)
     attention_layers = sum("pattern" in MIXERS[spec.mixer].USES for spec in specs)
     heads = cfg.sizes["H"] * cfg.sizes["K"]
-    return 6 * matmul_params + 12 * attention_layers * heads * cfg.context
+    passes = 4 + 2 * compute_trained_fraction(cfg, trained)
+    return passes * matmul_params + 12 * attention_layers * heads * cfg.context
+
+
+def compute_trained_fraction(cfg: ModelConfig, trained: Sequence[str]) -> float:
+    """Return the fraction of the parameters in matrices that is trained."""
+    shapes, letters = abstract_params(cfg)
+
+    def count(names) -> int:
+        pairs = jax.tree.map(lambda x, d: x.size if ">" in d else 0, select(shapes, names), names)
+        return sum(jax.tree.leaves(pairs))
+
+    return count(select_letters(letters, trained)) / count(letters)
 
 
 def peak_flops(devices) -> tuple[float, str]:

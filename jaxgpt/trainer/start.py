@@ -15,7 +15,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxgpt import config as configs
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.config import Config
-from jaxgpt.loading import CHECKPOINT_FOLDERS, read_config, read_params
+from jaxgpt.loading import (
+    CHECKPOINT_FOLDERS,
+    is_checkpoint,
+    read_config,
+    read_params,
+    split_checkpoint_path,
+)
 from jaxgpt.model import abstract_params
 from jaxgpt.saved_arrays import latest_step
 from jaxgpt.selection import merge, select
@@ -71,11 +77,10 @@ def _find_checkpoint(path: str) -> tuple[str, str]:
     """Return the folders of the run and of the checkpoint that a path names."""
     which = path.rpartition("@")[2] if path.endswith(("@best", "@latest")) else ""
     path = os.path.normpath(os.path.expanduser(path.removesuffix(f"@{which}")))
-    if os.path.basename(path).isdecimal() and os.path.isdir(os.path.join(path, "params")):
-        return os.path.dirname(os.path.dirname(path)), path
-    run_folder, names = path, CHECKPOINT_FOLDERS[which or "best"]
-    if os.path.basename(path) in ("best", "checkpoints"):
-        run_folder, names = os.path.dirname(path), (os.path.basename(path),)
+    run_folder, named = split_checkpoint_path(path)
+    if is_checkpoint(named):
+        return run_folder, named
+    names = (os.path.basename(named),) if named else CHECKPOINT_FOLDERS[which or "best"]
     read_config(run_folder)  # the error of a folder that is no run is clearer than the one below
     for name in names:
         step = latest_step(os.path.join(run_folder, name))

@@ -25,6 +25,7 @@ class TrainState(struct.PyTreeNode):
     params: Any  # float32 masters
     opt_state: Any
     rng: jax.Array  # a key that is never used directly, only folded with the step
+    guard: Any = None  # a `spikes.SpikeGuard` if the step finds spikes; saved with the progress
 
 
 def init_state(cfg: ModelConfig, optimizer: optax.GradientTransformation, seed: int) -> TrainState:

@@ -1,7 +1,7 @@
 """The training step and the evaluation step: pure functions of (state, batch)."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -12,9 +12,12 @@ from jaxgpt.backend import get_backend
 from jaxgpt.config import Config, TrainConfig
 from jaxgpt.data.loader import Batch
 from jaxgpt.model import abstract_params
+from jaxgpt.model.capture import find_groups
 from jaxgpt.objectives import OBJECTIVES, Sums, compute_own_means
 from jaxgpt.selection import merge, select, select_letters
 from jaxgpt.sharding import constrain
+from jaxgpt.trainer.norms import compute_layer_norms
+from jaxgpt.trainer.spikes import count_updates, guard_step
 from jaxgpt.trainer.state import TrainState
 
 # By name, float32 [] each:
@@ -25,8 +28,10 @@ from jaxgpt.trainer.state import TrainState
 #     tokens      tokens with a weight in the loss
 #     grad_norm   before clipping
 #     lr          learning rate
+#     skipped, is_spike     with a guard: see `jaxgpt.trainer.spikes`
 #
-# and the objective's own metrics (see `jaxgpt.objectives.Sums`).
+# `norms`, with `train.log_norms`, has vectors: see `jaxgpt.trainer.norms`. And there are the
+# objective's own metrics (see `jaxgpt.objectives.Sums`).
 Metrics = dict[str, jax.Array]
 
 
@@ -99,20 +104,22 @@ def accumulate_gradient(
     return total, jax.tree.map(lambda x: jnp.sum(x, 0), sums)
 
 
-def make_train_step(
-    cfg: Config,
-    model: nn.Module,
-    optimizer: optax.GradientTransformation,
-    schedule: Callable[[Any], Any],
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Return the training step: a pure function (state, batch [B T]) -> (state, metrics).
+class Update(NamedTuple):
+    """What a training step computes before it applies anything."""
 
-    Donate the state.
-    """
-    trained = cfg.optimizer.train
-    selection = select_letters(abstract_params(cfg.model)[1], trained) if trained else None
+    grads: Any  # of the mean loss, of the parameters that are trained
+    sums: Sums
+    weight: jax.Array  # float32 [], what the sums are divided by
+    updates: Any  # to be added to the parameters that are trained
+    opt_state: Any
 
-    def train_step(state: TrainState, batch: Batch):
+
+def make_update(
+    cfg: Config, model: nn.Module, optimizer: optax.GradientTransformation, selection: Any = None
+) -> Callable[[TrainState, Batch], Update]:
+    """Return the pure function (state, batch [B T]) -> Update."""
+
+    def compute_update(state: TrainState, batch: Batch) -> Update:
         rng = jax.random.fold_in(state.rng, state.step) if cfg.model.has_dropout else None
         microbatch_count = cfg.train.accumulate or choose_microbatch_count(
             cfg, state.params, *batch.tokens.shape
@@ -123,6 +130,32 @@ def make_train_step(
         weight = jnp.maximum(sums["weight"], 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        return Update(grads, sums, weight, updates, opt_state)
+
+    return compute_update
+
+
+def select_trained(cfg: Config) -> Any:
+    """Return the selection of the parameters that are trained; None if all are."""
+    trained = cfg.optimizer.train
+    return select_letters(abstract_params(cfg.model)[1], trained) if trained else None
+
+
+def make_train_step(
+    cfg: Config,
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    schedule: Callable[[Any], Any],
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Return the training step: a pure function (state, batch [B T]) -> (state, metrics).
+
+    Donate the state. If it has a guard (see `jaxgpt.trainer.spikes`), a spike leaves it as it is.
+    """
+    selection = select_trained(cfg)
+    compute_update = make_update(cfg, model, optimizer, selection)
+
+    def train_step(state: TrainState, batch: Batch):
+        grads, sums, weight, updates, opt_state = compute_update(state, batch)
         params = optax.apply_updates(select(state.params, selection), updates)
         if selection is not None:
             params = merge(params, state.params)
@@ -132,10 +165,17 @@ def make_train_step(
             accuracy=sums["correct"] / weight,
             tokens=sums["weight"],
             grad_norm=optax.tree.norm(grads),
-            lr=jnp.asarray(schedule(state.step), jnp.float32),
+            lr=jnp.asarray(schedule(count_updates(state)), jnp.float32),
         )
         metrics |= compute_own_means(sums, weight)
-        return TrainState(state.step + 1, params, opt_state, state.rng), metrics
+        if cfg.train.log_norms:
+            groups = find_groups(state.params)
+            norms = dict(grad=grads, param=state.params)
+            metrics["norms"] = {k: compute_layer_norms(x, groups) for k, x in norms.items()}
+        new = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+        if state.guard is None:
+            return new, metrics
+        return guard_step(cfg.train, state, new, metrics)
 
     return train_step
 

@@ -296,8 +296,24 @@ def test_an_unknown_name_is_refused_with_all_names():
     cfg, params, tokens = make_model()
     with pytest.raises(ValueError, match=r"'layers.2.mixer.q'.*There are: .*layers.1.mixer.q"):
         capture(cfg, params, tokens, PACKED, ["layers.2.mixer.q"])
+    with pytest.raises(ValueError, match=r"Did you mean layers\.1\.mixer\.weights or "):
+        capture(cfg, params, tokens, PACKED, ["layers.1.mixer.wieghts"])
     with pytest.raises(ValueError, match=r"mixer\.nothing"):
         capture(cfg, params, tokens, PACKED, [], patches={"layers.0.mixer.nothing": jnp.sin})
+
+
+def test_a_replacement_keeps_the_dtype_of_the_model():
+    cfg, params, tokens = make_model(dtype="bfloat16")
+    patches = {"layers.0.mixer.z": lambda z: z.astype(jnp.float32)}
+    hidden, found = capture(cfg, params, tokens, PACKED, ["layers.0.mixer.z"], patches=patches)
+    assert found["layers.0.mixer.z"].dtype == jnp.bfloat16
+    assert hidden.dtype == capture(cfg, params, tokens, PACKED, [])[0].dtype
+
+
+def test_activations_are_in_the_order_of_the_layers():
+    cfg, params, tokens = make_model(layers=11)
+    _, found = capture(cfg, params, tokens, PACKED, ["layers.*.residual_post"])
+    assert list(found) == [f"layers.{i}.residual_post" for i in range(11)]
 
 
 def test_a_patch_of_another_shape_is_refused():

@@ -21,7 +21,7 @@ from tiny_runs import (
 
 from jaxgpt.config import MeshConfig
 from jaxgpt.hosts import place_batch
-from jaxgpt.saved_arrays import ShapeMismatchError, latest_step
+from jaxgpt.saved_arrays import ShapeMismatchError, check_shapes, latest_step
 from jaxgpt.settings import ConfigError
 from jaxgpt.trainer.checkpoint import Checkpoints, Progress
 from jaxgpt.trainer.state import TrainState
@@ -60,6 +60,16 @@ def checkpoints(tmp_path):
     opened = Checkpoints(str(tmp_path), keep=2)
     yield opened
     opened.close()
+
+
+def test_a_part_that_is_missing_is_not_another_model(tmp_path):
+    folder = str(tmp_path / "checkpoints" / "4")
+    arrays = {"w": np.zeros((2, 3))}
+    with pytest.raises(ConfigError, match="4 lacks its part 'rest'") as error:
+        check_shapes(folder, {"params": arrays}, params=arrays, rest=arrays)
+    assert not isinstance(error.value, ShapeMismatchError)
+    with pytest.raises(ShapeMismatchError, match="of another model or optimizer"):
+        check_shapes(folder, {"params": arrays, "rest": {}}, params=arrays, rest=arrays)
 
 
 # --- save and restore ---

@@ -11,6 +11,7 @@ from tiny_runs import assert_same_bits, config, make_training, restore_latest, r
 
 from jaxgpt import objectives
 from jaxgpt.config import override
+from jaxgpt.loading import read_config
 from jaxgpt.objectives import OBJECTIVES, compute_own_means
 from jaxgpt.settings import ConfigError
 from jaxgpt.trainer import Hook, train
@@ -131,13 +132,16 @@ def test_a_hook_can_stop_the_run(folder, event, last, capsys):
     assert "stopped early: a reason of its own" in out
     assert restore_latest(cfg)[1].step == last
     assert train(cfg).step == last
-    assert "complete: it stopped early at step" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"complete: it stopped early at step {last}: a reason of its own. " in out
+    assert "Continue it by resume=force. " in out  # patience has nothing to do with it
 
 
 def test_a_run_that_a_hook_stopped_continues_by_force(folder, recorded_run):
     cfg = run_config(folder, "name=continued", *SETTINGS)
     train(cfg, hooks=[StopAt(3, "on_step")], is_quiet=True)
     assert train(override(cfg, ["resume=force"]), is_quiet=True).step == 6
+    assert read_config(cfg.run_folder).resume == "auto"  # of one start, not of the run
     assert_same_bits(restore_latest(cfg)[0], restore_latest(recorded_run[0])[0])
 
 

@@ -22,6 +22,18 @@ def test_flops_of_a_small_model_equal_a_count_by_hand():
     assert flops_per_token(cfg) == 6 * matrices + 12 * 3 * 4 * 8
 
 
+def test_a_matrix_that_is_not_trained_has_no_gradient_of_its_own():
+    cfg = ModelConfig(
+        vocab=260, context=8, width=4, layers=3, heads=2, kv_heads=1, ffn=6, position="rope"
+    )
+    blocks, attention = 3 * (16 + 16 + 8 + 8 + 3 * 24), 12 * 3 * 4 * 8
+    matrices = blocks + 260 * 4
+    assert flops_per_token(cfg, ("*",)) == flops_per_token(cfg)
+    for patterns, trained in ((("stack.layers",), blocks), (("*.scale",), 0)):
+        expected = 4 * matrices + 2 * trained + attention
+        assert flops_per_token(cfg, patterns) == pytest.approx(expected, rel=1e-9)
+
+
 def test_untied_and_tied_heads_have_the_same_flops():
     cfg = config().model
     assert flops_per_token(cfg) == flops_per_token(dataclasses.replace(cfg, tie=False))

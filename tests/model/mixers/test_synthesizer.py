@@ -66,7 +66,7 @@ def test_positions_beyond_the_context_are_masked_and_give_no_nan(name):
 def test_a_synthesizer_applies_attention_patterns(name):
     cfg, params, x = make_random_mixer(name, "causal")
     sparse = dataclasses.replace(cfg.sparse, window=2)
-    cfg = dataclasses.replace(cfg, sparse=sparse)
+    cfg = dataclasses.replace(cfg, sparse=sparse, pattern=("window",))
     module = MIXERS[name](cfg, "window", "causal")
     params = jax.tree.map(jnp.float32, params)
     coords = jax.tree.map(jnp.asarray, make_packed_coords())
