@@ -14,15 +14,21 @@ launcher=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do launcher+=("$1"); shift; done
 shift
 
-is_stopped=
-trap 'is_stopped=1; kill -TERM "$child"' TERM INT HUP
+is_stopped= child=
+stop() {
+  is_stopped=1
+  if [ -n "$child" ]; then kill -TERM "$child" 2> /dev/null; fi
+}
+trap stop TERM INT HUP
 
 for ((restart = 0; restart <= MAX_RESTARTS; restart++)); do
+  child=
   # --bind-to none: XLA divides the cores itself. mpirun passes SIGTERM on, and SIGKILL one second
   # later, too early to save; with the timeout it waits as long after a crash as well.
   mpirun --bind-to none --mca odls_base_sigkill_timeout "$SECONDS_TO_SAVE" "${launcher[@]}" \
     ${JAXGPT:-jaxgpt} train --stop-status "$UNFINISHED" "$@" &
   child=$!
+  if [ -n "$is_stopped" ]; then stop; fi  # the signal came before this line
   wait "$child"
   status=$?
   if [ -n "$is_stopped" ]; then
