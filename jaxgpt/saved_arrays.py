@@ -122,7 +122,7 @@ def _avoid_leak() -> Iterator[None]:
     returns: 5 kB an array, and every checkpoint is read back after it was saved. Orbax wants only
     a note of the compression from them, and does without.
     """
-    before = tensorstore.Spec.to_json
+    before = vars(tensorstore.Spec)["to_json"]  # as an attribute it would not be bound again
     tensorstore.Spec.to_json = lambda spec, include_defaults=False: {}  # type: ignore
     try:
         yield

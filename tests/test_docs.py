@@ -154,6 +154,13 @@ def check_evaluate(arguments: list[str]) -> Config:
 CHECKS = {"train": check_train, "sample": check_sample, "evaluate": check_evaluate}
 
 
+def check_flags(command: str, arguments: list[str]):
+    """Check a subcommand without settings of a run: it is there and has the flags."""
+    source = (ROOT / "jaxgpt" / "cli" / f"{command}.py").read_text()
+    for word in arguments:
+        assert not word.startswith("--") or f'"{word}"' in source, f"{command} has no flag {word}"
+
+
 def check_module(name: str, arguments: list[str]):
     """Check a module that is run: it is there and has the flags."""
     if not name.startswith("benchmarks."):
@@ -196,7 +203,8 @@ def check_command(words: list[str]):
     script, arguments = split_script(words)
     program = words[0] if words[0] == "." else pathlib.PurePath(words[0]).name
     if script:
-        CHECKS[script](arguments)
+        check = CHECKS.get(script)
+        check(arguments) if check else check_flags(script, arguments)
     elif program in ("python", "python3") and words[1] == "-m":
         check_module(words[2], words[3:])
     elif program == "pip":
