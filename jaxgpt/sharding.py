@@ -39,6 +39,8 @@ SHARDING_RULES = {
     "V": ("tensor",),
 }
 MESH_AXES = ("data", "pipe", "fsdp", "expert", "context", "tensor")
+# Whether JAX accepts a sharding constraint where some mesh axes are manual, inside `shard_map`.
+CAN_CONSTRAIN_SHARDS = jax.__version_info__ >= (0, 8)
 
 
 def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
@@ -207,7 +209,7 @@ def make_batch_sharding(mesh: Mesh, shape) -> NamedSharding:
 def constrain(x: jax.Array, letters: Letters) -> jax.Array:
     """Constrain an activation's sharding on the active mesh; return it unchanged without one."""
     mesh = get_active_mesh()
-    if mesh is None:
+    if mesh is None or (mesh.manual_axes and not CAN_CONSTRAIN_SHARDS):
         return x
     return jax.lax.with_sharding_constraint(x, make_spec(x.shape, letters, mesh))
 

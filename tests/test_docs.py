@@ -215,6 +215,20 @@ def check_pip(arguments: list[str]):
             assert (ROOT / word).is_file()
 
 
+CLUSTER_PROGRAMS = ("docker", "export", "kubectl", "sbatch", "scancel", "sky", "squeue")
+
+
+def check_cluster_command(words: list[str]):
+    """Check a command of a page on clusters: its files are there, the arguments of a run valid."""
+    files = [word for word in words if word.startswith("deploy/")]
+    assert all((ROOT / file).is_file() for file in files), f"no such file in {words}"
+    if words[0].startswith("deploy/tpu/") and words[1] in ("start", "keep"):
+        check_train(words[2:])
+    elif "--" in words or words[0] == "sbatch":
+        last = "--" if "--" in words else "deploy/slurm/train.sbatch"
+        check_train(words[words.index(last) + 1 :])
+
+
 def check_command(words: list[str]):
     """Check one command of a page without running it."""
     words = split_environment(words)[1]
@@ -229,6 +243,8 @@ def check_command(words: list[str]):
         check_pip(words[1:])
     elif program == "bash":
         assert (ROOT / words[1]).is_file()
+    elif program in CLUSTER_PROGRAMS or words[0].startswith("deploy/"):
+        check_cluster_command(words)
     else:
         assert program in ("mkdocs", "tensorboard", "."), f"unknown command {words}"
 

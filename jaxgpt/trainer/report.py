@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 import jaxgpt
+from jaxgpt.backend import choose_dtype
 from jaxgpt.config import Config
 from jaxgpt.model import abstract_params, count_params
 from jaxgpt.selection import select, select_letters
@@ -107,6 +108,12 @@ def list_warnings(run: Any) -> list[str]:
         lines.append(
             f"warning: a step needs about {needed / 1e9:,.1f} GB, and this {_name_devices(run)} "
             f"has {memory / 1e9:,.1f} GB: it may not fit; --plan shows what would."
+        )
+    device = run.mesh.devices.flat[0]
+    is_emulated = device.platform == "gpu" and choose_dtype(device) != "bfloat16"
+    if is_emulated and run.cfg.model.dtype == "bfloat16":
+        lines.append(
+            f"warning: {device.device_kind} only emulates bfloat16: model.dtype=float32 is faster."
         )
     return lines
 

@@ -475,6 +475,16 @@ def test_a_signal_is_acknowledged_while_a_step_runs():
     assert signal.set_wakeup_fd(-1) == -1
 
 
+def test_a_repeated_sigterm_has_no_effect_while_a_run_is_saving():
+    before = signal.getsignal(signal.SIGINT)
+    with StopSignal(lambda line: None) as stop:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP):
+            os.kill(os.getpid(), number)
+        assert stop.name == "SIGTERM"
+        assert signal.getsignal(signal.SIGINT) is before  # Ctrl-C interrupts
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 def test_a_lost_connection_saves_and_ends(folder, monkeypatch):
     cfg = run_config(folder, "name=hangup", *SETTINGS)
     run_eval = loop.run_eval
