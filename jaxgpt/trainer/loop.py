@@ -26,10 +26,9 @@ from jaxgpt.trainer.checkpoint import Progress, RunError, SaveError, describe_la
 from jaxgpt.trainer.evaluate import evaluate
 from jaxgpt.trainer.hooks import Hook
 from jaxgpt.trainer.logging import warn_on_file_errors, write_text_atomically
+from jaxgpt.trainer.memory import describe_step_memory_errors
 from jaxgpt.trainer.norms import list_layers
 from jaxgpt.trainer.recovery import DivergedError, Spike, find_spike, recover
-from jaxgpt.trainer.logging import write_text_atomically
-from jaxgpt.trainer.memory import describe_step_memory_errors
 from jaxgpt.trainer.report import format_complete, format_duration, format_samples, format_summary
 from jaxgpt.trainer.run import Run, can_sample, join_run_path, open_run
 from jaxgpt.trainer.speed import flops_per_token
