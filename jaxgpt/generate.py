@@ -43,6 +43,9 @@ CHUNK_TOKENS = 16  # tokens decoded per call: the granularity of streaming
 MIN_BUCKET_TOKENS = 32  # prompts and outputs are padded to this times a power of two
 
 
+Prompt = str | Sequence[int] | np.ndarray  # a text, or token ids
+
+
 @dataclass(frozen=True)
 class Generation:
     """Generated text, or in a stream the next piece of one."""
@@ -232,7 +235,7 @@ def stream(
     config: Config,
     params,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     samples: Sequence[SampleConfig],
     decode_params=None,
 ) -> Iterator[list[Generation]]:
@@ -240,7 +243,7 @@ def stream(
 
     Args:
         config, params: the model.
-        prompts: texts; an empty one starts a new document.
+        prompts: texts, or token ids; an empty text starts a new document.
         samples: the sampling rules of each prompt; their `prompt` is not used.
         decode_params: `prepare_decode_params` of the parameters, if they are at hand.
 
@@ -253,7 +256,7 @@ def stream(
     cfg, rows = config.model, encode_prompts(config, tokenizer, prompts, samples)
     if not rows:
         return
-    allowed = sampleable_tokens(tokenizer, cfg.vocab, count_masks(config))
+    allowed = sampleable_tokens(tokenizer, cfg.vocab, list_masks(config))
     sampling, keys = SamplingParams.from_configs(samples, allowed), make_row_keys(samples)
     state, left = None, 0
     while any(not row.ending for row in rows):
@@ -287,7 +290,7 @@ def generate(
     config: Config,
     params,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     samples: Sequence[SampleConfig],
     decode_params=None,
 ) -> list[Generation]:
@@ -307,8 +310,14 @@ def join_pieces(pieces: Sequence[Generation]) -> Generation:
 
 
 def count_masks(config: Config) -> int:
-    """Return how many of the last token ids of a model stand for a `<mask>`."""
+    """Return how many token ids of a model stand for a `<mask>`."""
     return config.objective.task.count_mask_tokens(config)
+
+
+def list_masks(config: Config) -> range:
+    """Return the token ids that stand for a `<mask>`, in the order of a text's masks."""
+    first = config.model.first_mask
+    return range(first, first - count_masks(config), -1)
 
 
 class TextError(ConfigError):
@@ -326,14 +335,14 @@ class TextError(ConfigError):
 
 
 @contextmanager
-def name_text(texts: Sequence[str], number: int) -> Iterator[None]:
+def name_text(texts: Sequence[Prompt], number: int) -> Iterator[None]:
     """Make a ConfigError about one of several texts a `TextError`, which says which."""
     try:
         yield
     except ConfigError as error:
         if len(texts) == 1:
             raise
-        raise TextError(number, texts[number], str(error)) from error
+        raise TextError(number, str(texts[number]), str(error)) from error
 
 
 def is_cutting(config: Config) -> bool:
@@ -352,7 +361,7 @@ def find_cut_texts(config: Config, tokenizer: Tokenizer, texts: Sequence[str]) -
 
 def check_vocab(config: Config, tokenizer: Tokenizer):
     """Raise ConfigError if a tokenizer has ids beyond those of the model, or of its masks."""
-    masks, vocab = count_masks(config), config.model.vocab
+    vocab, masks = config.model.vocab, config.model.vocab - config.tokenizer_vocab
     if tokenizer.vocab_size > vocab - masks:
         room = f" less {masks} for masks" if masks else ""
         raise ConfigError(
@@ -386,7 +395,7 @@ def add_bos_eos(
 
 
 def encode_prompts(
-    config: Config, tokenizer: Tokenizer, prompts: Sequence[str], samples: Sequence[SampleConfig]
+    config: Config, tokenizer: Tokenizer, prompts: Sequence[Prompt], samples: Sequence[SampleConfig]
 ) -> list[Row]:
     """Make a row of each prompt.
 
@@ -411,28 +420,49 @@ def encode_text(
     Raises:
         ConfigError: it has more masks than the model.
     """
-    masks = count_masks(config)
+    masks = list_masks(config)
     if not masks:
         return tokenizer.encode(text, place)
-    if text.count(MASK) > masks:
-        raise ConfigError(f"the prompt has {text.count(MASK)} masks; the model has {masks}.")
-    return encode_with_masks(tokenizer, text, lambda i: config.model.vocab - 1 - i)
+    if text.count(MASK) > len(masks):
+        raise ConfigError(f"the prompt has {text.count(MASK)} masks; the model has {len(masks)}.")
+    return encode_with_masks(tokenizer, text, lambda i: masks[i])
 
 
-def _make_row(config: Config, tokenizer: Tokenizer, prompt: str, sample: SampleConfig) -> Row:
-    cfg, text = config.model, encode_text(config, tokenizer, prompt)
-    source, ids = [], [*tokenizer.prefix, *text.tolist()] or [tokenizer.bos]
-    is_start = not prompt  # of the text that is generated
+def _make_row(config: Config, tokenizer: Tokenizer, prompt: Prompt, sample: SampleConfig) -> Row:
+    cfg = config.model
+    if isinstance(prompt, str):
+        text, prefix = encode_text(config, tokenizer, prompt), tokenizer.prefix
+    else:  # the whole prompt: a chat template writes its own bos
+        text, prefix = _read_ids(cfg, prompt), []
+    source, ids = [], [*prefix, *text.tolist()] or [tokenizer.bos]
+    is_start = not len(prompt)  # of the text that is generated
     if cfg.family == "encoder_decoder":
-        source, ids = add_bos_eos(cfg, tokenizer, text, is_cutting(config)), [tokenizer.bos]
+        source = add_bos_eos(cfg, tokenizer, text, is_cutting(config))
+        ids = [cfg.get_start_token(tokenizer.bos)]
         is_start = True
     if len(ids) >= cfg.context and not sample.slide:
         raise ConfigError(
             f"the prompt has {len(ids)} tokens, but model.context={cfg.context} must hold it and "
             "at least one more: shorten it, or set slide=true to keep only its end."
         )
-    names = {cfg.vocab - 1 - i: f"<{i}>" for i in range(count_masks(config))}
+    names = {token: f"<{i}>" for i, token in enumerate(list_masks(config))}
     return Row(sample, source, ids, StreamDecoder(tokenizer, is_start), masks=names)
+
+
+def _read_ids(cfg: ModelConfig, prompt: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Return the ids of a prompt, int32 [T].
+
+    Raises:
+        ConfigError: they are no integers of the vocabulary.
+    """
+    ids = np.asarray(prompt)
+    is_valid = ids.ndim == 1 and (not ids.size or ids.dtype.kind in "iu")
+    if not is_valid or ((ids < 0) | (ids >= cfg.vocab)).any():
+        raise ConfigError(
+            f"a prompt is a text or a list of token ids from 0 to {cfg.vocab - 1}, not "
+            f"{prompt!r:.60}."
+        )
+    return ids.astype(np.int32)
 
 
 def _prefill_rows(cfg: ModelConfig, params, rows: list[Row]) -> tuple[DecodeState, int]:

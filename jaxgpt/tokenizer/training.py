@@ -4,6 +4,7 @@ Source: Sennrich et al. 2016 (BPE, arXiv:1508.07909); Radford et al. 2019 (on by
 pattern that splits text into words; no token crosses a word boundary).
 """
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -76,13 +77,14 @@ def train(
         [PRE_TOKENIZER, pre_tokenizers.FixedLength(MAX_TRAINED_WORD_BYTES)]
     )
     texts = (part for document in documents for part in split_non_utf8(document))
-    bounded = bound_long_words((text for text in texts if isinstance(text, str)), log)
-    library.train_from_iterator(bounded, trainer)
-    if not trainer.get_word_count():
+    texts = (text for text in texts if text and isinstance(text, str))
+    first = next(texts, None)
+    if first is None:
         raise ConfigError(
             "data.tokenizer='train': there is no text to train on. "
             "Check that data.source names files that are not empty."
         )
+    library.train_from_iterator(bound_long_words(itertools.chain([first], texts), log), trainer)
     merges = json.loads(library.to_str())["model"]["merges"]
     return build([(left, right) for left, right in merges])
 
