@@ -4,11 +4,10 @@ import contextlib
 import glob
 import os
 import sys
-import threading
 from collections.abc import Iterator
 from types import ModuleType
 
-from jaxgpt.settings import ConfigError, find_nearest
+from jaxgpt.settings import ConfigError, find_nearest, import_lock
 
 # Which parameters of a run are used: those of the lowest held-out loss, or the last ones.
 CHECKPOINTS = ("best", "latest")
@@ -52,10 +51,6 @@ def list_configs() -> list[str]:
         file for folder in ("configs", shipped_folder()) for file in glob.glob(f"{folder}/*.py")
     ]
     return sorted({os.path.basename(file).removesuffix(".py") for file in files})
-
-
-# sys.modules and sys.path are shared by all threads; a config file may load another one.
-import_lock = threading.RLock()
 
 
 @contextlib.contextmanager

@@ -28,8 +28,7 @@ import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jaxgpt.config_files import import_lock
-from jaxgpt.settings import ConfigError, parse, resolve_table
+from jaxgpt.settings import ConfigError, import_lock, parse, resolve_table
 
 # Registries that plugins may add rows to and that no setting names directly.
 OTHER_TABLES = (

@@ -11,11 +11,16 @@ import importlib
 import json
 import os
 import sys
+import threading
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
+
+# Held while a user's code is imported: sys.modules and sys.path are shared by all threads. (A config
+# file may load another one in its thread.)
+import_lock = threading.RLock()
 
 
 class ConfigError(ValueError):
