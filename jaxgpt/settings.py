@@ -18,8 +18,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-# Held while a user's code is imported: sys.modules and sys.path are shared by all threads. (A config
-# file may load another one in its thread.)
+# Held while the code of a user is imported: sys.modules and sys.path are shared by all threads. (A
+# config file may load another one in its thread.)
 import_lock = threading.RLock()
 
 

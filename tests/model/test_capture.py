@@ -131,6 +131,7 @@ def test_the_states_of_a_recurrent_mixer_are_those_that_it_passes_on(name):
 
 SETTINGS = {
     "cycle": dict(layers=4, pattern=("full", "window")),
+    "tail": dict(layers=3, pattern=("full", "window")),
     "mixers": dict(layers=4, mixers=("attention", "gru"), position="none"),
     "remat": dict(remat="full"),
     "remat dots": dict(remat="dots"),
@@ -151,6 +152,8 @@ def test_scanned_equals_unrolled_and_the_loop(settings):
     again, others = capture(unrolled, params, tokens, PACKED)
     np.testing.assert_allclose(hidden, again, **CLOSE)
     assert list(found) == list(others) == list_activations(cfg)
+    numbers = {int(name.split(".")[1]) for name in found if name.startswith("layers.")}
+    assert numbers == set(range(cfg.layers))  # also those of a tail
     for name, x in found.items():
         np.testing.assert_allclose(x, others[name], **CLOSE, err_msg=name)
     for n, (x, inner) in enumerate(loop_over_layers(cfg, params, found["embedding"], PACKED)):
