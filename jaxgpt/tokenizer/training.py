@@ -76,8 +76,8 @@ def train(
         # After ByteLevel a character is a byte.
         [PRE_TOKENIZER, pre_tokenizers.FixedLength(MAX_TRAINED_WORD_BYTES)]
     )
-    texts = (part for document in documents for part in split_non_utf8(document))
-    texts = (text for text in texts if text and isinstance(text, str))
+    parts = (part for document in documents for part in split_non_utf8(document))
+    texts = (part for part in parts if part and isinstance(part, str))
     first = next(texts, None)
     if first is None:
         raise ConfigError(
