@@ -28,6 +28,7 @@ from jaxgpt.model.kernels.blockwise import blockwise
 from jaxgpt.model.kernels.dense import dense
 from jaxgpt.model.kernels.strips import iterate_strips, strips
 from jaxgpt.model.masks import PATTERNS, Causal, Coords, Mask, SameSegment, make_layer_mask
+from jaxgpt.sections import SparseConfig
 from jaxgpt.settings import ConfigError
 from jaxgpt.sharding import make_mesh
 
@@ -305,9 +306,9 @@ def assert_equals_dense(kernel, score_mod, G=2, coords=None):
 
 
 def pattern_masks(documents="separate"):
-    cfg = tiny(context=64)
-    sizes = dict(window=7, chunk=6, stride=5, block=4)
-    cfg = tiny(context=64, sparse=type(cfg.sparse)(**sizes), documents=documents)
+    sizes = SparseConfig(window=7, chunk=6, stride=5, block=4)
+    patterns = ("window", "chunked", "strided", "blocks")  # those that have a size
+    cfg = tiny(context=64, layers=4, pattern=patterns, sparse=sizes, documents=documents)
     return {
         f"{pattern}, {direction}": make_layer_mask(cfg, pattern, direction)
         for pattern in PATTERNS
