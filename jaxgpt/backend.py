@@ -134,7 +134,38 @@ def get_platform() -> str:
     It is that of the active mesh, whose devices need not exist on this machine.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device else jax.default_backend()
+    return find_device_platform(device) if device else jax.default_backend()
+
+
+def find_device_platform(device) -> str:
+    """Return the platform of a mesh's abstract device, of which old versions of JAX keep the kind.
+
+    Args:
+        device: with a `platform`, or with a `device_kind` alone: "cpu", "TPU v5 lite", "Tesla T4".
+    """
+    if hasattr(device, "platform"):
+        return device.platform
+    kind = device.device_kind.lower()
+    return next((name for name in ("cpu", "tpu") if kind.startswith(name)), "gpu")
+
+
+MIN_BFLOAT16_CAPABILITY = 8.0  # of NVIDIA's GPUs: Ampere
+
+
+def choose_dtype(device=None) -> str:
+    """Return the `model.dtype` that a device computes fastest in: "bfloat16" or "float32".
+
+    A CPU, and a GPU before Ampere (T4, V100), emulates bfloat16, which is slower than float32.
+
+    Args:
+        device: one of `jax.devices()`, by default the first.
+    """
+    device = device or jax.devices()[0]
+    if device.platform != "gpu":
+        return "bfloat16" if device.platform == "tpu" else "float32"
+    capability = str(getattr(device, "compute_capability", MIN_BFLOAT16_CAPABILITY))
+    is_old = not capability.startswith("gfx") and float(capability) < MIN_BFLOAT16_CAPABILITY
+    return "float32" if is_old else "bfloat16"
 
 
 def get_backend() -> Backend:

@@ -8,8 +8,10 @@ could not take part in one, and its peers would hang.
 import collections
 import contextvars
 import functools
+import inspect
 import json
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -73,6 +75,17 @@ def detect_cluster(environment: Mapping[str, str]) -> str | None:
     return next(found, None)
 
 
+def has_own_devices(environment: Mapping[str, str]) -> bool:
+    """Return whether every GPU that this process sees is its own.
+
+    It is if Slurm or MPI runs no other process on the node, or has bound this one to a GPU. Else
+    all processes of a node see all of its GPUs, and JAX takes the one with the process's number.
+    """
+    nodes, tasks = (environment.get(f"SLURM_STEP_NUM_{of}") for of in ("NODES", "TASKS"))
+    is_alone = environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1" or (tasks and tasks == nodes)
+    return bool(is_alone) or "," not in environment.get("CUDA_VISIBLE_DEVICES", ",")
+
+
 def make_initialize_args(
     environment: Mapping[str, str],
     coordinator: str | None = None,
@@ -95,7 +108,12 @@ def make_initialize_args(
     missing = [flag for flag, value in given.items() if value is None]
     if len(missing) == 3:
         name = detect_cluster(environment)
-        return {"cluster_detection_method": CLUSTERS[name][1]} if name else None
+        if name is None:
+            return None
+        detected: dict[str, Any] = {"cluster_detection_method": CLUSTERS[name][1]}
+        if has_own_devices(environment):
+            detected["local_device_ids"] = []  # all of them
+        return detected
     if coordinator in ("auto", "none") and len(missing) == 2:
         return {} if coordinator == "auto" else None
     if missing or coordinator is None or processes is None or process is None:
@@ -188,20 +206,13 @@ def _connect(init_args: dict[str, Any], timeout: int):
     # the collective deadlocks.
     os.environ.setdefault("NPROC", str(max(os.cpu_count() or 1, MIN_CPU_THREADS)))
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # It would swallow every SIGTERM from here on, even before the training loop handles signals.
-    jax.config.update("jax_enable_preemption_service", False)
     if "coordinator_address" in init_args:
         check_process_ids(*_get_flags(init_args), timeout)
     timer = threading.Timer(timeout, _report_timeout, [init_args, timeout, _end_process.get()])
     timer.daemon = True
     timer.start()
     try:
-        jax.distributed.initialize(
-            **init_args,
-            initialization_timeout=timeout + 60,  # JAX would end the process without a message
-            heartbeat_timeout_seconds=timeout,
-            shutdown_timeout_seconds=timeout,
-        )
+        _initialize(init_args, timeout)
     except (ValueError, RuntimeError, OSError) as error:
         raise ConfigError(
             f"cannot join the other processes: {error} Give --coordinator host:port, "
@@ -209,6 +220,24 @@ def _connect(init_args: dict[str, Any], timeout: int):
         ) from error
     finally:
         timer.cancel()
+
+
+def _initialize(init_args: dict[str, Any], timeout: int):
+    """Call `jax.distributed.initialize` with the limits and options that this version has."""
+    limits: dict[str, Any] = dict(
+        initialization_timeout=timeout + 60,  # JAX would end the process without a message
+        heartbeat_timeout_seconds=timeout,
+        shutdown_timeout_seconds=timeout,  # since jax 0.8
+    )
+    known = inspect.signature(jax.distributed.initialize).parameters
+    # JAX's preemption service would swallow every SIGTERM from here on, even before the training
+    # loop handles signals. Before jax 0.8, it cannot be switched off, and sets a handler.
+    if hasattr(jax.config, "jax_enable_preemption_service"):
+        jax.config.update("jax_enable_preemption_service", False)
+    handler = signal.getsignal(signal.SIGTERM)
+    jax.distributed.initialize(**init_args, **{k: v for k, v in limits.items() if k in known})
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _get_flags(init_args: dict[str, Any]) -> tuple[str, int, int]:

@@ -22,6 +22,8 @@ EXTRAS = {
     "huggingface_hub": Extra("huggingface_hub", "hub"),
     "jinja2": Extra("Jinja2", "chat"),
     "matplotlib": Extra("matplotlib", "plots"),
+    "sacrebleu": Extra("sacrebleu", "measure"),
+    "sklearn": Extra("scikit-learn", "inspect"),
     "safetensors": Extra("safetensors", "interop"),
     "tensorboardX": Extra("tensorboardX", "tensorboard"),
     "tensorflow_datasets": Extra("tensorflow-datasets", "tfds"),

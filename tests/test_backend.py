@@ -1,15 +1,18 @@
 """The record of the platform in force, and that nothing but the records depends on the platform."""
 
 import pathlib
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
 import jaxgpt
 from jaxgpt import backend
 from jaxgpt.backend import BACKENDS, get_backend
-from jaxgpt.config import MeshConfig
+from jaxgpt.config import Config, MeshConfig, override
 from jaxgpt.sharding import make_mesh
+from jaxgpt.trainer import report
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
@@ -29,6 +32,49 @@ def test_the_active_mesh_decides_whatever_the_default_device(count, name, monkey
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with jax.set_mesh(mesh):
         assert get_backend() is BACKENDS[name]
+
+
+@pytest.mark.parametrize(
+    ("kind", "platform"),
+    [
+        ("cpu", "cpu"),
+        ("TPU v5 lite", "tpu"),
+        ("Tesla T4", "gpu"),
+        ("NVIDIA H100 80GB HBM3", "gpu"),
+    ],
+)
+def test_the_platform_of_an_abstract_device_that_has_only_a_kind(kind, platform):
+    assert backend.find_device_platform(SimpleNamespace(device_kind=kind)) == platform
+    newer = SimpleNamespace(device_kind="anything", platform=platform)
+    assert backend.find_device_platform(newer) == platform
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [
+        (dict(platform="cpu"), "float32"),
+        (dict(platform="tpu"), "bfloat16"),
+        (dict(platform="gpu", compute_capability="7.5"), "float32"),  # T4
+        (dict(platform="gpu", compute_capability="8.0"), "bfloat16"),
+        (dict(platform="gpu", compute_capability="10.0"), "bfloat16"),
+        (dict(platform="gpu", compute_capability="gfx942"), "bfloat16"),  # AMD
+    ],
+)
+def test_the_dtype_that_a_device_computes_fastest_in(device, dtype):
+    assert backend.choose_dtype(SimpleNamespace(**device)) == dtype
+
+
+def test_a_run_in_bfloat16_on_a_gpu_that_emulates_it_is_warned(monkeypatch):
+    gpu = dict(platform="gpu", device_kind="Tesla T4", compute_capability="7.5")
+    devices = np.array([SimpleNamespace(**gpu)])
+    run = SimpleNamespace(mesh=SimpleNamespace(devices=devices), cfg=None)
+    monkeypatch.setattr(report, "count_epochs", lambda run: 1)
+    monkeypatch.setattr(report, "estimate_seconds", lambda run: 1)
+    run.cfg = override(Config(), ["model.dtype=bfloat16"])
+    (line,) = report.list_warnings(run)
+    assert line == ("warning: Tesla T4 only emulates bfloat16: model.dtype=float32 is faster.")
+    run.cfg = Config()
+    assert not report.list_warnings(run)
 
 
 def test_the_platform_is_compared_in_backend_and_by_kernels_that_need_hardware_only():

@@ -29,6 +29,7 @@ from tiny_runs import single_device_env, write_text
 
 from jaxgpt.config import Config, ConfigError, load, override
 from jaxgpt.interop.formats import FORMATS
+from jaxgpt.planning.chips import parse_device, parse_topology
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -170,10 +171,26 @@ def check_inspect(arguments: list[str]):
     assert path
 
 
+def check_plan(arguments: list[str]) -> Config:
+    flags, settings = parse_arguments("plan", arguments)
+    if topology := flags.get("--topology"):
+        parse_topology(topology)
+    if device := flags.get("--fit", "").replace("here", ""):
+        parse_device(device)
+    return load(flags.get("--config", "stdlib"), settings)
+
+
 CHECKS = {
-    "train": check_train, "sample": check_sample, "evaluate": check_evaluate,
+    "train": check_train, "sample": check_sample, "evaluate": check_evaluate, "plan": check_plan,
     "import": check_import, "export": check_export, "inspect": check_inspect,
 }  # fmt: skip
+
+
+def check_flags(command: str, arguments: list[str]):
+    """Check a subcommand without settings of a run: it is there and has the flags."""
+    source = (ROOT / "jaxgpt" / "cli" / f"{command}.py").read_text()
+    for word in arguments:
+        assert not word.startswith("--") or f'"{word}"' in source, f"{command} has no flag {word}"
 
 
 def check_module(name: str, arguments: list[str]):
@@ -198,19 +215,36 @@ def check_pip(arguments: list[str]):
             assert (ROOT / word).is_file()
 
 
+CLUSTER_PROGRAMS = ("docker", "export", "kubectl", "sbatch", "scancel", "sky", "squeue")
+
+
+def check_cluster_command(words: list[str]):
+    """Check a command of a page on clusters: its files are there, the arguments of a run valid."""
+    files = [word for word in words if word.startswith("deploy/")]
+    assert all((ROOT / file).is_file() for file in files), f"no such file in {words}"
+    if words[0].startswith("deploy/tpu/") and words[1] in ("start", "keep"):
+        check_train(words[2:])
+    elif "--" in words or words[0] == "sbatch":
+        last = "--" if "--" in words else "deploy/slurm/train.sbatch"
+        check_train(words[words.index(last) + 1 :])
+
+
 def check_command(words: list[str]):
     """Check one command of a page without running it."""
     words = split_environment(words)[1]
     script, arguments = split_script(words)
     program = words[0] if words[0] == "." else pathlib.PurePath(words[0]).name
     if script:
-        CHECKS[script](arguments)
+        check = CHECKS.get(script)
+        check(arguments) if check else check_flags(script, arguments)
     elif program in ("python", "python3") and words[1] == "-m":
         check_module(words[2], words[3:])
     elif program == "pip":
         check_pip(words[1:])
     elif program == "bash":
         assert (ROOT / words[1]).is_file()
+    elif program in CLUSTER_PROGRAMS or words[0].startswith("deploy/"):
+        check_cluster_command(words)
     else:
         assert program in ("mkdocs", "tensorboard", "."), f"unknown command {words}"
 

@@ -70,7 +70,7 @@ def test_a_launcher_of_several_processes_is_detected(environment, name):
 def test_the_cluster_names_exist_in_jax(name):
     from jax._src.clusters import ClusterEnv
 
-    assert name in {kind.name for kind in ClusterEnv._cluster_types}
+    assert name in {getattr(kind, "name", "") for kind in ClusterEnv._cluster_types}
 
 
 def test_a_single_process_does_not_initialize_jax_distributed():
@@ -88,6 +88,36 @@ def test_the_three_flags_take_precedence_over_a_detected_cluster():
         process_id=1,
         cluster_detection_method="deactivate",
     )
+
+
+STEP = SLURM | {"SLURM_STEP_NODELIST": "a", "SLURM_STEP_NUM_TASKS": "4"}
+MPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_MCA_orte_hnp_uri": "4096.0;tcp://10.0.0.1:1"}
+MPI |= {"OMPI_COMM_WORLD_RANK": "1"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "devices"),
+    [
+        (STEP | {"SLURM_STEP_NUM_NODES": "1"}, [0]),
+        (STEP | {"SLURM_STEP_NUM_NODES": "1", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}, [0]),
+        (STEP | {"SLURM_STEP_NUM_NODES": "1", "CUDA_VISIBLE_DEVICES": "2"}, []),  # its own
+        (STEP | {"SLURM_STEP_NUM_NODES": "4", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}, []),  # alone
+        (MPI | {"OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, [1]),
+        (MPI | {"OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, []),
+    ],
+)
+def test_a_process_takes_all_gpus_that_are_its_own_or_the_one_of_its_number(
+    environment, devices, monkeypatch
+):
+    from jax._src.clusters import ClusterEnv
+
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    args = hosts.make_initialize_args(environment)
+    *_, found = ClusterEnv.auto_detect_unset_distributed_params(
+        None, None, None, args.get("local_device_ids"), args["cluster_detection_method"], 1
+    )
+    assert found == devices  # [] does not restrict the visible ones
 
 
 def test_auto_leaves_the_detection_to_jax():
@@ -444,7 +474,7 @@ def test_a_run_of_two_processes_prints_and_writes_once(two_process_run):
         "best", "checkpoints", "config.json", "metrics.jsonl", "plots", "samples", "tensorboard",
         "tokenizer.json",
     ]  # fmt: skip
-    assert os.listdir(os.path.join(cfg.run_folder, "checkpoints")) == ["10"]
+    assert sorted(os.listdir(os.path.join(cfg.run_folder, "checkpoints"))) == ["10", "9"]
     assert len(os.listdir(os.path.join(cfg.run_folder, "tensorboard"))) == 1
 
 

@@ -11,6 +11,7 @@ from jaxgpt.settings import (
     ConfigError,
     Section,
     choose,
+    find_nearest,
     format_nearest_multiples,
     from_dict,
     list_fields,
@@ -134,6 +135,10 @@ def test_sections_are_frozen():
 
 def test_choose_returns_the_row_of_the_table():
     assert choose(PETS, "dog", "pet") == 2
+
+
+def test_a_name_in_another_case_is_nearer_than_one_that_begins_so():
+    assert find_nearest("ADAM", ["adamw", "adam"]) == ["adam"]
 
 
 def test_choose_without_a_near_name_lists_all_names():

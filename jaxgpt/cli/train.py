@@ -20,6 +20,7 @@ from functools import partial
 from jaxgpt import config as configs
 from jaxgpt import interrupts
 from jaxgpt.cli import make_parser
+from jaxgpt.cli.plan import add_plan_options, check_plan_options, show_plan
 from jaxgpt.config_files import find_config, list_configs
 from jaxgpt.plugins import import_plugins, parse_plugins, read_plugins
 from jaxgpt.suggestions import check_data_settings, check_options, check_train_arguments
@@ -29,7 +30,8 @@ def main(argv: list[str], program: str) -> int:
     """Train the model that the arguments configure.
 
     Returns:
-        The exit status: 0, or 1 if training diverged, or cannot write its files.
+        The exit status: 0, `--stop-status` if a signal stopped the run before its last step, or 1
+        if training diverged, or cannot write its files.
 
     Raises:
         ConfigError: there is no such config, or a setting is invalid.
@@ -50,6 +52,17 @@ def main(argv: list[str], program: str) -> int:
         "~/.cache/jaxgpt",
     )
     parser.add_argument("--timeout", type=int, default=300, help="seconds to wait for the others")
+    parser.add_argument(
+        "--plan", action="store_true", help="only show what the run needs, as `jaxgpt plan` does"
+    )
+    add_plan_options(parser)
+    parser.add_argument(
+        "--stop-status",
+        type=int,
+        default=0,
+        help="exit status if a signal stops the run before its last step; a scheduler starts the "
+        "same command again if it is not 0",
+    )
     parser.add_argument("settings", nargs="*", metavar="path=value", help="model.width=512, ...")
     check_options(argv, parser, configs.list_fields(configs.Config))
     args, more = parser.parse_known_intermixed_args(argv)
@@ -67,6 +80,9 @@ def main(argv: list[str], program: str) -> int:
     values = configs.parse_assignments(settings, check_names=not has_plugins)
     if not has_plugins:
         check_data_settings(values)
+    check_plan_options(args, program)
+    if args.plan:
+        return show_plan(args.config, settings, args)
 
     from jaxgpt import hosts, trainer
     from jaxgpt.compile_cache import enable_compile_cache
@@ -83,8 +99,8 @@ def main(argv: list[str], program: str) -> int:
             load = trainer.load_config if has_start else partial(configs.load, name)
             config = hosts.run_on_all(lambda: load(settings))
             retain_freed_memory()
-            trainer.train(config)
+            progress = trainer.train(config)
         except trainer.RunError as error:
             print(f"{program}: {error}", file=sys.stderr)
             return 1
-    return 0
+    return 0 if progress.is_done or progress.step >= config.train.steps else args.stop_status

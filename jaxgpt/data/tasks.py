@@ -37,6 +37,11 @@ HELD_OUT_SEED = 1  # second number of the seeds of held-out rows: their masks ne
 RowRngs = Iterable[np.random.Generator]  # one per row, created when needed
 
 
+def _make_zeros(*shape: int, dtype: type = np.int32) -> np.ndarray:
+    """Return an array of one zero, repeated without a copy."""
+    return np.broadcast_to(dtype(0), shape)
+
+
 class Task:
     """What all objectives share: batches that are functions of the step."""
 
@@ -66,6 +71,13 @@ class Task:
     def compute_row_tokens(cfg: Config) -> int:
         """Return the tokens of text in a row."""
         return cfg.model.context
+
+    @classmethod
+    def describe_batch(cls, cfg: Config) -> Batch:
+        """Return a batch like those of `make_batch`, of zeros that take no memory."""
+        shape = cfg.train.batch, cls.compute_row_tokens(cfg)
+        tokens = _make_zeros(*shape)
+        return Batch(tokens, tokens, tokens, tokens, _make_zeros(*shape, dtype=np.float32))
 
     def make_rows(self, tokens: Tokens) -> Rows:
         """Return the rows of a stream."""
@@ -120,6 +132,11 @@ class PrefixTask(CausalTask):
 
     Source: Raffel et al. 2020 (T5), arXiv:1910.10683, section 3.2.1.
     """
+
+    @classmethod
+    def describe_batch(cls, cfg: Config) -> Batch:
+        batch = super().describe_batch(cfg)
+        return batch._replace(prefix=batch.tokens)
 
     def transform(self, batch: Batch, rngs: RowRngs) -> Batch:
         prefix = np.zeros_like(batch.tokens)  # [B T]
@@ -189,6 +206,14 @@ class SpanTask(CausalTask):
         context = cfg.model.context
         fits = (n for n in range(2 * context, 1, -1) if count_source_tokens(n) <= context)
         return next(fits, 2)
+
+    @classmethod
+    def describe_batch(cls, cfg: Config) -> Batch:
+        B, T = cfg.train.batch, cls.compute_row_tokens(cfg)
+        masked, spans = _count_spans(T, cfg)
+        source, target = (_make_zeros(B, n + spans + 1) for n in (T - masked, masked))
+        weights = _make_zeros(*target.shape, dtype=np.float32)
+        return Batch(target, target, target, target, weights, None, EncoderInputs(*[source] * 3))
 
     def transform(self, batch: Batch, rngs: RowRngs) -> Batch:
         B, tokenizer = len(batch.tokens), self.corpus.tokenizer
@@ -284,6 +309,11 @@ class PairTask(Task):
             cut = f"{long:,} of {len(lengths):,} are longer than model.context={self.T}, and cut"
             self.note = "; ".join(filter(None, (cut, self.note)))
 
+    @classmethod
+    def describe_batch(cls, cfg: Config) -> Batch:
+        batch = super().describe_batch(cfg)
+        return batch._replace(encoder_inputs=EncoderInputs(*[batch.tokens] * 3))
+
     def make_rows(self, tokens: Tokens) -> "PairRows":
         is_packed = self.cfg.data.packing == "documents"
         pad, start = self.corpus.tokenizer.pad, self.cfg.model.start_token
@@ -374,6 +404,12 @@ class ClassifyTask(PairTask):
             )
         for rows in all_rows:
             self._number_classes(rows)
+
+    @classmethod
+    def describe_batch(cls, cfg: Config) -> Batch:
+        batch, B = super().describe_batch(cfg), cfg.train.batch
+        weights = _make_zeros(B, dtype=np.float32)
+        return batch._replace(targets=_make_zeros(B), weights=weights, encoder_inputs=None)
 
     def make_eval_rows(self, tokens: Tokens) -> Rows:
         rows = self.make_rows(tokens)

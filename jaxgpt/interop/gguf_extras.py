@@ -30,6 +30,7 @@ _WIDE_QUERIES = {"gemma2": 46, "gemma3_text": 62, "gemma3": 62}
 
 
 def read_llama(config: Config, settings: Settings) -> None:
+    """Read a Llama, or a Mixtral if it has experts."""
     read_rotary(config, settings)
     config["mlp_bias"] = "blk.0.ffn_up.bias" in settings.header.tensors
     experts = settings.get("expert_count", int, 0)
@@ -42,6 +43,7 @@ def read_llama(config: Config, settings: Settings) -> None:
 
 
 def write_llama(config: Config, tensors: Mapping[str, Any]) -> dict[str, Value]:
+    """Write a Llama, a Mistral or a Mixtral."""
     written = write_rotary(config, tensors)
     if config["model_type"] == "mixtral":
         written["expert_count"] = make_uint(config["num_local_experts"])
@@ -50,6 +52,7 @@ def write_llama(config: Config, tensors: Mapping[str, Any]) -> dict[str, Value]:
 
 
 def read_gemma(config: Config, settings: Settings) -> None:
+    """Read a Gemma of version 1, 2 or 3."""
     read_rotary(config, settings)
     if config["model_type"] == "gemma":
         return
@@ -64,6 +67,7 @@ def read_gemma(config: Config, settings: Settings) -> None:
 
 
 def write_gemma(config: Config, tensors: Mapping[str, Any]) -> dict[str, Value]:
+    """Write a Gemma of version 1, 2 or 3."""
     written = write_rotary(config, tensors)
     if "lm_head.weight" in tensors:
         raise ConfigError("llama.cpp's Gemma has no head of its own: it must be tied.")
@@ -114,6 +118,7 @@ def _make_layer_types(config: Config) -> list[str]:
 
 
 def read_gpt_neox(config: Config, settings: Settings) -> None:
+    """Read the RoPE of a GPT-NeoX, which turns a part of each head."""
     width = config["hidden_size"] // config["num_attention_heads"]
     config["rotary_pct"] = settings.get("rope.dimension_count", int, width) / width
     config["rotary_emb_base"] = float(settings.get("rope.freq_base", float, 10000.0))
@@ -124,6 +129,7 @@ def read_gpt_neox(config: Config, settings: Settings) -> None:
 
 
 def write_gpt_neox(config: Config, tensors: Mapping[str, Any]) -> dict[str, Value]:
+    """Write the RoPE of a GPT-NeoX."""
     rope = find_rope_parameters(config)
     if rope["rope_type"] != "default":
         raise ConfigError(f"RoPE scaling {rope['rope_type']!r} has no counterpart in gptneox.")
@@ -137,12 +143,14 @@ def write_gpt_neox(config: Config, tensors: Mapping[str, Any]) -> dict[str, Valu
 
 
 def read_bloom(config: Config, settings: Settings) -> None:
+    """Check what is fixed in a BLOOM."""
     wide = 4 * config["hidden_size"]
     settings.require("feed_forward_length", [wide], wide)
     settings.require("attention.head_count_kv", [config["n_head"]], config["n_head"])
 
 
 def write_bloom(config: Config, tensors: Mapping[str, Any]) -> dict[str, Value]:
+    """Write what is fixed in a BLOOM."""
     return {
         "feed_forward_length": make_uint(4 * config["hidden_size"]),
         "attention.head_count_kv": make_uint(config["n_head"]),
@@ -150,6 +158,7 @@ def write_bloom(config: Config, tensors: Mapping[str, Any]) -> dict[str, Value]:
 
 
 def read_mpt(config: Config, settings: Settings) -> None:
+    """Read the attention of an MPT, which must have ALiBi."""
     wide = settings.get("feed_forward_length", int)
     config["expansion_ratio"] = wide // config["d_model"]
     settings.require("attention.head_count_kv", [config["n_heads"]], config["n_heads"])
@@ -164,6 +173,7 @@ def read_mpt(config: Config, settings: Settings) -> None:
 
 
 def write_mpt(config: Config, tensors: Mapping[str, Any]) -> dict[str, Value]:
+    """Write the attention of an MPT."""
     attention = config.get("attn_config") or {}
     for key, neutral in (("alibi", True), ("clip_qkv", None), ("qk_ln", False),
                          ("prefix_lm", False), ("softmax_scale", None)):  # fmt: skip
@@ -176,6 +186,7 @@ def write_mpt(config: Config, tensors: Mapping[str, Any]) -> dict[str, Value]:
 
 
 def read_bert(config: Config, settings: Settings) -> None:
+    """Read a BERT, a classifier if it has that head."""
     tensors = settings.header.tensors
     settings.require("attention.causal", [False], True)
     settings.ignore("pooling_type")
@@ -191,6 +202,7 @@ def read_bert(config: Config, settings: Settings) -> None:
 
 
 def write_bert(config: Config, tensors: Mapping[str, Any]) -> dict[str, Value]:
+    """Write a BERT, with the names of its classes."""
     written = {"attention.causal": Value(False, "bool")}
     if "classifier.weight" not in tensors:
         return written
@@ -203,6 +215,7 @@ def write_bert(config: Config, tensors: Mapping[str, Any]) -> dict[str, Value]:
 
 
 def read_t5(config: Config, settings: Settings) -> None:
+    """Read a T5 of version 1.0 or 1.1."""
     width, heads = config["d_kv"], config["num_heads"]
     is_gated = "enc.blk.0.ffn_gate.weight" in settings.header.tensors
     config["feed_forward_proj"] = "gated-gelu" if is_gated else "relu"
@@ -236,6 +249,7 @@ def scale_t5_head(config: Config, name: str) -> float:
 
 
 def write_t5(config: Config, tensors: Mapping[str, Any]) -> dict[str, Value]:
+    """Write a T5 of version 1.0 or 1.1."""
     if config.get("feed_forward_proj", "relu") not in ("relu", "gated-gelu"):
         raise ConfigError(
             f"feed_forward_proj={config['feed_forward_proj']!r}: llama.cpp's T5 has 'relu' and "
@@ -248,6 +262,7 @@ def write_t5(config: Config, tensors: Mapping[str, Any]) -> dict[str, Value]:
 
 
 def read_mamba(config: Config, settings: Settings) -> None:
+    """Read a Mamba, and refuse the variants with more norms."""
     settings.ignore("context_length")
     settings.require("ssm.dt_b_c_rms", [False], False)
     settings.require("ssm.group_count", [0], 0)
@@ -257,6 +272,7 @@ def read_mamba(config: Config, settings: Settings) -> None:
 
 
 def write_mamba(config: Config, tensors: Mapping[str, Any]) -> dict[str, Value]:
+    """Write a Mamba."""
     if config["intermediate_size"] != 2 * config["hidden_size"]:
         raise ConfigError(
             f"intermediate_size={config['intermediate_size']}: in llama.cpp a Mamba is twice as "

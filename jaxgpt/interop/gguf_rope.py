@@ -34,6 +34,7 @@ def read_rotary(config: Config, settings: Settings) -> None:
 
 
 def read_scaling(config: Config, settings: Settings) -> Config | None:
+    """Read how RoPE is scaled, in the form of version 4 of transformers; None if it is not."""
     if ROPE_FACTORS in settings.header.tensors:
         return _read_llama3_scaling(config, settings)
     kind = settings.get("rope.scaling.type", str, "linear")  # what llama.cpp takes it for

@@ -88,6 +88,8 @@ CONVOLUTION = Layout(  # [C 4] <-> [C 1 4]
 
 
 class Row(NamedTuple):
+    """One tensor: its names in GGUF and in transformers, and what lies between."""
+
     gguf: str
     hf: str
     layout: Layout

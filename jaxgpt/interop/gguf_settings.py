@@ -64,6 +64,7 @@ class Settings:
             )
 
     def ignore(self, *keys: str) -> None:
+        """Count settings as read that change nothing here."""
         self._read |= set(keys)
 
     def check_all_read(self) -> None:
@@ -85,8 +86,10 @@ def count_heads(config: Config, name: str = "num_attention_heads") -> int:
 
 
 def make_uint(value: int) -> Value:
+    """Return an integer as a metadata value."""
     return Value(int(value), "uint32")
 
 
 def make_float(value: float) -> Value:
+    """Return a number as a metadata value."""
     return Value(float(value), "float32")

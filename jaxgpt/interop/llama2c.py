@@ -53,6 +53,8 @@ class Tensor(NamedTuple):
 
 
 class Header(NamedTuple):
+    """What a file begins with."""
+
     version: int
     sizes: Sizes
     is_tied: bool

@@ -49,6 +49,7 @@ class Size:
 
     @property
     def name(self) -> str:
+        """The size as text, as `parse` reads it."""
         return f"{self.width}x{self.layers}"
 
     @staticmethod

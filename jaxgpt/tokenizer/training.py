@@ -4,6 +4,7 @@ Source: Sennrich et al. 2016 (BPE, arXiv:1508.07909); Radford et al. 2019 (on by
 pattern that splits text into words; no token crosses a word boundary).
 """
 
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 
@@ -66,12 +67,14 @@ def train(documents: Iterable[str | bytes], vocab: int) -> Tokenizer:
         [PRE_TOKENIZER, pre_tokenizers.FixedLength(MAX_TRAINED_WORD_BYTES)]
     )
     texts = (part for document in documents for part in split_non_utf8(document))
-    library.train_from_iterator((text for text in texts if isinstance(text, str)), trainer)
-    if not trainer.get_word_count():
+    texts = (text for text in texts if text and isinstance(text, str))
+    first = next(texts, None)
+    if first is None:
         raise ConfigError(
             "data.tokenizer='train': there is no text to train on. "
             "Check that data.source names files that are not empty."
         )
+    library.train_from_iterator(itertools.chain([first], texts), trainer)
     merges = json.loads(library.to_str())["model"]["merges"]
     return build([(left, right) for left, right in merges])
 

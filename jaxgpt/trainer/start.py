@@ -21,8 +21,10 @@ from jaxgpt.interop import convert, loaders
 from jaxgpt.interop.formats import find_format
 from jaxgpt.loading import (
     CHECKPOINT_FOLDERS,
+    check_config_file,
     is_checkpoint,
     read_config,
+    read_facts,
     read_params,
     split_checkpoint_path,
 )
@@ -76,7 +78,9 @@ def find_start(path: str) -> Start:
         if find_format(os.path.expanduser(path)):
             return _find_foreign(os.path.expanduser(path))
         run_folder, folder = _find_checkpoint(path)
+        check_config_file(run_folder)
         tokenizer = tokenizers.load(os.path.join(run_folder, "tokenizer.json"))
+        tokenizer.check_fingerprint(read_facts(folder).get("tokenizer", ""), run_folder)
         return Start(folder, read_config(run_folder), tokenizer)
     except ConfigError as error:
         raise ConfigError(f"train.start={path!r}: {error}") from error

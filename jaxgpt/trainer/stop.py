@@ -19,7 +19,9 @@ from jaxgpt import hosts
 
 
 class StopSignal:
-    """Signal handlers. The first signal is recorded in `name`; a second has its usual effect.
+    """Signal handlers. The first signal is recorded in `name`; a second Ctrl-C interrupts at once.
+
+    Other signals after the first have no effect: schedulers repeat SIGTERM while a run is saving.
 
     Args:
         log: prints a line.
@@ -61,11 +63,12 @@ class StopSignal:
 
     def _handle(self, number, frame):
         self.record_signal(signal.Signals(number).name)
-        self._restore_handlers()
+        self._restore_handlers(signal.SIGINT)
 
-    def _restore_handlers(self):
-        for number, handler in self._previous_handlers.items():
-            signal.signal(number, handler)
+    def _restore_handlers(self, *numbers: int):
+        for number in numbers or self._previous_handlers:
+            if number in self._previous_handlers:
+                signal.signal(number, self._previous_handlers[number])
 
     def __exit__(self, *_):
         self._restore_handlers()
@@ -75,7 +78,7 @@ class StopSignal:
 
     def record_signal(self, name: str):
         """Record a signal that this process has received."""
-        self.name = name
+        self.name = self.name or name
 
     def is_last_step(self, step: int) -> bool:
         """Return whether to stop after this step, already dispatched. Call it at every step."""

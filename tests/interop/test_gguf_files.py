@@ -1,5 +1,6 @@
 """GGUF files against llama.cpp, the package gguf, and damage of every kind."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -12,8 +13,9 @@ import pytest
 from helpers import compute_logits, single_document_coords
 from interop import gguf_cases
 from interop.llama_cpp import LlamaCpp
+from interop.make_files import make_model
 
-from jaxgpt.interop import convert, gguf_files, gguf_format
+from jaxgpt.interop import convert, exporting, gguf_files, gguf_format
 from jaxgpt.interop.archive import Archive, store
 from jaxgpt.settings import ConfigError
 
@@ -100,6 +102,21 @@ def test_greedy_text_of_a_hundred_tokens_is_that_of_llama_cpp(folder):
     coords = single_document_coords(tokens)
     found = compute_logits(model.config.model, model.params, tokens, coords)[0].argmax(-1)
     assert found[len(prompt) - 1 : -1].tolist() == expected
+
+
+def test_a_bert_is_verified_without_its_head_for_masked_words(tmp_path):
+    cfg = dataclasses.replace(
+        gguf_cases.models.CASES["bert"]()[0], vocab=270, mask_token=269, layers=1
+    )
+    model = make_model(cfg, "masked")
+    with pytest.warns(UserWarning, match=r"no place for cls.predictions.bias"):
+        gguf_files.write_file(convert.to_archive(model), tmp_path / "x.gguf")
+    archive = gguf_files.open_file(tmp_path / "x.gguf")
+    assert exporting.verify(model, archive, None, None) < 1e-5
+    name = "bert.encoder.layer.0.output.dense.weight"
+    changed = dict(archive.tensors) | {name: store(2 * archive.tensors[name].read())}
+    with pytest.raises(ConfigError, match="computes other logits"):
+        exporting.verify(model, dataclasses.replace(archive, tensors=changed), None, None)
 
 
 # --- quantization ------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore
 
 import jaxgpt
 from jaxgpt.cli import train as command
@@ -106,6 +107,7 @@ def test_reading_the_shapes_of_a_checkpoint_leaves_nothing_behind(tmp_path):
         manager.save(1, args=ocp.args.Composite(params=arrays, progress=progress))
     folder = str(tmp_path / "1")
     assert read_manifest(folder)["params"]["a"].shape == (4, 2)
+    assert tensorstore.Spec({"driver": "zarr"}).to_json()["driver"] == "zarr"  # as before
 
     def count_objects() -> int:
         gc.collect()
