@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.step import lower_step
 from benchmarks.worker import DATA_TOKENS, Case, Contestant, Side, serve_pipe
 from jaxgpt import config as configs
 from jaxgpt import generate, objectives
@@ -24,6 +23,7 @@ from jaxgpt.model.kernels import ACCELERATED, ScoreMod, attend
 from jaxgpt.model.layers import DTYPES
 from jaxgpt.model.masks import make_layer_mask
 from jaxgpt.optimizer import build as build_optimizer
+from jaxgpt.planning.step import lower_step
 from jaxgpt.sampling import SamplingParams
 from jaxgpt.sharding import make_batch_sharding
 from jaxgpt.trainer.memory import retain_freed_memory

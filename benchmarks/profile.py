@@ -20,8 +20,8 @@ import jax
 
 from benchmarks import jax_side
 from benchmarks.speed import SHAPES, make_case
-from benchmarks.step import lower_step
 from jaxgpt import config as configs
+from jaxgpt.planning.step import lower_step
 
 STEPS = 3
 KINDS = (

@@ -76,12 +76,12 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 
-from benchmarks.hlo import SENT_FRACTION, Collective, list_collectives
-from benchmarks.step import lower_step
 from jaxgpt.backend import BACKENDS
 from jaxgpt.config import Config, ConfigError, ModelConfig, TrainConfig, override
 from jaxgpt.model import abstract_params
 from jaxgpt.model.pipeline import count_microbatches
+from jaxgpt.planning.hlo import SENT_FRACTION, Collective, list_collectives
+from jaxgpt.planning.step import lower_step
 from jaxgpt.script import run
 from jaxgpt.settings import choose
 from jaxgpt.sharding import get_axis_names

@@ -35,28 +35,27 @@ import shlex
 import sys
 import time
 from collections import Counter
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from typing import NamedTuple
 
+from jaxgpt.planning import tpu
+
 # Set before jax is imported: there is no TPU to search for, and no cloud metadata to query.
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip of this machine is used
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.update(tpu.ENVIRONMENT)
 
 import jax
-from jax.experimental import topologies
 
-from benchmarks.hlo import (
+from jaxgpt.config import Config, load, override
+from jaxgpt.planning.chips import CHIPS
+from jaxgpt.planning.hlo import (
     ARRAY,
+    add_trip_counts,
     count_array_bytes,
     count_runs,
     list_collectives,
     split_computations,
 )
-from benchmarks.step import lower_step
-from jaxgpt.config import Config, ConfigError, load, override
+from jaxgpt.planning.step import lower_step
 from jaxgpt.script import run
 from jaxgpt.settings import choose
 from jaxgpt.trainer.speed import PEAK_FLOPS, flops_per_token
@@ -65,19 +64,7 @@ MATRIX_UNIT_WIDTH = 128
 MIN_COPY_BYTES = 2**20  # smaller copies are not listed
 
 
-class Chip(NamedTuple):
-    """A chip's data sheet; its peak FLOP/s are in trainer/speed.py."""
-
-    topology: str  # of four chips
-    units: int  # matrix units
-    memory: float  # bytes
-    bandwidth: float  # bytes/s
-
-
-CHIPS = {
-    "v5e": Chip("v5e:2x2", 4, 16 * 2**30, 819e9),
-    "v5p": Chip("v5p:2x2x1", 8, 95 * 2**30, 2765e9),
-}
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1"}  # of four chips
 
 # Name: (config, chips, settings). Batches fit the memory of the smaller chip.
 MODELS = {
@@ -85,20 +72,6 @@ MODELS = {
     "llama3_1b": ("llama3_1b", 4, ("train.batch=4", "model.context=4096")),
     "gpt2_1558m": ("gpt2_1558m", 4, ("train.batch=32", "model.remat=dots")),
 }
-
-
-def get_chip_devices(chip: Chip) -> list:
-    """Return the devices of four chips to compile for.
-
-    Raises:
-        ConfigError: the compiler is not installed.
-    """
-    try:
-        version("libtpu")
-    except PackageNotFoundError:
-        package = "the libtpu that `pip install 'jax[tpu]'` selects (0.0.42.* for jax 0.10.2)"
-        raise ConfigError(f"the TPU compiler is not installed: install {package}.") from None
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=chip.topology).devices)
 
 
 # --- parsing of a program ---------------------------------------------------------------------
@@ -134,21 +107,6 @@ INSTRUCTION = re.compile(
 )
 FREE_KINDS = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "while", "iota",
         "after-all", "partition-id"}  # fmt: skip
-
-
-def add_trip_counts(text: str) -> str:
-    """Add the trip counts of loops, which the TPU compiler omits, from the loops' conditions."""
-    programs = split_computations(text)
-    lines = text.splitlines()
-    for number, line in enumerate(lines):
-        condition = re.search(r" while\(.*condition=%([\w.\-]+)", line)
-        if not condition or "known_trip_count" in line:
-            continue
-        body = "\n".join(programs[condition[1]])
-        bounds = re.findall(r"= s32\[\]\S* constant\((\d+)\)", body)
-        if len(bounds) == 1 and "direction=LT" in body:
-            lines[number] += f', "known_trip_count":{{"n":"{bounds[0]}"}}'
-    return "\n".join(lines)
 
 
 def parse_instructions(text: str) -> tuple[list[Instruction], dict[str, str]]:
@@ -289,9 +247,9 @@ def estimate_attention_seconds(
 def describe_step(cfg: Config, name: str, count: int, text_file: pathlib.Path | None) -> list[str]:
     """Return lines that describe the step of a config on `count` chips."""
     chip, peak = CHIPS[name], PEAK_FLOPS[name]
-    clock = peak / (chip.units * 2 * MATRIX_UNIT_WIDTH * MATRIX_UNIT_WIDTH)
+    clock = peak / (chip.matrix_units * 2 * MATRIX_UNIT_WIDTH * MATRIX_UNIT_WIDTH)
     start = time.perf_counter()
-    lowered = lower_step(cfg, get_chip_devices(chip)[:count]).lowered
+    lowered = lower_step(cfg, tpu.get_devices(TOPOLOGIES[name])[:count]).lowered
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -360,7 +318,7 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--models", default=",".join(MODELS), help="comma-separated names")
-    parser.add_argument("--chips", default=",".join(CHIPS), help="comma-separated names")
+    parser.add_argument("--chips", default=",".join(TOPOLOGIES), help="comma-separated names")
     parser.add_argument(
         "--config", nargs="*", default=[], help="path=value, such as train.batch=16"
     )
@@ -368,8 +326,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     a = parser.parse_args(arguments)
     models = {name: choose(MODELS, name, "--models") for name in a.models.split(",")}
-    chips = {name: choose(CHIPS, name, "--chips") for name in a.chips.split(",")}
-    get_chip_devices(next(iter(chips.values())))
+    chips = {name: choose(TOPOLOGIES, name, "--chips") for name in a.chips.split(",")}
+    tpu.get_devices(next(iter(chips.values())))
     print(f"command  {shlex.join(['python', '-m', 'benchmarks.tpu', *arguments])}")
     print(f"python {platform.python_version()}, jax {jax.__version__}, libtpu {version('libtpu')}")
     for model, (config, count, settings) in models.items():

@@ -8,6 +8,7 @@ if TYPE_CHECKING:  # the same names as in LAZY, for type checkers
     from jaxgpt.language_model import LanguageModel as LanguageModel
     from jaxgpt.loading import load as load
     from jaxgpt.loading import save as save
+    from jaxgpt.planning.plan import plan as plan
     from jaxgpt.trainer import train as train
 
 __version__ = "0.1.0"
@@ -18,11 +19,12 @@ LAZY = {
     "Config": "jaxgpt.config",
     "LanguageModel": "jaxgpt.language_model",
     "load": "jaxgpt.loading",
+    "plan": "jaxgpt.planning.plan",
     "save": "jaxgpt.loading",
     "train": "jaxgpt.trainer",
 }
 
-__all__ = ["Config", "LanguageModel", "__version__", "load", "save", "train"]
+__all__ = ["Config", "LanguageModel", "__version__", "load", "plan", "save", "train"]
 
 
 def __getattr__(name: str) -> Any:

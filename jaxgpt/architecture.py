@@ -180,6 +180,17 @@ class ModelConfig(Section):
         None, "softcap of the output logits, ± this: none = off", above=0
     )
     classes: int = option(0, "number of classes of a text classifier (encoder), 0 = none", low=0)
+    start_token: int | None = option(
+        None,
+        "id of the token that the target of an encoder_decoder begins with: none = the "
+        "tokenizer's bos",
+        low=0,
+    )
+    mask_token: int | None = option(
+        None,
+        "id of the mask, from which further ones count down: none = the last of the vocabulary",
+        low=0,
+    )
     dropout: float = option(0.0, "dropout rate during training", low=0.0, high=0.99)
     attention_dropout: float = option(
         0.0, "dropout rate of attention weights during training", low=0.0, high=0.99
@@ -233,6 +244,15 @@ class ModelConfig(Section):
             Y=self.types,
             A=self.classes,
         )
+
+    @property
+    def first_mask(self) -> int:
+        """The id of the first mask: further ones count down from it."""
+        return self.vocab - 1 if self.mask_token is None else self.mask_token
+
+    def get_start_token(self, bos: int) -> int:
+        """Return the id that a target begins with, given the tokenizer's bos."""
+        return bos if self.start_token is None else self.start_token
 
     @property
     def has_dropout(self) -> bool:
@@ -482,6 +502,13 @@ class ModelConfig(Section):
                 raise ConfigError(
                     f"model.{key}={getattr(self, key)} belongs to model.family="
                     f"{' or '.join(families)}, not to {self.family!r}."
+                )
+        for key in ("start_token", "mask_token"):
+            value = getattr(self, key)
+            if value is not None and value >= self.vocab:
+                raise ConfigError(
+                    f"model.{key}={value} is not among the ids of model.vocab={self.vocab}: they "
+                    f"go from 0 to {self.vocab - 1}."
                 )
         if self.classes == 1:
             raise ConfigError("model.classes=1: a classifier needs at least 2 classes.")

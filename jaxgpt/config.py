@@ -9,6 +9,7 @@ the key, the value and what would be right. A config file is a Python file with
 and any field is set on the command line with `path=value`: `model.width=512 optimizer.lr=3e-4`.
 """
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -324,7 +325,17 @@ class TrainConfig(Section):
     log_every: int = option(10, "steps between logged metrics", low=1, is_runtime=True)
     save_every: int = option(250, "steps between checkpoints", low=1, is_runtime=True)
     keep: int = option(
-        1, "latest checkpoints to keep, in addition to the best one", low=1, is_runtime=True
+        2,
+        "latest checkpoints to keep, in addition to the best one; if the last one is damaged, the "
+        "run continues from the one before",
+        low=1,
+        is_runtime=True,
+    )
+    on_save_error: str = option(
+        "continue",
+        "if a checkpoint cannot be saved (full disk, lost mount): continue to the next, or stop",
+        table="jaxgpt.config:ON_SAVE_ERROR",
+        is_runtime=True,
     )
     sample_every: int = option(
         250, "steps between samples, 0 = only at the end", low=0, is_runtime=True
@@ -512,6 +523,12 @@ class Config(Section):
             )
         self._check_objective()
         masks = self.objective.task.count_mask_tokens(self)
+        if masks > self.model.first_mask + 1:
+            raise ConfigError(
+                f"model.mask_token={self.model.mask_token}: the {masks} masks of train.objective="
+                f"{self.train.objective} count down from it, so that it must be at least "
+                f"{masks - 1}."
+            )
         min_vocab = 260 + masks  # 256 bytes, 4 specials
         if self.data.tokenizer in ("train", "bytes") and self.model.vocab < min_vocab:
             extra = f" and the {masks} masks of train.objective={self.train.objective}"
@@ -519,6 +536,13 @@ class Config(Section):
                 f"model.vocab={self.model.vocab} has no room for the 256 bytes and 4 specials"
                 f"{extra if masks else ''}: use at least {min_vocab}."
             )
+
+    @property
+    def tokenizer_vocab(self) -> int:
+        """The largest size of a tokenizer: masks are ids of their own, or some of its ids."""
+        has_own_masks = self.model.mask_token is None
+        masks = self.objective.task.count_mask_tokens(self) if has_own_masks else 0
+        return self.model.vocab - masks
 
     @property
     def objective(self):
@@ -563,6 +587,7 @@ SPIKE_ACTIONS = {
 }
 BEST_BY = {"auto": "by objective", "loss": "the lowest loss", "accuracy": "the highest accuracy"}
 RESUME_MODES = {"auto": "resume if the config agrees", "force": "resume with the new config"}
+ON_SAVE_ERROR = {"continue": "train on to the next save", "stop": "end the run with an error"}
 START_MISSING = {"refuse": "name them and stop", "init": "initialize them as in a new run"}
 
 # Renamed keys and values, old -> new. Old ones are still accepted on the command line and in the
@@ -734,7 +759,39 @@ def to_json(config: Config) -> str:
         "jaxgpt": jaxgpt.__version__,
         "jax": importlib.metadata.version("jax"),
     }
-    return json.dumps({"versions": versions, **to_dict(config)}, indent=2) + "\n"
+    tree = json.loads(json.dumps({"versions": versions, **to_dict(config)}))
+    versions["checksum"] = _hash_tree(tree)
+    return json.dumps({**tree, "versions": versions}, indent=2) + "\n"
+
+
+def check_json(text: str, where: str = "config.json") -> bool:
+    """Check that the output of `to_json` is as it was written.
+
+    Args:
+        where: the path of the file.
+
+    Returns:
+        Whether it has a checksum: older versions wrote none.
+
+    Raises:
+        ConfigError: it has changed.
+        ValueError: it is no JSON.
+    """
+    tree = json.loads(text)
+    versions = tree.get("versions") if isinstance(tree, dict) else None
+    expected = versions.pop("checksum", None) if isinstance(versions, dict) else None
+    if expected is not None and expected != _hash_tree(tree):
+        raise ConfigError(
+            f"{where} is not as it was written: its checksum is {_hash_tree(tree)}, and it was "
+            f"{expected}. Put the file back; or delete its line with the checksum, if it was "
+            "changed on purpose."
+        )
+    return expected is not None
+
+
+def _hash_tree(tree: Any) -> str:
+    canonical = json.dumps(tree, sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 def from_json(

@@ -4,6 +4,7 @@ import contextlib
 import glob
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -53,14 +54,24 @@ def list_configs() -> list[str]:
     return sorted({os.path.basename(file).removesuffix(".py") for file in files})
 
 
+# sys.modules and sys.path are shared by all threads; a config file may load another one.
+import_lock = threading.RLock()
+
+
 @contextlib.contextmanager
 def importable_configs(file: str) -> Iterator[None]:
     """Make `from configs.gpt2_124m import ...` work while a config file runs.
 
     The package `configs` has the files beside `file`, those in ./configs, and those that come with
     jaxgpt; of several with one name, the first is imported. It is created here because a wheel has
-    it inside the package. A folder with another name is imported from its parent folder.
+    it inside the package. A folder with another name is imported from its parent folder. Another
+    thread waits until the first is done.
     """
+    with import_lock:
+        yield from _replace_configs(file)
+
+
+def _replace_configs(file: str) -> Iterator[None]:
     folder = os.path.dirname(os.path.abspath(file))
     package = ModuleType("configs")
     package.__path__ = [folder, os.path.abspath("configs"), shipped_folder()]

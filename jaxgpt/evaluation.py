@@ -74,7 +74,7 @@ def _prepare(model: LanguageModel, setting: str, log: LogFn) -> Corpus:
         return prepare_evaluation(
             cfg.data, model.tokenizer, is_paired, model.labels, setting=setting, log=log
         )
-    vocab = cfg.model.vocab - cfg.objective.task.count_mask_tokens(cfg)
+    vocab = cfg.tokenizer_vocab
     return prepare(cfg.data, vocab, tokenizer=model.tokenizer, is_paired=is_paired, log=log)
 
 

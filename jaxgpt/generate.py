@@ -253,7 +253,7 @@ def stream(
     cfg, rows = config.model, encode_prompts(config, tokenizer, prompts, samples)
     if not rows:
         return
-    allowed = sampleable_tokens(tokenizer, cfg.vocab, count_masks(config))
+    allowed = sampleable_tokens(tokenizer, cfg.vocab, list_masks(config))
     sampling, keys = SamplingParams.from_configs(samples, allowed), make_row_keys(samples)
     state, left = None, 0
     while any(not row.ending for row in rows):
@@ -307,8 +307,14 @@ def join_pieces(pieces: Sequence[Generation]) -> Generation:
 
 
 def count_masks(config: Config) -> int:
-    """Return how many of the last token ids of a model stand for a `<mask>`."""
+    """Return how many token ids of a model stand for a `<mask>`."""
     return config.objective.task.count_mask_tokens(config)
+
+
+def list_masks(config: Config) -> range:
+    """Return the token ids that stand for a `<mask>`, in the order of a text's masks."""
+    first = config.model.first_mask
+    return range(first, first - count_masks(config), -1)
 
 
 class TextError(ConfigError):
@@ -352,7 +358,7 @@ def find_cut_texts(config: Config, tokenizer: Tokenizer, texts: Sequence[str]) -
 
 def check_vocab(config: Config, tokenizer: Tokenizer):
     """Raise ConfigError if a tokenizer has ids beyond those of the model, or of its masks."""
-    masks, vocab = count_masks(config), config.model.vocab
+    vocab, masks = config.model.vocab, config.model.vocab - config.tokenizer_vocab
     if tokenizer.vocab_size > vocab - masks:
         room = f" less {masks} for masks" if masks else ""
         raise ConfigError(
@@ -411,12 +417,12 @@ def encode_text(
     Raises:
         ConfigError: it has more masks than the model.
     """
-    masks = count_masks(config)
+    masks = list_masks(config)
     if not masks:
         return tokenizer.encode(text, place)
-    if text.count(MASK) > masks:
-        raise ConfigError(f"the prompt has {text.count(MASK)} masks; the model has {masks}.")
-    return encode_with_masks(tokenizer, text, lambda i: config.model.vocab - 1 - i)
+    if text.count(MASK) > len(masks):
+        raise ConfigError(f"the prompt has {text.count(MASK)} masks; the model has {len(masks)}.")
+    return encode_with_masks(tokenizer, text, lambda i: masks[i])
 
 
 def _make_row(config: Config, tokenizer: Tokenizer, prompt: str, sample: SampleConfig) -> Row:
@@ -424,14 +430,15 @@ def _make_row(config: Config, tokenizer: Tokenizer, prompt: str, sample: SampleC
     source, ids = [], [*tokenizer.prefix, *text.tolist()] or [tokenizer.bos]
     is_start = not prompt  # of the text that is generated
     if cfg.family == "encoder_decoder":
-        source, ids = add_bos_eos(cfg, tokenizer, text, is_cutting(config)), [tokenizer.bos]
+        source = add_bos_eos(cfg, tokenizer, text, is_cutting(config))
+        ids = [cfg.get_start_token(tokenizer.bos)]
         is_start = True
     if len(ids) >= cfg.context and not sample.slide:
         raise ConfigError(
             f"the prompt has {len(ids)} tokens, but model.context={cfg.context} must hold it and "
             "at least one more: shorten it, or set slide=true to keep only its end."
         )
-    names = {cfg.vocab - 1 - i: f"<{i}>" for i in range(count_masks(config))}
+    names = {token: f"<{i}>" for i, token in enumerate(list_masks(config))}
     return Row(sample, source, ids, StreamDecoder(tokenizer, is_start), masks=names)
 
 

@@ -12,9 +12,12 @@ the state of an optimizer, a saved model is the best checkpoint of a run that ha
 
 import dataclasses
 import json
+import math
 import os
 import shutil
+import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -23,8 +26,10 @@ import orbax.checkpoint as ocp
 from jaxgpt import config as configs
 from jaxgpt import hosts
 from jaxgpt import tokenizer as tokenizers
+from jaxgpt.checksums import Record, read_arrays, seal, sum_arrays
 from jaxgpt.config import Config
 from jaxgpt.config_files import find_run_config
+from jaxgpt.interop.formats import FORMATS
 from jaxgpt.language_model import LanguageModel
 from jaxgpt.model import abstract_params
 from jaxgpt.model.layers import DTYPES
@@ -32,9 +37,13 @@ from jaxgpt.saved_arrays import (
     check_shapes,
     describe_read_errors,
     latest_step,
+    list_saved_parts,
     make_manager,
+    read_newest,
+    read_progress,
     read_shapes,
 )
+from jaxgpt.script import print_text
 from jaxgpt.settings import ConfigError, resolve_table
 from jaxgpt.sharding import MESH_AXES, make_shardings
 
@@ -56,14 +65,16 @@ def load(
     """Load a model for inference, whatever kind of path holds it (see LOADERS).
 
     Args:
-        path: such as runs/gpt_mini; of a run also its `best` or `checkpoints`, or one checkpoint in
-            it, runs/gpt_mini/best/40.
+        path: a run folder or saved model, such as runs/gpt_mini, also its `best` or `checkpoints`,
+            or one checkpoint in it, runs/gpt_mini/best/40; a folder of transformers, a GGUF file, a
+            .bin of llama2.c; or user/name of the Hugging Face hub.
         dtype: of the parameters and of the computation, "float32" or "bfloat16"; None keeps the
             parameters as they were saved, and computes in `model.dtype` of the config.
         mesh: a mesh of `sharding.make_mesh` to shard the parameters over; None puts them on the
             first device of this process.
         checkpoint: of a run, "best" (the lowest held-out loss) or "latest"; the other one if there
-            is none.
+            is none. Every array is checked; in place of a damaged checkpoint the latest good one is
+            loaded, with a warning on standard error.
         plugins: of a run, see `read_config`.
 
     Raises:
@@ -98,16 +109,29 @@ def load_run(
     if dtype is not None:
         model_config = dataclasses.replace(config.model, dtype=dtype)
         config = dataclasses.replace(config, model=model_config)
+    labels = tuple(read_labels(run_folder))
+
+    def read(path: str) -> LanguageModel:
+        progress, records = _read_progress(path)
+        params = _load_params(path, config, dtype, mesh, records)
+        check_config_file(run_folder)  # after the shapes, whose error says more
+        tokenizer.check_fingerprint(progress.get("tokenizer", ""), run_folder)
+        return LanguageModel(config, params, tokenizer, labels, int(os.path.basename(path)), path)
+
     names = configs.choose(CHECKPOINT_FOLDERS, checkpoint, "checkpoint")
-    for folder in [named] if named else [os.path.join(run_folder, name) for name in names]:
-        step = int(os.path.basename(folder)) if is_checkpoint(folder) else latest_step(folder)
-        if step is not None:
-            path = os.path.abspath(folder if is_checkpoint(folder) else f"{folder}/{step}")
-            tokenizer.check_fingerprint(_read_progress(path).get("tokenizer", ""), run_folder)
-            params = _load_params(path, config, dtype, mesh)
-            labels = tuple(read_labels(run_folder))
-            return LanguageModel(config, params, tokenizer, labels, step, path)
-    raise ConfigError(f"{run_folder} has no checkpoint yet: train it first, or for longer.")
+    folders = [named] if named else [os.path.join(run_folder, name) for name in names]
+    folders = [os.path.abspath(folder) for folder in folders]
+    if is_checkpoint(folders[0]):
+        return read(folders[0])
+    try:
+        if mesh is not None and hosts.process_count() > 1:  # all processes read the same one
+            first = next(f"{f}/{latest_step(f)}" for f in folders if latest_step(f) is not None)
+            return read(first)
+        return read_newest(folders, read, partial(print_text, file=sys.stderr))
+    except (FileNotFoundError, StopIteration):
+        raise ConfigError(
+            f"{run_folder} has no checkpoint yet: train it first, or for longer."
+        ) from None
 
 
 def is_checkpoint(path: str) -> bool:
@@ -148,7 +172,10 @@ class Loader(NamedTuple):
 
 
 # The first one that is for a path loads it, so that a more specific kind stands before "run".
-LOADERS: dict[str, Loader] = {"run": Loader(is_run, "jaxgpt.loading:load_run")}
+LOADERS: dict[str, Loader] = {
+    **{name: Loader(row.is_for, "jaxgpt.interop.loaders:load") for name, row in FORMATS.items()},
+    "run": Loader(is_run, "jaxgpt.loading:load_run"),
+}
 
 
 def save(model: LanguageModel, folder: str | os.PathLike):
@@ -165,9 +192,9 @@ def save(model: LanguageModel, folder: str | os.PathLike):
         raise ConfigError(f"{folder} exists: save into a new folder, or delete it first.")
     hosts.run_on_all(lambda: _write_files(model, partial))
     with make_manager(os.path.join(partial, "best")) as manager:
-        params, progress = ocp.args.StandardSave(model.params), ocp.args.JsonSave(
-            {"step": model.step, "tokenizer": model.tokenizer.fingerprint}
-        )  # fmt: skip
+        facts = {"step": model.step, "tokenizer": model.tokenizer.fingerprint}
+        progress = ocp.args.JsonSave(seal(facts, sum_arrays(params=model.params)))
+        params = ocp.args.StandardSave(model.params)
         manager.save(model.step, args=ocp.args.Composite(params=params, progress=progress))
     hosts.run_on_all(lambda: _rename(partial, folder))
 
@@ -213,6 +240,20 @@ def read_config(run_folder: str, plugins: Sequence[str] | None = None) -> Config
         raise ConfigError(f"{path} cannot be read: {reason}.") from error
 
 
+def count_dtypes(run_folder: str) -> dict[str, int]:
+    """Return how many parameters of a run there are of each dtype; nothing but shapes is read."""
+    found: dict[str, int] = {}
+    for name in CHECKPOINT_FOLDERS["best"]:
+        folder = os.path.join(run_folder, name)
+        step = latest_step(folder)
+        if step is not None:
+            for x in jax.tree.leaves(read_shapes(os.path.join(folder, str(step), "params"))):
+                kind = str(x.dtype)
+                found[kind] = found.get(kind, 0) + math.prod(x.shape)
+            break
+    return found
+
+
 def read_labels(run_folder: str) -> list[str]:
     """Read the class names of a run; none if it is not a classifier."""
     path = os.path.join(run_folder, "labels.json")
@@ -222,19 +263,42 @@ def read_labels(run_folder: str) -> list[str]:
         return json.load(file)
 
 
-def _read_progress(folder: str) -> dict[str, Any]:
-    """Read the progress saved with a checkpoint; nothing if it was left out."""
-    path = os.path.join(folder, "progress")
-    if not os.path.isdir(path):
-        return {}
-    with describe_read_errors(folder), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        return reader.restore(path)
+def check_config_file(run_folder: str):
+    """Check that the config.json of a run is as it was written.
+
+    Raises:
+        ConfigError: it has changed.
+    """
+    path = find_run_config(run_folder)
+    with open(path, encoding="utf-8") as file:
+        configs.check_json(file.read(), path)
+
+
+def read_facts(folder: str) -> dict[str, Any]:
+    """Read and check the progress that was saved with a checkpoint; nothing if it was left out."""
+    return _read_progress(folder)[0]
+
+
+def _read_progress(folder: str) -> tuple[dict[str, Any], dict[str, Record] | None]:
+    """Read the progress and the checksums of a checkpoint; nothing if they were left out."""
+    if not os.path.isdir(os.path.join(folder, "progress")) and os.path.isdir(folder):
+        if list_saved_parts(folder):
+            note = f"warning: {folder} has no progress, and so no checksums: it is not checked."
+            print_text(note, sys.stderr)
+        return {}, None
+    with describe_read_errors(folder):
+        return read_progress(folder)
 
 
 def read_params(folder: str, abstract) -> Any:
-    """Read the parameters of one checkpoint, with the shapes and shardings of `abstract`."""
+    """Read and check the parameters of one checkpoint.
+
+    Args:
+        abstract: their shapes, dtypes and shardings.
+    """
+    _, records = _read_progress(folder)
     _read_saved_shapes(folder, abstract)
-    return _restore_params(folder, abstract)
+    return _restore_params(folder, abstract, records)
 
 
 def _read_saved_shapes(folder: str, expected) -> Any:
@@ -245,13 +309,17 @@ def _read_saved_shapes(folder: str, expected) -> Any:
     return saved
 
 
-def _restore_params(folder: str, abstract) -> Any:
-    with ocp.StandardCheckpointer() as reader, describe_read_errors(folder):
-        return reader.restore(os.path.join(folder, "params"), abstract)
+def _restore_params(folder: str, abstract, records: dict[str, Record] | None) -> Any:
+    with describe_read_errors(folder):
+        return read_arrays(folder, "params", abstract, records)
 
 
 def _load_params(
-    folder: str, config: Config, dtype: str | None, mesh: jax.sharding.Mesh | None
+    folder: str,
+    config: Config,
+    dtype: str | None,
+    mesh: jax.sharding.Mesh | None,
+    records: dict[str, Record] | None,
 ) -> Any:
     """Read the parameters of a checkpoint onto one device or a mesh, wherever they were trained."""
     shapes, letters = abstract_params(config.model)
@@ -268,4 +336,4 @@ def _load_params(
         ),
         shapes, saved, shardings,
     )  # fmt: skip
-    return _restore_params(folder, abstract)
+    return _restore_params(folder, abstract, records)

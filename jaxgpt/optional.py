@@ -17,9 +17,14 @@ class Extra(NamedTuple):
 
 EXTRAS = {
     "datasets": Extra("datasets", "hub"),
+    "gguf": Extra("gguf", "gguf"),
     "grain": Extra("grain", "grain"),
+    "huggingface_hub": Extra("huggingface_hub", "hub"),
     "jinja2": Extra("Jinja2", "chat"),
     "matplotlib": Extra("matplotlib", "plots"),
+    "sacrebleu": Extra("sacrebleu", "measure"),
+    "sklearn": Extra("scikit-learn", "inspect"),
+    "safetensors": Extra("safetensors", "interop"),
     "tensorboardX": Extra("tensorboardX", "tensorboard"),
     "tensorflow_datasets": Extra("tensorflow-datasets", "tfds"),
     "zstandard": Extra("zstandard", "zstd"),

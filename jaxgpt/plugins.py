@@ -28,6 +28,7 @@ import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from jaxgpt.config_files import import_lock
 from jaxgpt.settings import ConfigError, parse, resolve_table
 
 # Registries that plugins may add rows to and that no setting names directly.
@@ -75,6 +76,11 @@ def import_plugins(names: Iterable[str], tables: Sequence[str], folder: str = ""
     Raises:
         ConfigError: there is no such plugin, it fails, or it replaces a row of a registry.
     """
+    with import_lock:
+        _import_plugins(names, tables, folder)
+
+
+def _import_plugins(names: Iterable[str], tables: Sequence[str], folder: str) -> None:
     for name in names:
         if _is_file(name):
             places = [os.path.join(place, name) for place in (folder, "")]

@@ -103,7 +103,7 @@ def fill(
         ConfigError: a text has no mask, or does not fit the context.
     """
     cfg, rows = config.model, _encode_masked(config, tokenizer, texts)
-    places = [np.flatnonzero(np.array(row) == cfg.vocab - 1).tolist() for row in rows]
+    places = [np.flatnonzero(np.array(row) == cfg.first_mask).tolist() for row in rows]
     allowed = sampleable_tokens(tokenizer, cfg.vocab)
     allowed[list(tokenizer.ends)] = False
     found: dict[int, list[FilledMask]] = {}
@@ -153,7 +153,7 @@ def classify(
 
 
 def _encode_masked(config: Config, tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    mask, rows = config.model.vocab - 1, []
+    mask, rows = config.model.first_mask, []
     for number, text in enumerate(texts):
         with name_text(texts, number):
             if MASK not in text:

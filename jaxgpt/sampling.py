@@ -87,15 +87,15 @@ def make_row_keys(samples: Sequence[SampleConfig]) -> jax.Array:
     return jax.vmap(jax.random.fold_in)(keys, jnp.arange(len(samples)))
 
 
-def sampleable_tokens(tokenizer: Tokenizer, vocab: int, masks: int = 0) -> np.ndarray:
+def sampleable_tokens(tokenizer: Tokenizer, vocab: int, masks: Sequence[int] = ()) -> np.ndarray:
     """Return which tokens may be sampled, bool [V]: those that represent text or end it.
 
     The others are pad, unk and bos, and the rows of an embedding table larger than the tokenizer,
-    except for the last `masks` of them: the sentinels that a span-corruption model generates.
+    except for the ids `masks`: the sentinels that a span-corruption model generates.
     """
     ids = np.arange(vocab)
     is_text = np.isin(ids, np.flatnonzero(tokenizer.lengths))
-    return is_text | np.isin(ids, tokenizer.ends) | (ids >= vocab - masks)
+    return is_text | np.isin(ids, tokenizer.ends) | np.isin(ids, masks)
 
 
 def warp_scores(scores: jax.Array, seen: jax.Array, sampling: SamplingParams) -> jax.Array:

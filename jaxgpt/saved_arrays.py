@@ -5,42 +5,109 @@ A checkpoint is a folder named after its step, with one folder per part (params,
 
 import glob
 import json
+import logging
 import os
-from collections.abc import Iterator, Mapping
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
 
+from jaxgpt.checksums import ChecksumError, Record, unseal
 from jaxgpt.settings import ConfigError
 
+Result = TypeVar("Result")
 FOLDERS = ("checkpoints", "best")  # of a run, with checkpoints
+PARTS = ("params", "rest")  # of a checkpoint, with arrays
+PROGRESS = "progress"
+DELETED = ".deleted"  # folder of checkpoints that are being deleted
 
 
 class ShapeMismatchError(ConfigError):
     """A checkpoint's arrays have other names or shapes than expected."""
 
 
+class DamagedError(ConfigError):
+    """A checkpoint cannot be read, or is not as it was saved: another one may do.
+
+    Attributes:
+        what: which one, and the reason.
+    """
+
+    def __init__(self, what: str, advice: str = ""):
+        super().__init__(f"{what}. {advice}".strip())
+        self.what = what
+
+
+def list_steps(folder: str) -> list[int]:
+    """Return the steps with a complete checkpoint in `folder`, the latest first.
+
+    A checkpoint gets its name, a number, when it is complete, and loses it before it is deleted.
+    """
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    steps = (int(name) for name in names if name.isdecimal() and name == str(int(name)))
+    return sorted((n for n in steps if os.path.isdir(os.path.join(folder, str(n)))), reverse=True)
+
+
 def latest_step(folder: str) -> int | None:
     """Return the last step with a complete checkpoint in `folder`, or None."""
-    return max(ocp.utils.checkpoint_steps(folder), default=None)
+    return next(iter(list_steps(folder)), None)
 
 
 def make_manager(folder: str, is_read_only: bool = False) -> ocp.CheckpointManager:
     """Return the writer and reader of the checkpoints in a folder. It deletes none by itself."""
     folder = os.path.abspath(folder)
     match_literally(folder)
+    silence_save_errors()
     options = (
         ocp.CheckpointManagerOptions(read_only=True)
         if is_read_only
         else ocp.CheckpointManagerOptions(cleanup_tmp_directories=True)
     )
-    arrays = {part: ocp.StandardCheckpointHandler() for part in ("params", "rest")}
-    handlers = {**arrays, "progress": ocp.JsonCheckpointHandler()}
+    arrays = {part: ocp.StandardCheckpointHandler() for part in PARTS}
+    handlers = {**arrays, PROGRESS: ocp.JsonCheckpointHandler()}
     return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+
+
+def silence_save_errors():
+    """Keep tracebacks of failed saves out of the output: the error itself is raised, and handled.
+
+    After the first error of a save, Orbax leaves other writes alone. Each of them then prints one.
+    """
+    for name in ("asyncio", "absl"):
+        logging.getLogger(name).addFilter(_is_for_users)  # once, however often it is added
+    if sys.unraisablehook is not _print_unraisable:
+        _previous["unraisable"], sys.unraisablehook = sys.unraisablehook, _print_unraisable
+    if threading.excepthook is not _print_thread_error:
+        _previous["thread"], threading.excepthook = threading.excepthook, _print_thread_error
+
+
+def _is_for_users(record: logging.LogRecord) -> bool:
+    text = f"{record.pathname} {record.exc_info} {record.getMessage()}"
+    return record.levelno < logging.ERROR or "orbax" not in text
+
+
+_previous: dict[str, Any] = {}
+
+
+def _print_unraisable(unraisable: Any):
+    error = unraisable.exc_value
+    if not isinstance(error, RuntimeError) or str(error) != "Event loop is closed":
+        _previous["unraisable"](unraisable)
+
+
+def _print_thread_error(found: Any):
+    if ".orbax-checkpoint-tmp" not in str(found.exc_value):
+        _previous["thread"](found)
 
 
 def match_literally(folder: str):
@@ -68,7 +135,8 @@ def describe_read_errors(folder: str) -> Iterator[None]:
     """Turn any error of reading a checkpoint into one message. Orbax raises all kinds of errors.
 
     Raises:
-        ConfigError: in place of the original error; gives the checkpoint, and what to do.
+        DamagedError: in place of the original error; gives the checkpoint, and what to do.
+        ConfigError: there is not enough memory.
     """
     try:
         yield
@@ -77,14 +145,26 @@ def describe_read_errors(folder: str) -> Iterator[None]:
     except MemoryError as error:
         raise ConfigError(f"there is not enough memory to read the checkpoint {folder}.") from error
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        reason = describe_error(error)
         if is_out_of_memory(error):
             text = f"there is not enough memory to read the checkpoint {folder} ({reason})."
-        elif is_readable(folder):  # at least its list of arrays is whole
-            text = f"the checkpoint {folder} cannot be read ({reason})."
-        else:
-            text = f"the checkpoint {folder} is damaged ({reason}). {_describe_fallback(folder)}"
-        raise ConfigError(text) from error
+            raise ConfigError(text) from error
+        if is_readable(folder) and not isinstance(error, ChecksumError):
+            # At least its list of arrays is whole.
+            raise DamagedError(f"the checkpoint {folder} cannot be read ({reason})") from error
+        what = f"the checkpoint {folder} is damaged ({reason})"
+        raise DamagedError(what, _describe_fallback(folder)) from error
+
+
+def describe_error(error: BaseException) -> str:
+    """Return what an error of Orbax or TensorStore is about, on one line."""
+    if isinstance(error, ChecksumError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    if found := re.search(r"(?:os_error_code=|OS error )'?(\d+)", str(error)):  # of TensorStore
+        return os.strerror(int(found[1]))
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -104,6 +184,50 @@ def is_readable(folder: str) -> bool:
     except Exception:  # Orbax raises all kinds of errors
         return False
     return True
+
+
+def read_newest(
+    folders: Sequence[str], read: Callable[[str], Result], warn: Callable[[str], object]
+) -> Result:
+    """Read the first good checkpoint, also beside a run that deletes old ones meanwhile.
+
+    Args:
+        folders: with checkpoints; of each, the latest is tried first.
+        read: reads the checkpoint of a path, and raises DamagedError if it is not good.
+        warn: receives a line if a damaged one was passed over.
+
+    Raises:
+        DamagedError: all of them are damaged; of the first.
+        FileNotFoundError: there is none.
+    """
+    damaged: dict[tuple[str, int], DamagedError] = {}
+    while True:
+        paths = (os.path.join(f, str(step)) for f in folders for step in list_steps(f))
+        identified = ((path, _identify(path)) for path in paths)
+        path, inode = next((p for p in identified if p[1] and p not in damaged), ("", 0))
+        if not path:
+            raise next(iter(damaged.values()), FileNotFoundError(folders[0]))
+        try:
+            result = read(path)
+        except Exception as error:
+            if _identify(path) != inode:
+                continue  # it was deleted, or replaced, while it was read
+            if not isinstance(error, DamagedError):
+                raise
+            damaged[path, inode] = error
+            continue
+        if damaged:
+            names = "; ".join(error.what for error in damaged.values())
+            warn(f"warning: {names}. {path} is used in its place.")
+        return result
+
+
+def _identify(path: str) -> int:
+    """Return a number that another folder of the same path does not have; 0 if there is none."""
+    try:
+        return os.stat(path).st_ino
+    except OSError:
+        return 0
 
 
 def read_shapes(folder: str) -> Any:
@@ -131,32 +255,58 @@ def _avoid_leak() -> Iterator[None]:
 
 
 def read_manifest(folder: str) -> dict[str, Any]:
-    """Read the names and shapes of a checkpoint's arrays, by part, and its progress."""
+    """Read the names and shapes of a checkpoint's arrays, by part, and its progress.
+
+    Raises:
+        ChecksumError: a part is missing, or the progress is not as it was saved.
+    """
+    for part in list_saved_parts(folder):
+        if not os.path.isdir(os.path.join(folder, part)):
+            raise ChecksumError(f"its folder {part} is missing")
     found = {}
-    for part in ("params", "rest"):
+    for part in PARTS:
         path = os.path.join(folder, part)
         if os.path.isdir(path):
             found[part] = read_shapes(path)
     if not found:
         raise ValueError(f"{folder} has no arrays")
-    with open(os.path.join(folder, "progress", "metadata"), encoding="utf-8") as file:
-        return {**found, "progress": json.load(file)}
+    return {**found, "progress": read_progress(folder)[0]}
+
+
+def list_saved_parts(folder: str) -> Sequence[str]:
+    """Return the parts that a checkpoint was saved with, as far as Orbax has recorded them."""
+    try:
+        with open(os.path.join(folder, "_CHECKPOINT_METADATA"), encoding="utf-8") as file:
+            return [part for part in json.load(file)["item_handlers"] if part in (*PARTS, PROGRESS)]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def read_progress(folder: str) -> tuple[dict[str, Any], dict[str, Record] | None]:
+    """Read and check the progress of a checkpoint, and the checksums of its arrays.
+
+    Raises:
+        ChecksumError: it is not as it was saved.
+        OSError, ValueError: it is missing, or no JSON.
+    """
+    with open(os.path.join(folder, PROGRESS, "metadata"), encoding="utf-8") as file:
+        return unseal(json.load(file))
 
 
 def _describe_fallback(folder: str) -> str:
     """Advise what to do without a checkpoint: only what has been seen to work."""
     parent, step = os.path.split(folder)
     run_folder, name = os.path.split(parent)
-    others = sorted((n for n in ocp.utils.checkpoint_steps(parent) if n != int(step)), reverse=True)
-    for other in others:
-        if is_readable(os.path.join(parent, str(other))):
+    for other in list_steps(parent):
+        if str(other) != step and is_readable(os.path.join(parent, str(other))):
             return f"Move it away or delete it: step {other}, the one before, can be read."
     for sibling in set(FOLDERS) - {name}:
-        other = latest_step(os.path.join(run_folder, sibling))
-        if other is not None and is_readable(os.path.join(run_folder, sibling, str(other))):
-            path = os.path.join(run_folder, sibling, str(other))
+        path = os.path.join(
+            run_folder, sibling, str(latest_step(os.path.join(run_folder, sibling)))
+        )
+        if is_readable(path):
             return f"{path} can be read, and holds the parameters: keep it."
-    return "No other checkpoint of this run can be read (train.keep=2 keeps two)."
+    return "No other checkpoint of this run can be read (train.keep sets how many are kept)."
 
 
 def check_shapes(folder: str, saved: Mapping[str, Any], **expected):
@@ -169,10 +319,11 @@ def check_shapes(folder: str, saved: Mapping[str, Any], **expected):
     """
     missing = [part for part in expected if part not in saved]
     if missing:
-        raise ConfigError(
+        what = (
             f"the checkpoint {folder} lacks its part {missing[0]!r}: it was not copied or saved "
-            f"as a whole. {_describe_fallback(folder)}"
+            "as a whole"
         )
+        raise DamagedError(what, _describe_fallback(folder))
     saved_shapes = {part: get_shapes(saved.get(part)) for part in expected}
     expected_shapes = {part: get_shapes(tree) for part, tree in expected.items()}
     lines = [

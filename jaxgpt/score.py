@@ -227,7 +227,7 @@ def _encode_pair(config: Config, tokenizer: Tokenizer, text: str, prompt: str, h
         raise ConfigError(f"the text {shorten(text)} has no token to score.")
     if is_paired:
         source = add_bos_eos(config.model, tokenizer, given, is_cutting(config))
-        return [tokenizer.bos, *ids], 1, source
+        return [config.model.get_start_token(tokenizer.bos), *ids], 1, source
     before = [*tokenizer.prefix, *given.tolist()] or [tokenizer.bos]
     return [*before, *ids], len(before), []
 

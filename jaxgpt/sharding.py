@@ -12,12 +12,13 @@ The mesh has six named axes, most of which have size 1 most of the time:
 Devices adjacent along the last axes are adjacent on the machine, where communication is cheap.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxgpt.config import Config, MeshConfig
 from jaxgpt.dims import Letters
@@ -49,23 +50,33 @@ def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
         ConfigError: the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    requested = [getattr(cfg, axis) for axis in MESH_AXES]
-    fixed = math.prod(size for size in requested if size != -1)
-    sizes = [len(devices) // fixed if size == -1 else size for size in requested]
-    if math.prod(sizes) != len(devices):
-        axis_sizes = zip(MESH_AXES, requested, strict=True)
-        layout = " x ".join(f"mesh.{name}={size}" for name, size in axis_sizes if size != 1)
-        multiple = "a multiple of " if -1 in requested else ""
-        raise ConfigError(
-            f"{layout or 'mesh.data=1'} needs {multiple}{fixed} devices, found {len(devices)}: use "
-            "sizes whose product is the device count, or one -1 for the rest of the devices."
-        )
+    sizes = resolve_sizes(cfg, len(devices))
     # Auto: the compiler propagates shardings. (jax.make_mesh now defaults to Explicit.)
     auto = (AxisType.Auto,) * len(MESH_AXES)
     return jax.make_mesh(sizes, MESH_AXES, axis_types=auto, devices=devices)
 
 
-def check_fits(cfg: Config, mesh: Mesh):
+def resolve_sizes(cfg: MeshConfig, device_count: int) -> tuple[int, ...]:
+    """Return the sizes of MESH_AXES over so many devices, -1 replaced.
+
+    Raises:
+        ConfigError: the axes do not multiply to the number of devices.
+    """
+    requested = [getattr(cfg, axis) for axis in MESH_AXES]
+    fixed = math.prod(size for size in requested if size != -1)
+    sizes = tuple(device_count // fixed if size == -1 else size for size in requested)
+    if math.prod(sizes) != device_count:
+        axis_sizes = zip(MESH_AXES, requested, strict=True)
+        layout = " x ".join(f"mesh.{name}={size}" for name, size in axis_sizes if size != 1)
+        multiple = "a multiple of " if -1 in requested else ""
+        raise ConfigError(
+            f"{layout or 'mesh.data=1'} needs {multiple}{fixed} devices, found {device_count}: use "
+            "sizes whose product is the device count, or one -1 for the rest of the devices."
+        )
+    return sizes
+
+
+def check_fits(cfg: Config, mesh: Mesh | AbstractMesh):
     """Check, before anything is compiled, that the mesh divides the batch, context and layers.
 
     Raises:
@@ -201,3 +212,65 @@ def constrain(x: jax.Array, letters: Letters) -> jax.Array:
     if mesh is None or (mesh.manual_axes and not CAN_CONSTRAIN_SHARDS):
         return x
     return jax.lax.with_sharding_constraint(x, make_spec(x.shape, letters, mesh))
+
+
+# --- all-gather in stages ----------------------------------------------------------------------
+
+# The compiler for TPUs has no all-gather along all three dimensions of a torus at once, and no
+# reduce-scatter: it all-reduces the whole array, twice the bytes. These are the chips along the
+# last dimension of a slice, by its number of chips, for the generations that are 3D tori.
+TORUS_LINES = {64: 4, 128: 8, 256: 8, 512: 8, 1024: 16, 2048: 16}
+TORUS_KINDS = ("TPU v4", "TPU v5", "TPU v5p")
+
+
+def find_gather_stages(mesh) -> tuple[int, int] | None:
+    """Return the sizes that an all-gather along fsdp is split into, (planes, lines), or None."""
+    device = getattr(mesh, "abstract_device", None) or mesh.devices.flat[0]
+    size = mesh.shape["fsdp"]
+    is_whole_torus = size == mesh.size and size in TORUS_LINES
+    if not is_whole_torus or mesh.manual_axes or device.device_kind not in TORUS_KINDS:
+        return None
+    return size // TORUS_LINES[size], TORUS_LINES[size]
+
+
+def gather_param(x: jax.Array, letters: Letters) -> jax.Array:
+    """All-gather a parameter along fsdp where it takes two stages; else return it unchanged.
+
+    Elsewhere the compiler gathers a parameter where it is used. The gradient is reduced and
+    scattered in the opposite order.
+    """
+    mesh = get_active_mesh()
+    stages = mesh and find_gather_stages(mesh)
+    if not stages:
+        return x
+    axes = [get_axis_names(entry) for entry in make_spec(x.shape, letters, mesh)]
+    return _gather_in_stages(stages, axes.index(("fsdp",)), x) if ("fsdp",) in axes else x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gather_in_stages(stages: tuple[int, int], dim: int, x: jax.Array) -> jax.Array:
+    """All-gather dimension `dim` of x along the lines of a torus, then along its planes."""
+    for axes in (("planes", "lines"), ("planes",), ()):
+        x = _constrain_to_torus(stages, dim, axes, x)
+    return x
+
+
+def _gather_forward(stages, dim, x):
+    return _gather_in_stages(stages, dim, x), None
+
+
+def _gather_backward(stages, dim, _, d_x):
+    for axes in (("planes",), ("planes", "lines")):
+        d_x = _constrain_to_torus(stages, dim, axes, d_x)
+    return (d_x,)
+
+
+_gather_in_stages.defvjp(_gather_forward, _gather_backward)
+
+
+def _constrain_to_torus(stages, dim: int, axes: tuple[str, ...], x: jax.Array) -> jax.Array:
+    """Constrain x to be divided in `dim` along axes of the torus, and along no other."""
+    # The same devices in the same order as in the active mesh, with fsdp as two axes.
+    torus = AbstractMesh(stages, ("planes", "lines"), axis_types=(AxisType.Auto,) * 2)
+    spec = [axes or None if i == dim else None for i in range(x.ndim)]
+    return jax.lax.with_sharding_constraint(x, NamedSharding(torus, PartitionSpec(*spec)))

@@ -19,10 +19,10 @@ from tiny_runs import config
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))  # benchmarks are not installed
 
 from benchmarks import tpu
-from benchmarks.hlo import list_collectives
-from benchmarks.step import lower_step
 from jaxgpt.config import Config, ConfigError, load, override
 from jaxgpt.model import count_params
+from jaxgpt.planning.hlo import add_trip_counts, list_collectives
+from jaxgpt.planning.step import lower_step
 from jaxgpt.trainer.speed import flops_per_token
 
 CONFIGS = {
@@ -210,7 +210,7 @@ ENTRY %main (a: f32[2,8]) -> f32[2,8] {
 
 
 def test_a_program_for_a_tpu_is_parsed_with_its_loops():
-    text = tpu.add_trip_counts(PROGRAM)
+    text = add_trip_counts(PROGRAM)
     stats = tpu.analyze_program(
         text, override(CONFIGS["tiny"], ["model.layers=12", "model.context=1024"])
     )
@@ -241,9 +241,6 @@ def test_a_kernel_that_runs_twice_costs_twice():
 
 
 def test_without_the_compiler_the_error_names_the_package_to_install(monkeypatch):
-    def raise_not_found(name):
-        raise tpu.PackageNotFoundError(name)
-
-    monkeypatch.setattr(tpu, "version", raise_not_found)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="libtpu"):
         tpu.main(["--models", "gpt2_124m", "--chips", "v5e"])

@@ -1,9 +1,11 @@
 """The schema of experiments: what is accepted, what is rejected, and the error messages."""
 
+import concurrent.futures
 import dataclasses
 import json
 import math
 import pathlib
+import sys
 import typing
 
 import pytest
@@ -25,6 +27,7 @@ from jaxgpt.config import (
     override,
     to_json,
 )
+from jaxgpt.config_files import importable_configs
 from jaxgpt.sections import SparseConfig
 from jaxgpt.settings import get, list_fields, list_types, resolve_table
 
@@ -295,6 +298,29 @@ def test_a_misspelled_config_file_suggests_the_nearest(monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(ConfigError, match=r"Did you mean gpt_mini .*--help"):
         load("configs/gpt_mni.py")
+
+
+def test_config_files_of_two_threads_run_one_after_the_other(tmp_path):
+    for name in ("one", "other"):
+        (tmp_path / name / "configs").mkdir(parents=True)
+        (tmp_path / name / "configs" / "sizes.py").write_text(f"NAME = {name!r}\n")
+        (tmp_path / name / "configs" / "mine.py").write_text(
+            "from jaxgpt.config import Config\nfrom configs.sizes import NAME\n"
+            "config = Config(name=NAME)\n"
+        )
+    paths = {name: str(tmp_path / name / "configs" / "mine.py") for name in ("one", "other")}
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        with importable_configs(paths["one"]):
+            import configs.sizes
+
+            waiting = pool.submit(load, paths["other"])
+            assert concurrent.futures.wait([waiting], timeout=0.5).not_done
+            assert sys.modules["configs.sizes"] is configs.sizes
+            assert load(paths["one"]).name == "one"  # the same thread does not wait
+        assert waiting.result(timeout=60).name == "other"
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        names = ["one", "other"] * 20
+        assert [found.name for found in pool.map(load, [paths[name] for name in names])] == names
 
 
 def test_load_applies_assignments(tmp_path):

@@ -28,6 +28,8 @@ from test_imports import MODULES
 from tiny_runs import single_device_env, write_text
 
 from jaxgpt.config import Config, ConfigError, load, override
+from jaxgpt.interop.formats import FORMATS
+from jaxgpt.planning.chips import parse_device, parse_topology
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -151,7 +153,37 @@ def check_evaluate(arguments: list[str]) -> Config:
     return override(Config(), settings)
 
 
-CHECKS = {"train": check_train, "sample": check_sample, "evaluate": check_evaluate}
+def check_import(arguments: list[str]):
+    _, (path, run) = parse_arguments("import_", arguments)
+    assert run.startswith("runs/")
+    assert path
+
+
+def check_export(arguments: list[str]):
+    flags, (run, path) = parse_arguments("export", arguments)
+    assert run.startswith("runs/")
+    assert path
+    assert FORMATS[flags.get("--format", "hf")].write
+
+
+def check_inspect(arguments: list[str]):
+    _, (path,) = parse_arguments("inspect", arguments)
+    assert path
+
+
+def check_plan(arguments: list[str]) -> Config:
+    flags, settings = parse_arguments("plan", arguments)
+    if topology := flags.get("--topology"):
+        parse_topology(topology)
+    if device := flags.get("--fit", "").replace("here", ""):
+        parse_device(device)
+    return load(flags.get("--config", "stdlib"), settings)
+
+
+CHECKS = {
+    "train": check_train, "sample": check_sample, "evaluate": check_evaluate, "plan": check_plan,
+    "import": check_import, "export": check_export, "inspect": check_inspect,
+}  # fmt: skip
 
 
 def check_flags(command: str, arguments: list[str]):

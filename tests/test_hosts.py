@@ -474,7 +474,7 @@ def test_a_run_of_two_processes_prints_and_writes_once(two_process_run):
         "best", "checkpoints", "config.json", "metrics.jsonl", "plots", "samples", "tensorboard",
         "tokenizer.json",
     ]  # fmt: skip
-    assert os.listdir(os.path.join(cfg.run_folder, "checkpoints")) == ["10"]
+    assert sorted(os.listdir(os.path.join(cfg.run_folder, "checkpoints"))) == ["10", "9"]
     assert len(os.listdir(os.path.join(cfg.run_folder, "tensorboard"))) == 1
 
 

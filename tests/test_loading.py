@@ -19,7 +19,7 @@ from jaxgpt import tokenizer as tokenizers
 from jaxgpt.config import MeshConfig, override
 from jaxgpt.language_model import LanguageModel
 from jaxgpt.loading import load, read_config, save
-from jaxgpt.saved_arrays import latest_step
+from jaxgpt.saved_arrays import DamagedError, latest_step, read_newest
 from jaxgpt.settings import ConfigError
 from jaxgpt.sharding import make_mesh
 from jaxgpt.trainer import train
@@ -157,6 +157,56 @@ def test_the_error_of_unknown_config_keys_gives_the_file(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model": {"widht": 3}}))
     with pytest.raises(ConfigError, match=r"config\.json: .*'model.widht'"):
         read_config(str(tmp_path))
+
+
+# --- beside a run that writes ---
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_read_is_not_damaged(tmp_path):
+    for name in ("3", "7"):
+        (tmp_path / name).mkdir()
+    read, warnings = [], []
+
+    def read_and_lose(path):
+        read.append(os.path.basename(path))
+        if len(read) == 1:  # the run saves 9, and deletes the other ones
+            (tmp_path / "9").mkdir()
+            for name in ("3", "7"):
+                (tmp_path / name).rmdir()
+            raise DamagedError("half of it is missing")
+        return path
+
+    assert read_newest([str(tmp_path)], read_and_lose, warnings.append) == str(tmp_path / "9")
+    assert (read, warnings) == (["7", "9"], [])
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_read_again(tmp_path):
+    (tmp_path / "7").mkdir()
+    read = []
+
+    def read_and_replace(path):
+        read.append(path)
+        if len(read) == 1:
+            (tmp_path / "new").mkdir()  # before the other is gone, so that it has another inode
+            (tmp_path / "7").rmdir()
+            (tmp_path / "new").rename(tmp_path / "7")
+            raise ValueError("half of it is missing")
+        return path
+
+    assert read_newest([str(tmp_path)], read_and_replace, read.append) == str(tmp_path / "7")
+    assert read == [str(tmp_path / "7")] * 2
+
+
+def test_an_error_that_is_not_damage_is_raised(tmp_path):
+    (tmp_path / "7").mkdir()
+
+    def refuse(path):
+        raise ConfigError("another model")
+
+    with pytest.raises(ConfigError, match="another model"):
+        read_newest([str(tmp_path)], refuse, print)
+    with pytest.raises(FileNotFoundError):
+        read_newest([str(tmp_path / "nothing")], refuse, print)
 
 
 # --- dtype and mesh ---

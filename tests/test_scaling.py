@@ -15,8 +15,7 @@ from tiny_runs import make_training
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))  # benchmarks are not installed
 
-from benchmarks import hlo, scaling
-from benchmarks.hlo import find_axes, list_collectives, parse_groups
+from benchmarks import scaling
 from benchmarks.scaling import (
     BASE,
     LAYOUTS,
@@ -27,6 +26,8 @@ from benchmarks.scaling import (
     make_config,
 )
 from jaxgpt.config import ConfigError, MeshConfig, override
+from jaxgpt.planning import hlo
+from jaxgpt.planning.hlo import find_axes, list_collectives, parse_groups
 from jaxgpt.sharding import make_mesh
 
 SMALL = ("model.vocab=260", "model.context=32", "model.width=32", "model.layers=2",

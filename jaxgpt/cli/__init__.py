@@ -11,18 +11,33 @@ light: jax, and what imports jax, is imported inside `main`, after all checks th
 
 import argparse
 import importlib
+import keyword
 import sys
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jaxgpt
 from jaxgpt import script
+from jaxgpt.config_files import find_run_config
+from jaxgpt.interop.formats import find_format
 from jaxgpt.settings import choose
+from jaxgpt.suggestions import check_options
 
 COMMANDS = {
     "train": "train a model, or resume a run",
+    "plan": "tell what a run needs, or what fits a device, before anything runs",
     "sample": "generate text from a trained model",
     "evaluate": "measure a trained model on any text",
+    "look": "write a page that shows the inside of a model on a text",
+    "compare": "show the curves, settings and samples of runs side by side",
+    "next": "show the likeliest next tokens after a text",
+    "tokenize": "show the tokens of a text, and how they are merged",
+    "neighbours": "show the tokens whose embeddings are nearest to that of a word",
+    "positions": "draw a position encoding",
+    "import": "make a run folder of a model of another library",
+    "export": "write a model for transformers or llama.cpp",
+    "inspect": "show what a model is",
+    "verify": "check that the files of a run are as they were saved",
     "autopsy": "show what a loss spike of a run was made of",
     "scaling": "train a sweep of sizes, fit a scaling law, predict a run",
 }
@@ -46,9 +61,20 @@ def run_command(name: str, argv: list[str], program: str) -> NoReturn:
     """
 
     def command() -> int:
-        return importlib.import_module(f"jaxgpt.cli.{name}").main(argv, program)
+        return find_module(name).main(argv, program)
 
     script.run(command, program)
+
+
+def find_module(name: str) -> Any:
+    """Return the module of a subcommand; that of a keyword of Python ends in _."""
+    return importlib.import_module(f"jaxgpt.cli.{name}{'_' if keyword.iskeyword(name) else ''}")
+
+
+def check_model(path: str):
+    """Raise ConfigError unless a path is a run, or a model of another library."""
+    if not find_format(path):
+        find_run_config(path)
 
 
 def make_parser(program: str, description: str | None) -> argparse.ArgumentParser:
@@ -63,6 +89,35 @@ def make_parser(program: str, description: str | None) -> argparse.ArgumentParse
         "-h", "--help", action="store_true", help="show this text and every setting"
     )
     return parser
+
+
+def parse(
+    argv: list[str], parser: argparse.ArgumentParser, *required: str
+) -> argparse.Namespace | int:
+    """Parse the arguments of a subcommand without settings.
+
+    Args:
+        argv, parser: as of `main`; the parser of `make_parser`.
+        required: the names of arguments that must be there, else its help is shown.
+
+    Returns:
+        The arguments, or the exit status if the help was shown.
+
+    Raises:
+        ConfigError: an option is not known; the message has the nearest one.
+    """
+    check_options(argv, parser, ())
+    args = parser.parse_intermixed_args(argv)
+    if args.help or not all(getattr(args, name) for name in required):
+        parser.print_help()
+        return 0 if args.help else 2
+    return args
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that name a model: a run, and which of its checkpoints."""
+    parser.add_argument("run", nargs="?", help="a run folder of `jaxgpt train`, or any model")
+    parser.add_argument("--checkpoint", default="best", help="best (the default) or latest")
 
 
 def _run_option(name: str) -> int:

@@ -10,8 +10,8 @@ The defaults are the `sample.*` settings of the run's config; any of them is set
 
 from jaxgpt import config as configs
 from jaxgpt import interrupts
-from jaxgpt.cli import make_parser
-from jaxgpt.config_files import CHECKPOINTS, find_run_config
+from jaxgpt.cli import check_model, make_parser
+from jaxgpt.config_files import CHECKPOINTS
 from jaxgpt.suggestions import check_options, check_sample_arguments
 
 
@@ -43,7 +43,7 @@ def main(argv: list[str], program: str) -> int:
     check_sample_arguments(args.settings, program, args.run)
     keys = [setting.removeprefix("--").removeprefix("sample.") for setting in args.settings + more]
     settings = [key if key.startswith("plugins=") else f"sample.{key}" for key in keys]
-    find_run_config(args.run)
+    check_model(args.run)
     configs.parse_assignments(settings)
     configs.choose(dict.fromkeys(CHECKPOINTS), args.checkpoint, "--checkpoint")
     if args.interactive and (args.prompt or args.file or args.out):

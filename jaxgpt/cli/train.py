@@ -15,10 +15,12 @@ elsewhere, three flags describe the processes:
 import os
 import sys
 import textwrap
+from functools import partial
 
 from jaxgpt import config as configs
 from jaxgpt import interrupts
 from jaxgpt.cli import make_parser
+from jaxgpt.cli.plan import add_plan_options, check_plan_options, show_plan
 from jaxgpt.config_files import find_config, list_configs
 from jaxgpt.plugins import import_plugins, parse_plugins, read_plugins
 from jaxgpt.suggestions import check_data_settings, check_options, check_train_arguments
@@ -37,8 +39,8 @@ def main(argv: list[str], program: str) -> int:
     parser = make_parser(program, __doc__)
     parser.add_argument(
         "--config",
-        default="stdlib",
-        help="a config file, or the name of one in ./configs or of one that comes with jaxgpt",
+        help="a config file, or the name of one in ./configs or of one that comes with jaxgpt; by "
+        "default stdlib, or with train.start the model that it names",
     )
     parser.add_argument("--coordinator", help="host:port of process 0, auto or none")
     parser.add_argument("--processes", type=int, help="number of processes")
@@ -50,6 +52,10 @@ def main(argv: list[str], program: str) -> int:
         "~/.cache/jaxgpt",
     )
     parser.add_argument("--timeout", type=int, default=300, help="seconds to wait for the others")
+    parser.add_argument(
+        "--plan", action="store_true", help="only show what the run needs, as `jaxgpt plan` does"
+    )
+    add_plan_options(parser)
     parser.add_argument(
         "--stop-status",
         type=int,
@@ -69,10 +75,14 @@ def main(argv: list[str], program: str) -> int:
         print(f"\nsettings and their defaults:\n{configs.describe()}")
         return 0
     check_train_arguments(settings, program)
-    has_plugins = bool(read_plugins(find_config(args.config)) or parse_plugins(settings))
+    name = args.config or "stdlib"
+    has_plugins = bool(read_plugins(find_config(name)) or parse_plugins(settings))
     values = configs.parse_assignments(settings, check_names=not has_plugins)
     if not has_plugins:
         check_data_settings(values)
+    check_plan_options(args, program)
+    if args.plan:
+        return show_plan(args.config, settings, args)
 
     from jaxgpt import hosts, trainer
     from jaxgpt.compile_cache import enable_compile_cache
@@ -85,7 +95,9 @@ def main(argv: list[str], program: str) -> int:
     processes = args.coordinator, args.processes, args.process, args.timeout
     with hosts.distributed(*processes, end_process=os._exit):
         try:
-            config = hosts.run_on_all(lambda: configs.load(args.config, settings))
+            has_start = args.config is None and values.get("train.start")
+            load = trainer.load_config if has_start else partial(configs.load, name)
+            config = hosts.run_on_all(lambda: load(settings))
             retain_freed_memory()
             progress = trainer.train(config)
         except trainer.RunError as error:

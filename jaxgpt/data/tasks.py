@@ -37,6 +37,11 @@ HELD_OUT_SEED = 1  # second number of the seeds of held-out rows: their masks ne
 RowRngs = Iterable[np.random.Generator]  # one per row, created when needed
 
 
+def _make_zeros(*shape: int, dtype: type = np.int32) -> np.ndarray:
+    """Return an array of one zero, repeated without a copy."""
+    return np.broadcast_to(dtype(0), shape)
+
+
 class Task:
     """What all objectives share: batches that are functions of the step."""
 
@@ -66,6 +71,13 @@ class Task:
     def compute_row_tokens(cfg: Config) -> int:
         """Return the tokens of text in a row."""
         return cfg.model.context
+
+    @classmethod
+    def describe_batch(cls, cfg: Config) -> Batch:
+        """Return a batch like those of `make_batch`, of zeros that take no memory."""
+        shape = cfg.train.batch, cls.compute_row_tokens(cfg)
+        tokens = _make_zeros(*shape)
+        return Batch(tokens, tokens, tokens, tokens, _make_zeros(*shape, dtype=np.float32))
 
     def make_rows(self, tokens: Tokens) -> Rows:
         """Return the rows of a stream."""
@@ -121,6 +133,11 @@ class PrefixTask(CausalTask):
     Source: Raffel et al. 2020 (T5), arXiv:1910.10683, section 3.2.1.
     """
 
+    @classmethod
+    def describe_batch(cls, cfg: Config) -> Batch:
+        batch = super().describe_batch(cfg)
+        return batch._replace(prefix=batch.tokens)
+
     def transform(self, batch: Batch, rngs: RowRngs) -> Batch:
         prefix = np.zeros_like(batch.tokens)  # [B T]
         for row, rng in enumerate(rngs):
@@ -153,7 +170,7 @@ class MaskedTask(CausalTask):
         specials = [tokenizer.bos, tokenizer.eos, tokenizer.pad]
         is_text = (batch.segment_ids > 0) & ~np.isin(batch.tokens, specials)
         is_predicted = is_text & (drawn[:, 0] < self.cfg.train.mask_rate)
-        mask = self.cfg.model.vocab - 1
+        mask = self.cfg.model.first_mask
         choice = drawn[:, 1]
         corrupted = np.where(choice < 0.8, mask, np.where(choice < 0.9, replacements, batch.tokens))
         tokens = np.where(is_predicted, corrupted, batch.tokens).astype(np.int32)
@@ -169,8 +186,9 @@ class SpanTask(CausalTask):
         source   the <0> sat on <1> mat <eos>
         target   <0> cat <1> the <eos>
 
-    Masks count down from the last id of the vocabulary. A row is a window of the stream, whatever
-    the documents in it, long enough for its source to fill the context.
+    Masks count down from `model.mask_token`, by default the last id of the vocabulary. A row is a
+    window of the stream, whatever the documents in it, long enough for its source to fill the
+    context.
 
     Source: Raffel et al. 2020 (T5), arXiv:1910.10683, section 3.1.4.
     """
@@ -189,6 +207,14 @@ class SpanTask(CausalTask):
         fits = (n for n in range(2 * context, 1, -1) if count_source_tokens(n) <= context)
         return next(fits, 2)
 
+    @classmethod
+    def describe_batch(cls, cfg: Config) -> Batch:
+        B, T = cfg.train.batch, cls.compute_row_tokens(cfg)
+        masked, spans = _count_spans(T, cfg)
+        source, target = (_make_zeros(B, n + spans + 1) for n in (T - masked, masked))
+        weights = _make_zeros(*target.shape, dtype=np.float32)
+        return Batch(target, target, target, target, weights, None, EncoderInputs(*[source] * 3))
+
     def transform(self, batch: Batch, rngs: RowRngs) -> Batch:
         B, tokenizer = len(batch.tokens), self.corpus.tokenizer
         masked, spans = _count_spans(self.T, self.cfg)
@@ -203,7 +229,7 @@ class SpanTask(CausalTask):
             sources[rows, : source.shape[1]] = source
             targets[rows, : target.shape[1]] = target
             lengths[:, rows] = [[source.shape[1]], [target.shape[1]]]
-        bos = np.full((B, 1), tokenizer.bos, np.int32)
+        bos = np.full((B, 1), self.cfg.model.get_start_token(tokenizer.bos), np.int32)
         decoder_tokens = np.concatenate([bos, targets[:, :-1]], axis=1)
         positions, segment_ids = _make_coords(targets, lengths[1])
         weights = segment_ids.astype(np.float32)
@@ -225,7 +251,7 @@ class SpanTask(CausalTask):
             sizes[row, :, 1] = _draw_span_sizes(rng, masked, spans)
         is_masked = np.repeat(np.tile([False, True], B * spans), sizes.reshape(-1)).reshape(B, n)
         kept_ends, masked_ends = np.cumsum(sizes, axis=1).transpose(2, 0, 1)  # [B spans] each
-        masks = self.cfg.model.vocab - 1 - np.arange(spans)
+        masks = self.cfg.model.first_mask - np.arange(spans)
 
         def insert_masks(text, before):  # between the tokens of a row, and eos at its end
             shape = (B, text.size // B + spans + 1)
@@ -283,9 +309,15 @@ class PairTask(Task):
             cut = f"{long:,} of {len(lengths):,} are longer than model.context={self.T}, and cut"
             self.note = "; ".join(filter(None, (cut, self.note)))
 
+    @classmethod
+    def describe_batch(cls, cfg: Config) -> Batch:
+        batch = super().describe_batch(cfg)
+        return batch._replace(encoder_inputs=EncoderInputs(*[batch.tokens] * 3))
+
     def make_rows(self, tokens: Tokens) -> "PairRows":
         is_packed = self.cfg.data.packing == "documents"
-        return PairRows(tokens, self.T, self.corpus.tokenizer.pad, is_packed)
+        pad, start = self.corpus.tokenizer.pad, self.cfg.model.start_token
+        return PairRows(tokens, self.T, pad, is_packed, start)
 
     def make_eval_batches(self, tokens: Tokens | None = None) -> Iterator[Batch]:
         B = self.cfg.train.batch
@@ -307,10 +339,19 @@ class PairRows:
         T: tokens of a row, for sources and for targets.
         pad: the padding token.
         is_packed: several pairs share a row.
+        start: the token that targets begin with, None = bos.
     """
 
-    def __init__(self, tokens: Tokens, T: int, pad: int, is_packed: bool = False):
+    def __init__(
+        self,
+        tokens: Tokens,
+        T: int,
+        pad: int,
+        is_packed: bool = False,
+        start: np.int32 | int | None = None,
+    ):
         self.tokens, self.T, self.pad = tokens, T, pad
+        self.start = None if start is None else np.int32(start)
         self.firsts = tokens.starts[:-1].reshape(-1, 2)  # [pairs 2]
         # The last token of a target is never an input, and the first never a target.
         self.sizes = np.minimum(T, np.diff(tokens.starts).reshape(-1, 2) - [0, 1])  # [pairs 2]
@@ -327,6 +368,9 @@ class PairRows:
     def gather(self, rows: np.ndarray) -> Batch:
         """Return the rows with these numbers, int64 [B]; rows beyond the last are empty."""
         source, target = self.pack_side(rows, 0), self.pack_side(rows, 1)
+        if self.start is not None:  # in place of bos
+            is_first = (target.positions == 0) & (target.segment_ids > 0)
+            target = target._replace(tokens=np.where(is_first, self.start, target.tokens))
         inputs = EncoderInputs(source.tokens, source.positions, source.segment_ids)
         weights = (target.segment_ids > 0).astype(np.float32)
         return Batch(*target[:4], weights, encoder_inputs=inputs)
@@ -360,6 +404,12 @@ class ClassifyTask(PairTask):
             )
         for rows in all_rows:
             self._number_classes(rows)
+
+    @classmethod
+    def describe_batch(cls, cfg: Config) -> Batch:
+        batch, B = super().describe_batch(cfg), cfg.train.batch
+        weights = _make_zeros(B, dtype=np.float32)
+        return batch._replace(targets=_make_zeros(B), weights=weights, encoder_inputs=None)
 
     def make_eval_rows(self, tokens: Tokens) -> Rows:
         rows = self.make_rows(tokens)

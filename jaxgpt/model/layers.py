@@ -16,6 +16,7 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.dims import declare_param
 from jaxgpt.model import fp8
 from jaxgpt.model.products import MATMULS
+from jaxgpt.sharding import gather_param
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -128,7 +129,7 @@ class Linear(nn.Module):
 
         @recompute
         def apply_matmul(w, *inputs):
-            x, w = input_fn(*inputs), w.astype(inputs[0].dtype)
+            x, w = input_fn(*inputs), gather_param(w.astype(inputs[0].dtype), self.letters)
             axes = len(in_letters)
             chex.assert_shape(x, (*x.shape[: x.ndim - axes], *w.shape[:axes]))
             return multiply(x, w, axes)

@@ -57,6 +57,25 @@ class RMSNorm(nn.Module):
         return apply_flat(lambda x, scale: apply_rms_norm(x, scale, self.cfg.norm_eps), x, scale)
 
 
+class RMSNormPlusOne(nn.Module):
+    """x / sqrt(mean(x²) + eps) * (1 + scale): RMSNorm whose scale begins at 0, as in Gemma.
+
+    In bfloat16 the parameter keeps more digits than the whole scale would.
+
+    Source: the model code of Gemma (Gemma Team 2024, arXiv:2403.08295).
+    """
+
+    cfg: ModelConfig
+    letters: str = "D"  # of the dimensions that are normalized together
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:  # [... D] -> [... D]
+        scale = declare_param(self, "scale", self.letters, self.cfg.sizes, zeros)
+        eps = self.cfg.norm_eps
+        whole = 1 + scale.astype(jnp.float32)
+        return apply_flat(lambda x, scale: apply_rms_norm(x, scale, eps), x, whole)
+
+
 class LayerNorm(nn.Module):
     """(x - mean) / sqrt(var + eps) * scale, plus a bias if `cfg.bias` is "all".
 
@@ -81,4 +100,4 @@ class LayerNorm(nn.Module):
         return apply_flat(norm, x, scale, *bias)
 
 
-NORMS = {"rms": RMSNorm, "layer": LayerNorm}
+NORMS = {"rms": RMSNorm, "rms_plus_one": RMSNormPlusOne, "layer": LayerNorm}

@@ -35,7 +35,7 @@ from jaxgpt.model.norms import NORMS
 from jaxgpt.model.pipeline import count_stages, run_pipeline
 from jaxgpt.model.positions import POSITION_ENCODINGS, PositionEncoding
 from jaxgpt.model.taps import CAPTURED, LAYER_INDEX, is_capturing, tap
-from jaxgpt.sharding import constrain
+from jaxgpt.sharding import constrain, gather_param
 
 
 class EncoderInput(NamedTuple):
@@ -240,7 +240,8 @@ class Embedding(nn.Module):
             tokens, table.shape[0], "token id" if self.letters[0] == "V" else "token type"
         )
         # All-gather the width before the lookup, else the partitioner replicates the lookup.
-        table = constrain(table.astype(DTYPES[self.cfg.dtype]), f"{self.letters[0]}.")
+        table = gather_param(table.astype(DTYPES[self.cfg.dtype]), self.letters)
+        table = constrain(table, f"{self.letters[0]}.")
         return constrain(table[tokens], "BTD")
 
 

@@ -5,6 +5,7 @@ metaspace.py, wordpiece.py) differ in how a token spells its bytes. training.py 
 BPE. files.py loads every form of file: convert.py and sentencepiece_model.py make a tokenizer.json
 of the others, and companions.py has what stands beside it. spec.py, roles.py and library.py check a
 tokenizer.json, find its special tokens, and make its encoder. chat.py renders conversations.
+placeholder.py stands in where a model has no tokenizer.
 """
 
 from jaxgpt.text import PRE_TOKENIZER

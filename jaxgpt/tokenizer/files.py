@@ -12,12 +12,13 @@ from jaxgpt.settings import ConfigError, choose
 from jaxgpt.tokenizer import convert
 from jaxgpt.tokenizer.companions import Stated, read_bytes, read_stated
 from jaxgpt.tokenizer.core import Tokenizer
+from jaxgpt.tokenizer.placeholder import NoTokenizer
 from jaxgpt.tokenizer.roles import read_token_setting
 from jaxgpt.tokenizer.spec import USAGE_HINT, is_integer, make_error
 
 # By the key "kind" in a tokenizer.json, which files of the tokenizers library do not have. Another
 # kind is a subclass of `Tokenizer` that defines `parse`, `encode_batch` and `make`.
-TOKENIZER_KINDS: dict[str, type[Tokenizer]] = {"bpe": Tokenizer}
+TOKENIZER_KINDS: dict[str, type[Tokenizer]] = {"bpe": Tokenizer, "none": NoTokenizer}
 
 
 def load(path: str | os.PathLike) -> Tokenizer:

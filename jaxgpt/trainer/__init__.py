@@ -10,6 +10,7 @@ from jaxgpt.trainer.checkpoint import Progress, RunError
 from jaxgpt.trainer.evaluate import evaluate
 from jaxgpt.trainer.hooks import Hook, RunView
 from jaxgpt.trainer.loop import DivergedError, train
+from jaxgpt.trainer.start import load_config
 from jaxgpt.trainer.state import TrainState
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "RunView",
     "TrainState",
     "evaluate",
+    "load_config",
     "read_config",
     "train",
 ]

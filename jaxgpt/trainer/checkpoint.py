@@ -5,27 +5,44 @@
     run/best/<step>/{params,progress}              the one with the lowest held-out loss
 
 Saving is asynchronous and atomic: a folder gets its final name only when it is complete, so a run
-killed while saving resumes from the previous checkpoint. Parameters are stored separately from
-optimizer and random state, so that sampling reads no more than it needs.
+killed while saving resumes from the previous checkpoint: it loses at most `train.save_every` steps,
+and those made while a write was under way. An older checkpoint is deleted when the new one has been
+read back, and loses its name first, so that a reader never meets half of one. Parameters are stored
+separately from optimizer and random state, so that sampling reads no more than it needs. All of it
+has checksums (see `jaxgpt.checksums`), and what is damaged is passed over.
 """
 
 import dataclasses
+import glob
+import json
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import shutil
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxgpt import hosts
+from jaxgpt.checksums import read_arrays, seal, sum_arrays
 from jaxgpt.saved_arrays import (
+    DELETED,
+    DamagedError,
     check_shapes,
+    describe_error,
     describe_read_errors,
     get_shapes,
+    list_steps,
     make_manager,
     read_manifest,
+    read_progress,
 )
+from jaxgpt.settings import ConfigError
 from jaxgpt.trainer.state import TrainState
 
 
@@ -59,26 +76,54 @@ class RunError(RuntimeError):
     """A run cannot go on: the message gives the file, the reason and the last good step."""
 
 
+class SaveError(RunError):
+    """A checkpoint could not be saved; older ones are as they were.
+
+    Attributes:
+        is_best: whether it is the best one.
+    """
+
+    is_best = False
+
+
 class _Folder:
     """Checkpoints in one folder. Older ones are deleted when a newer one has been read back."""
 
     def __init__(self, folder: str, keep: int, is_read_only: bool):
         self.path, self._keep, self._is_read_only = os.path.abspath(folder), keep, is_read_only
         self.manager = make_manager(folder, is_read_only)
+        self._has_failed = False
+        self.damaged: set[int] = set()  # steps that cannot be restored, under their names so far
         self._saving: tuple[int, dict[str, dict[str, list[int]]]] | None = None
+        if not is_read_only and hosts.process_index() == 0:  # what a killed process has left
+            shutil.rmtree(os.path.join(self.path, DELETED), ignore_errors=True)
+
+    def list_steps(self) -> list[int]:
+        """Return the steps with a checkpoint, also one that is being saved, the latest first."""
+        return sorted(set(self.manager.all_steps()) - self.damaged, reverse=True)
 
     def save(self, step: int, progress: Progress, **trees):
         """Start saving; return as soon as the arrays may be overwritten."""
         self.wait()
-        arrays = {part: ocp.args.StandardSave(tree) for part, tree in trees.items()}
-        saved_progress = ocp.args.JsonSave(dataclasses.asdict(progress))
+        if self._has_failed:
+            self._remove_unfinished()
         with self._describe_errors(step):
+            if not os.path.isdir(self.path):  # not into the folder that a disk was mounted on
+                raise FileNotFoundError(
+                    2, "No such file or directory, is its disk gone?", self.path
+                )
+            if self.damaged:
+                self._rename(sorted(self.damaged), "")
+            records = sum_arrays(**trees)
+            arrays = {part: ocp.args.StandardSave(tree) for part, tree in trees.items()}
+            saved_progress = ocp.args.JsonSave(seal(dataclasses.asdict(progress), records))
             args = ocp.args.Composite(progress=saved_progress, **arrays)
-            self.manager.save(step, args=args)
+            if not self.manager.save(step, args=args):
+                raise ValueError("a checkpoint of this step, or a later one, is in its place")
         self._saving = step, {part: get_shapes(tree) for part, tree in trees.items()}
 
     def wait(self):
-        """Wait until everything is on disk, and can be read back."""
+        """Wait until everything is on disk, and can be read back; only then delete older ones."""
         if self._saving is None:
             return
         (step, shapes), self._saving = self._saving, None
@@ -87,36 +132,80 @@ class _Folder:
             saved = read_manifest(os.path.join(self.path, str(step)))
             if {part: get_shapes(saved.get(part)) for part in shapes} != shapes:
                 raise ValueError("it has other arrays than were saved")
-            for old in sorted(self.manager.all_steps())[: -self._keep]:
-                self.manager.delete(old)
+        if old := self.list_steps()[self._keep :]:
+            self._rename(old, DELETED)
 
     @contextmanager
     def _describe_errors(self, step: int) -> Iterator[None]:
-        """Turn any error of saving into a RunError. Orbax raises all kinds of errors."""
+        """Turn any error of saving, in any process, into a SaveError in all of them."""
+        cause: Exception | None = None
         try:
             yield
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            text = f"the checkpoint {self.path}/{step} could not be saved ({reason}); "
-            raise RunError(text + describe_last_step(os.path.dirname(self.path), step)) from error
+        except Exception as found:  # Orbax raises all kinds of errors
+            cause = found
+        reason = describe_error(cause) if cause else ""
+        reason = next(filter(None, hosts.all_gather_text("save", reason)), "")
+        if not reason:
+            return
+        self._remove_unfinished()
+        if step in list_steps(self.path):  # complete, but it could not be read back
+            self.damaged.add(step)
+        with suppress(Exception):  # the disk may be gone
+            self.manager.reload()
+        name, last = f"{self.path}/{step}", describe_last_step(os.path.dirname(self.path), step)
+        error = SaveError(f"the checkpoint {name} could not be saved ({reason}); {last}")
+        error.is_best = os.path.basename(self.path) == "best"
+        raise error from cause
+
+    def _remove_unfinished(self):
+        """Free the space of checkpoints that could not be saved.
+
+        Called again later: writes of a save that has failed may still go on, and make folders.
+        """
+        self._has_failed = True
+        if hosts.process_index() == 0:
+            for path in glob.glob(f"{glob.escape(self.path)}/*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _rename(self, steps: Sequence[int], target: str):
+        """Take the names of checkpoints away, at once for readers, in all processes.
+
+        Args:
+            target: DELETED to delete them then; "" to keep them beside, as 500.damaged.
+        """
+        deleted = os.path.join(self.path, DELETED)
+        if hosts.process_index() == 0:
+            with suppress(OSError):  # another time
+                for step in steps:
+                    os.makedirs(deleted, exist_ok=True)
+                    number = time.time_ns()
+                    beside = os.path.join(self.path, f"{step}.damaged")
+                    beside += f"-{number}" if os.path.exists(beside) else ""
+                    new = beside if not target else os.path.join(deleted, f"{step}-{number}")
+                    os.rename(os.path.join(self.path, str(step)), new)
+            shutil.rmtree(deleted, ignore_errors=True)
+        hosts.all_gather_text("renamed", "")
+        self.manager.reload()
+        self.damaged.intersection_update(self.manager.all_steps())
 
     def delete(self, from_step: int):
         """Delete the checkpoints of step `from_step` and later."""
         self.wait()
-        for step in self.manager.all_steps():
-            if step >= from_step:
-                self.manager.delete(step)
+        if steps := [step for step in self.manager.all_steps() if step >= from_step]:
+            self._rename(steps, DELETED)
 
     def close(self):
         try:
             self.wait()
         finally:
             self.manager.close()
+            if self._has_failed:
+                self._remove_unfinished()
 
 
 def describe_last_step(run_folder: str, other_than: int = -1) -> str:
     """Return which step a run can continue from, for messages."""
-    steps = ocp.utils.checkpoint_steps(os.path.join(run_folder, "checkpoints"))
+    steps = list_steps(os.path.join(run_folder, "checkpoints"))
     last = max((step for step in steps if step != other_than), default=0)
     return f"the last good checkpoint is of step {last}" if last else "there is no checkpoint yet"
 
@@ -127,10 +216,11 @@ class Checkpoints:
     def __init__(self, run_folder: str, keep: int, is_read_only: bool = False):
         self._latest = _Folder(os.path.join(run_folder, "checkpoints"), keep, is_read_only)
         self._best = _Folder(os.path.join(run_folder, "best"), 1, is_read_only)
+        self.note = ""  # what a damaged checkpoint has cost, for the user
 
     def latest_step(self) -> int | None:
         """Return the step of the latest checkpoint, or None."""
-        return self._latest.manager.latest_step()
+        return next(iter(self._latest.list_steps()), None)
 
     def save(self, state: TrainState, progress: Progress):
         """Start saving; return as soon as the arrays may be overwritten."""
@@ -151,33 +241,36 @@ class Checkpoints:
         self._best.delete(from_step)
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, Progress]:
-        """Restore the latest state, with the shardings of `abstract`, and its progress.
+        """Restore the latest good state, with the shardings of `abstract`, and its progress.
+
+        Every array is checked. A damaged checkpoint is passed over; `note` says what is lost by it,
+        and it is renamed when the run saves again.
 
         Raises:
             ShapeMismatchError: it is the state of another model or optimizer.
-            ConfigError: it cannot be read.
+            DamagedError: there is none that can be read; of the latest one.
         """
         self.wait()
-        rng = jax.eval_shape(jax.random.key_data, abstract.rng)
-        rng = jax.ShapeDtypeStruct(rng.shape, rng.dtype, sharding=abstract.step.sharding)
-        rest = {"opt_state": abstract.opt_state, "rng": rng}
-        step = self.latest_step()
-        folder = os.path.join(self._latest.path, str(step))
-        with describe_read_errors(folder):
-            check_shapes(folder, read_manifest(folder), params=abstract.params, rest=rest)
-            parts = self._latest.manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardRestore(abstract.params),
-                    rest=ocp.args.StandardRestore(rest),
-                    progress=ocp.args.JsonRestore(),
-                ),
-            )
-            progress = Progress(**parts.progress)
-        sharding = abstract.step.sharding
-        count = jax.make_array_from_callback((), sharding, lambda _: np.int32(progress.step))
-        key = jax.random.wrap_key_data(parts.rest["rng"])
-        return TrainState(count, parts.params, parts.rest["opt_state"], key), progress
+        first = None
+        for step in self._latest.list_steps():
+            folder = os.path.join(self._latest.path, str(step))
+            restored = _read_on_all(partial(_read_state, folder, abstract))
+            if isinstance(restored, DamagedError):
+                first = first or restored
+                self._latest.damaged.add(step)
+                continue
+            if first:
+                self.note = _describe_loss(first, step, self._latest.damaged)
+            return restored
+        self._latest.damaged.clear()  # nothing is done with the only copies
+        raise first or ConfigError(f"{self._latest.path} has no checkpoint.")
+
+    def read_best_progress(self) -> Progress:
+        """Return the progress of the best checkpoint on disk; a new one if there is none."""
+        for step in self._best.list_steps():
+            with suppress(Exception):
+                return Progress(**read_progress(os.path.join(self._best.path, str(step)))[0])
+        return Progress()
 
     def wait(self):
         """Wait until everything is on disk, and can be read back."""
@@ -189,3 +282,56 @@ class Checkpoints:
         with ExitStack() as stack:
             stack.callback(self._best.close)
             stack.callback(self._latest.close)
+
+
+def _read_state(folder: str, abstract: TrainState) -> tuple[TrainState, Progress]:
+    """Read and check one checkpoint."""
+    rng = jax.eval_shape(jax.random.key_data, abstract.rng)
+    rng = jax.ShapeDtypeStruct(rng.shape, rng.dtype, sharding=abstract.step.sharding)
+    expected = {"params": abstract.params, "rest": {"opt_state": abstract.opt_state, "rng": rng}}
+    with describe_read_errors(folder):
+        saved = read_manifest(folder)
+        check_shapes(folder, saved, **expected)
+        found, records = read_progress(folder)
+        progress = Progress(**found)
+        arrays = {part: read_arrays(folder, part, x, records) for part, x in expected.items()}
+    sharding, rest = abstract.step.sharding, arrays["rest"]
+    count = jax.make_array_from_callback((), sharding, lambda _: np.int32(progress.step))
+    key = jax.random.wrap_key_data(rest["rng"])
+    return TrainState(count, arrays["params"], rest["opt_state"], key), progress
+
+
+def _read_on_all(read: Callable[[], Any]) -> Any:
+    """Call `read` in every process; return its result, or the DamagedError of any of them.
+
+    Raises:
+        ConfigError: another error, of any process.
+    """
+    result, kind = None, ""
+    error: ConfigError | None = None
+    try:
+        result = read()
+    except ConfigError as found:
+        error, kind = found, "damaged" if isinstance(found, DamagedError) else "other"
+    text = getattr(error, "what", str(error))
+    outcomes = [json.loads(x) for x in hosts.all_gather_text("read", json.dumps([kind, text]))]
+    for wanted, error_type in (("other", ConfigError), ("damaged", DamagedError)):
+        for index, (other_kind, other_text) in enumerate(outcomes):
+            if other_kind != wanted:
+                continue
+            raised = error if kind == wanted else error_type(f"process {index}: {other_text}")
+            if isinstance(raised, DamagedError):
+                return raised
+            raise raised or error_type(other_text)
+    return result
+
+
+def _describe_loss(error: DamagedError, step: int, damaged: Collection[int]) -> str:
+    """Return the warning of a run that continues from an older checkpoint."""
+    lost = max(damaged) - step
+    names = " and ".join(f"{number}.damaged" for number in sorted(damaged))
+    return (
+        f"warning: {error.what}. The run continues from step {step}, the checkpoint before: "
+        f"{lost} step{'s' * (lost != 1)} after it are made again. What is damaged is kept as "
+        f"{names} until you delete it."
+    )

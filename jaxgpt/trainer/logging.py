@@ -5,7 +5,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -16,6 +16,8 @@ from jaxgpt.script import print_text
 from jaxgpt.trainer.hooks import Hook, RunView
 from jaxgpt.trainer.report import format_confusion, format_duration, format_eval, format_spike
 
+LogFn = Callable[[str], object]
+
 
 class MetricsFile(Hook):
     """Metrics in metrics.jsonl, one JSON object per line, and in TensorBoard.
@@ -24,9 +26,11 @@ class MetricsFile(Hook):
     file once. Only process 0 writes.
     """
 
+    MAX_PENDING_BYTES = 1 << 24  # of lines that could not be written yet
+
     @hosts.run_on_first
-    def __init__(self, run_folder: str, step: int):
-        self._folder = run_folder
+    def __init__(self, run_folder: str, step: int, log: LogFn = print_text):
+        self._folder, self._log, self._pending = run_folder, log, b""
         self.path = os.path.join(run_folder, "metrics.jsonl")
         self._open(step)
 
@@ -34,21 +38,31 @@ class MetricsFile(Hook):
         """Open the files without the records after a step, but those of `kept_kinds`."""
         records = ((line, _parse_record(line)) for line in _read_lines(self.path))
         kept = [x for x, r in records if r and (r["step"] <= step or r["kind"] in kept_kinds)]
-        write_text_atomically(self.path, "".join(kept))
-        self._file = open(self.path, "a", buffering=1)  # noqa: SIM115
+        if not os.path.exists(self.path) or kept != _read_lines(self.path, is_whole=False):
+            write_text_atomically(self.path, "".join(kept))
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
         self._board = None
         if is_installed("tensorboardX"):
             from tensorboardX import SummaryWriter
 
             board = os.path.join(self._folder, "tensorboard")
             is_purged = bool(step or kept_kinds)
-            self._board = SummaryWriter(board, purge_step=step + 1 if is_purged else None)
+            with warn_on_file_errors(self._log, board):
+                self._board = SummaryWriter(board, purge_step=step + 1 if is_purged else None)
+                _guard_board(self._board, self._log, board)
 
     @hosts.run_on_first
     def write(self, kind: str, step: int, values: Mapping[str, float]):
-        """Write the metrics of a step. kind: "train" or "eval"; units are in the names."""
+        """Write the metrics of a step. kind: "train" or "eval"; units are in the names.
+
+        What cannot be written, as on a full disk, is kept in memory and written later.
+        """
         record = {"kind": kind, "step": step} | {k: _round_value(v) for k, v in values.items()}
-        self._file.write(json.dumps(record) + "\n")
+        if len(self._pending) < self.MAX_PENDING_BYTES:
+            self._pending += (json.dumps(record) + "\n").encode()
+        with warn_on_file_errors(self._log, self.path):
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]
         if self._board is None:
             return
         for name, value in values.items():
@@ -77,16 +91,45 @@ class MetricsFile(Hook):
     @hosts.run_on_first
     def close(self):
         """Close the files of the run."""
-        self._file.close()
+        with warn_on_file_errors(self._log, self.path):
+            self._file.close()
         if self._board:
             self._board.close()
 
 
-def _read_lines(path: str) -> list[str]:
+def _guard_board(board: Any, log: LogFn, path: str):
+    """Make the thread that writes TensorBoard files survive a full disk.
+
+    It would end, and its queue, which nothing empties then, would block the run when it is full.
+    """
+    events = board.file_writer.event_writer._ev_writer
+    for owner, name in ((events, "write_event"), (events, "flush"),
+                        (events._py_recordio_writer, "close")):  # fmt: skip
+        setattr(owner, name, warn_on_file_errors(log, path)(getattr(owner, name)))
+
+
+_warned: set[tuple[str, int]] = set()  # errors of files that a warning was logged for
+
+
+@contextlib.contextmanager
+def warn_on_file_errors(log: LogFn, path: str) -> Iterator[None]:
+    """Log an error of a file that a run can do without, once for each path and kind of error."""
+    try:
+        yield
+    except OSError as error:
+        path, number = error.filename or path, error.errno or 0
+        if (os.path.dirname(path), number) not in _warned:
+            _warned.add((os.path.dirname(path), number))
+            reason = error.strerror or str(error)
+            log(f"warning: {path} cannot be written ({reason}); training goes on.")
+
+
+def _read_lines(path: str, is_whole: bool = True) -> list[str]:
+    """Return the lines of a file; `is_whole` leaves out one that a kill has truncated."""
     if not os.path.exists(path):
         return []
     with open(path, encoding="utf-8", errors="surrogateescape") as file:
-        return [line for line in file if line.endswith("\n")]  # a kill can truncate the last one
+        return [line for line in file if line.endswith("\n") or not is_whole]
 
 
 def _parse_record(line: str) -> dict[str, Any] | None:
@@ -123,9 +166,14 @@ def write_text_atomically(path: str, text: str):
     """Write a file atomically, and create its folder."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
 
 
 class Plots(Hook):
@@ -133,13 +181,14 @@ class Plots(Hook):
 
     def on_eval(self, view: RunView, values: Mapping[str, Any]):
         folder = view.cfg.run_folder
-        plot_curves(folder, view.cfg.name, view.cfg.objective.loss_unit)
-        plot_norms(folder, view.cfg.name)
-        if "confusion" in values:
-            record = {"step": view.step, "labels": view.labels, "rows": values["confusion"]}
-            path = os.path.join(folder, "confusion.json")
-            write_text_atomically(path, json.dumps(record) + "\n")
-            plot_confusion(folder, view.labels, values["confusion"])
+        with warn_on_file_errors(view.log, os.path.join(folder, "plots")):
+            plot_curves(folder, view.cfg.name, view.cfg.objective.loss_unit)
+            plot_norms(folder, view.cfg.name)
+            if "confusion" in values:
+                record = {"step": view.step, "labels": view.labels, "rows": values["confusion"]}
+                path = os.path.join(folder, "confusion.json")
+                write_text_atomically(path, json.dumps(record) + "\n")
+                plot_confusion(folder, view.labels, values["confusion"])
 
 
 @hosts.run_on_first
@@ -244,8 +293,13 @@ def _save_figure(figure, run_folder: str, name: str):
 
     path = os.path.join(run_folder, "plots", f"{name}.png")
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    FigureCanvasAgg(figure).print_png(f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    try:
+        FigureCanvasAgg(figure).print_png(f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(f"{path}.tmp")
+        raise
 
 
 def format_mfu(mfu: float) -> str:

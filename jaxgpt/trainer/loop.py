@@ -22,10 +22,11 @@ from jaxgpt.language_model import LanguageModel
 from jaxgpt.model.capture import find_groups
 from jaxgpt.selection import select
 from jaxgpt.settings import ConfigError
-from jaxgpt.trainer.checkpoint import Progress, RunError, describe_last_step
+from jaxgpt.trainer.checkpoint import Progress, RunError, SaveError, describe_last_step
 from jaxgpt.trainer.evaluate import evaluate
 from jaxgpt.trainer.hooks import Hook
-from jaxgpt.trainer.logging import write_text_atomically
+from jaxgpt.trainer.logging import warn_on_file_errors, write_text_atomically
+from jaxgpt.trainer.memory import describe_step_memory_errors
 from jaxgpt.trainer.norms import list_layers
 from jaxgpt.trainer.recovery import DivergedError, Spike, find_spike, recover
 from jaxgpt.trainer.report import format_complete, format_duration, format_samples, format_summary
@@ -54,20 +55,24 @@ def train(cfg: Config, *, hooks: Sequence[Hook] = (), is_quiet: bool = False) ->
     for hook in hooks if isinstance(hooks, Sequence) else [hooks]:
         if not isinstance(hook, Hook):
             raise ConfigError(f"hooks has {hook!r}, which is not an instance of a Hook's class.")
-    run = open_run(cfg, hooks, is_quiet or hosts.process_index() > 0)
+    with describe_file_errors(cfg.run_folder):
+        run = open_run(cfg, hooks, is_quiet or hosts.process_index() > 0)
     with closing(run):
         if run.is_complete:
             run.console.log(format_complete(cfg, run.progress))
             return run.progress
         with (
-            hosts.abort_on_error(DivergedError),
+            hosts.abort_on_error(DivergedError, SaveError, LostLockError),
             jax.set_mesh(run.mesh),
             make_stop_signal(run.progress.step, run.console.log) as stop,
         ):
             run.notify("on_start")
-            with describe_file_errors(cfg.run_folder):
+            with (
+                describe_file_errors(cfg.run_folder),
+                describe_step_memory_errors(cfg, run.mesh),
+            ):
                 run_steps(run, stop)
-                run.saver.wait()
+                finish_saving(run)
                 run.notify("on_end")
         if not stop.name and cfg.train.sample_every:
             run.console.log(format_samples(join_run_path(cfg, "samples")))
@@ -265,9 +270,13 @@ def run_eval(run: Run):
     values = measure(run)
     check_finite(run, progress.step, "held-out loss", values["loss"])
     if is_better(cfg, values, progress):
+        check_lock(run)
+        with go_on_without_save(run):
+            run.saver.wait()
         progress.best_loss, progress.best_accuracy = values["loss"], values["accuracy"]
         progress.best_step, progress.stale = progress.step, 0
-        run.saver.save_best(run.state, progress)
+        with go_on_without_save(run):
+            run.saver.save_best(run.state, progress)
     else:
         progress.stale += 1
     run.notify("on_eval", values)
@@ -297,7 +306,8 @@ def log_sample(run: Run):
     model = LanguageModel(cfg, run.state.params, run.corpus.tokenizer, tuple(run.task.labels))
     text = format_sample(model, cfg.sample.prompt)
     path = os.path.join(join_run_path(cfg, "samples"), f"step_{run.progress.step:06d}.txt")
-    write_text_atomically(path, text)
+    with warn_on_file_errors(run.console.log, path):
+        write_text_atomically(path, text)
     title = f"--- sample at step {run.progress.step} "
     run.console.log(f"{title:-<72}\n{text}\n{'':-<72}")
 
@@ -313,7 +323,64 @@ def save(run: Run):
     check_finite(run, run.progress.step, "norm of the parameters", norm)
     run.progress.guard = read_guard(run.state.guard)
     run.notify("on_save")
-    run.saver.save(run.state, run.progress)
+    check_lock(run)
+    with go_on_without_save(run):
+        run.saver.wait()  # its error is that of the checkpoint before
+    with go_on_without_save(run, is_last=run.is_complete):
+        run.saver.save(run.state, run.progress)
+
+
+def finish_saving(run: Run):
+    """Wait until the last state is on disk.
+
+    Raises:
+        SaveError: it could not be saved, at two tries.
+    """
+    with go_on_without_save(run, is_last=True):
+        run.saver.wait()
+    if run.saver.latest_step() != run.progress.step:
+        run.saver.save(run.state, run.progress)
+        run.saver.wait()
+
+
+@contextmanager
+def go_on_without_save(run: Run, is_last: bool = False) -> Iterator[None]:
+    """Log that a checkpoint could not be saved, unless `train.on_save_error` is stop.
+
+    If that was the best one, the progress returns to the one on disk, so that a later evaluation is
+    compared with what can be sampled from.
+
+    Args:
+        is_last: of a run, which tries it again, and ends with the error if that fails.
+    """
+    try:
+        yield
+    except SaveError as error:
+        if run.cfg.train.on_save_error == "stop":
+            raise
+        if error.is_best or not is_last:
+            run.console.log(
+                f"warning: {error}. Training goes on to the next save "
+                "(train.on_save_error=continue)."
+            )
+        if error.is_best:
+            best, progress = run.saver.read_best_progress(), run.progress
+            progress.best_loss, progress.best_accuracy = best.best_loss, best.best_accuracy
+            progress.best_step = best.best_step
+
+
+class LostLockError(RunError):
+    """Another run has taken the folder of this one."""
+
+
+def check_lock(run: Run):
+    """Raise LostLockError if another run has taken the folder: its files must be left alone."""
+    is_lost = run.lock is not None and not run.lock.is_held()
+    if any(hosts.all_gather_text("lock", "lost" if is_lost else "")):
+        raise LostLockError(
+            f"another run has taken {run.cfg.run_folder}, whose lock was deleted: this one ends at "
+            f"step {run.progress.step} without saving."
+        )
 
 
 def check_step(run: Run, step: int, metrics: Metrics):

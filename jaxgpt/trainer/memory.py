@@ -5,7 +5,7 @@ import math
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
@@ -13,6 +13,8 @@ import jax
 from jaxgpt.config import Config
 from jaxgpt.saved_arrays import is_out_of_memory
 from jaxgpt.settings import ConfigError
+from jaxgpt.trainer.checkpoint import RunError, describe_last_step
+from jaxgpt.trainer.estimate import format_advice
 
 # Options of mallopt(3), with their values
 M_TRIM_THRESHOLD, NEVER = -1, -1
@@ -53,7 +55,7 @@ def describe_memory_errors(cfg: Config, abstract: Any) -> Iterator[None]:
     leaves = list(jax.tree.leaves((abstract.params, abstract.opt_state)))
     needed = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
     device = jax.local_devices()[0]
-    memory = _read_memory_bytes(device)
+    memory = read_memory_bytes(device)
     parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract.params))
     copies = jax.local_device_count() if device.platform == "cpu" else 1
     message = (
@@ -73,10 +75,38 @@ def describe_memory_errors(cfg: Config, abstract: Any) -> Iterator[None]:
         raise ConfigError(message) from error
 
 
-def _read_memory_bytes(device: jax.Device) -> int:
+@contextmanager
+def describe_step_memory_errors(cfg: Config, mesh: jax.sharding.Mesh) -> Iterator[None]:
+    """Turn running out of memory in a training step into an error that says what would fit.
+
+    Raises:
+        RunError: in place of the original error.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        device = mesh.devices.flat[0]
+        advice = format_advice(cfg, mesh.size, device.platform)
+        checkpoint = describe_last_step(cfg.run_folder)
+        raise RunError(f"out of memory on {device.device_kind} ({checkpoint}). {advice}") from error
+
+
+def read_memory_bytes(device: jax.Device) -> int:
     """Return the memory of a device, of a CPU that of the machine; 0 if it is not known."""
     if device.platform == "cpu":
         if "SC_PHYS_PAGES" not in os.sysconf_names:
             return 0
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return min(memory, *_read_container_limits()) if memory > 0 else 0
     return (device.memory_stats() or {}).get("bytes_limit", 0)
+
+
+def _read_container_limits() -> list[int]:
+    """Return the memory limits of the container that this process runs in, in bytes."""
+    limits = [2**63]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError), open(path) as file:
+            limits.append(int(file.read()))  # "max" if there is none
+    return limits

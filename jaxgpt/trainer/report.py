@@ -16,6 +16,8 @@ from jaxgpt.model import abstract_params, count_params
 from jaxgpt.selection import select, select_letters
 from jaxgpt.sharding import list_unsharded_dims
 from jaxgpt.trainer.checkpoint import Progress
+from jaxgpt.trainer.estimate import TYPICAL_MFU, estimate_memory
+from jaxgpt.trainer.memory import read_memory_bytes
 from jaxgpt.trainer.speed import flops_per_token
 
 SPIKE_BATCHES = 1_000  # within which `train.max_spikes` counts
@@ -46,8 +48,24 @@ def format_header(run: Any, peak_source: str) -> str:
     ])  # fmt: skip
 
 
+def format_lost_steps(cfg: Config, step: int, records: Sequence[Mapping[str, Any]]) -> str:
+    """Format which steps of a run that resumes at `step` were not saved; "" if all were.
+
+    Args:
+        records: of metrics.jsonl, from before the run resumed.
+    """
+    last = max((r["step"] for r in records if r["kind"] == "train"), default=0)
+    if not step or last <= step:
+        return ""
+    return (
+        f"lost   {last - step} steps or more, made after step {step} was saved: they are made "
+        f"again. A kill costs at most train.save_every={cfg.train.save_every} steps, and those "
+        "made while a checkpoint was being written."
+    )
+
+
 MAX_EPOCHS = 50  # a model of useful size has learned its text by heart before
-MAX_DAYS = 30
+MAX_DAYS = 2  # a longer run may be meant for faster devices
 
 
 def count_epochs(run: Any) -> float:
@@ -77,10 +95,19 @@ def list_warnings(run: Any) -> list[str]:
             f"warning: {epochs:,.0f} epochs: the model will learn the text by heart. Use more "
             f"text, or train.steps={fewer} ({MAX_EPOCHS} epochs)."
         )
-    if (days := estimate_seconds(run) / 86400) > MAX_DAYS:
+    platform = run.mesh.devices.flat[0].platform
+    left = 1 - run.progress.step / steps
+    seconds = left * estimate_seconds(run) / TYPICAL_MFU.get(platform, 0.4)
+    if seconds > MAX_DAYS * 86400:
         lines.append(
-            f"warning: {format_duration(days * 86400)} at least: this plan is for faster devices. "
-            "A smaller model or fewer train.steps end sooner."
+            f"warning: about {format_duration(seconds)} on this {_name_devices(run)}; --plan shows "
+            "what would fit. A smaller model or fewer train.steps end sooner."
+        )
+    needed, memory = estimate_memory_of(run)
+    if memory and needed > memory:
+        lines.append(
+            f"warning: a step needs about {needed / 1e9:,.1f} GB, and this {_name_devices(run)} "
+            f"has {memory / 1e9:,.1f} GB: it may not fit; --plan shows what would."
         )
     device = run.mesh.devices.flat[0]
     is_emulated = device.platform == "gpu" and choose_dtype(device) != "bfloat16"
@@ -89,6 +116,22 @@ def list_warnings(run: Any) -> list[str]:
             f"warning: {device.device_kind} only emulates bfloat16: model.dtype=float32 is faster."
         )
     return lines
+
+
+def estimate_memory_of(run: Any) -> tuple[int, int]:
+    """Return the estimated bytes of a step of a `Run` on one device, and the device's memory."""
+    device = run.mesh.local_devices[0]
+    copies = len(run.mesh.local_devices) if device.platform == "cpu" else 1  # they share it
+    with jax.set_mesh(run.mesh):
+        needed = estimate_memory(run.cfg, run.state, run.mesh).total
+    return needed * copies, read_memory_bytes(device)
+
+
+def _name_devices(run: Any) -> str:
+    device = run.mesh.devices.flat[0]
+    if device.platform == "cpu":
+        return "CPU"
+    return device.device_kind if run.mesh.size == 1 else f"mesh of {run.mesh.size} devices"
 
 
 def format_samples(folder: str) -> str:

@@ -17,7 +17,7 @@ from jaxgpt.config import Config
 from jaxgpt.data import Batch, Corpus, prepare
 from jaxgpt.data.tasks import Task
 from jaxgpt.data.work import print_line
-from jaxgpt.loading import is_saved_model, read_config
+from jaxgpt.loading import check_config_file, is_saved_model, read_config
 from jaxgpt.model import abstract_params, build
 from jaxgpt.optimizer import build as build_optimizer
 from jaxgpt.optional import describe_missing
@@ -30,9 +30,16 @@ from jaxgpt.trainer.autopsy import make_diagnosis
 from jaxgpt.trainer.checkpoint import Checkpoints, Progress
 from jaxgpt.trainer.folder import check_run_folder, check_writable, is_writable
 from jaxgpt.trainer.hooks import EarlyStop, Hook, OverfitWarning, Profiler, RunView
-from jaxgpt.trainer.logging import Console, MetricsFile, Plots, write_text_atomically
+from jaxgpt.trainer.lock import RunLock
+from jaxgpt.trainer.logging import (
+    Console,
+    MetricsFile,
+    Plots,
+    read_metrics,
+    write_text_atomically,
+)
 from jaxgpt.trainer.memory import describe_memory_errors
-from jaxgpt.trainer.report import format_header
+from jaxgpt.trainer.report import format_header, format_lost_steps
 from jaxgpt.trainer.speed import Clock, peak_flops
 from jaxgpt.trainer.spikes import add_guard
 from jaxgpt.trainer.start import Start, find_start, match_start, take_params
@@ -53,6 +60,7 @@ class Run:
     train_step: Callable
     eval_step: Callable
     saver: Checkpoints
+    lock: RunLock | None  # None: the folder is only read
     console: Console
     hooks: Sequence[Hook]
     peak_flops: float  # FLOP/s of all devices
@@ -86,7 +94,7 @@ class Run:
     def close(self):
         """Close everything, also after an error."""
         with ExitStack() as stack:
-            for part in (*self.hooks, self.saver):
+            for part in (*filter(None, [self.lock]), *self.hooks, self.saver):
                 stack.callback(part.close)
 
 
@@ -111,6 +119,23 @@ OPTIONAL_USES = {
 def open_run(cfg: Config, hooks: Sequence[Hook] = (), is_quiet: bool = False) -> Run:
     """Build everything that `cfg` describes, or resume the run from its last checkpoint."""
     hosts.check_equal({key: configs.get(cfg, key) for key in configs.list_fields(Config)})
+    lock = hosts.run_on_all(lambda: _lock_folder(cfg))
+    try:
+        return _open_locked(cfg, lock, hooks, is_quiet)
+    except BaseException:
+        if lock:
+            lock.close()
+        raise
+
+
+def _lock_folder(cfg: Config) -> RunLock | None:
+    """Lock the folder of a run, if it can be written at all."""
+    check_run_folder(cfg)
+    return RunLock(cfg.run_folder, print_line) if is_writable(cfg.run_folder) else None
+
+
+def _open_locked(cfg: Config, lock: RunLock | None, hooks: Sequence[Hook], is_quiet: bool) -> Run:
+    """Do the work of `open_run`, which holds the lock."""
     inputs = hosts.run_on_all(lambda: _prepare_inputs(cfg, is_quiet))
     mesh, corpus, task, resume_step, start = inputs
     hosts.check_equal(
@@ -154,6 +179,7 @@ def open_run(cfg: Config, hooks: Sequence[Hook] = (), is_quiet: bool = False) ->
         train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)),
         eval_step=jax.jit(make_eval_step(cfg, model)),
         saver=saver,
+        lock=lock,
         console=console,
         hooks=(),
         restore=restore,
@@ -162,11 +188,12 @@ def open_run(cfg: Config, hooks: Sequence[Hook] = (), is_quiet: bool = False) ->
         peak_flops=peak * hosts.process_count(),
         start_note=start.note if start else "",
     )
+    note = saver.note or format_lost_steps(cfg, progress.step, read_metrics(cfg.run_folder))
     if not run.is_complete:  # a complete run is left as it is
         check_writable(cfg)
         _write_run_files(cfg, corpus, task)
         run.hooks = (
-            MetricsFile(cfg.run_folder, progress.step),
+            MetricsFile(cfg.run_folder, progress.step, console.log),
             console,
             Plots(),
             EarlyStop(cfg.train.patience),
@@ -175,6 +202,8 @@ def open_run(cfg: Config, hooks: Sequence[Hook] = (), is_quiet: bool = False) ->
             *hooks,
         )
     console.log(format_header(run, peak_source))
+    if note:
+        console.log(note)
     if missing := describe_missing(OPTIONAL_USES):
         console.log(missing)
     return run
@@ -185,7 +214,6 @@ def _prepare_inputs(cfg: Config, is_quiet: bool) -> RunInputs:
     mesh = make_mesh(cfg.mesh)
     check_fits(cfg, mesh)
     select_letters(abstract_params(cfg.model)[1], cfg.optimizer.train)
-    check_run_folder(cfg)
     resume_step = latest_step(os.path.join(cfg.run_folder, "checkpoints"))
     if resume_step is not None:
         _check_same_config(cfg)
@@ -201,7 +229,7 @@ def _prepare_inputs(cfg: Config, is_quiet: bool) -> RunInputs:
         print_line(f"reading {cfg.data.source}, and tokenizing what is not in {cfg.data.cache}")
     corpus = prepare(
         cfg.data,
-        cfg.model.vocab - cfg.objective.task.count_mask_tokens(cfg),
+        cfg.tokenizer_vocab,
         tokenizer=_load_tokenizer(cfg, resume_step, start),
         is_paired=cfg.objective.task.IS_PAIRED,
         log=(lambda line: None) if is_quiet else print_line,
@@ -344,11 +372,32 @@ def _renew_progress(cfg: Config, corpus: Corpus, saver: Checkpoints, progress: P
 @hosts.run_on_first
 def _write_run_files(cfg: Config, corpus: Corpus, task: Task):
     """Write the config of the run, its tokenizer and the names of its classes."""
-    corpus.tokenizer.save(join_run_path(cfg, "tokenizer.json"))
-    if task.labels:
-        labels = json.dumps(task.labels) + "\n"
-        write_text_atomically(join_run_path(cfg, "labels.json"), labels)
-    write_text_atomically(join_run_path(cfg, "config.json"), _to_saved_json(cfg))
+    path = join_run_path(cfg, "tokenizer.json")
+    try:
+        corpus.tokenizer.save(path)
+    except OSError:  # a run resumes on a disk that is full
+        if not _is_saved(corpus.tokenizer, path):
+            raise
+    files = {"labels.json": json.dumps(task.labels) + "\n"} if task.labels else {}
+    for name, text in (files | {"config.json": _to_saved_json(cfg)}).items():
+        path = join_run_path(cfg, name)
+        if not _has_text(path, text):
+            write_text_atomically(path, text)
+
+
+def _is_saved(tokenizer: tokenizers.Tokenizer, path: str) -> bool:
+    try:
+        return tokenizers.load(path).fingerprint == tokenizer.fingerprint
+    except (ConfigError, OSError):
+        return False
+
+
+def _has_text(path: str, text: str) -> bool:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read() == text
+    except (OSError, ValueError):
+        return False
 
 
 def _to_saved_json(cfg: Config) -> str:
@@ -362,6 +411,8 @@ def join_run_path(cfg: Config, name: str) -> str:
 
 
 def _check_same_config(cfg: Config):
+    if cfg.resume != "force":
+        check_config_file(cfg.run_folder)
     changed = configs.list_differences(read_config(cfg.run_folder), cfg)
     if changed and cfg.resume != "force":
         lines = "\n  ".join(changed)

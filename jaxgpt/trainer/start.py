@@ -5,7 +5,9 @@ vocabulary, of the same tokenizer). Optimizer, schedule, data and best are the n
 it has a checkpoint of its own, the run that it started from is not read again.
 """
 
+import dataclasses
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +17,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxgpt import config as configs
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.config import Config
+from jaxgpt.interop import convert, loaders
+from jaxgpt.interop.formats import find_format
 from jaxgpt.loading import (
     CHECKPOINT_FOLDERS,
+    check_config_file,
     is_checkpoint,
     read_config,
+    read_facts,
     read_params,
     split_checkpoint_path,
 )
@@ -37,6 +43,7 @@ class Start:
     Args:
         folder: of the checkpoint, such as runs/a/best/500.
         config, tokenizer: of its run.
+        plan: where its parameters are, if it is a model of another library.
         taken: the parameters that fit the new run, as a selection (see `jaxgpt.selection`).
         differences: a line for each parameter that does not fit, and for each setting of the model
             that differs.
@@ -45,6 +52,7 @@ class Start:
     folder: str
     config: Config
     tokenizer: Tokenizer
+    plan: convert.Plan | None = None
     taken: Any = None
     differences: tuple[str, ...] = ()
 
@@ -60,17 +68,52 @@ def find_start(path: str) -> Start:
 
     Args:
         path: a run folder or saved model (its best checkpoint, or the latest if there is no best;
-            with "@latest" the latest), a run's `best` or `checkpoints`, or one checkpoint in it.
+            with "@latest" the latest), a run's `best` or `checkpoints`, or one checkpoint in it; or
+            a model of another library, as `jaxgpt.load` takes it.
 
     Raises:
         ConfigError: there is none.
     """
     try:
+        if find_format(os.path.expanduser(path)):
+            return _find_foreign(os.path.expanduser(path))
         run_folder, folder = _find_checkpoint(path)
+        check_config_file(run_folder)
         tokenizer = tokenizers.load(os.path.join(run_folder, "tokenizer.json"))
+        tokenizer.check_fingerprint(read_facts(folder).get("tokenizer", ""), run_folder)
         return Start(folder, read_config(run_folder), tokenizer)
     except ConfigError as error:
         raise ConfigError(f"train.start={path!r}: {error}") from error
+
+
+def _find_foreign(path: str) -> Start:
+    """Return the start at a model of another library."""
+    archive = loaders.open_archive(path)
+    plan = convert.plan_import(archive)
+    tokenizer = convert.make_tokenizer(plan.config.model, archive)
+    return Start(path, plan.config, tokenizer, plan)
+
+
+def load_config(settings: Sequence[str]) -> Config:
+    """Return the config of a run that names a start and no config: its model is that of the start.
+
+    A run that exists has its own config, so that it resumes without its start.
+
+    Args:
+        settings: `path=value` assignments, of which one is train.start.
+
+    Raises:
+        ConfigError: there is no such start, or a setting is invalid.
+    """
+    default, values = configs.load("stdlib"), configs.parse_assignments(settings)
+    places = {k: values[k] for k in ("name", "folder") if k in values}
+    run_folder = dataclasses.replace(default, **places).run_folder
+    if os.path.isfile(os.path.join(run_folder, "config.json")):
+        other = read_config(run_folder)
+    else:
+        other = find_start(values["train.start"]).config
+    train = dataclasses.replace(default.train, objective=other.train.objective)
+    return configs.override(dataclasses.replace(default, model=other.model, train=train), settings)
 
 
 def _find_checkpoint(path: str) -> tuple[str, str]:
@@ -123,7 +166,7 @@ def match_start(start: Start, cfg: Config, tokenizer: Tokenizer) -> Start:
         line for line in configs.list_differences(start.config, cfg) if line.startswith("model.")
     ]
     return Start(
-        start.folder, start.config, start.tokenizer, unflatten_dict(taken, sep="."),
+        start.folder, start.config, start.tokenizer, start.plan, unflatten_dict(taken, sep="."),
         tuple([f"not taken: {line}" for line in unfit] + [f"settings: {line}" for line in changed]),
     )  # fmt: skip
 
@@ -135,6 +178,11 @@ def take_params(start: Start, state: TrainState, abstract: TrainState) -> TrainS
         state: as initialized.
         abstract: shapes and shardings of it.
     """
+    if start.plan:
+        wanted = flatten_dict(select(abstract.params, start.taken), sep=".")
+        shardings = {path: x.sharding for path, x in wanted.items() if x is not None}
+        params = convert.read_params(start.plan, shardings, "float32")
+        return state.replace(params=merge(params, state.params))
     there, _ = abstract_params(start.config.model)
     replicated = abstract.step.sharding
     there = jax.tree.map(

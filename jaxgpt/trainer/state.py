@@ -11,8 +11,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxgpt import sharding
 from jaxgpt.backend import get_backend
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import Config, ModelConfig
 from jaxgpt.model import abstract_params, init_params
+from jaxgpt.optimizer import build as build_optimizer
 from jaxgpt.optimizer import get_state_letters
 from jaxgpt.seeds import make_key
 from jaxgpt.selection import select_letters
@@ -52,6 +53,18 @@ def abstract_state(
 
 def _add_sharding(x: jax.ShapeDtypeStruct, target: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=target)
+
+
+def make_abstract_state(cfg: Config, mesh: Any) -> tuple[Any, Any, TrainState]:
+    """Return the optimizer of a config, its schedule, and the state as shapes and shardings.
+
+    Args:
+        mesh: whose devices need not exist.
+    """
+    _, letters = abstract_params(cfg.model)
+    optimizer, schedule = build_optimizer(cfg.optimizer, cfg.train.steps, letters)
+    state = abstract_state(cfg.model, optimizer, cfg.seed, mesh, cfg.optimizer.train)
+    return optimizer, schedule, state
 
 
 def make_state(cfg: ModelConfig, optimizer, seed: int, abstract: TrainState) -> TrainState:

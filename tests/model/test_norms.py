@@ -31,7 +31,13 @@ def layer_reference(x, scale, bias):
     return (x - mean) / np.sqrt(var + EPS) * scale + bias
 
 
-REFERENCES = {"rms": rms_reference, "layer": layer_reference}
+def rms_plus_one_reference(x, scale, bias):
+    return rms_reference(x, 1 + scale, bias)
+
+
+REFERENCES = {
+    "rms": rms_reference, "rms_plus_one": rms_plus_one_reference, "layer": layer_reference
+}  # fmt: skip
 
 
 def make_rows(seed=0):

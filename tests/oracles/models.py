@@ -6,10 +6,10 @@ models have no padding token, since its embedding would get no gradient.
 
 import torch
 import transformers
-from oracles import weights
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, GptOssRotaryEmbedding
 
 from jaxgpt.architecture import ExpertsConfig, ModelConfig, RopeConfig, SparseConfig
+from jaxgpt.interop import names
 
 V, D, F, THETA, EPS = 97, 32, 48, 500.0, 1e-4
 GPT2_STYLE = dict(norm="layer", feedforward="plain", bias=True)  # of GPT-2 and its contemporaries
@@ -40,7 +40,7 @@ def make_llama(kv_heads: int = 2, **changes):
         # In transformers "dynamic" scales if the text is longer than this; it has 20 tokens.
         max_position_embeddings=10 if cfg.rope.scaling == "ntk" else 32,
     ))  # fmt: skip
-    return cfg, transformers.LlamaForCausalLM(config), weights.LLAMA
+    return cfg, transformers.LlamaForCausalLM(config), names.LLAMA
 
 
 def _make_rope_parameters(rope: RopeConfig) -> dict:
@@ -70,7 +70,7 @@ def make_mistral():
         sparse=SparseConfig(window=5),
     )  # fmt: skip
     config = transformers.MistralConfig(**make_llama_settings(sliding_window=5))
-    return cfg, transformers.MistralForCausalLM(config), weights.LLAMA
+    return cfg, transformers.MistralForCausalLM(config), names.LLAMA
 
 
 def make_mixtral():
@@ -81,13 +81,13 @@ def make_mixtral():
     config = transformers.MixtralConfig(
         **make_llama_settings(num_local_experts=4, num_experts_per_tok=2)
     )
-    return cfg, transformers.MixtralForCausalLM(config), weights.LLAMA
+    return cfg, transformers.MixtralForCausalLM(config), names.LLAMA
 
 
 def make_qwen3():
     cfg = make_config(kv_heads=2, tie=False, rope=RopeConfig(THETA), qk_norm=True, head_width=16)
     config = transformers.Qwen3Config(**make_llama_settings(head_dim=16))
-    return cfg, transformers.Qwen3ForCausalLM(config), weights.LLAMA
+    return cfg, transformers.Qwen3ForCausalLM(config), names.LLAMA
 
 
 def make_gemma2():
@@ -101,7 +101,7 @@ def make_gemma2():
         final_logit_softcapping=4.0, query_pre_attn_scalar=24, tie_word_embeddings=True,
         hidden_activation="gelu_pytorch_tanh",
     ))  # fmt: skip
-    return cfg, transformers.Gemma2ForCausalLM(config), weights.GEMMA2
+    return cfg, transformers.Gemma2ForCausalLM(config), names.GEMMA2
 
 
 def make_gemma3():
@@ -123,19 +123,19 @@ def make_gemma3():
         query_pre_attn_scalar=24, tie_word_embeddings=True, rope_parameters=rope,
         hidden_activation="gelu_pytorch_tanh",
     ))  # fmt: skip
-    return cfg, transformers.Gemma3ForCausalLM(config), weights.GEMMA2
+    return cfg, transformers.Gemma3ForCausalLM(config), names.GEMMA2
 
 
 def make_qwen2():
     cfg = make_config(kv_heads=2, rope=RopeConfig(THETA), bias="qkv")
     config = transformers.Qwen2Config(**make_llama_settings(tie_word_embeddings=True))
-    return cfg, transformers.Qwen2ForCausalLM(config), weights.LLAMA
+    return cfg, transformers.Qwen2ForCausalLM(config), names.LLAMA
 
 
 def make_llama_with_attention_biases():
     cfg = make_config(kv_heads=2, tie=False, rope=RopeConfig(THETA), bias="attention")
     config = transformers.LlamaConfig(**make_llama_settings(attention_bias=True))
-    return cfg, transformers.LlamaForCausalLM(config), weights.LLAMA
+    return cfg, transformers.LlamaForCausalLM(config), names.LLAMA
 
 
 def make_llama_with_sinks():
@@ -147,7 +147,7 @@ def make_llama_with_sinks():
     model.model.rotary_emb = GptOssRotaryEmbedding(config)
     for i, layer in enumerate(model.model.layers):
         layer.self_attn = GptOssAttention(config, i)
-    return cfg, model, weights.LLAMA
+    return cfg, model, names.LLAMA
 
 
 def make_llama4():
@@ -164,7 +164,7 @@ def make_llama4():
         num_experts_per_tok=1, interleave_moe_layer_step=2, attention_chunk_size=5,
         attn_temperature_tuning=True, attn_scale=0.7, floor_scale=4, use_qk_norm=True,
     ))  # fmt: skip
-    return cfg, transformers.Llama4ForCausalLM(config), weights.LLAMA4
+    return cfg, transformers.Llama4ForCausalLM(config), names.LLAMA4
 
 
 def make_olmo2():
@@ -172,7 +172,7 @@ def make_olmo2():
         kv_heads=2, tie=False, rope=RopeConfig(THETA), wiring="reordered", qk_norm="width"
     )
     config = transformers.Olmo2Config(**make_llama_settings())
-    return cfg, transformers.Olmo2ForCausalLM(config), weights.OLMO2
+    return cfg, transformers.Olmo2ForCausalLM(config), names.OLMO2
 
 
 def make_gpt2():
@@ -181,7 +181,7 @@ def make_gpt2():
         vocab_size=V, n_positions=32, n_embd=D, n_layer=2, n_head=4, n_inner=F,
         layer_norm_epsilon=EPS, activation_function="gelu_new", **EAGER_ATTENTION,
     )  # fmt: skip
-    return cfg, transformers.GPT2LMHeadModel(config), weights.GPT2
+    return cfg, transformers.GPT2LMHeadModel(config), names.GPT2
 
 
 def make_gpt_neox():
@@ -198,7 +198,7 @@ def make_gpt_neox():
         rope_parameters=dict(rope_type="default", rope_theta=THETA, partial_rotary_factor=0.5),
         use_parallel_residual=True, tie_word_embeddings=False, **EAGER_ATTENTION,
     )  # fmt: skip
-    return cfg, transformers.GPTNeoXForCausalLM(config), weights.GPT_NEOX
+    return cfg, transformers.GPTNeoXForCausalLM(config), names.GPT_NEOX
 
 
 def make_bloom():
@@ -208,7 +208,7 @@ def make_bloom():
     config = transformers.BloomConfig(
         vocab_size=V, hidden_size=D, n_layer=2, n_head=4, layer_norm_epsilon=EPS,
     )  # fmt: skip
-    return cfg, transformers.BloomForCausalLM(config), weights.BLOOM
+    return cfg, transformers.BloomForCausalLM(config), names.BLOOM
 
 
 def make_mpt():
@@ -219,7 +219,7 @@ def make_mpt():
     config = transformers.MptConfig(
         vocab_size=V, d_model=D, n_layers=2, n_heads=4, expansion_ratio=4, max_seq_len=32,
     )  # fmt: skip
-    return cfg, transformers.MptForCausalLM(config), weights.MPT
+    return cfg, transformers.MptForCausalLM(config), names.MPT
 
 
 def make_bert(classes: int = 0):
@@ -233,7 +233,7 @@ def make_bert(classes: int = 0):
         num_labels=classes or 2, pad_token_id=None, **EAGER_ATTENTION,
     )  # fmt: skip
     kind = transformers.BertForSequenceClassification if classes else transformers.BertForMaskedLM
-    return cfg, kind(config), weights.BERT
+    return cfg, kind(config), names.BERT
 
 
 def make_t5(is_gated: bool):
@@ -253,7 +253,7 @@ def make_t5(is_gated: bool):
     model = transformers.T5ForConditionalGeneration(config)
     if is_gated:  # transformers ties weights of a new model even if the config does not
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-    return cfg, model, weights.T5
+    return cfg, model, names.T5
 
 
 def make_bart():
@@ -266,7 +266,7 @@ def make_bart():
         encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=F, decoder_ffn_dim=F,
         activation_function="gelu", pad_token_id=None, **EAGER_ATTENTION,
     )  # fmt: skip
-    return cfg, transformers.BartForConditionalGeneration(config), weights.BART
+    return cfg, transformers.BartForConditionalGeneration(config), names.BART
 
 
 CASES = {

@@ -10,9 +10,10 @@ import pytest
 import torch
 import transformers
 from helpers import forward, single_document_coords
-from oracles.weights import convert_arrays, layers, linear, locate_weights, norm, parameter, table
 
 from jaxgpt.architecture import MixerConfig, ModelConfig
+from jaxgpt.interop.names import MAMBA
+from jaxgpt.interop.rows import convert_arrays, locate_weights
 from jaxgpt.model import Coords, abstract_params, build, compute_logits, init_cache, make_head
 from jaxgpt.objectives import vocabulary_loss
 
@@ -26,59 +27,6 @@ HF_CONFIG = transformers.MambaConfig(
     expand=3, conv_kernel=3, time_step_rank="auto", use_bias=False, use_conv_bias=True,
     residual_in_fp32=True, tie_word_embeddings=True,
 )  # fmt: skip
-
-
-# --- the table of weights ---
-
-
-def take_half(i: int):
-    """Return the rearrangement to the input of the convolution, or the gate, of a fused [2I D]."""
-    return lambda x, cfg: np.split(x, 2)[i].T
-
-
-def take_part(i: int):
-    """Return the rearrangement to the low-rank step, B or C, of a fused [R+Z+Z I]."""
-
-    def rearrange(x, cfg):
-        R, Z = cfg.sizes["R"], cfg.sizes["Z"]
-        return np.split(x, [R, R + Z])[i].T
-
-    return rearrange
-
-
-def transpose_taps(x, cfg):  # a depthwise Conv1d: [I 1 W]
-    return x[:, 0].T
-
-
-def transpose(x, cfg):
-    return x.T
-
-
-def keep(x, cfg):
-    return x
-
-
-MAMBA = [
-    table("embed", "backbone.embeddings"),
-    norm("stack.norm", "backbone.norm_f"),
-    *layers(
-        "stack",
-        "backbone.layers.{}",
-        norm("mixer_norm_in", "norm"),
-        linear("mixer.in", "mixer.in_proj", take_half(0)),
-        linear("mixer.gate", "mixer.in_proj", take_half(1)),
-        parameter("mixer.conv_w", "mixer.conv1d.weight", transpose_taps),
-        parameter("mixer.conv_b", "mixer.conv1d.bias", keep),
-        parameter("mixer.rank", "mixer.x_proj.weight", take_part(0)),
-        parameter("mixer.B", "mixer.x_proj.weight", take_part(1)),
-        parameter("mixer.C", "mixer.x_proj.weight", take_part(2)),
-        parameter("mixer.step_w", "mixer.dt_proj.weight", transpose),
-        parameter("mixer.step_b", "mixer.dt_proj.bias", keep),
-        parameter("mixer.log_A", "mixer.A_log", keep),
-        parameter("mixer.skip", "mixer.D", keep),
-        linear("mixer.o", "mixer.out_proj"),
-    ),
-]
 
 
 # --- both models on the same tokens ---
@@ -131,7 +79,7 @@ def actual(params):
 
 def test_every_weight_has_a_counterpart(reference, params):
     chex.assert_trees_all_equal_shapes_and_dtypes(params, abstract_params(CFG)[0])
-    names = {name for row in locate_weights(MAMBA, reference[0], CFG) for name in row[1]}
+    names = {name for row in locate_weights(MAMBA, reference[0], CFG) for name in row.names}
     assert names == set(reference[0])
 
 

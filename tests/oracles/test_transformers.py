@@ -11,9 +11,9 @@ import pytest
 import torch
 from helpers import single_document_coords
 from oracles.models import CASES
-from oracles.weights import convert_arrays, locate_weights
 
 from jaxgpt.config import ModelConfig
+from jaxgpt.interop.rows import convert_arrays, locate_weights
 from jaxgpt.model import (
     Coords,
     EncoderInput,
@@ -146,7 +146,7 @@ def test_every_weight_of_jaxgpt_has_a_counterpart_in_transformers(pair):
 
 
 def test_every_weight_of_transformers_has_a_counterpart_in_jaxgpt(pair):
-    names = {name for row in locate_weights(pair.rows, pair.names, pair.cfg) for name in row[1]}
+    names = {name for row in locate_weights(pair.rows, pair.names, pair.cfg) for name in row.names}
     assert names == set(pair.names)
 
 

@@ -21,9 +21,17 @@ from tiny_runs import (
 
 from jaxgpt.config import MeshConfig
 from jaxgpt.hosts import place_batch
-from jaxgpt.saved_arrays import ShapeMismatchError, check_shapes, latest_step
+from jaxgpt.saved_arrays import (
+    DamagedError,
+    ShapeMismatchError,
+    check_shapes,
+    describe_read_errors,
+    latest_step,
+    read_manifest,
+)
 from jaxgpt.settings import ConfigError
-from jaxgpt.trainer.checkpoint import Checkpoints, Progress
+from jaxgpt.trainer import checkpoint as checkpoint_module
+from jaxgpt.trainer.checkpoint import Checkpoints, Progress, SaveError
 from jaxgpt.trainer.state import TrainState
 
 SHARDED_MESH = MeshConfig(data=2, fsdp=2, tensor=2)
@@ -271,36 +279,170 @@ def test_a_state_of_other_shapes_is_rejected_by_name(setting, line, checkpoints)
 
 
 REMEDY = r"Move it away or delete it: step 2, the one before, can be read\."
+NO_REMEDY = r"No other checkpoint of this run can be read \(train\.keep sets how many are kept\)\."
+DAMAGE = [
+    ("params/_METADATA", r"is damaged \(.+\)", True),
+    ("rest/d", r"is damaged \(.+\)", True),
+    ("progress/metadata", r"is damaged \(.+\)", True),
+    # Its list of arrays is whole: the error may have another cause, so nothing is advised.
+    ("params/ocdbt.process_0/d", r"cannot be read \(.+\)", False),
+    ("rest", r"is damaged \(its folder rest is missing\)", True),
+    ("params", r"is damaged \(its folder params is missing\)", True),
+]
 
 
-@pytest.mark.parametrize(
-    ("part", "message"),
-    [
-        ("params/_METADATA", rf"the checkpoint {{}} is damaged \(.+\)\. {REMEDY}"),
-        ("rest/d", rf"the checkpoint {{}} is damaged \(.+\)\. {REMEDY}"),
-        ("progress/metadata", rf"the checkpoint {{}} is damaged \(.+\)\. {REMEDY}"),
-        # Its list of arrays is whole: the error may have another cause, so nothing is advised.
-        ("params/ocdbt.process_0/d", r"the checkpoint {} cannot be read \(.+\)\."),
-        # As that of a run whose optimizer has other state.
-        ("rest", r"{} is of another model or optimizer:\n  opt_state\.\S+: nothing is saved, .*"),
-    ],
-)
-def test_the_error_of_a_damaged_checkpoint_gives_its_folder_and_a_remedy(part, message, tmp_path):
+def save_and_damage(folder, part: str, steps=(2, 3)):
+    """Save checkpoints, and truncate a file, or delete a folder, of the last one."""
+    run = make_layout_training("one device")
+    with closing(Checkpoints(str(folder), keep=len(steps))) as checkpoints:
+        for step in steps:
+            checkpoints.save(run.make_state(), Progress(step=step))
+        checkpoints.wait()
+    damaged = folder / "checkpoints" / str(steps[-1]) / part
+    if damaged.is_file():
+        os.truncate(damaged, damaged.stat().st_size // 2)
+    else:
+        shutil.rmtree(damaged)
+    return run
+
+
+@pytest.mark.parametrize(("part", "message", "is_advised"), DAMAGE)
+def test_a_run_continues_before_a_damaged_checkpoint(part, message, is_advised, tmp_path):
+    run = save_and_damage(tmp_path, part)
+    with closing(Checkpoints(str(tmp_path), keep=2)) as checkpoints:
+        state, progress = checkpoints.restore(run.abstract)
+        assert progress.step == 2
+        assert_same_bits(state.params, run.make_state().params)
+        folder = re.escape(f"{tmp_path}/checkpoints/3")
+        note = (
+            rf"warning: the checkpoint {folder} {message}\. The run continues from step 2, the "
+            r"checkpoint before: 1 step after it are made again\. What is damaged is kept as "
+            r"3\.damaged until you delete it\."
+        )
+        assert re.fullmatch(note, checkpoints.note, re.DOTALL)
+        assert sorted(os.listdir(tmp_path / "checkpoints")) == ["2", "3"]  # nothing is written yet
+        checkpoints.save(run.make_state(), Progress(step=3))
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["2", "3", "3.damaged"]
+    with closing(Checkpoints(str(tmp_path), keep=2)) as checkpoints:
+        assert checkpoints.restore(run.abstract)[1].step == 3
+        assert not checkpoints.note
+
+
+@pytest.mark.parametrize(("part", "message", "is_advised"), DAMAGE)
+def test_the_error_of_the_only_checkpoint_gives_its_folder(part, message, is_advised, tmp_path):
+    run = save_and_damage(tmp_path, part, steps=(3,))
+    with closing(Checkpoints(str(tmp_path), keep=2)) as checkpoints:
+        for _ in range(2):  # it is not forgotten
+            with pytest.raises(DamagedError) as refusal:
+                checkpoints.restore(run.abstract)
+            pattern = rf"the checkpoint {re.escape(f'{tmp_path}/checkpoints/3')} {message}\."
+            pattern += f" {NO_REMEDY}" if is_advised else ""
+            assert re.fullmatch(pattern, str(refusal.value), re.DOTALL)
+    assert os.listdir(tmp_path / "checkpoints") == ["3"]
+
+
+def test_the_advice_names_the_checkpoint_before(tmp_path):
+    save_and_damage(tmp_path, "params/_METADATA")
+    folder = str(tmp_path / "checkpoints" / "3")
+    with pytest.raises(DamagedError, match=REMEDY), describe_read_errors(folder):
+        read_manifest(folder)
+
+
+def test_a_flipped_bit_in_an_array_is_found_and_named(tmp_path):
+    run = make_layout_training("one device")
+    with closing(Checkpoints(str(tmp_path), keep=2)) as checkpoints:
+        for step in (2, 3):
+            checkpoints.save(fill(run.make_state()), Progress(step=step))
+        checkpoints.wait()
+        folder = tmp_path / "checkpoints" / "3" / "rest" / "ocdbt.process_0" / "d"
+        path = max(folder.iterdir(), key=lambda file: file.stat().st_size)
+        data, notes = path.read_bytes(), []
+        for part in range(1, 7):  # some may hit the index of the arrays
+            changed = bytearray(data)
+            changed[len(data) * part // 7] ^= 1
+            path.write_bytes(changed)
+            checkpoints._latest.damaged.clear()
+            assert checkpoints.restore(run.abstract)[1].step == 2
+            notes.append(checkpoints.note)
+        assert re.search(r"damaged \(rest\.opt_state\.\S+ has another checksum", "".join(notes))
+
+
+def test_one_process_that_cannot_read_makes_all_continue_before(tmp_path, monkeypatch):
+    """The outcomes of the processes are all-gathered: the other one has found damage."""
     run = make_layout_training("one device")
     with closing(Checkpoints(str(tmp_path), keep=2)) as checkpoints:
         for step in (2, 3):
             checkpoints.save(run.make_state(), Progress(step=step))
         checkpoints.wait()
-    damaged = tmp_path / "checkpoints" / "3" / part
-    if damaged.is_file():
-        os.truncate(damaged, damaged.stat().st_size // 2)
-    else:
-        shutil.rmtree(damaged)
-    with closing(Checkpoints(str(tmp_path), keep=2)) as checkpoints:
-        with pytest.raises(ConfigError) as refusal:
-            checkpoints.restore(run.abstract)
-        pattern = message.format(re.escape(f"{tmp_path}/checkpoints/3"))
-        assert re.fullmatch(pattern, str(refusal.value), re.DOTALL)
-    shutil.rmtree(tmp_path / "checkpoints" / "3")
-    with closing(Checkpoints(str(tmp_path), keep=2)) as checkpoints:
+        answers = iter(['["damaged", "params.w is damaged"]', '["", ""]'])
+
+        def gather(name, text):
+            return [text, next(answers)] if name == "read" else [text]
+
+        monkeypatch.setattr(checkpoint_module.hosts, "all_gather_text", gather)
         assert checkpoints.restore(run.abstract)[1].step == 2
+        assert "process 1: params.w is damaged. The run continues from step 2" in checkpoints.note
+
+
+# --- errors of saving ---
+
+
+def test_a_checkpoint_that_cannot_be_saved_leaves_the_others_and_the_next_one_is(
+    tmp_path, monkeypatch
+):
+    run = make_layout_training("one device")
+    with closing(Checkpoints(str(tmp_path), keep=1)) as checkpoints:
+        checkpoints.save(run.make_state(), Progress(step=1))
+        checkpoints.wait()
+
+        def fail():
+            raise ValueError("RESOURCE_EXHAUSTED: Failed to write 9 bytes [os_error_code='28']")
+
+        checkpoints.save(run.make_state(), Progress(step=2))
+        with monkeypatch.context() as patch:
+            manager = checkpoints._latest.manager
+            before = manager.wait_until_finished
+            patch.setattr(manager, "wait_until_finished", lambda: [before(), fail()])
+            with pytest.raises(
+                SaveError, match=r"checkpoints/2 could not be saved \(No space left"
+            ):
+                checkpoints.wait()
+        assert checkpoints.latest_step() == 1
+        checkpoints.save(run.make_state(), Progress(step=3))
+        checkpoints.wait()
+        assert checkpoints.latest_step() == 3
+        assert checkpoints.restore(run.abstract)[1].step == 3
+
+
+def test_the_rest_of_a_failed_save_is_deleted(tmp_path, monkeypatch):
+    run = make_layout_training("one device")
+    with closing(Checkpoints(str(tmp_path), keep=1)) as checkpoints:
+        rest = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp" / "params"
+
+        def fail(*_, **__):
+            rest.mkdir(parents=True)
+            raise OSError(30, "Read-only file system", "/disk")
+
+        monkeypatch.setattr(checkpoints._latest.manager, "save", fail)
+        with pytest.raises(SaveError, match=r"could not be saved \(Read-only file system: /disk\)"):
+            checkpoints.save(run.make_state(), Progress(step=2))
+        assert not rest.parent.exists()
+
+
+def test_a_checkpoint_loses_its_name_before_it_is_deleted(tmp_path, monkeypatch):
+    run = make_layout_training("one device")
+    seen = []
+    rmtree = shutil.rmtree
+
+    def look(path, **arguments):
+        if os.path.exists(path):
+            seen.append((sorted(os.listdir(tmp_path / "checkpoints")), len(os.listdir(path))))
+        rmtree(path, **arguments)
+
+    with closing(Checkpoints(str(tmp_path), keep=1)) as checkpoints:
+        checkpoints.save(run.make_state(), Progress(step=1))
+        checkpoints.save(run.make_state(), Progress(step=2))
+        monkeypatch.setattr(checkpoint_module.shutil, "rmtree", look)
+        checkpoints.wait()
+    assert ([".deleted", "2"], 1) in seen
+    assert os.listdir(tmp_path / "checkpoints") == ["2"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,15 +20,16 @@ from jaxgpt import config as configs
 from jaxgpt.config import override
 from jaxgpt.loading import load, read_config
 from jaxgpt.optimizer import build as build_optimizer
-from jaxgpt.saved_arrays import get_shapes, is_readable, latest_step
+from jaxgpt.saved_arrays import DamagedError, get_shapes, is_readable, latest_step
 from jaxgpt.seeds import make_key
 from jaxgpt.settings import ConfigError
 from jaxgpt.trainer import Progress, RunError, loop, memory, report, train
 from jaxgpt.trainer import checkpoint as checkpoint_module
 from jaxgpt.trainer import folder as folder_module
+from jaxgpt.trainer import logging as logging_module
 from jaxgpt.trainer import run as run_module
-from jaxgpt.trainer.checkpoint import Checkpoints
-from jaxgpt.trainer.hooks import OverfitWarning
+from jaxgpt.trainer.checkpoint import Checkpoints, SaveError
+from jaxgpt.trainer.hooks import EarlyStop, OverfitWarning
 from jaxgpt.trainer.logging import Console, MetricsFile, read_metrics
 from jaxgpt.trainer.report import format_duration
 from jaxgpt.trainer.stop import StopSignal
@@ -142,11 +144,192 @@ def test_a_read_only_folder_is_refused_before_training(copy, monkeypatch):
 
 def test_an_error_of_a_file_gives_its_path_and_the_last_good_step(copy, monkeypatch):
     def fail(*_):
-        raise OSError(28, "No space left on device", "/disk/metrics.jsonl")
+        raise OSError(28, "No space left on device", "/disk/file")
 
-    monkeypatch.setattr(MetricsFile, "write", fail)
-    with pytest.raises(RunError, match=r"/disk/metrics.jsonl: No space left.* is of step 4"):
+    monkeypatch.setattr(EarlyStop, "on_eval", fail)
+    with pytest.raises(RunError, match=r"/disk/file: No space left.* is of step 4"):
         train(override(copy, ["train.steps=6", "resume=force"]), is_quiet=True)
+
+
+# --- a full disk ---
+
+
+class FullDisk:
+    """Makes writing fail: of checkpoints, of metrics, of samples and plots."""
+
+    ERROR = OSError(28, "No space left on device")
+
+    def __init__(self, patch, saves=(), best=()):
+        self.patch, self.saves, self.best = patch, set(saves), set(best)
+        save = checkpoint_module.sum_arrays
+
+        def fail_at(**trees):
+            step = self.run.progress.step
+            kind = self.saves if "rest" in trees else self.best
+            if step in kind:
+                kind.discard(step) if self.is_once else None
+                raise self.ERROR
+            return save(**trees)
+
+        self.run, self.is_once = None, False
+        patch.setattr(checkpoint_module, "sum_arrays", fail_at)
+        open_run = loop.open_run
+
+        def open_and_remember(*arguments):
+            self.run = open_run(*arguments)
+            return self.run
+
+        patch.setattr(loop, "open_run", open_and_remember)
+
+
+FULL = ["train.steps=6", "train.eval_every=2", "train.save_every=2", "train.log_every=1"]
+
+
+def test_training_goes_on_after_a_checkpoint_that_cannot_be_saved(folder, monkeypatch, capsys):
+    cfg = run_config(folder, "name=full", *FULL)
+    FullDisk(monkeypatch, saves=[2])
+    assert train(cfg).step == 6
+    checkpoints = os.path.join(cfg.run_folder, "checkpoints")
+    assert sorted(os.listdir(checkpoints)) == ["4", "6"]
+    out = capsys.readouterr().out
+    assert out.count("checkpoints/2 could not be saved (No space left on device)") == 1
+    assert "Training goes on to the next save (train.on_save_error=continue)" in out
+
+
+def test_a_run_whose_last_state_cannot_be_saved_ends_with_an_error(folder, monkeypatch, capsys):
+    cfg = run_config(folder, "name=full_at_the_end", *FULL)
+    FullDisk(monkeypatch, saves=[6])
+    with pytest.raises(SaveError, match=r"checkpoints/6 could not be saved .* is of step 4"):
+        train(cfg)
+    assert latest_step(os.path.join(cfg.run_folder, "checkpoints")) == 4
+    assert "could not be saved" not in capsys.readouterr().out  # the error is the one message
+
+
+def test_the_last_state_is_saved_at_a_second_try(folder, monkeypatch):
+    cfg = run_config(folder, "name=full_for_a_moment", *FULL)
+    FullDisk(monkeypatch, saves=[6]).is_once = True
+    assert train(cfg, is_quiet=True).step == 6
+    assert latest_step(os.path.join(cfg.run_folder, "checkpoints")) == 6
+
+
+def test_a_run_stops_at_a_save_error_if_that_is_set(folder, monkeypatch):
+    cfg = run_config(folder, "name=full_stop", *FULL, "train.on_save_error=stop")
+    FullDisk(monkeypatch, saves=[4])
+    with pytest.raises(SaveError, match=r"checkpoints/4 could not be saved"):
+        train(cfg, is_quiet=True)
+    assert latest_step(os.path.join(cfg.run_folder, "checkpoints")) == 2
+    assert [r["step"] for r in read_metrics(cfg.run_folder)][-1] == 4
+    monkeypatch.undo()
+    monkeypatch.setattr(run_module, "peak_flops", lambda devices: (1e12, "a guess"))
+    assert train(cfg, is_quiet=True).step == 6  # the folder is whole, and unlocked
+
+
+def test_the_best_loss_is_that_of_the_best_checkpoint_on_disk(folder, monkeypatch):
+    cfg = run_config(folder, "name=full_best", *FULL)
+    FullDisk(monkeypatch, best=[4, 6])
+    progress = train(cfg, is_quiet=True)
+    evals = {r["step"]: r["loss"] for r in read_metrics(cfg.run_folder) if r["kind"] == "eval"}
+    assert evals[6] < evals[4] < evals[2]
+    assert latest_step(os.path.join(cfg.run_folder, "best")) == progress.best_step == 2
+    assert progress.best_loss == pytest.approx(evals[2], abs=1e-4)
+    monkeypatch.undo()
+    assert load(cfg.run_folder).step == 2
+
+
+def test_metrics_that_cannot_be_written_are_written_later(tmp_path):
+    lines = []
+    metrics = MetricsFile(str(tmp_path), 0, lines.append)
+    file, disk = metrics._file, {"free": 10}
+
+    class Disk:
+        def write(self, data):
+            if not disk["free"]:
+                raise FullDisk.ERROR
+            written = file.write(data[: disk["free"]])  # a part, as a disk that becomes full does
+            disk["free"] -= written
+            return written
+
+        close = file.close
+
+    metrics._file = Disk()
+    for step in (1, 2):
+        metrics.write("train", step, {"loss": 1.0})
+    disk["free"] = 10**9
+    metrics.write("train", 3, {"loss": 1.0})
+    metrics.close()
+    assert [r["step"] for r in read_metrics(str(tmp_path))] == [1, 2, 3]
+    assert len(lines) == 1
+    assert "metrics.jsonl cannot be written (No space left on device); training goes on" in lines[0]
+
+
+def test_the_thread_of_tensorboard_survives_a_full_disk(tmp_path):
+    pytest.importorskip("tensorboardX")
+    lines = []
+    metrics = MetricsFile(str(tmp_path), 0, lines.append)
+    events = metrics._board.file_writer.event_writer._ev_writer
+
+    class Disk:
+        def write(self, *_):
+            raise FullDisk.ERROR
+
+        flush = close = write
+
+    events._py_recordio_writer._writer, file = Disk(), events._py_recordio_writer._writer
+    for step in range(40):  # more than its queue holds
+        metrics.write("train", step, {"loss": 1.0})
+    metrics.close()
+    file.close()
+    assert any("cannot be written (No space left on device)" in line for line in lines)
+    assert len(read_metrics(str(tmp_path))) == 40
+
+
+def test_samples_and_plots_that_cannot_be_written_do_not_end_a_run(folder, monkeypatch, capsys):
+    cfg = run_config(folder, "name=full_of_plots", *FULL, "train.sample_every=2")
+
+    def fail(*_):
+        raise FullDisk.ERROR
+
+    monkeypatch.setattr(logging_module, "plot_curves", fail)
+    monkeypatch.setattr(loop, "write_text_atomically", fail)
+    assert train(cfg).step == 6
+    out = capsys.readouterr().out
+    assert out.count("plots cannot be written (No space left on device); training goes on.") == 1
+    assert out.count("step_000000.txt cannot be written") == 1
+    assert out.count("cannot be written") == 2
+
+
+def test_a_file_that_cannot_be_written_leaves_no_part_of_it(tmp_path, monkeypatch):
+    def fail(*_):
+        raise FullDisk.ERROR
+
+    monkeypatch.setattr(logging_module.os, "replace", fail)
+    with pytest.raises(OSError, match="No space"):
+        logging_module.write_text_atomically(str(tmp_path / "a.txt"), "text")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_run_resumes_on_a_full_disk_until_it_saves(copy, monkeypatch):
+    """Nothing is written anew at the start that is there already."""
+
+    def fail(*_):
+        raise FullDisk.ERROR
+
+    monkeypatch.setattr(run_module, "write_text_atomically", fail)
+    monkeypatch.setattr(logging_module, "write_text_atomically", fail)
+    cfg = read_config(copy.run_folder)
+    run = run_module.open_run(override(cfg, ["resume=force"]), is_quiet=True)
+    run.close()
+    with pytest.raises(RunError, match="No space left on device; the last good checkpoint"):
+        train(override(cfg, ["resume=force", "train.steps=6"]), is_quiet=True)
+
+
+def test_a_new_run_on_a_full_disk_ends_in_one_line(folder, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device", "/disk/config.json")
+
+    monkeypatch.setattr(run_module, "write_text_atomically", fail)
+    with pytest.raises(RunError, match=r"^/disk/config.json: No space left on device; there is no"):
+        train(run_config(folder, "name=full_at_start", *FULL), is_quiet=True)
 
 
 @pytest.mark.parametrize(
@@ -211,13 +394,67 @@ def test_the_shapes_that_are_read_back_are_those_of_the_state(tmp_path):
     assert saved["progress"]["step"] == 1
 
 
-def test_a_damaged_best_names_the_checkpoint_that_can_be_read(copy):
-    best = os.path.join(copy.run_folder, "best")
-    path = os.path.join(best, str(latest_step(best)))
+def empty_params(cfg, folder) -> str:
+    """Damage the last checkpoint of a folder; return its path."""
+    path = os.path.join(cfg.run_folder, folder)
+    path = os.path.join(path, str(latest_step(path)))
     shutil.rmtree(os.path.join(path, "params"))
     os.makedirs(os.path.join(path, "params"))
-    with pytest.raises(ConfigError, match=r"is damaged .*checkpoints/4 can be read.*keep it"):
-        load(copy.run_folder)
+    return path
+
+
+def test_in_place_of_a_damaged_best_the_latest_is_loaded_with_a_warning(copy, capsys):
+    best = empty_params(copy, "best")
+    assert load(copy.run_folder).origin == os.path.join(copy.run_folder, "checkpoints", "4")
+    warning = rf"warning: the checkpoint {best} is damaged .*checkpoints/4 is used in its place"
+    assert re.search(warning, capsys.readouterr().err)
+    assert load(copy.run_folder, checkpoint="latest").step == 4
+    assert not capsys.readouterr().err
+
+
+def test_checkpoints_are_tried_from_the_latest_to_the_best(copy, capsys):
+    empty_params(copy, "checkpoints")
+    assert load(copy.run_folder, checkpoint="latest").origin.endswith("checkpoints/2")
+    shutil.rmtree(os.path.join(copy.run_folder, "checkpoints", "2"))
+    assert load(copy.run_folder, checkpoint="latest").origin.endswith("best/4")
+    empty_params(copy, "best")
+    with pytest.raises(DamagedError, match=r"checkpoints/4 is damaged"):
+        load(copy.run_folder, checkpoint="latest")
+
+
+def test_a_flipped_bit_of_the_config_is_refused_by_its_path(copy):
+    path = os.path.join(copy.run_folder, "config.json")
+    with open(path) as file:
+        text = file.read()
+    with open(path, "w") as file:
+        file.write(text.replace('"lr": 0.01', '"lr": 0.03'))
+    for use in (load, lambda folder: train(copy, is_quiet=True)):
+        with pytest.raises(ConfigError, match=f"{path} is not as it was written"):
+            use(copy.run_folder)
+    with open(path, "w") as file:  # a change on purpose
+        values = json.loads(text)
+        del values["versions"]["checksum"]
+        values["sample"]["tokens"] = 5
+        json.dump(values, file)
+    assert load(copy.run_folder).config.sample.tokens == 5
+
+
+def test_another_tokenizer_does_not_start_a_run(copy, folder):
+    path = os.path.join(copy.run_folder, "tokenizer.json")
+    with open(path) as file:
+        text = file.read()
+    with open(path, "w") as file:
+        file.write(text.replace("<unk>", "<unl>"))
+    with pytest.raises(ConfigError, match=r"train\.start=.* is not the tokenizer that"):
+        train(run_config(folder, "name=start", f"train.start={copy.run_folder}"), is_quiet=True)
+
+
+def test_the_steps_that_a_kill_has_cost_are_named(copy, capsys):
+    with open(os.path.join(copy.run_folder, "metrics.jsonl"), "a") as file:
+        file.write('{"kind": "train", "step": 5, "loss": 1.0}\n')
+    train(override(copy, ["train.steps=6", "resume=force"]))
+    line = "lost   1 steps or more, made after step 4 was saved: they are made again. A kill costs"
+    assert line in capsys.readouterr().out
 
 
 # --- signals ---
@@ -383,7 +620,7 @@ def test_too_many_epochs_and_years_are_said_before_training(folder, capsys, monk
     train(run_config(folder, "name=epochs", *SETTINGS))
     out = capsys.readouterr().out
     assert "the model will learn the text by heart" in out
-    assert "at least: this plan is for faster devices" in out
+    assert "--plan shows what would fit" in out
 
 
 @pytest.mark.parametrize(
@@ -415,7 +652,7 @@ def test_overfitting_is_said_once():
 
 
 def test_a_state_that_does_not_fit_is_refused_with_what_would(folder, monkeypatch):
-    monkeypatch.setattr(memory, "_read_memory_bytes", lambda device: 10_000)
+    monkeypatch.setattr(memory, "read_memory_bytes", lambda device: 10_000)
     with pytest.raises(ConfigError, match=r"need .* GB on each device.* parameters would fit"):
         train(run_config(folder, "name=large", *SETTINGS), is_quiet=True)
 

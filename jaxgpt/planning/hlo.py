@@ -44,7 +44,8 @@ def list_collectives(text: str) -> list[Collective]:
     """Every collective among more than one device that the program runs, in the text's order."""
     programs = split_computations(text)
     times = count_runs(programs)
-    found = []
+    found: list[Collective] = []
+    channels: set[tuple[str, str]] = set()
     for name, lines in programs.items():
         for line in lines:
             match = COLLECTIVE.search(line)
@@ -53,12 +54,21 @@ def list_collectives(text: str) -> list[Collective]:
             groups = parse_groups(line, count_devices(text))
             if max(map(len, groups)) == 1:
                 continue
+            # A TPU runs a collective in parts that share a channel, beside other instructions.
+            channel = re.search(r"channel_id=\d+", line)
+            if channel and FUSED_COLLECTIVE in text and name != "ENTRY":
+                if (channel[0], match["type"]) in channels:
+                    continue
+                channels.add((channel[0], match["type"]))
             label = re.search(r'op_name="([^"]*)"', line)
             arrays = list_arrays(match, len(groups[0]))
-            found.append(
-                Collective(match["kind"], arrays, groups, times[name], label[1] if label else "")
-            )
+            is_scattered = name.startswith("all-reduce-scatter")  # a fusion, run as one
+            kind = "reduce-scatter" if is_scattered else match["kind"]
+            found.append(Collective(kind, arrays, groups, times[name], label[1] if label else ""))
     return found
+
+
+FUSED_COLLECTIVE = "async_collective_fusion"
 
 
 COLLECTIVE = re.compile(rf" = (?P<type>.+?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\(")
@@ -119,6 +129,36 @@ def count_runs(programs: dict[str, list[str]]) -> dict[str, int | None]:
 
     visit("ENTRY", 1)
     return times
+
+
+def add_trip_counts(text: str) -> str:
+    """Add the trip counts of loops, which the TPU compiler omits, from the loops' conditions."""
+    programs = split_computations(text)
+    lines = text.splitlines()
+    for number, line in enumerate(lines):
+        loop = re.search(r" while\(.*condition=%([\w.\-]+), body=%([\w.\-]+)", line)
+        if not loop or "known_trip_count" in line:
+            continue
+        condition = "\n".join(programs[loop[1]])
+        bounds = re.findall(r"= [su]32\[\]\S* constant\((\d+)\)", condition)
+        if len(bounds) == 1 and "direction=LT" in condition:
+            counter = re.search(r"get-tuple-element\(.*index=(\d+)", condition)
+            step = _find_increment(programs.get(loop[2], []), counter[1] if counter else "0")
+            turns = -(-int(bounds[0]) // step)
+            lines[number] += f', "known_trip_count":{{"n":"{turns}"}}'
+    return "\n".join(lines)
+
+
+def _find_increment(body: list[str], index: str) -> int:
+    """Return what a loop's body adds to the counter at this index of its state; 1 if unclear."""
+    text = "\n".join(body)
+    counter = re.search(rf"%([\w.\-]+) = [su]32\[\]\S* get-tuple-element\(.*index={index}\b", text)
+    if not counter:
+        return 1
+    name = re.escape(counter[1])
+    sums = re.findall(rf"add\(%{name}, %([\w.\-]+)\)", text)
+    steps = [re.search(rf"%{re.escape(s)} = [su]32\[\]\S* constant\((\d+)\)", text) for s in sums]
+    return max((int(step[1]) for step in steps if step), default=1) or 1
 
 
 CALLED = re.compile(

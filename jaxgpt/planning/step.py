@@ -7,10 +7,9 @@ import numpy as np
 
 from jaxgpt.config import Config
 from jaxgpt.data import Batch
-from jaxgpt.model import abstract_params, build
-from jaxgpt.optimizer import build as build_optimizer
+from jaxgpt.model import build
 from jaxgpt.sharding import check_fits, make_batch_sharding, make_mesh
-from jaxgpt.trainer.state import abstract_state
+from jaxgpt.trainer.state import make_abstract_state
 from jaxgpt.trainer.step import make_train_step
 
 
@@ -23,6 +22,15 @@ class Step(NamedTuple):
     lowered: Any
 
 
+def make_abstract_batch(cfg: Config, mesh) -> Batch:
+    """Return a batch of the config's objective as shapes and shardings."""
+
+    def add_sharding(x: np.ndarray) -> Any:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=make_batch_sharding(mesh, x.shape))
+
+    return jax.tree.map(add_sharding, cfg.objective.task.describe_batch(cfg))
+
+
 def lower_step(cfg: Config, devices) -> Step:
     """Lower the training step of a config; nothing is allocated, and nothing runs.
 
@@ -31,18 +39,11 @@ def lower_step(cfg: Config, devices) -> Step:
     """
     mesh = make_mesh(cfg.mesh, devices)
     check_fits(cfg, mesh)
-    _, letters = abstract_params(cfg.model)
-    optimizer, schedule = build_optimizer(cfg.optimizer, cfg.train.steps, letters)
-    state = abstract_state(cfg.model, optimizer, cfg.seed, mesh)
-    shape = (cfg.train.batch, cfg.model.context)
-    sharding = make_batch_sharding(mesh, shape)
-    integers: Any = jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding)
-    weights: Any = jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding)
+    optimizer, schedule, state = make_abstract_state(cfg, mesh)
     step = jax.jit(
         make_train_step(cfg, build(cfg.model), optimizer, schedule),
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
     )
     with jax.set_mesh(mesh):
-        batch = Batch(integers, integers, integers, integers, weights)
-        return Step(mesh, optimizer, state, step.lower(state, batch))
+        return Step(mesh, optimizer, state, step.lower(state, make_abstract_batch(cfg, mesh)))

@@ -1,0 +1,105 @@
+"""Look inside a model: pure functions from a model and a text to arrays.
+
+    from jaxgpt import inspect
+
+    found = inspect.capture(model, "The cat sat", ["layers.*.residual_post"])
+    weights = inspect.attention(model, "The cat sat")        # [L H T S]
+    lens = inspect.logit_lens(model, "The cat sat")
+    inspect.patch(model, "The cat sat", {"layers.1.ffn.out": "zero"}).logits
+
+They take any `LanguageModel`, trained or imported, of any family and mixer.
+`jaxgpt.visualize` draws what they return.
+"""
+
+from jaxgpt.inspect.activations import (
+    Activations,
+    EncodedText,
+    capture,
+    encode,
+    patch,
+    spell_tokens,
+)
+from jaxgpt.inspect.attention import (
+    ablate_heads,
+    attention,
+    find_attention_layers,
+    flow,
+    induction_loss,
+    induction_scores,
+    previous_token_scores,
+    rollout,
+)
+from jaxgpt.inspect.attribution import (
+    Attribution,
+    LogitParts,
+    attribute_logit,
+    decompose_logits,
+    gradient_x_input,
+    integrated_gradients,
+)
+from jaxgpt.inspect.geometry import (
+    analogy,
+    anisotropy,
+    cka,
+    effective_rank,
+    get_embeddings,
+    neighbours,
+    pca,
+    similarity_matrix,
+    tsne,
+)
+from jaxgpt.inspect.lens import Lens, NextToken, logit_lens, next_tokens, token_losses
+from jaxgpt.inspect.patching import activation_patching
+from jaxgpt.inspect.positions import (
+    PositionPicture,
+    describe_model_positions,
+    describe_positions,
+    rope_decay,
+)
+from jaxgpt.inspect.tokens import MergeStep, Token, merge_steps, tokenize
+
+__all__ = [
+    "Activations",
+    "Attribution",
+    "EncodedText",
+    "Lens",
+    "LogitParts",
+    "MergeStep",
+    "NextToken",
+    "PositionPicture",
+    "Token",
+    "ablate_heads",
+    "activation_patching",
+    "analogy",
+    "anisotropy",
+    "attention",
+    "attribute_logit",
+    "capture",
+    "cka",
+    "decompose_logits",
+    "describe_model_positions",
+    "describe_positions",
+    "effective_rank",
+    "encode",
+    "find_attention_layers",
+    "flow",
+    "get_embeddings",
+    "gradient_x_input",
+    "induction_loss",
+    "induction_scores",
+    "integrated_gradients",
+    "logit_lens",
+    "merge_steps",
+    "neighbours",
+    "next_tokens",
+    "patch",
+    "pca",
+    "previous_token_scores",
+    "rollout",
+    "rope_decay",
+    "similarity_matrix",
+    "spell_tokens",
+    "token_losses",
+    "tokenize",
+    "tsne",
+]
