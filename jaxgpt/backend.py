@@ -137,6 +137,19 @@ def get_platform() -> str:
     return find_device_platform(device) if device else jax.default_backend()
 
 
+def make_abstract_device(kind: str, platform: str):
+    """Return a device that need not exist, for an abstract mesh.
+
+    Args:
+        kind: such as "TPU v5 lite", or "" if it is not known.
+        platform: "cpu", "gpu" or "tpu".
+    """
+    is_new = "platform" in jax.sharding.AbstractDevice.__annotations__
+    if is_new:
+        return jax.sharding.AbstractDevice(kind or platform, None, platform)
+    return jax.sharding.AbstractDevice(platform, None)  # its kind is all that it has
+
+
 def find_device_platform(device) -> str:
     """Return the platform of a mesh's abstract device, of which old versions of JAX keep the kind.
 
