@@ -43,6 +43,9 @@ CHUNK_TOKENS = 16  # tokens decoded per call: the granularity of streaming
 MIN_BUCKET_TOKENS = 32  # prompts and outputs are padded to this times a power of two
 
 
+Prompt = str | Sequence[int] | np.ndarray  # a text, or token ids
+
+
 @dataclass(frozen=True)
 class Generation:
     """Generated text, or in a stream the next piece of one."""
@@ -232,7 +235,7 @@ def stream(
     config: Config,
     params,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     samples: Sequence[SampleConfig],
     decode_params=None,
 ) -> Iterator[list[Generation]]:
@@ -240,7 +243,7 @@ def stream(
 
     Args:
         config, params: the model.
-        prompts: texts; an empty one starts a new document.
+        prompts: texts, or token ids; an empty text starts a new document.
         samples: the sampling rules of each prompt; their `prompt` is not used.
         decode_params: `prepare_decode_params` of the parameters, if they are at hand.
 
@@ -287,7 +290,7 @@ def generate(
     config: Config,
     params,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     samples: Sequence[SampleConfig],
     decode_params=None,
 ) -> list[Generation]:
@@ -332,14 +335,14 @@ class TextError(ConfigError):
 
 
 @contextmanager
-def name_text(texts: Sequence[str], number: int) -> Iterator[None]:
+def name_text(texts: Sequence[Prompt], number: int) -> Iterator[None]:
     """Make a ConfigError about one of several texts a `TextError`, which says which."""
     try:
         yield
     except ConfigError as error:
         if len(texts) == 1:
             raise
-        raise TextError(number, texts[number], str(error)) from error
+        raise TextError(number, str(texts[number]), str(error)) from error
 
 
 def is_cutting(config: Config) -> bool:
@@ -392,7 +395,7 @@ def add_bos_eos(
 
 
 def encode_prompts(
-    config: Config, tokenizer: Tokenizer, prompts: Sequence[str], samples: Sequence[SampleConfig]
+    config: Config, tokenizer: Tokenizer, prompts: Sequence[Prompt], samples: Sequence[SampleConfig]
 ) -> list[Row]:
     """Make a row of each prompt.
 
@@ -425,10 +428,14 @@ def encode_text(
     return encode_with_masks(tokenizer, text, lambda i: masks[i])
 
 
-def _make_row(config: Config, tokenizer: Tokenizer, prompt: str, sample: SampleConfig) -> Row:
-    cfg, text = config.model, encode_text(config, tokenizer, prompt)
-    source, ids = [], [*tokenizer.prefix, *text.tolist()] or [tokenizer.bos]
-    is_start = not prompt  # of the text that is generated
+def _make_row(config: Config, tokenizer: Tokenizer, prompt: Prompt, sample: SampleConfig) -> Row:
+    cfg = config.model
+    if isinstance(prompt, str):
+        text, prefix = encode_text(config, tokenizer, prompt), tokenizer.prefix
+    else:  # the whole prompt: a chat template writes its own bos
+        text, prefix = _read_ids(cfg, prompt), []
+    source, ids = [], [*prefix, *text.tolist()] or [tokenizer.bos]
+    is_start = not len(prompt)  # of the text that is generated
     if cfg.family == "encoder_decoder":
         source = add_bos_eos(cfg, tokenizer, text, is_cutting(config))
         ids = [cfg.get_start_token(tokenizer.bos)]
@@ -440,6 +447,22 @@ def _make_row(config: Config, tokenizer: Tokenizer, prompt: str, sample: SampleC
         )
     names = {token: f"<{i}>" for i, token in enumerate(list_masks(config))}
     return Row(sample, source, ids, StreamDecoder(tokenizer, is_start), masks=names)
+
+
+def _read_ids(cfg: ModelConfig, prompt: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Return the ids of a prompt, int32 [T].
+
+    Raises:
+        ConfigError: they are no integers of the vocabulary.
+    """
+    ids = np.asarray(prompt)
+    is_valid = ids.ndim == 1 and (not ids.size or ids.dtype.kind in "iu")
+    if not is_valid or ((ids < 0) | (ids >= cfg.vocab)).any():
+        raise ConfigError(
+            f"a prompt is a text or a list of token ids from 0 to {cfg.vocab - 1}, not "
+            f"{prompt!r:.60}."
+        )
+    return ids.astype(np.int32)
 
 
 def _prefill_rows(cfg: ModelConfig, params, rows: list[Row]) -> tuple[DecodeState, int]:

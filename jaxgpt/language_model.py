@@ -10,7 +10,7 @@ The methods are thin: `generate`, `score` and `predict` have the pure functions.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict
 
 from jaxgpt import generate, predict, score
 from jaxgpt.config import Config, SampleConfig
-from jaxgpt.generate import Generation, check_vocab
+from jaxgpt.generate import Generation, Prompt, check_vocab
 from jaxgpt.hosts import fetch
 from jaxgpt.predict import DEFAULT_CANDIDATES, Classification, FilledMask
 from jaxgpt.score import BATCH_TOKENS, Embedding, Score
@@ -90,14 +90,14 @@ class LanguageModel:
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         sample: SampleConfig | Sequence[SampleConfig] | None = None,
         **settings,
     ) -> list[Generation]:
         """Generate the continuation of each prompt, or its target with an encoder-decoder.
 
         Args:
-            prompts: texts; an empty one starts a new document.
+            prompts: texts, or token ids; an empty text starts a new document.
             sample: the sampling rules of all prompts, or of each; None = `config.sample`.
             settings: changes to them, such as temperature=0.7.
 
@@ -109,7 +109,7 @@ class LanguageModel:
 
     def stream(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         sample: SampleConfig | Sequence[SampleConfig] | None = None,
         **settings,
     ) -> Iterator[list[Generation]]:
@@ -119,6 +119,27 @@ class LanguageModel:
         return generate.stream(
             self.config, self.params, self.tokenizer, prompts, samples, self.decode_params
         )
+
+    def chat(
+        self,
+        messages: str | Sequence[Mapping[str, Any]],
+        sample: SampleConfig | None = None,
+        **settings,
+    ) -> Generation:
+        """Answer a conversation, in the words of the model's chat template.
+
+        Args:
+            messages: dicts with `role` and `content`, or one text of the user.
+            sample, settings: as of `generate`.
+
+        Raises:
+            ConfigError: there is no chat template (see `Tokenizer.with_chat_template`), it refuses
+                the conversation, or this does not fit the context.
+        """
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        prompt = self.tokenizer.encode_chat(messages, add_generation_prompt=True)
+        return self.generate([prompt], sample, **settings)[0]
 
     def score(
         self,
@@ -174,7 +195,7 @@ class LanguageModel:
         if isinstance(texts, str):
             raise ConfigError(f"expected a list of texts, got one text: use [{texts[:40]!r}].")
         for text in texts:
-            if not isinstance(text, str):
+            if not isinstance(text, str) and ability != "generate":
                 raise ConfigError(f"expected a list of texts, got {text!r:.60} in it.")
         self.check_finite()
 

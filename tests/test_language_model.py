@@ -255,3 +255,28 @@ def test_wrong_arguments_are_named():
     with pytest.raises(ConfigError, match="expected a list of texts, got 5"):
         model.score([5])
     assert repr(model).startswith("LanguageModel('")
+
+
+def test_a_prompt_of_token_ids_is_the_whole_prompt():
+    model = make_model()
+    text = "ab"
+    ids = [model.tokenizer.bos, *model.tokenizer.encode(text).tolist()]
+    (found,) = model.generate([ids], temperature=0, tokens=5)
+    assert found.tokens == model.generate([text], temperature=0, tokens=5)[0].tokens
+    without = model.generate([np.array(ids[1:])], temperature=0, tokens=5)[0]
+    assert without.logprobs != found.logprobs
+    for wrong in ([model.config.model.vocab], [-1], [0.5], [[1]]):
+        with pytest.raises(ConfigError, match="a list of token ids from 0 to"):
+            model.generate([wrong])
+
+
+def test_a_chat_is_the_prompt_that_the_template_writes():
+    model = make_model()
+    with pytest.raises(ConfigError, match="template"):
+        model.chat("hi")
+    model = dataclasses.replace(model, tokenizer=model.tokenizer.with_chat_template("plain"))
+    messages = [{"role": "user", "content": "hi"}]
+    prompt = model.tokenizer.encode_chat(messages, add_generation_prompt=True)
+    (expected,) = model.generate([prompt], temperature=0, tokens=4)
+    assert model.chat(messages, temperature=0, tokens=4) == expected
+    assert model.chat("hi", temperature=0, tokens=4) == expected
