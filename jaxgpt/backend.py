@@ -6,6 +6,7 @@ measurements are in benchmarks/NOTES.md.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 
@@ -144,10 +145,10 @@ def make_abstract_device(kind: str, platform: str):
         kind: such as "TPU v5 lite", or "" if it is not known.
         platform: "cpu", "gpu" or "tpu".
     """
-    is_new = "platform" in jax.sharding.AbstractDevice.__annotations__
-    if is_new:
-        return jax.sharding.AbstractDevice(kind or platform, None, platform)
-    return jax.sharding.AbstractDevice(platform, None)  # its kind is all that it has
+    make: Any = jax.sharding.AbstractDevice
+    if "platform" in make.__annotations__:
+        return make(kind or platform, None, platform)
+    return make(platform, None)  # its kind is all that it has
 
 
 def find_device_platform(device) -> str:
