@@ -207,12 +207,14 @@ def compare(launcher: Launcher, a: str, b: str) -> bool:
     largest = max((abs(trees[0][k] - trees[1][k]).max() for k in different), default=0.0)
     losses = [launcher.read_losses(name) for name in (a, b)]
     same_losses = losses[0] == losses[1]
+    largest_loss = max((abs(x[2] - y[2]) for x, y in zip(*losses, strict=True)), default=0.0)
     size = sum(x.size for x in trees[0].values())
     print(
         f"  {b} = {a}: {len(trees[0]) - len(different)} of {len(trees[0])} arrays ({size:,} "
         f"numbers) bit for bit"
         + (f", largest difference {largest:.1e}" if different else "")
-        + f"; {len(losses[0])} logged losses {'equal' if same_losses else 'DIFFERENT'}",
+        + f"; {len(losses[0])} logged losses "
+        + ("equal" if same_losses else f"differ by up to {largest_loss:.1e}"),
         flush=True,
     )
     return not different and same_losses

@@ -6,6 +6,7 @@ measurements are in benchmarks/NOTES.md.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 
@@ -135,6 +136,19 @@ def get_platform() -> str:
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return find_device_platform(device) if device else jax.default_backend()
+
+
+def make_abstract_device(kind: str, platform: str):
+    """Return a device that need not exist, for an abstract mesh.
+
+    Args:
+        kind: such as "TPU v5 lite", or "" if it is not known.
+        platform: "cpu", "gpu" or "tpu".
+    """
+    make: Any = jax.sharding.AbstractDevice
+    if "platform" in make.__annotations__:
+        return make(kind or platform, None, platform)
+    return make(platform, None)  # its kind is all that it has
 
 
 def find_device_platform(device) -> str:

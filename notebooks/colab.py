@@ -27,7 +27,8 @@
 # fmt: off
 save_to = "drive"  # @param ["drive", "here"] {allow-input: true}
 source = "git+https://github.com/jaxgpt/jaxgpt"  # @param {type: "string"}
-config_name = "choose for me"  # @param ["choose for me", "stdlib", "gpt_mini", "gpt2_124m"]
+config_name = "by the plan"  # @param ["by the plan", "largest that fits"] {allow-input: true}
+minutes = 30  # @param {type: "integer"}
 settings = ""  # @param {type: "string"}
 # fmt: on
 
@@ -102,13 +103,16 @@ print(f"runs are saved in {os.path.abspath(folder)}")
 # ## The device, and a model that suits it
 #
 # A T4 has no bfloat16, and cuDNN's attention needs a newer GPU: there jaxgpt computes in float32,
-# with its own kernels. A TPU and newer GPUs compute in bfloat16.
+# with its own kernels. A TPU and newer GPUs compute in bfloat16. The config is the largest of three
+# that fits and, as the plan has it, ends in `minutes`; or the largest of all that fits.
 
 # %%
 import jax
 
+import jaxgpt
 from jaxgpt import backend
 from jaxgpt import config as configs
+from jaxgpt.planning.fit import find_fit
 
 
 def describe_device(device):
@@ -117,19 +121,34 @@ def describe_device(device):
     return f"{device.device_kind}, {limit / 2**30:.0f} GiB" if limit else device.device_kind
 
 
-def choose_run(device):
-    """Return (config, settings) that train in minutes, and fit, on a device."""
-    if device.platform == "cpu":
-        return "stdlib", []
-    batch = 64 if backend.choose_dtype(device) == "bfloat16" else 16
-    return "gpt_mini", [f"train.batch={batch}", "train.eval_every=200", "train.save_every=200"]
+# From small to large: configs, and settings that suit a short run.
+OFTEN = ["train.eval_every=200", "train.save_every=200"]
+SHORT = ["train.steps=1000", "train.batch=32", "train.accumulate=4", "optimizer.warmup=100"]
+LADDER = {"stdlib": [], "gpt_mini": OFTEN, "gpt2_124m": [*OFTEN, *SHORT]}
+
+
+def choose_run(always, settings, minutes):
+    """Return the largest config of LADDER that fits and ends in time here, with its settings."""
+    best = "stdlib", always
+    for name, own in LADDER.items():
+        plan = jaxgpt.plan(configs.load(name, [*own, *always, *settings]), quick=True)
+        fitting = "fits" if plan.is_fitting else "does not fit"
+        print(f"{name}: {fitting}, about {plan.seconds / 60:.0f} min for {plan.steps} steps")
+        if not plan.is_fitting or plan.seconds > minutes * 60:
+            break
+        best = name, [*own, *always]
+    return best
 
 
 device = jax.devices()[0]
-name, chosen = choose_run(device)
-if config_name != "choose for me":
-    name, chosen = config_name, []
-chosen = [*chosen, f"model.dtype={backend.choose_dtype(device)}", f"folder={folder}"]
+always = [f"model.dtype={backend.choose_dtype(device)}", f"folder={folder}"]
+if config_name == "by the plan":
+    name, chosen = choose_run(always, settings.split(), minutes)
+elif config_name == "largest that fits":  # it may take days
+    fit = find_fit("here", [*always, *settings.split()], None, True)
+    name, chosen = fit.config, list(fit.settings)
+else:
+    name, chosen = config_name, always
 config = configs.load(name, [*chosen, *settings.split()])
 print(f"{len(jax.devices())} x {describe_device(device)}: {name} {' '.join(chosen)}")
 
@@ -140,8 +159,6 @@ print(f"{len(jax.devices())} x {describe_device(device)}: {name} {' '.join(chose
 # stops; run the cell again to go on.
 
 # %%
-import jaxgpt
-
 progress = jaxgpt.train(config)
 
 # %% [markdown]
@@ -205,13 +222,15 @@ plt.show()
 # %% [markdown]
 # ## Take the model with you
 #
-# Without the optimizer's state, a model takes a third of the space. The archive lies beside the
-# runs; `jaxgpt.load` reads the folder inside.
+# `jaxgpt export` writes a folder that `transformers` reads, loads it again and compares the logits.
+# The archive lies beside the runs.
 
 # %%
 import shutil
 
-exported = os.path.join(folder, f"{config.name}_model")
+from jaxgpt.cli import export
+
+exported = os.path.join(folder, f"{config.name}_transformers")
 shutil.rmtree(exported, ignore_errors=True)
-jaxgpt.save(model, exported)
+export.main([config.run_folder, exported], "jaxgpt export")
 print(shutil.make_archive(exported, "zip", exported))

@@ -25,9 +25,9 @@ from nbclient.exceptions import DeadKernelError
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DEADLINE = 1200  # seconds for a cell
 SMALL = (
-    "model.width=32 model.layers=2 model.ffn=64 model.context=64 model.vocab=512 train.steps=60 "
-    "train.save_every=20 train.eval_every=20 train.eval_batches=2 train.sample_every=0 "
-    "optimizer.warmup=5"
+    "model.width=32 model.heads=2 model.layers=2 model.ffn=64 model.context=64 model.vocab=512 "
+    "train.steps=60 train.save_every=20 train.eval_every=20 train.eval_batches=2 "
+    "train.sample_every=0 optimizer.warmup=5"
 )
 
 
@@ -99,7 +99,7 @@ def main():
     resumed = [int(step) for step in re.findall(r"resuming from step (\d+)", text)]
     assert [step for step in resumed if step < 60], "the run began anew"
     assert "60 steps done" in text
-    assert list(folder.glob("drive/*_model.zip")), "no model was exported"
+    assert list(folder.glob("drive/*_transformers.zip")), "no model was exported"
     images = [o for c in client.nb.cells for o in c.get("outputs", []) if "image/png" in str(o)]
     assert len(images) == 2, "the curve and the attention weights are not shown"
 

@@ -67,9 +67,11 @@ def test_the_dtype_that_a_device_computes_fastest_in(device, dtype):
 def test_a_run_in_bfloat16_on_a_gpu_that_emulates_it_is_warned(monkeypatch):
     gpu = dict(platform="gpu", device_kind="Tesla T4", compute_capability="7.5")
     devices = np.array([SimpleNamespace(**gpu)])
-    run = SimpleNamespace(mesh=SimpleNamespace(devices=devices), cfg=None)
+    mesh = SimpleNamespace(devices=devices, size=1)
+    run = SimpleNamespace(mesh=mesh, cfg=None, progress=SimpleNamespace(step=0))
     monkeypatch.setattr(report, "count_epochs", lambda run: 1)
     monkeypatch.setattr(report, "estimate_seconds", lambda run: 1)
+    monkeypatch.setattr(report, "estimate_memory_of", lambda run: (0, None))
     run.cfg = override(Config(), ["model.dtype=bfloat16"])
     (line,) = report.list_warnings(run)
     assert line == ("warning: Tesla T4 only emulates bfloat16: model.dtype=float32 is faster.")

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType
 
-from jaxgpt.backend import get_backend, get_platform
+from jaxgpt.backend import get_backend, get_platform, make_abstract_device
 from jaxgpt.config import Config, override
 from jaxgpt.settings import ConfigError
 from jaxgpt.sharding import MESH_AXES, SHARDING_RULES, check_fits, resolve_sizes
@@ -142,7 +142,7 @@ def make_abstract_mesh(cfg: Config, count: int, platform: str, kind: str) -> Abs
     """
     sizes = resolve_sizes(cfg.mesh, count)
     auto = (AxisType.Auto,) * len(MESH_AXES)
-    device = AbstractDevice(kind or platform, None, platform)
+    device = make_abstract_device(kind, platform)
     return AbstractMesh(sizes, MESH_AXES, axis_types=auto, abstract_device=device)
 
 
