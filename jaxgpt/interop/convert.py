@@ -22,7 +22,7 @@ from jaxgpt.interop import aliases, families, rows
 from jaxgpt.interop.archive import Archive, Stored, store
 from jaxgpt.interop.families import Family
 from jaxgpt.interop.huggingface import list_ids
-from jaxgpt.interop.safetensors_files import get_dtype
+from jaxgpt.interop.safetensors_files import allocate_aligned, get_dtype
 from jaxgpt.language_model import LanguageModel
 from jaxgpt.model import abstract_params
 from jaxgpt.model.layers import DTYPES
@@ -32,7 +32,6 @@ from jaxgpt.tokenizer import Tokenizer
 from jaxgpt.tokenizer.placeholder import make_placeholder
 
 OBJECTIVES = {"decoder": "causal", "encoder": "masked", "encoder_decoder": "pairs"}
-ALIGNMENT = 64  # bytes, of the arrays of XLA
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
@@ -300,14 +299,6 @@ def read_parameters(
         place.path: out[place.path].reshape(*place.dims, *out[place.path].shape[1:])
         for place in places
     }
-
-
-def allocate_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Return an array that a device whose memory is the host's takes as it is, without a copy."""
-    size = math.prod(shape) * dtype.itemsize
-    buffer = np.empty(size + ALIGNMENT, np.uint8)
-    offset = -buffer.ctypes.data % ALIGNMENT
-    return buffer[offset : offset + size].view(dtype).reshape(shape)
 
 
 def keep_dtype(name: str) -> np.dtype:

@@ -1,8 +1,8 @@
 """Files of tensors: safetensors, of one file or of several with an index.
 
 Nothing is executed: a file is a header, which is JSON, and the bytes of its tensors. The header is
-checked before anything is allocated. Tensors are read from their place in the file, not from a
-memory map, whose pages would count beside the arrays that they are copied to.
+checked before anything is allocated. A tensor is mapped into memory while it is copied, and no
+longer, so that the pages of the file do not add up beside the arrays.
 
 Source: the format as documented at https://huggingface.co/docs/safetensors.
 """
@@ -25,6 +25,7 @@ from jaxgpt.settings import ConfigError
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the bound of the library
+ALIGNMENT = 64  # bytes, of the arrays of XLA
 MAX_SHARD_BYTES = 1 << 30  # of a file that is written: it is in memory as a whole
 
 DTYPES: dict[str, Any] = {
@@ -208,20 +209,30 @@ def _check_spans(path: str, spans: Iterable[tuple[int, int, str]], room: int):
 
 
 def _make_stored(path: str, name: str, shape: tuple, dtype: np.dtype, offset: int) -> Stored:
+    size = math.prod(shape) * dtype.itemsize
+
     def read() -> np.ndarray:
-        out = np.empty(shape, dtype)
-        content: Any = out.reshape(-1).view(np.uint8)
+        """Return the tensor where it is in the file, mapped as long as the array is used."""
         try:
-            with open(path, "rb") as file:
-                file.seek(offset)
-                count = file.readinto(content)
+            if os.path.getsize(path) < offset + size:
+                raise ConfigError(f"{path}: the file has become shorter; it lacks {name!r}.")
+            if not size:
+                return np.empty(shape, dtype)
+            content = np.memmap(path, np.uint8, "r", offset, (size,))
         except OSError as error:
             raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
-        if count != out.nbytes:
-            raise ConfigError(f"{path}: the file ended inside the tensor {name!r}.")
-        return out
+        return np.asarray(content).view(dtype).reshape(shape)
 
     return Stored(shape, dtype.name, read)
+
+
+def allocate_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Return an array that a device whose memory is the host's takes as it is, without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    # Not np.empty, which asks for huge pages: where memory is fragmented, they take seconds.
+    buffer = np.frombuffer(bytearray(size + ALIGNMENT), np.uint8)
+    offset = -buffer.ctypes.data % ALIGNMENT
+    return buffer[offset : offset + size].view(dtype).reshape(shape)
 
 
 # --- JSON that may be damaged ---------------------------------------------------------------------
