@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -92,8 +93,11 @@ def silence_save_errors():
 
 
 def _is_for_users(record: logging.LogRecord) -> bool:
-    text = f"{record.pathname} {record.exc_info} {record.getMessage()}"
-    return record.levelno < logging.ERROR or "orbax" not in text
+    text = f"{record.pathname} {record.getMessage()}"
+    if record.exc_info and record.exc_info[0]:
+        text += "".join(traceback.format_exception(*record.exc_info))
+    is_of_failed_save = "temporary directory" in text and "already exists" in text
+    return "orbax" not in text or (record.levelno < logging.ERROR and not is_of_failed_save)
 
 
 _previous: dict[str, Any] = {}

@@ -1,6 +1,7 @@
 """What may go wrong with a run and its folder: each ends in one line, and no work is lost."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -321,6 +322,21 @@ def test_a_run_resumes_on_a_full_disk_until_it_saves(copy, monkeypatch):
     run.close()
     with pytest.raises(RunError, match="No space left on device; the last good checkpoint"):
         train(override(cfg, ["resume=force", "train.steps=6"]), is_quiet=True)
+
+
+def test_the_tracebacks_of_a_failed_save_are_not_printed(tmp_path, caplog):
+    """The error itself is raised, and logged in one line."""
+    Checkpoints(str(tmp_path), keep=1).close()
+    code = compile("raise OSError(28, 'No space left')", "orbax/checkpoint/async_path.py", "exec")
+    for name, is_shown in (("asyncio", False), ("absl", False), ("mine", True)):
+        caplog.clear()
+        try:
+            exec(code)
+        except OSError:
+            logging.getLogger(name).exception("Future exception was never retrieved")
+        assert bool(caplog.records) == is_shown
+    logging.getLogger("asyncio").error("another error")
+    assert caplog.records[-1].getMessage() == "another error"
 
 
 def test_a_new_run_on_a_full_disk_ends_in_one_line(folder, monkeypatch):
