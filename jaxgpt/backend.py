@@ -48,6 +48,9 @@ class Backend:
     # layer; it does not fuse out of a loop.
     use_loop_to_compute_once: bool = False
 
+    # Whether products of bfloat16 are computed, and kept, in float32.
+    widens_bfloat16: bool = False
+
     # --- attention (model/kernels) ---
 
     # Queries below which attention is `dense` whatever the number of keys: decoding has one.
@@ -64,6 +67,8 @@ class Backend:
     # T·S from which a kernel for this kind of device is used, where there is one. On an H200 a
     # gradient takes, in ms, (dense, cuDNN): (0.6, 0.9) for T = 128, (1.2, 0.9) for 256.
     min_accelerated_scores: int = 256 * 256
+    # Whether there is such a kernel at all.
+    has_attention_kernel: bool = True
 
     # --- the loss over the vocabulary (objectives.py) ---
 
@@ -101,6 +106,8 @@ ONE_CPU = Backend(
     use_flat_products=True,
     use_transposed_copies=True,
     use_loop_to_compute_once=True,
+    widens_bfloat16=True,
+    has_attention_kernel=False,
     min_strip_queries=32,
     max_dense_scores=0,
     max_strip_scores=1024 * 1024,

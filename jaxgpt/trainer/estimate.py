@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
-from jaxgpt.backend import get_backend, get_platform, make_abstract_device
+from jaxgpt.backend import get_backend, make_abstract_device
 from jaxgpt.config import Config, override
 from jaxgpt.settings import ConfigError
 from jaxgpt.sharding import MESH_AXES, SHARDING_RULES, check_fits, resolve_sizes
@@ -89,8 +89,8 @@ def estimate_memory(cfg: Config, abstract: Any, mesh: Any) -> MemoryEstimate:
     microbatches = count_microbatches(cfg, total)
     divided = math.prod(axes[a] for a in SHARDING_RULES["B"]) * axes["context"]
     n = cfg.train.batch * model.context / (divided * microbatches)
-    is_cpu = get_platform() == "cpu"  # its compiler computes in float32
-    itemsize = 2 if model.dtype == "bfloat16" and not is_cpu else 4
+    is_wide = get_backend().widens_bfloat16
+    itemsize = 2 if model.dtype == "bfloat16" and not is_wide else 4
     tensor, layers = axes["tensor"], model.layers / axes["pipe"]
     if model.family == "encoder_decoder":
         layers += (model.encoder_layers or model.layers) / axes["pipe"]
@@ -116,7 +116,7 @@ def estimate_memory(cfg: Config, abstract: Any, mesh: Any) -> MemoryEstimate:
     table = d["V"] * d["D"] / tensor * (4 + itemsize)
     cast = parameters / 4 * itemsize if itemsize < 4 else 0
     gradients = parameters * (2 if microbatches > 1 else 1)
-    if is_cpu and model.remat == "none":  # layers out of their loop; measured: 1.2 to 1.9
+    if is_wide and model.remat == "none":  # layers out of their loop; measured: 1.2 to 1.9
         activations, backward = (CPU_OVERHEAD * x for x in (activations, backward))
     return MemoryEstimate(
         parameters,
@@ -130,7 +130,7 @@ def estimate_memory(cfg: Config, abstract: Any, mesh: Any) -> MemoryEstimate:
 def _is_dense(T: int) -> bool:
     """Return whether attention over rows of T tokens materializes its scores."""
     backend = get_backend()
-    has_kernel = get_platform() != "cpu" and backend.min_accelerated_scores <= T * T
+    has_kernel = backend.has_attention_kernel and backend.min_accelerated_scores <= T * T
     return not has_kernel and (backend.min_strip_queries > T or backend.max_dense_scores > T * T)
 
 
