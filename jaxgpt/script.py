@@ -6,6 +6,7 @@ This module imports nothing heavy, so that its handlers are in place while JAX i
 import io
 import os
 import sys
+import threading
 from collections.abc import Callable
 from typing import NoReturn, TextIO
 
@@ -27,6 +28,9 @@ def run(main: Callable[[], int], name: str = "") -> NoReturn:
     try:
         status = main()
         sys.stdout.flush()
+        if _has_abandoned_threads():
+            sys.stderr.flush()
+            os._exit(status)
         interrupts.end_process_at_once()  # what remains is Python's own end
         sys.exit(status)
     except ConfigError as error:
@@ -41,6 +45,15 @@ def run(main: Callable[[], int], name: str = "") -> NoReturn:
         # Python flushes standard output at exit, which must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _has_abandoned_threads() -> bool:
+    """Return whether threads of a checkpoint that could not be saved are left.
+
+    Some of Orbax's wait for others that have failed, and would keep the process for minutes.
+    """
+    threads = (t for t in threading.enumerate() if not t.daemon)
+    return any(type(thread).__module__.partition(".")[0] == "orbax" for thread in threads)
 
 
 def open_standard_files():

@@ -123,6 +123,7 @@ def _run(arguments: list[str], environment: dict[str, str], compiled: str, write
 
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
     for number in (1, 2):
         os.dup2(write.fileno(), number)
     write.close()

@@ -339,6 +339,19 @@ def test_the_tracebacks_of_a_failed_save_are_not_printed(tmp_path, caplog):
     assert caplog.records[-1].getMessage() == "another error"
 
 
+def test_a_command_does_not_wait_for_the_threads_of_a_failed_save():
+    code = (
+        "import threading\nfrom jaxgpt import script\n"
+        "class Waiting(threading.Thread):\n"
+        "    __module__ = 'orbax.checkpoint.future'\n"
+        "    def run(self):\n        threading.Event().wait()\n"
+        "def main():\n    Waiting().start()\n    print('done')\n    return 1\n"
+        "script.run(main, 'x')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
+    assert (done.returncode, done.stdout) == (1, b"done\n")
+
+
 def test_a_new_run_on_a_full_disk_ends_in_one_line(folder, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device", "/disk/config.json")
