@@ -131,7 +131,7 @@ def test_a_sample_shows_its_text(run, capsys):
 
 def test_a_foreign_tokenizer_is_refused(run, tmp_path):
     folder = shutil.copytree(run.run_folder, tmp_path / "copy")
-    content = make_byte_tokenizer()._content
+    content = make_byte_tokenizer().content
     spec = json.loads(content)
     vocab = spec["model"]["vocab"]
     a, b = [key for key in vocab if len(key) == 1][:2]

@@ -82,7 +82,7 @@ def main(argv: list[str], program: str) -> int:
         check_data_settings(values)
     check_plan_options(args, program)
     if args.plan:
-        return show_plan(args.config, settings, args)
+        return show_plan(name, settings, args)
 
     from jaxgpt import hosts, trainer
     from jaxgpt.compile_cache import enable_compile_cache

@@ -172,7 +172,9 @@ def test_the_sines_of_a_scheme_are_computed_once():
 
 
 def test_settings_per_layer_are_cycled_independently():
-    cfg = tiny(pattern=("window", "full"), position=("rope", "rope", "none"), ffn=(24, 20))
+    cfg = tiny(
+        pattern=("window", "full"), position=("rope", "rope", "none"), ffn=(24, 20), layers=8
+    )
     assert cfg.layer_cycle[5] == LayerSpec("attention", "full", "gated", 20, "none", RopeConfig())
     assert len(cfg.layer_cycle) == 6
     assert [spec.position for spec in cfg.list_layers(8)[5:]] == ["none", "rope", "rope"]

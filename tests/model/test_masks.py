@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from helpers import forward, random_params, random_tokens, single_document_coords, tiny
 
-from jaxgpt.architecture import SparseConfig
+from jaxgpt.architecture import PATTERN_OF_SIZE, SparseConfig
+from jaxgpt.config import ModelConfig
 from jaxgpt.model import init_cache
 from jaxgpt.model.masks import (
     PATTERNS,
@@ -172,7 +173,13 @@ def test_blocks_of_an_encoder_are_drawn_from_its_whole_context(context, blocks):
 # --- patterns ---
 
 
-SPARSE = SparseConfig(window=3, chunk=5, stride=4, block=2, near=3, anchors=1, random=1)
+SIZES = dict(window=3, chunk=5, stride=4, block=2, near=3, anchors=1, random=1)
+
+
+def make_config(pattern: str) -> ModelConfig:
+    """Return a model of this pattern with sizes of its own."""
+    sizes = {name: size for name, size in SIZES.items() if PATTERN_OF_SIZE[name] == pattern}
+    return tiny(sparse=SparseConfig(**sizes), pattern=(pattern,))
 
 
 def is_allowed(pattern: str, direction: str, q: int, k: int, prefix: int, context: int) -> bool:
@@ -212,7 +219,7 @@ PATTERNS_AND_DIRECTIONS = [
 
 @pytest.mark.parametrize(("pattern", "direction"), PATTERNS_AND_DIRECTIONS)
 def test_a_layer_mask_is_its_pattern_within_documents(pattern, direction):
-    cfg = tiny(sparse=SPARSE, pattern=(pattern,))
+    cfg = make_config(pattern)
     coords = make_packed_coords(13, 6)
     found = np.asarray(make_layer_mask(cfg, pattern, direction)(coords, coords))[0]
     position, segment_ids = (np.asarray(x)[0].tolist() for x in coords[:2])
@@ -229,7 +236,7 @@ def test_a_layer_mask_is_its_pattern_within_documents(pattern, direction):
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_hidden_state_depends_on_all_tokens_reachable_through_its_layers(pattern):
     """Over two layers, the reachable tokens are those visible to the visible ones."""
-    cfg = tiny(sparse=SPARSE, pattern=(pattern,))
+    cfg = make_config(pattern)
     params, coords = random_params(cfg), make_packed_coords(13, 6)
     tokens = random_tokens(cfg, 0, 1, 21)
     mask = np.asarray(make_layer_mask(cfg, pattern, "causal")(coords, coords))[0].astype(int)
@@ -245,7 +252,7 @@ def test_a_hidden_state_depends_on_all_tokens_reachable_through_its_layers(patte
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_pattern_gives_the_same_with_a_cache_as_without(pattern):
-    cfg = tiny(sparse=SPARSE, pattern=(pattern,))
+    cfg = make_config(pattern)
     params, tokens = random_params(cfg), random_tokens(cfg, 0, 2, 16)
     coords = single_document_coords(tokens)
     if pattern == "prefix":

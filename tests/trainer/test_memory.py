@@ -6,6 +6,7 @@ import pathlib
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="anoth
 # Prints how many free MiB glibc retains after a computation that needs 64 MiB for a while.
 CODE = """
 import ctypes, sys
+from types import SimpleNamespace
 import jax, jax.numpy as jnp
 from jaxgpt.trainer.memory import retain_freed_memory
 
@@ -93,7 +95,11 @@ def test_only_a_command_retains_memory():
 
 
 def test_the_command_retains_memory_before_it_trains(changes, monkeypatch):
-    monkeypatch.setattr("jaxgpt.trainer.train", lambda config: changes.append("train"))
+    def train(config):
+        changes.append("train")
+        return SimpleNamespace(is_done=True)
+
+    monkeypatch.setattr("jaxgpt.trainer.train", train)
     assert command.main(["--config", "stdlib"], "jaxgpt train") == 0
     assert changes == [("jax_cpu_enable_async_dispatch", False), "train"]
 
