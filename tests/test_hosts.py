@@ -207,7 +207,8 @@ def test_only_a_command_ends_the_process():
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and node.attr == "_exit"
     }
-    assert calls == {"jaxgpt/cli/train.py", "jaxgpt/interrupts.py"}  # Ctrl-C before any work
+    # Interrupts: Ctrl-C before any work. Script: the end of every command.
+    assert calls == {"jaxgpt/cli/train.py", "jaxgpt/interrupts.py", "jaxgpt/script.py"}
 
 
 # --- two processes, without training ---------------------------------------------------------
