@@ -138,7 +138,7 @@ def test_the_tokenizer_is_not_trained_on_held_out_text(cfg, monkeypatch):
     seen = []
     real = tokenizers.train
 
-    def spy(documents, vocab):
+    def spy(documents, vocab, log):
         seen.extend(documents)
         return real(seen, vocab)
 
@@ -216,7 +216,7 @@ def test_a_tokenizer_is_trained_on_a_share_of_every_unit(cfg, small_units, monke
     seen = []
     real = tokenizers.train
     monkeypatch.setattr(
-        tokenizers, "train", lambda texts, vocab: real(seen.extend(texts) or seen, vocab)
+        tokenizers, "train", lambda texts, vocab, log: real(seen.extend(texts) or seen, vocab)
     )
     prepare(cfg, VOCAB)
     everything, whole = [*seen], sum(map(len, seen))
