@@ -43,7 +43,7 @@ def write_model_card(model: LanguageModel, archive: Archive, license: str, run: 
         f"# {cfg.name}",
         "",
         f"A model of the architecture `{kind}`, exported from "
-        f"[jaxgpt](https://pypi.org/project/jaxgpt/) {jaxgpt.__version__}.",
+        f"jaxgpt {jaxgpt.__version__}.",
         "",
         "## Training",
         "",
