@@ -42,8 +42,7 @@ def write_model_card(model: LanguageModel, archive: Archive, license: str, run: 
         "",
         f"# {cfg.name}",
         "",
-        f"A model of the architecture `{kind}`, exported from "
-        f"jaxgpt {jaxgpt.__version__}.",
+        f"A model of the architecture `{kind}`, exported from jaxgpt {jaxgpt.__version__}.",
         "",
         "## Training",
         "",
