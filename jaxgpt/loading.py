@@ -45,7 +45,7 @@ from jaxgpt.saved_arrays import (
 )
 from jaxgpt.script import print_text
 from jaxgpt.settings import ConfigError, resolve_table
-from jaxgpt.sharding import MESH_AXES, make_shardings
+from jaxgpt.sharding import MESH_AXES, make_load_shardings
 
 # Where the parameters of a run are, by the value of `checkpoint=`: the first folder that has any.
 CHECKPOINT_FOLDERS: dict[str, tuple[str, ...]] = {
@@ -323,12 +323,7 @@ def _load_params(
 ) -> Any:
     """Read the parameters of a checkpoint onto one device or a mesh, wherever they were trained."""
     shapes, letters = abstract_params(config.model)
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shardings = (
-        jax.tree.map(lambda x: device, shapes)
-        if mesh is None
-        else make_shardings(shapes, letters, mesh)
-    )
+    shardings = make_load_shardings(shapes, letters, mesh)
     saved = _read_saved_shapes(folder, shapes)
     abstract = jax.tree.map(
         lambda x, old, sharding: jax.ShapeDtypeStruct(

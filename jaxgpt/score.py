@@ -97,11 +97,18 @@ def make_coords(tokens: jax.Array, lengths: jax.Array) -> Coords:
     return Coords(position, (position < lengths[:, None]).astype(jnp.int32))
 
 
-def _add_prefix(cfg: ModelConfig, coords: Coords, prefix: jax.Array) -> Coords:
+def add_prefix(cfg: ModelConfig, coords: Coords, prefix: jax.Array) -> Coords:
     """Add the length of the prefix of every row, [B], if the model is a prefix language model."""
     if "prefix" not in cfg.pattern:
         return coords
     return coords._replace(prefix=jnp.broadcast_to(prefix[:, None], coords.positions.shape))
+
+
+def make_whole_coords(cfg: ModelConfig, tokens: jax.Array) -> Coords:
+    """Return the coordinates of rows [B T] that are one text each, without padding or a prompt."""
+    B, T = tokens.shape
+    coords = make_coords(tokens, jnp.full(B, T, jnp.int32))
+    return add_prefix(cfg, coords, jnp.zeros(B, jnp.int32))
 
 
 # --- scores ----------------------------------------------------------------------------------
@@ -135,7 +142,7 @@ def score_batch(cfg: ModelConfig, params, tokens, targets, lengths, prefix, sour
     more = {}
     if source is not None:
         more["source"] = EncoderInput(source[0], make_coords(*source))
-    coords = _add_prefix(cfg, make_coords(tokens, lengths), prefix)
+    coords = add_prefix(cfg, make_coords(tokens, lengths), prefix)
     hidden, _ = build(cfg).apply({"params": params}, tokens, coords, **more)
     head = make_head(cfg, params)
 
@@ -286,7 +293,7 @@ POOLINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def embed_batch(cfg: ModelConfig, params, tokens, lengths) -> jax.Array:
     """Return the hidden states of right-padded rows, float32 [B T D]."""
-    coords = _add_prefix(cfg, make_coords(tokens, lengths), lengths)
+    coords = add_prefix(cfg, make_coords(tokens, lengths), lengths)
     hidden = build(cfg).apply({"params": params}, tokens, coords, method="encode")
     return hidden.astype(jnp.float32)
 

@@ -184,6 +184,14 @@ def make_shardings(abstract, letters, mesh: Mesh):
     )
 
 
+def make_load_shardings(abstract, letters, mesh: Mesh | None):
+    """Return the shardings of parameters over a mesh, or on the first device if it is None."""
+    if mesh is not None:
+        return make_shardings(abstract, letters, mesh)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda x: device, abstract)
+
+
 def list_unsharded_dims(abstract, letters, mesh: Mesh) -> list[str]:
     """List the parameter dimensions left unsharded because their axes do not divide them."""
     found = {}

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import jaxgpt
 from jaxgpt import script
-from jaxgpt.config_files import find_run_config
+from jaxgpt.config_files import CHECKPOINTS, find_run_config
 from jaxgpt.interop.formats import find_format
 from jaxgpt.settings import choose
 from jaxgpt.suggestions import check_options
@@ -75,6 +75,11 @@ def check_model(path: str):
     """Raise ConfigError unless a path is a run, or a model of another library."""
     if not find_format(path):
         find_run_config(path)
+
+
+def check_checkpoint(name: str):
+    """Raise ConfigError unless a name is one of the checkpoints that can be chosen."""
+    choose(dict.fromkeys(CHECKPOINTS), name, "--checkpoint")
 
 
 def make_parser(program: str, description: str | None) -> argparse.ArgumentParser:

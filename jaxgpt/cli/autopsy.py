@@ -11,11 +11,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from jaxgpt.cli import make_parser
+from jaxgpt.cli import make_parser, parse
 from jaxgpt.config_files import find_run_config
 from jaxgpt.script import print_text
 from jaxgpt.settings import ConfigError
-from jaxgpt.suggestions import check_options
 
 
 def main(argv: list[str], program: str) -> int:
@@ -32,11 +31,9 @@ def main(argv: list[str], program: str) -> int:
     parser.add_argument("step", nargs="?", help="the step of a spike; the last one by default")
     parser.add_argument("--rows", type=int, default=8, help="how many rows of the batch to show")
     parser.add_argument("--json", action="store_true", help="print one JSON object, with all rows")
-    check_options(argv, parser, [])
-    args = parser.parse_intermixed_args(argv)
-    if args.help or not args.run:
-        parser.print_help()
-        return 0 if args.help else 2
+    args = parse(argv, parser, "run")
+    if isinstance(args, int):
+        return args
     find_run_config(args.run)
 
     from jaxgpt.trainer import autopsy

@@ -12,8 +12,7 @@ import json
 
 from jaxgpt import config as configs
 from jaxgpt import interrupts
-from jaxgpt.cli import check_model, make_parser
-from jaxgpt.config_files import CHECKPOINTS
+from jaxgpt.cli import check_checkpoint, check_model, make_parser
 from jaxgpt.script import print_text
 from jaxgpt.suggestions import check_data_settings, check_options
 
@@ -40,7 +39,7 @@ def main(argv: list[str], program: str) -> int:
         return 0 if args.help else 2
     settings = args.settings + more
     check_model(args.run)
-    configs.choose(dict.fromkeys(CHECKPOINTS), args.checkpoint, "--checkpoint")
+    check_checkpoint(args.checkpoint)
     values = configs.parse_assignments(settings)
     if wrong := [key for key in values if key not in list_keys()]:
         raise configs.ConfigError(

@@ -8,10 +8,7 @@ What was written is loaded again, and its logits are compared with those of the 
 gets its name. A folder has a model card, README.md.
 """
 
-from jaxgpt.cli import make_parser
-from jaxgpt.config_files import CHECKPOINTS
-from jaxgpt.settings import choose
-from jaxgpt.suggestions import check_options
+from jaxgpt.cli import check_checkpoint, check_model, make_parser, parse
 
 
 def main(argv: list[str], program: str) -> int:
@@ -32,12 +29,11 @@ def main(argv: list[str], program: str) -> int:
     parser.add_argument("--quantize", help="of a GGUF file: Q8_0, Q4_0, ...")
     parser.add_argument("--license", default="unknown", help="for the model card: apache-2.0, ...")
     parser.add_argument("--checkpoint", default="best", help="best (the default) or latest")
-    check_options(argv, parser, ())
-    args = parser.parse_args(argv)
-    if args.help or not args.path:
-        parser.print_help()
-        return 0 if args.help else 2
-    choose(dict.fromkeys(CHECKPOINTS), args.checkpoint, "--checkpoint")
+    args = parse(argv, parser, "path")
+    if isinstance(args, int):
+        return args
+    check_model(args.run)
+    check_checkpoint(args.checkpoint)
 
     from jaxgpt import console, loading
     from jaxgpt.interop import exporting

@@ -10,9 +10,8 @@ The run folder is as any other: generate from it, evaluate it, begin a run with 
 
 import os
 
-from jaxgpt.cli import make_parser
+from jaxgpt.cli import make_parser, parse
 from jaxgpt.settings import ConfigError, choose
-from jaxgpt.suggestions import check_options
 
 IMPORT_DTYPES = ("float32", "bfloat16")
 
@@ -30,11 +29,9 @@ def main(argv: list[str], program: str) -> int:
     parser.add_argument("path", nargs="?", help="of the model")
     parser.add_argument("run", nargs="?", help="the new run folder, such as runs/mine")
     parser.add_argument("--dtype", help="float32 or bfloat16; by default as it is stored")
-    check_options(argv, parser, ())
-    args = parser.parse_args(argv)
-    if args.help or not args.run:
-        parser.print_help()
-        return 0 if args.help else 2
+    args = parse(argv, parser, "run")
+    if isinstance(args, int):
+        return args
     if args.dtype is not None:
         choose(dict.fromkeys(IMPORT_DTYPES), args.dtype, "--dtype")
     if os.path.exists(args.run) and not (os.path.isdir(args.run) and not os.listdir(args.run)):

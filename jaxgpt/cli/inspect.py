@@ -9,9 +9,8 @@ Nothing but configs and headers is read. It also names what of the model is not 
 
 import json
 
-from jaxgpt.cli import make_parser
+from jaxgpt.cli import make_parser, parse
 from jaxgpt.script import print_text
-from jaxgpt.suggestions import check_options
 
 
 def main(argv: list[str], program: str) -> int:
@@ -26,11 +25,9 @@ def main(argv: list[str], program: str) -> int:
     parser = make_parser(program, __doc__)
     parser.add_argument("path", nargs="?", help="a run folder, or a model of another library")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    check_options(argv, parser, ())
-    args = parser.parse_args(argv)
-    if args.help or not args.path:
-        parser.print_help()
-        return 0 if args.help else 2
+    args = parse(argv, parser, "path")
+    if isinstance(args, int):
+        return args
 
     from jaxgpt import loading
     from jaxgpt.interop import formats, inspecting

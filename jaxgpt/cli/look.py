@@ -6,7 +6,7 @@ The page has the tokens by surprisal, the attention of every head, the logit len
 likeliest token, and more. It opens from the disk and requests nothing.
 """
 
-from jaxgpt.cli import add_run, make_parser, parse
+from jaxgpt.cli import add_run, check_checkpoint, check_model, make_parser, parse
 from jaxgpt.prompts import check_output, decode_argument
 from jaxgpt.script import print_text
 
@@ -29,6 +29,8 @@ def main(argv: list[str], program: str) -> int:
     args = parse(argv, parser, "run", "text")
     if isinstance(args, int):
         return args
+    check_model(args.run)
+    check_checkpoint(args.checkpoint)
     check_output(args.out)
 
     from jaxgpt import console, visualize

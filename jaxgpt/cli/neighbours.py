@@ -6,7 +6,7 @@ jaxgpt neighbours runs/stdlib king --minus man --plus woman
 
 import json
 
-from jaxgpt.cli import add_run, make_parser, parse
+from jaxgpt.cli import add_run, check_checkpoint, check_model, make_parser, parse
 from jaxgpt.prompts import decode_argument
 from jaxgpt.script import print_text
 from jaxgpt.settings import ConfigError
@@ -31,6 +31,8 @@ def main(argv: list[str], program: str) -> int:
     args = parse(argv, parser, "run", "word")
     if isinstance(args, int):
         return args
+    check_model(args.run)
+    check_checkpoint(args.checkpoint)
     if bool(args.minus) != bool(args.plus):
         raise ConfigError("--minus and --plus go together: king --minus man --plus woman.")
 

@@ -7,7 +7,7 @@ jaxgpt next runs/stdlib "Le chat mange la" --count 20 --json
 import dataclasses
 import json
 
-from jaxgpt.cli import add_run, make_parser, parse
+from jaxgpt.cli import add_run, check_checkpoint, check_model, make_parser, parse
 from jaxgpt.prompts import decode_argument
 from jaxgpt.script import print_text
 
@@ -30,6 +30,8 @@ def main(argv: list[str], program: str) -> int:
     args = parse(argv, parser, "run")
     if isinstance(args, int):
         return args
+    check_model(args.run)
+    check_checkpoint(args.checkpoint)
 
     from jaxgpt import console, inspect
 

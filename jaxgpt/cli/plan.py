@@ -91,8 +91,7 @@ def show_plan(config: str, settings: Sequence[str], args: argparse.Namespace) ->
     from jaxgpt.compile_cache import enable_compile_cache
     from jaxgpt.planning.plan import find_chips, plan
 
-    chips = find_chips(args.topology, args.device)
-    del chips  # checked before anything is compiled
+    find_chips(args.topology, args.device)  # refuses a wrong name before anything is compiled
     enable_compile_cache()
     cfg = configs.load(config, list(settings))
     found = plan(cfg, topology=args.topology, device=args.device, mfu=args.mfu, quick=args.quick)

@@ -10,8 +10,7 @@ The defaults are the `sample.*` settings of the run's config; any of them is set
 
 from jaxgpt import config as configs
 from jaxgpt import interrupts
-from jaxgpt.cli import check_model, make_parser
-from jaxgpt.config_files import CHECKPOINTS
+from jaxgpt.cli import check_checkpoint, check_model, make_parser
 from jaxgpt.suggestions import check_options, check_sample_arguments
 
 
@@ -45,7 +44,7 @@ def main(argv: list[str], program: str) -> int:
     settings = [key if key.startswith("plugins=") else f"sample.{key}" for key in keys]
     check_model(args.run)
     configs.parse_assignments(settings)
-    configs.choose(dict.fromkeys(CHECKPOINTS), args.checkpoint, "--checkpoint")
+    check_checkpoint(args.checkpoint)
     if args.interactive and (args.prompt or args.file or args.out):
         raise configs.ConfigError("--interactive reads prompts itself: leave out the other ones.")
 

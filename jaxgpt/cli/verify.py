@@ -8,10 +8,9 @@ Prints a table, and exits with 1 if anything is damaged. A run that is training 
 
 import json
 
-from jaxgpt.cli import make_parser
+from jaxgpt.cli import make_parser, parse
 from jaxgpt.config_files import find_run_config
 from jaxgpt.script import print_text
-from jaxgpt.suggestions import check_options
 
 
 def main(argv: list[str], program: str) -> int:
@@ -26,11 +25,9 @@ def main(argv: list[str], program: str) -> int:
     parser = make_parser(program, __doc__)
     parser.add_argument("run", nargs="?", help="a run folder, or a saved model")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    check_options(argv, parser, [])
-    args = parser.parse_args(argv)
-    if args.help or not args.run:
-        parser.print_help()
-        return 0 if args.help else 2
+    args = parse(argv, parser, "run")
+    if isinstance(args, int):
+        return args
     find_run_config(args.run)
 
     from jaxgpt import verification

@@ -17,11 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgpt.config import ModelConfig
 from jaxgpt.generate import add_bos_eos, encode_text
 from jaxgpt.hosts import fetch
 from jaxgpt.language_model import LanguageModel
 from jaxgpt.model import Coords, EncoderInput, compute_logits
 from jaxgpt.model import capture as capture_batch
+from jaxgpt.score import make_whole_coords
 from jaxgpt.settings import ConfigError, choose
 from jaxgpt.sharding import use_mesh_of
 
@@ -51,20 +53,17 @@ class EncodedText:
     source: np.ndarray | None = None
     source_pieces: tuple[str, ...] = ()
 
-    @property
-    def batch(self) -> tuple[jax.Array, Coords]:
-        """The tokens as a batch of one row: int32 [1 T], and their coordinates."""
-        return _make_row(self.tokens)
+    def make_batch(self, cfg: ModelConfig) -> tuple[jax.Array, Coords]:
+        """Return the tokens as a batch of one row, int32 [1 T], and their coordinates."""
+        row = jnp.asarray(self.tokens, jnp.int32)[None]
+        return row, make_whole_coords(cfg, row)
 
-    @property
-    def inputs(self) -> dict[str, Any]:
-        """What the model takes beside tokens and coordinates."""
-        return {} if self.source is None else {"source": EncoderInput(*_make_row(self.source))}
-
-
-def _make_row(tokens: np.ndarray) -> tuple[jax.Array, Coords]:
-    row = jnp.asarray(tokens, jnp.int32)[None]
-    return row, Coords(jnp.arange(row.shape[1], dtype=jnp.int32)[None], jnp.ones_like(row))
+    def make_inputs(self, cfg: ModelConfig) -> dict[str, Any]:
+        """Return what the model takes beside tokens and coordinates."""
+        if self.source is None:
+            return {}
+        row = jnp.asarray(self.source, jnp.int32)[None]
+        return {"source": EncoderInput(row, make_whole_coords(cfg, row))}
 
 
 def spell_tokens(model: LanguageModel, tokens: Sequence[int] | np.ndarray) -> tuple[str, ...]:
@@ -206,10 +205,11 @@ def patch(
     model = in_float32(model)
     text = text if isinstance(text, EncodedText) else encode(model, text, source)
     patches = {name: _make_patch(name, each) for name, each in replacements.items()}
-    cfg, (tokens, coords) = model.config.model, text.batch
+    cfg = model.config.model
+    tokens, coords = text.make_batch(cfg)
     with use_mesh_of(model.params):
         hidden, found = capture_batch(
-            cfg, model.params, tokens, coords, list(sites), patches=patches, **text.inputs
+            cfg, model.params, tokens, coords, list(sites), patches=patches, **text.make_inputs(cfg)
         )
         scored = jit_logits(cfg, model.params, hidden) if has_vocab_scores(model) else None
         hidden, scored, found = fetch((hidden, scored, found))

@@ -10,10 +10,19 @@ from jaxgpt.hosts import fetch
 from jaxgpt.inspect.activations import EncodedText, capture, in_float32, jit_logits
 from jaxgpt.inspect.lens import require_vocab_scores
 from jaxgpt.language_model import LanguageModel
-from jaxgpt.model import Coords, list_activations
 from jaxgpt.model import capture as capture_batch
+from jaxgpt.model import list_activations
+from jaxgpt.score import make_whole_coords
 from jaxgpt.settings import ConfigError
 from jaxgpt.sharding import use_mesh_of
+
+
+def list_attention_layers(model: LanguageModel, prefix: str = "", site: str = "mixer") -> list[int]:
+    """Return the numbers of the layers with attention weights; see `attention`."""
+    head, tail = f"{prefix}layers.", f".{site}.weights"
+    names = list_activations(model.config.model)
+    found = [n for n in names if n.startswith(head) and n.endswith(tail)]
+    return [int(n.removeprefix(head).removesuffix(tail)) for n in found]
 
 
 def find_attention_layers(model: LanguageModel, prefix: str = "") -> list[int]:
@@ -25,15 +34,13 @@ def find_attention_layers(model: LanguageModel, prefix: str = "") -> list[int]:
     Raises:
         ConfigError: no layer has any, as with recurrent mixers.
     """
-    head, tail = f"{prefix}layers.", ".mixer.weights"
-    names = list_activations(model.config.model)
-    found = [n for n in names if n.startswith(head) and n.endswith(tail)]
+    found = list_attention_layers(model, prefix)
     if not found:
         raise ConfigError(
             f"no layer of this model has attention weights: its mixers are "
             f"{', '.join(model.config.model.mixers)}."
         )
-    return [int(n.removeprefix(head).removesuffix(tail)) for n in found]
+    return found
 
 
 def attention(
@@ -142,11 +149,6 @@ def make_repeated_tokens(
     return np.concatenate([np.full((rows, 1), tokenizer.bos), half, half], 1).astype(np.int32)
 
 
-def _make_coords(tokens: np.ndarray) -> Coords:
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    return Coords(positions, jnp.ones_like(positions))
-
-
 def induction_scores(
     model: LanguageModel, length: int = 25, rows: int = 4, seed: int = 0
 ) -> np.ndarray:
@@ -162,10 +164,11 @@ def induction_scores(
     """
     find_attention_layers(model)
     model = in_float32(model)
-    tokens = make_repeated_tokens(model, length, rows, seed)
+    cfg = model.config.model
+    tokens = jnp.asarray(make_repeated_tokens(model, length, rows, seed))
     with use_mesh_of(model.params):
         _, found = capture_batch(
-            model.config.model, model.params, jnp.asarray(tokens), _make_coords(tokens),
+            cfg, model.params, tokens, make_whole_coords(cfg, tokens),
             ["layers.*.mixer.weights"],
         )  # fmt: skip
         layers = np.stack([np.asarray(x).mean(0) for x in fetch(found).values()])  # [L H T T]
@@ -190,10 +193,10 @@ def induction_loss(
     require_vocab_scores(model)
     model = in_float32(model)
     cfg = model.config.model
-    tokens = make_repeated_tokens(model, length, rows, seed)
+    tokens = jnp.asarray(make_repeated_tokens(model, length, rows, seed))
     with use_mesh_of(model.params):
         hidden, _ = capture_batch(
-            cfg, model.params, jnp.asarray(tokens), _make_coords(tokens), [],
+            cfg, model.params, tokens, make_whole_coords(cfg, tokens), [],
             patches=ablate_heads(ablate),
         )  # fmt: skip
         logp = jax.nn.log_softmax(jit_logits(cfg, model.params, hidden)[:, :-1], axis=-1)

@@ -23,6 +23,10 @@ from jaxgpt.settings import ConfigError
 from jaxgpt.sharding import use_mesh_of
 
 SUBLAYERS = ("mixer", "cross", "ffn")
+# As far as a model has them.
+ATTRIBUTION_SITES = (
+    "embedding", *(f"layers.*.{site}.{x}" for site in SUBLAYERS for x in ("out", "z"))
+)  # fmt: skip
 
 
 def get_layer_params(params, n: int, stack: str = "stack") -> Any:
@@ -163,18 +167,22 @@ def decompose_logits(
         ConfigError: the head of the model is not linear (masked language models), or it has none.
     """
     require_vocab_scores(model)
-    cfg = model.config.model
-    if cfg.head != "linear":
+    head = model.config.model.head
+    if head != "linear":
         raise ConfigError(
-            f"model.head={cfg.head!r} is not linear: its logits are no sum over parts of the "
+            f"model.head={head!r} is not linear: its logits are no sum over parts of the "
             "model. Use `gradient_x_input`."
         )
-    model = in_float32(model)
-    text = text if isinstance(text, EncodedText) else encode(model, text, source)
     known = list_activations(model.config.model)
-    outputs = [f"layers.*.{site}.{x}" for site in SUBLAYERS for x in ("out", "z")]
-    sites = [site for site in ["embedding", *outputs] if fnmatch.filter(known, site)]
-    found = capture(model, text, sites)
+    sites = [site for site in ATTRIBUTION_SITES if fnmatch.filter(known, site)]
+    return decompose_captured(model, capture(model, text, sites, source=source), position)
+
+
+def decompose_captured(
+    model: LanguageModel, found: Activations, position: int | slice = slice(None)
+) -> LogitParts:
+    """Decompose the logits of a capture that has ATTRIBUTION_SITES; see `decompose_logits`."""
+    cfg = model.config.model
     with use_mesh_of(model.params):
         head, params = fetch((make_head(cfg, model.params), model.params))
     names, parts = decompose_residual(cfg, params, found, position)
@@ -295,10 +303,11 @@ def integrated_gradients(
     embedding = jnp.asarray(found["embedding"])[None]
     points = [1.0] if not steps else [(i + 0.5) / steps for i in range(steps)]
     total = np.zeros(embedding.shape[1:], np.float64)
+    batch, inputs = text.make_batch(cfg), text.make_inputs(cfg)
     with use_mesh_of(model.params):
         for point in points:
             _, gradient = _compute_gradient(
-                cfg, position, model.params, text.batch, text.inputs, point * embedding, target
+                cfg, position, model.params, batch, inputs, point * embedding, target
             )
             total += np.asarray(fetch(gradient), np.float64)[0] / len(points)
     return (total * found["embedding"]).sum(-1).astype(np.float32)

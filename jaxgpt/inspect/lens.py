@@ -11,9 +11,9 @@ import numpy as np
 from jaxgpt.config import ModelConfig
 from jaxgpt.hosts import fetch
 from jaxgpt.inspect.activations import (
+    Activations,
     EncodedText,
     capture,
-    encode,
     has_vocab_scores,
     in_float32,
     spell_tokens,
@@ -24,6 +24,8 @@ from jaxgpt.model.block import WIRINGS_WITHOUT_FINAL_NORM
 from jaxgpt.model.norms import NORMS
 from jaxgpt.settings import ConfigError
 from jaxgpt.sharding import use_mesh_of
+
+LENS_SITES = ("embedding", "layers.*.residual_post")
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,13 @@ def logit_lens(
     Source: nostalgebraist 2020, "interpreting GPT: the logit lens".
     """
     require_vocab_scores(model)
-    model = in_float32(model)
-    text = text if isinstance(text, EncodedText) else encode(model, text, source)
+    return apply_lens(model, capture(model, text, LENS_SITES, source=source), count)
+
+
+def apply_lens(model: LanguageModel, found: Activations, count: int = 5) -> Lens:
+    """Return the logit lens of a capture that has LENS_SITES; see `logit_lens`."""
+    model, text = in_float32(model), found.text
     cfg = model.config.model
-    found = capture(model, text, ["embedding", "layers.*.residual_post"])
     streams = [found["embedding"], *found.stack("residual_post")]
     count, targets = min(count, cfg.vocab), jnp.asarray(text.tokens)
     rows, last = [], None

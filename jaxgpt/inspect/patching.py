@@ -11,8 +11,9 @@ from jaxgpt.hosts import fetch
 from jaxgpt.inspect.activations import EncodedText, capture, encode, in_float32
 from jaxgpt.inspect.lens import require_vocab_scores
 from jaxgpt.language_model import LanguageModel
-from jaxgpt.model import Coords, make_head
 from jaxgpt.model import capture as capture_batch
+from jaxgpt.model import make_head
+from jaxgpt.score import make_whole_coords
 from jaxgpt.settings import ConfigError
 from jaxgpt.sharding import use_mesh_of
 
@@ -22,7 +23,7 @@ def _run_patched(cfg: ModelConfig, name: str, params, tokens, clean, masks, targ
     """Return the logits of two tokens at the last position, one row for each mask: [B 2]."""
     B, T = len(masks), tokens.shape[0]
     rows = jnp.broadcast_to(tokens, (B, T))
-    coords = Coords(jnp.broadcast_to(jnp.arange(T), (B, T)), jnp.ones((B, T), jnp.int32))
+    coords = make_whole_coords(cfg, rows)
 
     def put(x: jax.Array) -> jax.Array:
         return jnp.where(masks, clean, x)

@@ -27,7 +27,7 @@ from jaxgpt.language_model import LanguageModel
 from jaxgpt.model import abstract_params
 from jaxgpt.model.layers import DTYPES
 from jaxgpt.settings import ConfigError
-from jaxgpt.sharding import make_shardings
+from jaxgpt.sharding import make_load_shardings
 from jaxgpt.tokenizer import Tokenizer
 from jaxgpt.tokenizer.placeholder import make_placeholder
 
@@ -239,12 +239,7 @@ def to_model(
     if dtype is not None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
     shapes, letters = abstract_params(config.model)
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shardings = (
-        jax.tree.map(lambda x: device, shapes)
-        if mesh is None
-        else make_shardings(shapes, letters, mesh)
-    )
+    shardings = make_load_shardings(shapes, letters, mesh)
     params = read_params(plan, flatten_dict(shardings, sep="."), dtype)
     tokenizer = make_tokenizer(config.model, archive)
     labels = families.list_labels(archive.config) if config.model.classes else ()

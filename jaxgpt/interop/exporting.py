@@ -22,7 +22,8 @@ from jaxgpt.interop.archive import Archive
 from jaxgpt.interop.formats import FORMATS
 from jaxgpt.interop.model_card import write_model_card
 from jaxgpt.language_model import LanguageModel
-from jaxgpt.model import Coords, EncoderInput, build, compute_logits
+from jaxgpt.model import EncoderInput, build, compute_logits
+from jaxgpt.score import make_whole_coords
 from jaxgpt.settings import ConfigError, choose, resolve_table
 
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
@@ -166,9 +167,7 @@ def compute_scores(model: LanguageModel) -> np.ndarray:
 @functools.partial(jax.jit, static_argnames="cfg")
 def _score(cfg: ModelConfig, params: Any, tokens: jax.Array) -> jax.Array:
     """Return class logits [B A], or logits [B T V]; of tokens [B T]."""
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    prefix = jnp.zeros_like(tokens) if "prefix" in cfg.pattern else None
-    coords = Coords(positions, jnp.ones_like(tokens), prefix)
+    coords = make_whole_coords(cfg, tokens)
     variables, module = {"params": params}, build(cfg)
     if cfg.classes:
         return module.apply(variables, tokens, coords, method="classify")

@@ -6,7 +6,6 @@ write_folder(archive, "exported/")          it gets its name when it is complete
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -146,21 +145,3 @@ def describe_tokenizer(tokenizer: Tokenizer, config: Mapping[str, Any]) -> dict[
     if context:
         settings["model_max_length"] = context
     return {"tokenizer_config.json": settings, "special_tokens_map.json": special}
-
-
-def replace_folder(partial: str, folder: str):
-    """Give a complete folder its name; an empty one that is there makes room."""
-    if os.path.isdir(folder):
-        os.rmdir(folder)
-    os.rename(partial, folder)
-
-
-def check_new(folder: str):
-    """Raise ConfigError unless a folder is not there yet, or is empty."""
-    if os.path.exists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
-        raise ConfigError(f"{folder} exists: give a new folder, or delete it first.")
-
-
-def remove_partial(partial: str):
-    """Remove what is left of a folder that was not completed."""
-    shutil.rmtree(partial, ignore_errors=True)

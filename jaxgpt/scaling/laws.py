@@ -10,7 +10,7 @@ arXiv:2404.10102, who found its published fit to be wrong; Kaplan et al. 2020, a
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import minimize, nnls
@@ -370,8 +370,3 @@ def leave_out(runs: Sequence[Run], names: Sequence[str]) -> list[Run]:
     if unknown := set(names) - {run.name for run in runs}:
         raise ConfigError(f"there is no run {sorted(unknown)[0]!r} to leave out.")
     return [run for run in runs if run.name not in set(names)]
-
-
-def without_bootstrap(law: Law) -> Law:
-    """Return the constants alone."""
-    return replace(law, samples=None)

@@ -14,9 +14,6 @@ BOS_NAMES = ("<bos>", "<s>", "[BOS]", "<|begin_of_text|>", "<|startoftext|>", "<
 PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
 UNK_NAMES = ("<unk>", "[UNK]")
 
-# The settings of tokenizer_config.json that decide about ids.
-TOKEN_SETTINGS = ("bos_token", "eos_token", "pad_token", "unk_token", "add_bos_token")
-
 
 class Roles(NamedTuple):
     """Ids of the tokens with a role."""

@@ -8,6 +8,7 @@ In a notebook a page shows itself.
 """
 
 import base64
+import fnmatch
 import html
 import importlib.resources
 import json
@@ -20,7 +21,11 @@ import jax
 import numpy as np
 
 from jaxgpt import inspect
+from jaxgpt.data.work import atomic_write
 from jaxgpt.inspect.activations import has_vocab_scores
+from jaxgpt.inspect.attention import list_attention_layers
+from jaxgpt.inspect.attribution import ATTRIBUTION_SITES, decompose_captured
+from jaxgpt.inspect.lens import LENS_SITES, apply_lens
 from jaxgpt.language_model import LanguageModel
 from jaxgpt.model import list_activations
 from jaxgpt.settings import ConfigError
@@ -43,11 +48,9 @@ class Page:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the page to a file, under its name only when it is complete."""
-        temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
         try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(self.html)
-            os.replace(temporary, path)
+            with atomic_write(os.fspath(path)) as file:
+                file.write(self.html.encode())
         except OSError as error:
             raise ConfigError(f"{os.fspath(path)} cannot be written: {error.strerror}.") from error
 
@@ -88,8 +91,9 @@ def look(model: LanguageModel, text: str, *, source: str | None = None, title: s
         "pieces": list(encoded.pieces),
         "isEncoder": model.config.model.family == "encoder",
     }
+    found = inspect.capture(model, encoded, _list_sites(model))
     for part in PARTS_OF_PAGE:
-        data |= part(model, encoded)
+        data |= part(model, found)
     template = importlib.resources.files("jaxgpt.visualize").joinpath("page.html")
     text_of_data = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     return Page(template.read_text(encoding="utf-8").replace("/*DATA*/", text_of_data))
@@ -108,6 +112,14 @@ def describe_model(model: LanguageModel) -> str:
 
 # --- the parts of its data -------------------------------------------------------------------
 
+# All that the parts read, as far as a model has it: the model runs once.
+SITES = (*LENS_SITES, *ATTRIBUTION_SITES, "*layers.*.weights", "layers.*.ffn.hidden")
+
+
+def _list_sites(model: LanguageModel) -> list[str]:
+    names = list_activations(model.config.model)
+    return [site for site in dict.fromkeys(SITES) if fnmatch.filter(names, site)]
+
 
 def _round(x: np.ndarray, digits: int = 4) -> list:
     """Return an array as nested lists of few digits; NaN becomes None."""
@@ -117,10 +129,10 @@ def _round(x: np.ndarray, digits: int = 4) -> list:
     return values.tolist()
 
 
-def _add_predictions(model: LanguageModel, text: inspect.EncodedText) -> dict[str, Any]:
+def _add_predictions(model: LanguageModel, found: inspect.Activations) -> dict[str, Any]:
     if not has_vocab_scores(model):
         return {"surprisal": None, "guesses": None, "lens": None}
-    lens = inspect.logit_lens(model, text, count=GUESSES)
+    lens = apply_lens(model, found, GUESSES)
     is_causal = model.config.model.family != "encoder"
     surprisal = np.concatenate([[np.nan], -lens.target_logprobs[-1]])
     guesses = [
@@ -148,24 +160,20 @@ ATTENTIONS = (
 )
 
 
-def _add_attention(model: LanguageModel, text: inspect.EncodedText) -> dict[str, Any]:
-    names, found = list_activations(model.config.model), []
+def _add_attention(model: LanguageModel, found: inspect.Activations) -> dict[str, Any]:
+    text, shown = found.text, []
     for name, prefix, site in ATTENTIONS:
-        tail = f".{site}.weights"
-        head = f"{prefix}layers."
-        layers = [
-            n[len(head) : -len(tail)] for n in names if n.startswith(head) and n.endswith(tail)
-        ]
+        layers = list_attention_layers(model, prefix, site)
         if not layers:
             continue
-        weights = inspect.attention(model, text, site=site, prefix=prefix)
+        weights = found.stack(f"{site}.weights", prefix)
         queries = text.source_pieces if prefix else text.pieces
         keys = text.pieces if (prefix, site) == ("", "mixer") else text.source_pieces
-        found.append(
+        shown.append(
             {
                 "name": name,
                 "isSelf": site == "mixer",
-                "layers": [int(n) for n in layers],
+                "layers": layers,
                 "heads": weights.shape[1],
                 "queries": list(queries),
                 "keys": list(keys),
@@ -174,13 +182,13 @@ def _add_attention(model: LanguageModel, text: inspect.EncodedText) -> dict[str,
                 ).decode(),
             }
         )
-    return {"attention": found}
+    return {"attention": shown}
 
 
-def _add_attribution(model: LanguageModel, text: inspect.EncodedText) -> dict[str, Any]:
+def _add_attribution(model: LanguageModel, found: inspect.Activations) -> dict[str, Any]:
     if not has_vocab_scores(model) or model.config.model.head != "linear":
         return {"attribution": None}
-    parts = inspect.decompose_logits(model, text)
+    parts = decompose_captured(model, found)
     targets = parts.found.logits.argmax(-1)
     values = parts.score_each(targets)  # [P T]
     best = np.argsort(-np.abs(values), axis=0)[:PARTS]
@@ -197,19 +205,17 @@ def _add_attribution(model: LanguageModel, text: inspect.EncodedText) -> dict[st
     }
 
 
-def _add_sizes(model: LanguageModel, text: inspect.EncodedText) -> dict[str, Any]:
-    found = inspect.capture(model, text, ["embedding", "layers.*.residual_post"])
+def _add_sizes(model: LanguageModel, found: inspect.Activations) -> dict[str, Any]:
     streams = [found["embedding"], *found.stack("residual_post")]
     names = ["in", *(str(n) for n in range(len(streams) - 1))]
     return {"norms": {"names": names, "values": _round(np.linalg.norm(streams, axis=-1), 3)}}
 
 
-def _add_neurons(model: LanguageModel, text: inspect.EncodedText) -> dict[str, Any]:
-    names = list_activations(model.config.model)
-    sites = [n for n in names if n.startswith("layers.") and n.endswith(".ffn.hidden")]
+def _add_neurons(model: LanguageModel, found: inspect.Activations) -> dict[str, Any]:
+    sites = [n for n in found if n.startswith("layers.") and n.endswith(".ffn.hidden")]
     if not sites:
         return {"neurons": None}
-    found, layers = inspect.capture(model, text, ["layers.*.ffn.hidden"]), []
+    layers = []
     for name in sites:
         hidden = found[name]  # [T F]
         best = np.argsort(-np.abs(hidden), axis=-1)[:, :NEURONS]

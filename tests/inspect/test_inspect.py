@@ -38,6 +38,13 @@ def test_captured_logits_give_the_score_of_the_text(model):
     np.testing.assert_allclose(-losses[1:], model.score([TEXT], eos=False)[0].logprobs, atol=1e-4)
 
 
+def test_a_prefix_model_is_looked_into_as_it_is_scored():
+    model = make_model("prefix", pattern=("prefix",))
+    losses = inspect.token_losses(model, TEXT)
+    np.testing.assert_allclose(-losses[1:], model.score([TEXT], eos=False)[0].logprobs, atol=1e-4)
+    assert inspect.induction_scores(model, 6, 2).shape == (2, 4)
+
+
 @pytest.mark.parametrize("kernel", ["dense", "blockwise"])
 @pytest.mark.parametrize("heads", [dict(kv_heads=2), dict(kv_heads=4, bias=True)])
 def test_attention_rebuilds_the_output_of_its_layer(kernel, heads):
