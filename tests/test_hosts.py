@@ -20,12 +20,15 @@ from tiny_runs import assert_same_bits, restore_latest, write_text
 from jaxgpt import config as configs
 from jaxgpt import hosts
 from jaxgpt.config import MeshConfig, override
+from jaxgpt.data.tasks import CausalTask
 from jaxgpt.saved_arrays import latest_step
 from jaxgpt.settings import ConfigError
 from jaxgpt.sharding import make_mesh
 from jaxgpt.trainer import loop, train
 from jaxgpt.trainer import run as run_module
+from jaxgpt.trainer.autopsy import list_autopsies
 from jaxgpt.trainer.logging import read_metrics
+from jaxgpt.verification import is_usable, verify
 
 ROOT = pathlib.Path(__file__).parent.parent
 DEADLINE = 240  # seconds until a process that hangs is killed, and its test fails
@@ -335,8 +338,11 @@ def test_a_process_without_peers_times_out_with_the_address():
 
 CONFIG = """
 import os
+import resource
+import numpy as np
 from jaxgpt import hosts
 from jaxgpt.config import *
+from jaxgpt.data.tasks import CausalTask
 from jaxgpt.trainer import loop, run as run_module
 
 config = Config(
@@ -360,6 +366,26 @@ def log_and_act(run, step, metrics):
 
 
 loop.log_metrics = log_and_act
+make_batch, save = CausalTask.make_batch, loop.save
+
+
+def make_poisoned_batch(task, number, rows=slice(None)):
+    # Spoils the first row of a batch, which one process places.
+    batch = make_batch(task, number, rows)
+    is_spoilt = (np.arange(8)[rows] == 0) & (str(number) == os.environ.get("POISON"))
+    return batch._replace(weights=np.where(is_spoilt[:, None], np.nan, batch.weights))
+
+
+def save_on_small_disk(run):
+    # From step 6 on, process 1 cannot write a file of more than 1,000 bytes.
+    if run.progress.step >= 6 and hosts.process_index() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    save(run)
+
+
+CausalTask.make_batch = make_poisoned_batch
+if "SMALL_DISK" in os.environ:
+    loop.save = save_on_small_disk
 if "LOG_SAMPLE" not in os.environ:
     loop.log_sample = lambda run: None
 """
@@ -391,14 +417,16 @@ class Launcher:
     def config(self, *settings):
         with pytest.MonkeyPatch.context() as patch:  # the config file patches the loop
             patch.setattr(run_module, "peak_flops", run_module.peak_flops)
-            for name in ("log_metrics", "log_sample"):
+            patch.setattr(CausalTask, "make_batch", CausalTask.make_batch)
+            for name in ("log_metrics", "log_sample", "save"):
                 patch.setattr(loop, name, getattr(loop, name))
             return configs.load(str(self.file), settings)
 
 
 def read_records(cfg):
     """Return the records of metrics.jsonl, without times."""
-    return [(r["kind"], r["step"], r["loss"], r["accuracy"]) for r in read_metrics(cfg.run_folder)]
+    found = (r for r in read_metrics(cfg.run_folder) if "loss" in r)
+    return [(r["kind"], r["step"], r["loss"], r["accuracy"]) for r in found]
 
 
 def get_statuses(results):
@@ -518,3 +546,46 @@ def test_another_number_of_processes_resumes_and_stops_at_one_step(
         patch.setattr(loop, "log_sample", lambda run: None)
         train(cfg, is_quiet=True)
     assert_near(single_process_run, cfg)
+
+
+@pytest.mark.slow
+def test_a_spike_in_the_rows_of_one_process_is_rolled_back_by_both(launcher):
+    settings = ["train.on_spike=rollback", "train.steps=8"]
+    results = launcher.run(2, 2, "name=spike", *settings, *PAIR, POISON="4")
+    assert get_statuses(results) == [0, 0], results
+    cfg = launcher.config("name=spike", *settings, *PAIR)
+    [spike] = [r for r in read_metrics(cfg.run_folder) if r["kind"] == "spike"]
+    assert (spike["step"], spike["batch"], spike["action"]) == (5, 4, "rollback")
+    assert [step for step, _ in list_autopsies(cfg.run_folder)] == [5]
+    progress = restore_latest(cfg)[1]
+    assert (progress.step, progress.passed, progress.spikes) == (8, 2, [4])
+    alone = launcher.config("name=spike_alone", *settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "peak_flops", lambda devices: (1e12, "a guess"))
+        patch.setattr(run_module, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))
+        make_batch = CausalTask.make_batch
+
+        def make(task, number, rows=slice(None)):
+            batch = make_batch(task, number, rows)
+            return batch._replace(weights=batch.weights * (np.nan if number == 4 else 1))
+
+        patch.setattr(CausalTask, "make_batch", make)
+        train(alone, is_quiet=True)
+    assert_near(cfg, alone)
+
+
+@pytest.mark.slow
+def test_a_save_that_fails_in_one_process_fails_in_both(launcher):
+    results = launcher.run(2, 2, "name=small_disk", *PAIR, SMALL_DISK="1")
+    assert get_statuses(results) == [1, 1], results
+    (_, out, err), (_, quiet_out, quiet_err) = results
+    folder = launcher.config("name=small_disk").run_folder
+    for step in (6, 9):
+        message = f"{folder}/checkpoints/{step} could not be saved (File too large); "
+        message += "the last good checkpoint is of step 3. Training goes on to the next save"
+        assert (out + err).count(message) == 1, out + err
+    assert "checkpoints/10 could not be saved (File too large)" in err
+    assert "Traceback" not in out + err + quiet_out + quiet_err
+    assert "could not be saved" not in quiet_out
+    assert os.listdir(os.path.join(folder, "checkpoints")) == ["3"]
+    assert is_usable(verify(folder))

@@ -22,7 +22,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TypeVar, cast
 
 import jax
 import numpy as np
@@ -45,6 +45,8 @@ from jaxgpt.saved_arrays import (
 from jaxgpt.settings import ConfigError
 from jaxgpt.trainer.state import TrainState
 
+Result = TypeVar("Result")
+
 
 @dataclass
 class Progress:
@@ -59,6 +61,7 @@ class Progress:
     stale: int = 0  # evaluations since the best one
     data: str = ""  # fingerprint of the tokens trained on
     tokenizer: str = ""  # fingerprint of the tokenizer, "" in older runs
+    labels: str = ""  # hash of the names of the classes, "" in older runs and without classes
     evaluation: str = ""  # what `best_loss` was measured on (see `run.describe_evaluation`)
     is_done: bool = False  # it has stopped early
     stop_reason: str = ""
@@ -254,9 +257,10 @@ class Checkpoints:
         first = None
         for step in self._latest.list_steps():
             folder = os.path.join(self._latest.path, str(step))
-            restored = _read_on_all(partial(_read_state, folder, abstract))
-            if isinstance(restored, DamagedError):
-                first = first or restored
+            try:
+                restored = read_on_all(partial(_read_state, folder, abstract))
+            except DamagedError as error:
+                first = first or error
                 self._latest.damaged.add(step)
                 continue
             if first:
@@ -301,13 +305,15 @@ def _read_state(folder: str, abstract: TrainState) -> tuple[TrainState, Progress
     return TrainState(count, arrays["params"], rest["opt_state"], key), progress
 
 
-def _read_on_all(read: Callable[[], Any]) -> Any:
-    """Call `read` in every process; return its result, or the DamagedError of any of them.
+def read_on_all(read: Callable[[], Result]) -> Result:
+    """Call `read` in every process; all must call it.
 
     Raises:
+        DamagedError: `read` has raised it, in any process.
         ConfigError: another error, of any process.
     """
-    result, kind = None, ""
+    result: Result | None = None
+    kind = ""
     error: ConfigError | None = None
     try:
         result = read()
@@ -320,10 +326,8 @@ def _read_on_all(read: Callable[[], Any]) -> Any:
             if other_kind != wanted:
                 continue
             raised = error if kind == wanted else error_type(f"process {index}: {other_text}")
-            if isinstance(raised, DamagedError):
-                return raised
             raise raised or error_type(other_text)
-    return result
+    return cast(Result, result)
 
 
 def _describe_loss(error: DamagedError, step: int, damaged: Collection[int]) -> str:
