@@ -27,14 +27,19 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_once():
-    """Compile each program once: many tests train a model of one shape. Return the folder."""
-    with tempfile.TemporaryDirectory() as folder:
+    """Compile each program once: many tests train a model of one shape. Return the folder.
+
+    JAX_COMPILATION_CACHE_DIR keeps the programs between runs of the tests.
+    """
+    before = jax.config.jax_compilation_cache_dir
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = before or temporary
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
         compilation_cache.reset_cache()  # what was imported may have opened another one
         yield folder
-        jax.config.update("jax_compilation_cache_dir", None)
+        jax.config.update("jax_compilation_cache_dir", before)
         compilation_cache.reset_cache()
 
 
