@@ -27,6 +27,7 @@ from jaxgpt.sharding import make_mesh
 from jaxgpt.trainer import loop, train
 from jaxgpt.trainer import run as run_module
 from jaxgpt.trainer.autopsy import list_autopsies
+from jaxgpt.trainer.barrier import Barrier, BrokenBarrierError
 from jaxgpt.trainer.logging import read_metrics
 from jaxgpt.verification import is_usable, verify
 
@@ -181,6 +182,34 @@ def statuses(monkeypatch):
     token = hosts._end_process.set(recorded.append)
     yield recorded
     hosts._end_process.reset(token)
+
+
+class Store(dict):
+    """Stands for JAX's client of the coordinator."""
+
+    key_value_set = dict.__setitem__
+
+    def key_value_dir_get(self, prefix):
+        return [(key, value) for key, value in self.items() if key.startswith(prefix)]
+
+
+def test_a_barrier_opens_when_all_have_come_and_breaks_when_one_has_failed(monkeypatch):
+    monkeypatch.setattr(hosts, "process_count", lambda: 2)
+    barrier, index = Barrier("checkpoints", Store()), 0
+    monkeypatch.setattr(hosts, "process_index", lambda: index)
+    barrier.begin()
+    with pytest.raises(TimeoutError, match="1 of 2 processes have come"):
+        barrier.wait(key="written", timeout_ms=1)
+    index = 1
+    barrier.wait(key="written", timeout_ms=1)
+    barrier.break_it()
+    barrier.break_it()  # a mark cannot be left twice
+    index = 0
+    with pytest.raises(BrokenBarrierError):
+        barrier.wait(key="named", timeout_ms=60_000)
+    barrier.begin()
+    with pytest.raises(TimeoutError):
+        barrier.wait(key="named", timeout_ms=1)
 
 
 @pytest.mark.parametrize(("error", "status"), [(KeyError("x"), 1), (KeyboardInterrupt(), 130)])

@@ -43,6 +43,7 @@ from jaxgpt.saved_arrays import (
     read_progress,
 )
 from jaxgpt.settings import ConfigError
+from jaxgpt.trainer.barrier import Barrier, BrokenBarrierError
 from jaxgpt.trainer.state import TrainState
 
 Result = TypeVar("Result")
@@ -94,7 +95,9 @@ class _Folder:
 
     def __init__(self, folder: str, keep: int, is_read_only: bool):
         self.path, self._keep, self._is_read_only = os.path.abspath(folder), keep, is_read_only
-        self.manager = make_manager(folder, is_read_only)
+        self._barrier = Barrier(os.path.basename(folder))
+        several = hosts.process_count() > 1
+        self.manager = make_manager(folder, is_read_only, self._barrier.wait if several else None)
         self._has_failed = False
         self.damaged: set[int] = set()  # steps that cannot be restored, under their names so far
         self._saving: tuple[int, dict[str, dict[str, list[int]]]] | None = None
@@ -115,8 +118,10 @@ class _Folder:
                 raise FileNotFoundError(
                     2, "No such file or directory, is its disk gone?", self.path
                 )
+        with self._describe_errors(step):
             if self.damaged:
                 self._rename(sorted(self.damaged), "")
+            self._barrier.begin()
             records = sum_arrays(**trees)
             arrays = {part: ocp.args.StandardSave(tree) for part, tree in trees.items()}
             saved_progress = ocp.args.JsonSave(seal(dataclasses.asdict(progress), records))
@@ -146,10 +151,12 @@ class _Folder:
             yield
         except Exception as found:  # Orbax raises all kinds of errors
             cause = found
+            self._barrier.break_it()
         reason = describe_error(cause) if cause else ""
-        reason = next(filter(None, hosts.all_gather_text("save", reason)), "")
-        if not reason:
+        reasons = list(filter(None, hosts.all_gather_text("save", reason)))
+        if not reasons:
             return
+        reason = next((x for x in reasons if BrokenBarrierError.__name__ not in x), reasons[0])
         self._remove_unfinished()
         if step in list_steps(self.path):  # complete, but it could not be read back
             self.damaged.add(step)

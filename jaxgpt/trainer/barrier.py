@@ -1,0 +1,72 @@
+"""A barrier that a process which has failed breaks, so that no other waits for it.
+
+Orbax ends a save when all processes have written their part. If one of them cannot, the others
+would wait for it until a timeout of 20 minutes. Here each process leaves a mark in the key-value
+store of the coordinator, and looks there for those of the others, or for that of a failure.
+"""
+
+import time
+from typing import Any
+
+from jaxgpt import hosts
+
+MAX_PAUSE_SECONDS = 0.5  # between two looks at the marks of the others
+
+
+class BrokenBarrierError(RuntimeError):
+    """Another process has failed."""
+
+
+class Barrier:
+    """A barrier for the saves of one folder, one after the other.
+
+    Args:
+        name: of the folder.
+        client: of the coordinator; by default JAX's.
+    """
+
+    def __init__(self, name: str, client: Any = None):
+        self._key, self._client = hosts.make_unique_key(f"barrier/{name}"), client
+        self._round = self._broken_round = 0
+
+    @property
+    def _prefix(self) -> str:
+        return f"{self._key}/{self._round}/"
+
+    def _get_client(self) -> Any:
+        return hosts.get_client() if self._client is None else self._client
+
+    def _mark(self, name: str):
+        self._get_client().key_value_set(f"{self._prefix}{name}/{hosts.process_index()}", "")
+
+    def begin(self):
+        """Begin another save, in all processes."""
+        self._round += 1
+
+    def break_it(self):
+        """Make all processes fail that wait in this save, or will."""
+        if hosts.process_count() > 1 and self._broken_round < self._round:
+            self._broken_round = self._round
+            self._mark("broken")
+
+    def wait(self, *, key: str, timeout_ms: int):
+        """Wait until every process has come here. The arguments are those of Orbax.
+
+        Raises:
+            BrokenBarrierError: another process has failed in this save.
+            TimeoutError: it has taken too long.
+        """
+        prefix, end, pause = self._prefix, time.monotonic() + timeout_ms / 1000, 0.01
+        self._mark(key)
+        while True:
+            found = self._get_client().key_value_dir_get(prefix)
+            marks = [mark.removeprefix(prefix) for mark, _ in found]
+            if any(mark.startswith("broken/") for mark in marks):
+                raise BrokenBarrierError("another process has failed")
+            arrived = sum(mark.startswith(f"{key}/") for mark in marks)
+            if arrived == hosts.process_count():
+                return
+            if time.monotonic() > end:
+                raise TimeoutError(f"{arrived} of {hosts.process_count()} processes have come")
+            time.sleep(pause)
+            pause = min(2 * pause, MAX_PAUSE_SECONDS)
