@@ -187,7 +187,13 @@ def statuses(monkeypatch):
 class Store(dict):
     """Stands for JAX's client of the coordinator."""
 
-    key_value_set = dict.__setitem__
+    def key_value_set(self, key, value):
+        assert key not in self, "ALREADY_EXISTS"
+        self[key] = value
+
+    def key_value_delete(self, prefix):
+        for key in [key for key in self if key.startswith(prefix)]:
+            del self[key]
 
     def key_value_dir_get(self, prefix):
         return [(key, value) for key, value in self.items() if key.startswith(prefix)]
@@ -200,14 +206,19 @@ def test_a_barrier_opens_when_all_have_come_and_breaks_when_one_has_failed(monke
     barrier.begin()
     with pytest.raises(TimeoutError, match="1 of 2 processes have come"):
         barrier.wait(key="written", timeout_ms=1)
-    index = 1
-    barrier.wait(key="written", timeout_ms=1)
-    barrier.break_it()
-    barrier.break_it()  # a mark cannot be left twice
+    index, other = 1, Barrier("checkpoints", barrier._client)
+    other._key = barrier._key  # that of the other process
+    other.begin()
+    other.wait(key="written", timeout_ms=1)
+    with pytest.raises(TimeoutError):  # the key again is another place
+        other.wait(key="written", timeout_ms=1)
+    other.break_it()
+    other.break_it()  # a mark cannot be left twice
     index = 0
     with pytest.raises(BrokenBarrierError):
         barrier.wait(key="named", timeout_ms=60_000)
     barrier.begin()
+    assert not barrier._client
     with pytest.raises(TimeoutError):
         barrier.wait(key="named", timeout_ms=1)
 

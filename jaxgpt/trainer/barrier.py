@@ -5,6 +5,7 @@ would wait for it until a timeout of 20 minutes. Here each process leaves a mark
 store of the coordinator, and looks there for those of the others, or for that of a failure.
 """
 
+import collections
 import time
 from typing import Any
 
@@ -28,6 +29,7 @@ class Barrier:
     def __init__(self, name: str, client: Any = None):
         self._key, self._client = hosts.make_unique_key(f"barrier/{name}"), client
         self._round = self._broken_round = 0
+        self._uses: collections.Counter[str] = collections.Counter()  # of the keys of this save
 
     @property
     def _prefix(self) -> str:
@@ -40,8 +42,11 @@ class Barrier:
         self._get_client().key_value_set(f"{self._prefix}{name}/{hosts.process_index()}", "")
 
     def begin(self):
-        """Begin another save, in all processes."""
+        """Begin another save, in all processes, when the one before has ended in all of them."""
+        if self._round and hosts.process_count() > 1 and hosts.process_index() == 0:
+            self._get_client().key_value_delete(self._prefix)
         self._round += 1
+        self._uses.clear()
 
     def break_it(self):
         """Make all processes fail that wait in this save, or will."""
@@ -52,18 +57,22 @@ class Barrier:
     def wait(self, *, key: str, timeout_ms: int):
         """Wait until every process has come here. The arguments are those of Orbax.
 
+        A key that is used again in one save is another place: the processes come in one order.
+
         Raises:
             BrokenBarrierError: another process has failed in this save.
             TimeoutError: it has taken too long.
         """
         prefix, end, pause = self._prefix, time.monotonic() + timeout_ms / 1000, 0.01
-        self._mark(key)
+        self._uses[key] += 1
+        place = f"{key}/{self._uses[key]}"
+        self._mark(place)
         while True:
             found = self._get_client().key_value_dir_get(prefix)
             marks = [mark.removeprefix(prefix) for mark, _ in found]
             if any(mark.startswith("broken/") for mark in marks):
                 raise BrokenBarrierError("another process has failed")
-            arrived = sum(mark.startswith(f"{key}/") for mark in marks)
+            arrived = sum(mark.startswith(f"{place}/") for mark in marks)
             if arrived == hosts.process_count():
                 return
             if time.monotonic() > end:

@@ -55,13 +55,14 @@ def assert_same_end(a: Config, b: Config):
     (state_a, progress_a), (state_b, progress_b) = restore_latest(a), restore_latest(b)
     assert_same_bits(state_a, state_b)
     progress_a.seconds = progress_b.seconds = 0.0
-    assert progress_a == progress_b
+    assert progress_a == progress_b, f"{progress_a} and {progress_b}"
     timed = ("tokens_per_second", "mfu", "eta_seconds")
     records = [
         [{k: v for k, v in r.items() if k not in timed} for r in read_metrics(cfg.run_folder)]
         for cfg in (a, b)
     ]
-    assert sorted(records[0], key=str) == sorted(records[1], key=str)
+    other = [r for r in records[1] if r not in records[0]] or len(records[1]) - len(records[0])
+    assert sorted(records[0], key=str) == sorted(records[1], key=str), f"other records: {other}"
 
 
 def spoil(folder: pathlib.Path, times: int, seed: int = 2) -> Outcome:
