@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from contextlib import suppress
+from functools import partial
 
 import jax
 import numpy as np
@@ -199,28 +200,52 @@ class Store(dict):
         return [(key, value) for key, value in self.items() if key.startswith(prefix)]
 
 
-def test_a_barrier_opens_when_all_have_come_and_breaks_when_one_has_failed(monkeypatch):
+@pytest.fixture
+def barriers(monkeypatch):
+    """Barriers of two processes, as functions that wait there for a moment."""
     monkeypatch.setattr(hosts, "process_count", lambda: 2)
-    barrier, index = Barrier("checkpoints", Store()), 0
-    monkeypatch.setattr(hosts, "process_index", lambda: index)
-    barrier.begin()
+    store, made = Store(), []
+
+    def call(barrier, index, name, **arguments):
+        monkeypatch.setattr(hosts, "process_index", lambda: index)
+        return getattr(barrier, name)(**arguments)
+
+    for index in range(2):
+        barrier = Barrier("checkpoints", store)
+        barrier._key = "one of both"
+        call(barrier, index, "begin")
+        made.append(partial(call, barrier, index))
+    return made
+
+
+def test_a_barrier_opens_when_all_have_come(barriers):
+    first, second = barriers
     with pytest.raises(TimeoutError, match="1 of 2 processes have come"):
-        barrier.wait(key="written", timeout_ms=1)
-    index, other = 1, Barrier("checkpoints", barrier._client)
-    other._key = barrier._key  # that of the other process
-    other.begin()
-    other.wait(key="written", timeout_ms=1)
+        first("wait", key="start", timeout_ms=1)
+    second("wait", key="start", timeout_ms=1)
     with pytest.raises(TimeoutError):  # the key again is another place
-        other.wait(key="written", timeout_ms=1)
-    other.break_it()
-    other.break_it()  # a mark cannot be left twice
-    index = 0
+        second("wait", key="start", timeout_ms=1)
+
+
+def test_a_process_that_has_failed_breaks_the_barrier_of_this_save(barriers):
+    first, second = barriers
+    second("break_it")
+    second("break_it")  # a mark cannot be left twice
     with pytest.raises(BrokenBarrierError):
-        barrier.wait(key="named", timeout_ms=60_000)
-    barrier.begin()
-    assert not barrier._client
+        first("wait", key="start", timeout_ms=60_000)
+    first("begin")
     with pytest.raises(TimeoutError):
-        barrier.wait(key="named", timeout_ms=1)
+        first("wait", key="start", timeout_ms=1)
+
+
+def test_a_process_that_passes_by_a_place_has_failed(barriers):
+    """It could not write, and waits at the end of the save, where the others have to come."""
+    first, second = barriers
+    with pytest.raises(TimeoutError):
+        second("wait", key="end", timeout_ms=1)
+    with pytest.raises(BrokenBarrierError):
+        first("wait", key="async_write_complete.6", timeout_ms=60_000)
+    first("wait", key="end", timeout_ms=60_000)
 
 
 @pytest.mark.parametrize(("error", "status"), [(KeyError("x"), 1), (KeyboardInterrupt(), 130)])
@@ -379,11 +404,15 @@ def test_a_process_without_peers_times_out_with_the_address():
 CONFIG = """
 import os
 import resource
+import sys
 import numpy as np
 from jaxgpt import hosts
 from jaxgpt.config import *
 from jaxgpt.data.tasks import CausalTask
 from jaxgpt.trainer import loop, run as run_module
+
+if "--process" in sys.argv:
+    sys.modules["torch"] = None  # tensorboardX would import it, which takes seconds
 
 config = Config(
     name="straight",

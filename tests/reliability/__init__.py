@@ -80,7 +80,7 @@ FORKS = multiprocessing.get_context("forkserver")  # processes that have importe
 FORKS.set_forkserver_preload(
     [
         *("jaxgpt.trainer.loop", "jaxgpt.cli.train", "jaxgpt.cli.sample", "jaxgpt.console"),
-        *("matplotlib.figure", "matplotlib.backends.backend_agg"),
+        *("matplotlib.figure", "matplotlib.backends.backend_agg", "tensorboardX"),
     ]
 )
 
