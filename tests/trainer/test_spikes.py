@@ -539,7 +539,7 @@ def test_a_save_that_failed_before_a_spike_is_named(folder, monkeypatch, capsys)
     assert message in capsys.readouterr().out
     monkeypatch.setattr(loop, "recover", fail_at_the_spike)
     with pytest.raises(SaveError, match="No space left"):
-        train(override(cfg, ["name=unsaved_stop", "train.on_save_error=stop"]), is_quiet=True)
+        train(override(cfg, ["name=unsaved_stop", "train.on_save_error=stop"]))
 
 
 # --- norms by layer ---
