@@ -346,19 +346,12 @@ def _restore(
             "its position in the data is no longer valid. Give the new run its own name=..., or "
             "continue with the new data by resume=force."
         )
-    labels = hash_labels(task.labels)
-    if progress.labels not in ("", labels) and cfg.resume != "force":
-        raise ConfigError(
-            f"data.source={cfg.data.source!r} has the classes {', '.join(task.labels)}, and "
-            f"{cfg.run_folder} was started with others: name them as before, or continue with "
-            "the new names by resume=force."
-        )
-    _renew_progress(cfg, corpus, labels, saver, progress)
+    _renew_progress(cfg, corpus, task, saver, progress)
     return state, progress
 
 
 def _renew_progress(
-    cfg: Config, corpus: Corpus, labels: str, saver: Checkpoints, progress: Progress
+    cfg: Config, corpus: Corpus, task: Task, saver: Checkpoints, progress: Progress
 ):
     """Drop from the progress what the settings of this run make invalid.
 
@@ -374,9 +367,9 @@ def _renew_progress(
         progress.stop_reason = progress.stop_reason if progress.is_done else ""
     if progress.is_done or progress.step >= cfg.train.steps:
         return  # nothing is trained with the new settings
-    is_relabeled = progress.labels not in ("", labels)
-    progress.data, progress.evaluation, progress.labels = corpus.fingerprint, new, labels
-    if old != new or is_relabeled:
+    progress.data, progress.evaluation = corpus.fingerprint, new
+    progress.labels = hash_labels(task.labels)  # of the text, so that others have another best
+    if old != new:
         new_run = Progress()
         progress.best_loss, progress.best_accuracy = new_run.best_loss, new_run.best_accuracy
         progress.best_step = progress.stale = 0

@@ -163,7 +163,7 @@ def test_a_masked_encoder_becomes_a_classifier(folder, capsys):
     assert restore_latest(classifier)[1].labels == hash_labels(["animals", "trees"])
     (folder / "classes" / "trees").rename(folder / "classes" / "plants")
     renamed = override(classifier, ["train.start_missing=init", "train.steps=5"])
-    with pytest.raises(ConfigError, match=r"has the classes animals, plants, and .* with others"):
+    with pytest.raises(ConfigError, match="has changed since"):
         train(override(renamed, ["train.steps=4"]), is_quiet=True)
     assert train(override(renamed, ["resume=force"]), is_quiet=True).best_step == 5
     assert load(classifier.run_folder).labels == ("animals", "plants")
