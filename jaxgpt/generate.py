@@ -34,9 +34,10 @@ from jaxgpt.model import (
 )
 from jaxgpt.model.layers import check_token_ids
 from jaxgpt.prompts import shorten
+from jaxgpt.quantization import constrain_param
 from jaxgpt.sampling import SamplingParams, draw, make_row_keys, sampleable_tokens
 from jaxgpt.settings import ConfigError
-from jaxgpt.sharding import constrain, use_mesh_of
+from jaxgpt.sharding import use_mesh_of
 from jaxgpt.tokenizer import StreamDecoder, Tokenizer
 
 CHUNK_TOKENS = 16  # tokens decoded per call: the granularity of streaming
@@ -92,7 +93,7 @@ def prepare_decode_params(cfg: ModelConfig, params):
     for group in {"layers", "tail"} & stack.keys():
         layer_letters = jax.tree.map(lambda x: x.removeprefix("L"), letters["stack"][group])
         stack[group] = {
-            name: jax.tree.map(constrain, layer, layer_letters)
+            name: jax.tree.map(lambda d, x: constrain_param(x, d), layer_letters, layer)
             for name, layer in stack[group].items()
         }
     return params | {"stack": stack}
