@@ -147,6 +147,12 @@ def quantize_array(w: jax.Array, bits: int, group: int, first: int, count: int) 
     return QuantizedArray(values, scales, bits, inputs, len(outputs))
 
 
+def quantize_last(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Quantize x [... K] to (int8 [... K], a scale for each row [...])."""
+    q = quantize_array(x, 8, 0, first=x.ndim - 1, count=1)
+    return q.values[..., 0, :], q.scales[..., 0]
+
+
 def label_dims(w: QuantizedArray, letters: str) -> QuantizedArray:
     """Return the letters of `values` and `scales` from those of the weights, "LD>HK".
 

@@ -32,6 +32,7 @@ LAYERS = [
     {"interactive", "trainer"},
     {"evaluation", "inspect", "measure", "planning", "scaling"},
     {"visualize"},
+    {"report"},
     {"cli"},
     {"__main__"},
 ]

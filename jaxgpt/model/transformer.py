@@ -30,12 +30,13 @@ from jaxgpt.model.layers import DTYPES, check_indices, prevent_cse
 from jaxgpt.model.masks import Coords
 from jaxgpt.model.mixers import MIXERS
 from jaxgpt.model.mixers.attention import Attention
-from jaxgpt.model.mixers.mixer import LayerContext, update_slots
+from jaxgpt.model.mixers.mixer import LayerContext, make_quantized_kv, update_slots
 from jaxgpt.model.norms import NORMS
 from jaxgpt.model.pipeline import count_stages, run_pipeline
 from jaxgpt.model.positions import POSITION_ENCODINGS, PositionEncoding
 from jaxgpt.model.taps import CAPTURED, LAYER_INDEX, is_capturing, tap
 from jaxgpt.quantized_array import is_quantized
+from jaxgpt.settings import ConfigError
 from jaxgpt.sharding import constrain, gather_param
 
 
@@ -429,14 +430,32 @@ def count_expert_params(cfg: ModelConfig) -> int:
     return sum(x.size for path, x in leaves if "experts" in [key.key for key in path])
 
 
-def init_cache(cfg: ModelConfig, batch: int, slots: int, source: int = 0) -> Cache:
-    """Return an empty cache for `batch` rows of `slots` tokens, with `source` encoder tokens."""
+def init_cache(
+    cfg: ModelConfig, batch: int, slots: int, source: int = 0, kind: str = "model"
+) -> Cache:
+    """Return an empty cache for `batch` rows of `slots` tokens, with `source` encoder tokens.
+
+    Args:
+        kind: "model" for keys and values in the compute dtype, "int8" for integers.
+
+    Raises:
+        ConfigError: a mixer of the model has no keys and values that could be integers.
+    """
     chex.assert_scalar_positive(batch)
     chex.assert_scalar_positive(slots)
 
+    def init(mixer: Any, slots: int) -> Any:
+        state = mixer.init_state(cfg, batch, slots)
+        return make_quantized_kv(state) if kind == "int8" else state
+
     def init_layer(mixer: str) -> dict[str, Any]:
-        cross = {"cross": Attention.init_state(cfg, batch, source)} if source else {}
-        return {"mixer": MIXERS[mixer].init_state(cfg, batch, slots)} | cross
+        if kind == "int8" and not getattr(MIXERS[mixer], "HAS_QUANTIZED_CACHE", False):
+            raise ConfigError(
+                f"sample.cache='int8': the state of model.mixers={mixer!r} is not the keys and "
+                "values of attention: use sample.cache=model."
+            )
+        cross = {"cross": init(Attention, source)} if source else {}
+        return {"mixer": init(MIXERS[mixer], slots)} | cross
 
     no_tokens = jnp.zeros((batch, slots), jnp.int32)
     prefix = no_tokens if "prefix" in cfg.pattern else None
