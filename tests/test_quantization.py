@@ -259,7 +259,7 @@ def test_a_saved_model_is_quantized_as_it_is_loaded(model, tmp_path):
     expected = model.quantize("int4", 128)
     for one, other in zip(*map(jax.tree.leaves, (loaded.params, expected.params)), strict=True):
         np.testing.assert_array_equal(one, other)
-    with pytest.raises(ConfigError, match="quantize='int5' is not known. Did you mean 'int"):
+    with pytest.raises(ConfigError, match=r"quantize='int5' is not known. Did you mean 'int"):
         jaxgpt.load(tmp_path / "saved", quantize="int5")
     with pytest.raises(ConfigError, match="a group of 48 inputs: use one of 32, 64, 128, or 0"):
         jaxgpt.load(tmp_path / "saved", quantize="int4", group=48)

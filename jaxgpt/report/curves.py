@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 WIDTH, HEIGHT = 640, 260
 LEFT, RIGHT, TOP, BOTTOM = 62, 12, 12, 40
+MAX_DOTS = 40  # of a line with a dot at each point
 MAX_POINTS = 500  # of a line: more are not visible at this width
 Points = Sequence[tuple[float, float]]
 
@@ -38,25 +39,20 @@ def draw_chart(lines: Mapping[str, Points], title: str, unit: str, x_name: str =
 
     parts = []
     for y in y_ticks:
-        _, at = place(x_range[0], y)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" '
-                     f'y2="{at:.1f}"/>'
-                     f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{y:.6g}</text>')  # fmt: skip
+        at = f"{place(x_range[0], y)[1]:.1f}"
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at}" y2="{at}"/>')
+        parts.append(make_text(f"{y:.6g}", LEFT - 6, float(at) + 4, "end"))
     for x in x_ticks:
-        at, _ = place(x, y_range[0])
-        parts.append(f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">'
-                     f"{x:,.6g}</text>")  # fmt: skip
+        parts.append(make_text(f"{x:,.6g}", place(x, y_range[0])[0], HEIGHT - BOTTOM + 16))
     for i, points in enumerate(shown.values()):
-        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in (place(*point) for point in points))
-        parts.append(f'<polyline class="line{i % 4}" points="{path}"/>')
-        if len(points) <= 40:
+        path = [f"{a:.1f},{b:.1f}" for a, b in (place(*point) for point in points)]
+        parts.append(f'<polyline class="line{i % 4}" points="{" ".join(path)}"/>')
+        if len(points) <= MAX_DOTS:
             parts += [f'<circle class="line{i % 4}" cx="{a:.1f}" cy="{b:.1f}" r="2.5"/>'
                       for a, b in (place(*point) for point in points)]  # fmt: skip
-    parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 6}" text-anchor="middle">'
-                 f"{html.escape(x_name)}</text>")  # fmt: skip
+    parts.append(make_text(x_name, (LEFT + WIDTH) / 2, HEIGHT - 6))
     middle = (HEIGHT - BOTTOM) / 2
-    parts.append(f'<text transform="rotate(-90)" x="{-middle}" y="12" text-anchor="middle">'
-                 f"{html.escape(unit)}</text>")  # fmt: skip
+    parts.append(f'<g transform="rotate(-90)">{make_text(unit, -middle, 12)}</g>')
     legend = " ".join(
         f'<span class="key"><svg viewBox="0 0 20 8" aria-hidden="true"><line class="line{i % 4}" '
         f'x1="0" x2="20" y1="4" y2="4"/></svg> {html.escape(describe_line(name, points))}</span>'
@@ -68,6 +64,11 @@ def draw_chart(lines: Mapping[str, Points], title: str, unit: str, x_name: str =
         f"<title>{html.escape(title)}</title>{''.join(parts)}</svg>"
         f"<figcaption>{html.escape(title)}. {legend}</figcaption></figure>"
     )
+
+
+def make_text(text: str, x: float, y: float, anchor: str = "middle") -> str:
+    """Return a label of a chart."""
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(text)}</text>'
 
 
 def describe_line(name: str, points: Points) -> str:

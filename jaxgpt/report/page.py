@@ -346,7 +346,8 @@ h1 {{ font-size: 1.6rem; margin: 0 }} h3 {{ font-size: 1rem; margin: 1rem 0 .3re
 h2 {{ font-size: 1.2rem; margin: 2.2rem 0 .6rem; padding-bottom: .2rem;
   border-bottom: 1px solid var(--line) }}
 p {{ margin: .4rem 0 .8rem; max-width: 46rem }} header p, figcaption {{ color: var(--soft) }}
-a {{ color: var(--focus) }} :focus-visible {{ outline: 3px solid var(--focus); outline-offset: 1px }}
+a {{ color: var(--focus) }}
+:focus-visible {{ outline: 3px solid var(--focus); outline-offset: 1px }}
 nav ul {{ display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; padding: 0; list-style: none }}
 .scroll {{ overflow-x: auto; margin: .8rem 0 }}
 table {{ border-collapse: collapse; font-size: .9rem }}
@@ -355,12 +356,14 @@ th, td {{ border: 1px solid var(--line); padding: .3rem .7rem; text-align: left;
   vertical-align: top; overflow-wrap: anywhere }}
 thead th {{ background: var(--panel) }} tbody th {{ font-weight: normal }}
 .number {{ text-align: right; font-variant-numeric: tabular-nums }}
-pre {{ background: var(--panel); border: 1px solid var(--line); border-radius: 6px; padding: .7rem 1rem;
-  white-space: pre-wrap; font: .85rem/1.45 ui-monospace, monospace }}
+pre {{ background: var(--panel); border: 1px solid var(--line); border-radius: 6px;
+  padding: .7rem 1rem; white-space: pre-wrap; font: .85rem/1.45 ui-monospace, monospace }}
 figure {{ margin: 1rem 0 }} figcaption {{ font-size: .9rem }}
 img {{ max-width: 100%; background: #fff; border-radius: 6px }}
-.charts {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1rem }}
-.charts figure {{ margin: 0; background: var(--panel); border: 1px solid var(--line); border-radius: 6px; padding: .6rem }}
+.charts {{ display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)) }}
+.charts figure {{ margin: 0; background: var(--panel); border: 1px solid var(--line);
+  border-radius: 6px; padding: .6rem }}
 figure > svg {{ width: 100%; height: auto; display: block }}
 svg text {{ fill: var(--soft); font: 12px system-ui, sans-serif }}
 svg .grid {{ stroke: var(--line) }} polyline {{ fill: none; stroke-width: 1.8 }}
@@ -370,8 +373,8 @@ circle.line1 {{ stroke-dasharray: none }}
 .key {{ white-space: normal; margin-right: .8rem }} .key svg {{ width: 20px; height: 8px }}
 .key line {{ stroke-width: 2 }}
 @media print {{
-  :root {{ color-scheme: light; --ink: #000; --soft: #333; --paper: #fff; --panel: #f6f6f6; --line: #bbb;
-    --focus: #000; --c0: #1f5fbf; --c1: #c2410c; --c2: #15803d; --c3: #7e22ce }}
+  :root {{ color-scheme: light; --ink: #000; --soft: #333; --paper: #fff; --panel: #f6f6f6;
+    --line: #bbb; --focus: #000; --c0: #1f5fbf; --c1: #c2410c; --c2: #15803d; --c3: #7e22ce }}
   body {{ max-width: none; padding: 0; font-size: 11pt }} nav, details {{ display: none }}
   figure, tr, img, pre {{ break-inside: avoid }} h2, h3, caption {{ break-after: avoid }}
   .scroll {{ overflow: visible }} pre {{ white-space: pre-wrap }}
