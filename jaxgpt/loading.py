@@ -88,10 +88,8 @@ def load(
     path = os.fspath(path)
     if dtype is not None:
         configs.choose(DTYPES, dtype, "dtype")
-    if quantize is not None:
+    if quantize is not None or group is not None:
         check_kind(quantize, group)
-    elif group is not None:
-        raise ConfigError(f"group={group} is of quantize=int8 or int4: give it as well.")
     if mesh is not None and mesh.axis_names != MESH_AXES:
         raise ConfigError(
             f"mesh has the axes {', '.join(map(str, mesh.axis_names))}, not {', '.join(MESH_AXES)}:"

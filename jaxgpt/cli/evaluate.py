@@ -54,7 +54,7 @@ def main(argv: list[str], program: str) -> int:
 
     from jaxgpt import console, evaluation, quantization
 
-    if args.quantize or args.group is not None:
+    if args.quantize is not None or args.group is not None:
         quantization.check_kind(args.quantize, args.group, "--quantize")
     interrupts.raise_keyboard_interrupt()
     model = console.load_model(args.run, args.checkpoint, settings)

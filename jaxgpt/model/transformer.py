@@ -30,13 +30,12 @@ from jaxgpt.model.layers import DTYPES, check_indices, prevent_cse
 from jaxgpt.model.masks import Coords
 from jaxgpt.model.mixers import MIXERS
 from jaxgpt.model.mixers.attention import Attention
-from jaxgpt.model.mixers.mixer import LayerContext, make_quantized_kv, update_slots
+from jaxgpt.model.mixers.mixer import LayerContext, init_mixer_state, update_slots
 from jaxgpt.model.norms import NORMS
 from jaxgpt.model.pipeline import count_stages, run_pipeline
 from jaxgpt.model.positions import POSITION_ENCODINGS, PositionEncoding
 from jaxgpt.model.taps import CAPTURED, LAYER_INDEX, is_capturing, tap
 from jaxgpt.quantized_array import is_quantized
-from jaxgpt.settings import ConfigError
 from jaxgpt.sharding import constrain, gather_param
 
 
@@ -435,27 +434,16 @@ def init_cache(
 ) -> Cache:
     """Return an empty cache for `batch` rows of `slots` tokens, with `source` encoder tokens.
 
-    Args:
-        kind: "model" for keys and values in the compute dtype, "int8" for integers.
-
-    Raises:
-        ConfigError: a mixer of the model has no keys and values that could be integers.
+    `kind` is a value of `sample.cache`; see `init_mixer_state`.
     """
     chex.assert_scalar_positive(batch)
     chex.assert_scalar_positive(slots)
 
-    def init(mixer: Any, slots: int) -> Any:
-        state = mixer.init_state(cfg, batch, slots)
-        return make_quantized_kv(state) if kind == "int8" else state
-
-    def init_layer(mixer: str) -> dict[str, Any]:
-        if kind == "int8" and not getattr(MIXERS[mixer], "HAS_QUANTIZED_CACHE", False):
-            raise ConfigError(
-                f"sample.cache='int8': the state of model.mixers={mixer!r} is not the keys and "
-                "values of attention: use sample.cache=model."
-            )
-        cross = {"cross": init(Attention, source)} if source else {}
-        return {"mixer": init(MIXERS[mixer], slots)} | cross
+    def init_layer(name: str) -> dict[str, Any]:
+        mixer, cross = MIXERS[name], {}
+        if source:
+            cross["cross"] = init_mixer_state("attention", Attention, cfg, batch, source, kind)
+        return {"mixer": init_mixer_state(name, mixer, cfg, batch, slots, kind)} | cross
 
     no_tokens = jnp.zeros((batch, slots), jnp.int32)
     prefix = no_tokens if "prefix" in cfg.pattern else None

@@ -263,9 +263,9 @@ on, the loss is nats per token of held-out text.
 | predicted | {loss:.4f}, 95%: {low:.4f} to {high:.4f} |
 | measured | {measured["loss"]:.4f} |
 
-The prediction is {loss / measured["loss"] - 1:+.2%} off; the measurement is {inside} its interval. The
-interval is of the fit alone: it knows nothing of seeds, of learning rates that were transferred, or of a
-law that does not hold.
+The prediction is {loss / measured["loss"] - 1:+.2%} off; the measurement is {inside} its interval.
+The interval is of the fit alone: it knows nothing of seeds, of learning rates that were
+transferred, or of a law that does not hold.
 
 ## Compute-optimal size
 
@@ -278,8 +278,8 @@ N ~ C^{exponent:.3f}, D ~ C^{1 - exponent:.3f}, with C = {FLOPS_PER_PARAMETER} N
 - The fitted runs are predicted to {worst:.2%} or better; the spread of N is a factor of
   {max(sizes) / min(sizes):.0f}, of D {max(budgets) / min(budgets):.0f}.
 - Embeddings are a large part of small models, and every run is one seed.
-- Beyond a few times the largest run, E and the exponents trade off against each other: their standard
-  errors are above.
+- Beyond a few times the largest run, E and the exponents trade off against each other: their
+  standard errors are above.
 
 ## The runs
 

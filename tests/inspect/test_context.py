@@ -92,6 +92,16 @@ def test_a_run_goes_on_at_four_times_its_context_and_tells_what_changed(runs):
         old.score([text])
 
 
+def test_rows_lie_in_one_document_each(runs):
+    model = jaxgpt.load(runs[0].run_folder)
+    rows = inspect.read_long_rows(model, 40, 1000)
+    assert len(rows) > 3
+    assert not (rows[:, 1:] == model.tokenizer.bos).any()  # it begins a document
+    assert not (rows[:, :-1] == model.tokenizer.eos).any()
+    few = inspect.read_long_rows(model, 40, 3)
+    np.testing.assert_array_equal(few, rows[[0, (len(rows) - 1) // 2, -1]])
+
+
 def match_of(cfg):
     """Return what a run takes from its start."""
     start = find_start(cfg.train.start)

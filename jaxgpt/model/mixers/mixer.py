@@ -10,6 +10,7 @@ from jax.tree_util import Partial
 from jaxgpt.config import ModelConfig
 from jaxgpt.model.masks import Coords
 from jaxgpt.quantized_array import SCALE_DTYPE, quantize_last
+from jaxgpt.settings import ConfigError
 
 
 class LayerContext(NamedTuple):
@@ -117,6 +118,24 @@ def make_quantized_kv(state: KV) -> QuantizedKV:
     """Return an empty state like an empty one [B G S K]."""
     values = (jnp.zeros(x.shape, jnp.int8) for x in state)
     return QuantizedKV(*values, *(jnp.zeros(x.shape[:3], SCALE_DTYPE) for x in state))
+
+
+def init_mixer_state(name: str, mixer: Any, cfg: ModelConfig, batch: int, slots: int, kind: str):
+    """Return the empty state of a layer, for a `sample.cache` of "model" or "int8".
+
+    Args:
+        name, mixer: of a row of MIXERS.
+
+    Raises:
+        ConfigError: the mixer has no keys and values that could be integers.
+    """
+    if kind == "int8" and not getattr(mixer, "HAS_QUANTIZED_CACHE", False):
+        raise ConfigError(
+            f"sample.cache='int8': the state of model.mixers={name!r} is not the keys and values "
+            "of attention: use sample.cache=model."
+        )
+    state = mixer.init_state(cfg, batch, slots)
+    return make_quantized_kv(state) if kind == "int8" else state
 
 
 def store_kv(state: KV | QuantizedKV, new: KV) -> KV | QuantizedKV:
