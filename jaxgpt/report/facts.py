@@ -24,7 +24,6 @@ from jaxgpt.settings import ConfigError, get
 from jaxgpt.trainer.logging import is_number, read_metrics
 from jaxgpt.trainer.speed import flops_per_token
 
-PATHS = ("name", "folder")  # settings that say where a run is, not what it is
 MAX_SAMPLES = 3
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -200,13 +199,13 @@ def make_command(config: Config) -> str:
 
     It is "" if no command gives exactly this config.
     """
-    bases = {"": Config()}
+    bases = {}
     for name in list_configs():
         path = os.path.join(shipped_folder(), f"{name}.py")
         if os.path.isfile(path):
             bases[name] = configs.load(path)
     ranked = sorted(bases, key=lambda name: len(list_changed(config, bases[name])))
-    for name in (name for name in ranked if name):
+    for name in ranked:
         changed = list_changed(config, bases[name])
         assignments = [f"{key}={format_setting(value)}" for key, (value, _) in changed.items()]
         try:
