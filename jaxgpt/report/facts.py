@@ -1,6 +1,7 @@
 """What a report tells of a run: read from its folder, without training or measuring anything."""
 
 import dataclasses
+import functools
 import glob
 import json
 import os
@@ -199,11 +200,7 @@ def make_command(config: Config) -> str:
 
     It is "" if no command gives exactly this config.
     """
-    bases = {}
-    for name in list_configs():
-        path = os.path.join(shipped_folder(), f"{name}.py")
-        if os.path.isfile(path):
-            bases[name] = configs.load(path)
+    bases = load_shipped()
     ranked = sorted(bases, key=lambda name: len(list_changed(config, bases[name])))
     for name in ranked:
         changed = list_changed(config, bases[name])
@@ -215,6 +212,13 @@ def make_command(config: Config) -> str:
         if is_exact == config:
             return shlex.join(["jaxgpt", "train", "--config", name, *assignments])
     return ""
+
+
+@functools.cache
+def load_shipped() -> dict[str, Config]:
+    """Return the configs that come with jaxgpt, by name."""
+    paths = {name: os.path.join(shipped_folder(), f"{name}.py") for name in list_configs()}
+    return {name: configs.load(path) for name, path in paths.items() if os.path.isfile(path)}
 
 
 def format_setting(value: Any) -> str:

@@ -10,6 +10,7 @@ import io
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from jaxgpt import console, inspect, visualize
@@ -284,8 +285,6 @@ def draw_inside(model: LanguageModel, text: str) -> dict[str, str]:
         return {"": "The figures are of models that predict the next token."}
     source = text if model.config.model.family == "encoder_decoder" else None
     encoded = inspect.encode(model, text, source)
-    layers = list_attention_layers(model)
-    attention = inspect.attention(model, encoded) if layers else []
     drawings: dict[str, Callable[[], Any]] = {
         "Loss of each token, the first of which has none before it": lambda: visualize.draw_losses(
             inspect.token_losses(model, encoded), encoded.pieces
@@ -294,10 +293,11 @@ def draw_inside(model: LanguageModel, text: str) -> dict[str, str]:
             inspect.logit_lens(model, encoded)
         ),
     }
-    for place in sorted({0, len(layers) - 1} if layers else ()):
-        drawings[f"Attention of layer {layers[place]}: each token (row) to those before it"] = (
-            lambda place=place: visualize.draw_attention(attention[place], encoded.pieces)
-        )
+    if layers := list_attention_layers(model):
+        weights = inspect.attention(model, encoded)
+        for place in sorted({0, len(layers) - 1}):
+            name = f"Attention of layer {layers[place]}: each token (row) to those before it"
+            drawings[name] = partial(visualize.draw_attention, weights[place], encoded.pieces)
     found = {}
     for name, draw in drawings.items():
         try:

@@ -33,7 +33,7 @@ def test_the_loss_at_a_position_is_that_of_the_tokens_before_it_alone():
     model, rows = make_model(), np.random.default_rng(0).integers(0, 300, (3, 21))
     found = inspect.loss_by_position(model, rows)
     cfg = model.config.model
-    for t in range(20):
+    for t in (0, 8, 19):
         tokens = jnp.asarray(rows[:, : t + 1])
         hidden, _ = build(cfg).apply(
             {"params": model.params}, tokens, single_document_coords(tokens)
@@ -69,7 +69,7 @@ def test_positions_that_a_model_does_not_have_are_refused():
 def runs(tmp_path_factory):
     """A run, and one of four times its context that started from it, with what it printed."""
     folder = tmp_path_factory.mktemp("context")
-    steps = ["train.steps=3", "train.eval_every=3", "train.batch=4"]
+    steps = ["train.steps=3", "train.eval_every=3", "train.batch=8", "data.holdout=0.4"]
     short = run_config(folder, "name=short", *steps)
     jaxgpt.train(short, is_quiet=True)
     changes = ["model.context=64", "model.rope.scaling=yarn", "model.rope.factor=4"]

@@ -164,9 +164,7 @@ def update_slots(old, new, cursor: jax.Array, axis: int = 1):
     return jax.tree.map(write, old, new)
 
 
-def update_kv_cache(
-    state: KV | QuantizedKV, new: KV, cursor: jax.Array
-) -> tuple[KV, KV | QuantizedKV]:
+def update_kv_cache(state: Any, new: KV, cursor: jax.Array) -> tuple[KV, Any]:
     """Write new keys and values [B T G K] into the state [B G S K].
 
     Returns:
