@@ -34,6 +34,7 @@ from jaxgpt.inspect.attribution import (
     LogitParts,
     attribute_logit,
     decompose_logits,
+    gradient_by_position,
     gradient_x_input,
     integrated_gradients,
 )
@@ -84,6 +85,7 @@ __all__ = [
     "find_attention_layers",
     "flow",
     "get_embeddings",
+    "gradient_by_position",
     "gradient_x_input",
     "induction_loss",
     "induction_scores",
