@@ -56,13 +56,14 @@ from jaxgpt.model.heads import Head
 # ## Tensors, and letters for their axes
 #
 # A *tensor* is an array of numbers with any number of axes: a vector has one, a matrix two. In a
-# Transformer each axis has a meaning, and this library gives each meaning one letter everywhere: B for
-# the texts of a batch, T for the tokens of a text, D for the width of the vectors, V for the vocabulary.
-# A batch of 2 texts of 5 tokens, as vectors of 8 numbers, is an array [B T D] of shape (2, 5, 8).
+# Transformer each axis has a meaning, and this library gives each meaning one letter everywhere: B
+# for the texts of a batch, T for the tokens of a text, D for the width of the vectors, V for the
+# vocabulary. A batch of 2 texts of 5 tokens, as vectors of 8 numbers, is an array [B T D] of shape
+# (2, 5, 8).
 #
-# Nearly all the work of a model is one operation: multiply along a shared axis and sum over it. `einsum`
-# writes it with the letters: `"BTD,DV->BTV"` takes each token's vector (D) to scores over the
-# vocabulary (V), and leaves batch and tokens alone.
+# Nearly all the work of a model is one operation: multiply along a shared axis and sum over it.
+# `einsum` writes it with the letters: `"BTD,DV->BTV"` takes each token's vector (D) to scores over
+# the vocabulary (V), and leaves batch and tokens alone.
 
 # %%
 rng = np.random.default_rng(0)
@@ -97,9 +98,10 @@ print("2-norm 13, 1-norm 19, ∞-norm 12")
 # ## Similarity: do two vectors point the same way?
 #
 # Attention, nearest neighbors and retrieval all rest on the *dot product* x·y = Σ xᵢyᵢ. It grows with
-# the angle's cosine and with both lengths. Divided by the lengths it is the *cosine similarity*, between
-# -1 and 1, which asks for the direction only. The *Euclidean distance* |x - y| asks how far apart the
-# tips are; of vectors of length 1 it orders pairs as the cosine does, since |x - y|² = 2 - 2 cos.
+# the angle's cosine and with both lengths. Divided by the lengths it is the *cosine similarity*,
+# between -1 and 1, which asks for the direction only. The *Euclidean distance* |x - y| asks how far
+# apart the tips are; of vectors of length 1 it orders pairs as the cosine does, since |x - y|² = 2 -
+# 2 cos.
 
 
 # %%
@@ -117,11 +119,11 @@ print(f"cosine {cosine(x, y):.3f}")
 # %% [markdown] key="word-vectors" tags=["example"]
 # ### Example: words by the company they keep
 #
-# Before there were learned embeddings, there was counting. Take a text, here the language reference that
-# comes with every Python, and count for each word which words stand within four places of it. Each count
-# becomes the logarithm of how much more often the pair occurs than by chance (negative values become 0).
-# The row of a word is its vector, and words that are used alike get similar rows, although nobody said
-# what any of them means.
+# Before there were learned embeddings, there was counting. Take a text, here the language reference
+# that comes with every Python, and count for each word which words stand within four places of it.
+# Each count becomes the logarithm of how much more often the pair occurs than by chance (negative
+# values become 0). The row of a word is its vector, and words that are used alike get similar rows,
+# although nobody said what any of them means.
 
 # %%
 from pydoc_data.topics import topics
@@ -172,8 +174,8 @@ plt.show()
 # %% [markdown] key="similarity-question" tags=["question"]
 # ### Question: dot product or cosine?
 #
-# Attention scores a key by the dot product with the query, not by the cosine. What can a key do with its
-# length that it could not do under the cosine?
+# Attention scores a key by the dot product with the query, not by the cosine. What can a key do with
+# its length that it could not do under the cosine?
 #
 # <details><summary>Answer</summary>
 #
@@ -326,8 +328,8 @@ plt.show()
 # %% [markdown] key="cross-entropy" tags=["concept"]
 # ## Cross-entropy and KL divergence
 #
-# Texts come from a distribution p that nobody knows; the model has its own, q. The surprise of the model,
-# averaged over what really happens, is the *cross-entropy*:
+# Texts come from a distribution p that nobody knows; the model has its own, q. The surprise of the
+# model, averaged over what really happens, is the *cross-entropy*:
 #
 # ```text
 # H(p, q) = - Σ pᵢ log qᵢ = H(p) + KL(p ‖ q)
@@ -353,10 +355,10 @@ print(
 # %% [markdown] key="perplexity" tags=["concept"]
 # ## Perplexity
 #
-# Perplexity is the exponential of the cross-entropy per token: the number of equally likely tokens among
-# which one would be as unsure as the model is. A loss of 3.33 nats is a perplexity of 28. It depends on
-# what a token is: never compare the perplexities of two models with different tokenizers. Bits per byte
-# can be compared, since a byte is the same for all.
+# Perplexity is the exponential of the cross-entropy per token: the number of equally likely tokens
+# among which one would be as unsure as the model is. A loss of 3.33 nats is a perplexity of 28. It
+# depends on what a token is: never compare the perplexities of two models with different tokenizers.
+# Bits per byte can be compared, since a byte is the same for all.
 
 # %%
 assert np.isclose(measure.perplexity(measure.entropy(uniform)), 1000)
@@ -366,8 +368,8 @@ print(f"exp(3.33) = {measure.perplexity(3.33):.1f}")
 # %% [markdown] key="kl-exercise" tags=["exercise"]
 # ### Exercise: KL divergence
 #
-# Write `kl(p, q)` in nats for two arrays of probabilities. Where p is 0 the term counts nothing, whatever
-# q is there.
+# Write `kl(p, q)` in nats for two arrays of probabilities. Where p is 0 the term counts nothing,
+# whatever q is there.
 
 # %% tags=["reader"]
 kl = None  # replace None by your function: def kl(p, q): ...
@@ -390,8 +392,8 @@ print("right")
 # %% [markdown] key="entropy-question" tags=["question"]
 # ### Question: can the loss reach zero?
 #
-# A language model of perfect text understanding is trained on an endless stream of new text. Which value
-# does its loss approach?
+# A language model of perfect text understanding is trained on an endless stream of new text. Which
+# value does its loss approach?
 #
 # <details><summary>Answer</summary>
 #
@@ -404,10 +406,10 @@ print("right")
 # %% [markdown] key="loss-lab" tags=["lab"]
 # ## Lab: the loss of a language model, against references
 #
-# The target of a token is a single next token, so p is 1 there and 0 elsewhere, and the cross-entropy is
-# -log q(target), averaged over the tokens. In the lab we write it in NumPy, with its gradient by the
-# logits, and hold it against two others: optax's function, and the library's `vocabulary_loss`, which
-# never has the scores of all tokens in memory at once.
+# The target of a token is a single next token, so p is 1 there and 0 elsewhere, and the cross-entropy
+# is -log q(target), averaged over the tokens. In the lab we write it in NumPy, with its gradient by
+# the logits, and hold it against two others: optax's function, and the library's `vocabulary_loss`,
+# which never has the scores of all tokens in memory at once.
 #
 # The gradient is the nicest formula of this field: *probabilities minus truth*, softmax(z) - y.
 
@@ -528,10 +530,10 @@ assert two_weights(np.zeros(2)) > 0.5
 # | Adam | m and v, both averages, corrected for starting at 0 | - lr · m̂ / (√v̂ + ε) |
 # | AdamW | as Adam | - lr · (m̂ / (√v̂ + ε) + λ w) |
 #
-# Momentum averages out the zigzag across a narrow valley. RMSprop and Adam give each weight its own step
-# size, so that a weight with small gradients moves as fast as one with large ones. AdamW pulls the
-# weights towards 0 beside the gradient's direction and not through it, where v would divide the pull
-# away.
+# Momentum averages out the zigzag across a narrow valley. RMSprop and Adam give each weight its own
+# step size, so that a weight with small gradients moves as fast as one with large ones. AdamW pulls
+# the weights towards 0 beside the gradient's direction and not through it, where v would divide the
+# pull away.
 
 
 # %%
@@ -661,8 +663,8 @@ print(f"largest rate {largest_rate:.4f}")
 # ## Warmup and cosine
 #
 # The learning rate is not held constant. It rises linearly for a few steps, the *warmup*, because the
-# first gradients are large and Adam's averages are still unreliable. Then it falls along half a cosine to
-# a tenth of its peak: wide steps to get far, small steps to settle.
+# first gradients are large and Adam's averages are still unreliable. Then it falls along half a
+# cosine to a tenth of its peak: wide steps to get far, small steps to settle.
 
 
 # %%
@@ -696,25 +698,25 @@ plt.show()
 # %% [markdown] key="schedule-question" tags=["question"]
 # ### Question: half of a run
 #
-# A run with a cosine over 2000 steps is stopped after 1000. Why is its loss worse than that of a run that
-# was planned for 1000 steps?
+# A run with a cosine over 2000 steps is stopped after 1000. Why is its loss worse than that of a run
+# that was planned for 1000 steps?
 #
 # <details><summary>Answer</summary>
 #
 # At step 1000 of 2000 the learning rate is still about 57% of its peak: the weights jump about in the
-# valley and have not settled. The run planned for 1000 steps has just ended its descent to a tenth. This
-# is why the intermediate points of one long cosine run must not be used to fit scaling laws, and it is
-# what `warmup_stable_decay` is good for: its last stretch can begin at any time.
+# valley and have not settled. The run planned for 1000 steps has just ended its descent to a tenth.
+# This is why the intermediate points of one long cosine run must not be used to fit scaling laws, and
+# it is what `warmup_stable_decay` is good for: its last stretch can begin at any time.
 #
 # </details>
 
 # %% [markdown] key="bias-variance" tags=["concept"]
 # ## Bias and variance
 #
-# A model may fail on new data in two ways. If it is too stiff, it misses the truth on average, however
-# much data it sees: *bias*. If it is too loose, it follows the noise, and another sample would have given
-# another model: *variance*. For squared errors the two add up exactly, with the noise that nobody can
-# predict:
+# A model may fail on new data in two ways. If it is too stiff, it misses the truth on average,
+# however much data it sees: *bias*. If it is too loose, it follows the noise, and another sample
+# would have given another model: *variance*. For squared errors the two add up exactly, with the
+# noise that nobody can predict:
 #
 # ```text
 # E[(y - f̂(x))²] = noise² + (E[f̂(x)] - f(x))² + Var[f̂(x)]
@@ -769,10 +771,10 @@ plt.show()
 # %% [markdown] key="early-stopping" tags=["concept"]
 # ## Early stopping
 #
-# A large model passes through the good fits on its way to the bad ones: gradient descent finds the broad
-# shape first and the noise last. So one measures the loss on held-out data now and then, keeps the best
-# weights, and stops when there was no improvement for some number of measurements, the *patience*. In
-# the library it is `train.patience`, and the best checkpoint is always kept.
+# A large model passes through the good fits on its way to the bad ones: gradient descent finds the
+# broad shape first and the noise last. So one measures the loss on held-out data now and then, keeps
+# the best weights, and stops when there was no improvement for some number of measurements, the
+# *patience*. In the library it is `train.patience`, and the best checkpoint is always kept.
 
 
 # %%
@@ -816,9 +818,9 @@ plt.show()
 # %% [markdown] key="patience" tags=["exercise"]
 # ### Exercise: patience
 #
-# Write `stop(losses, patience)`: the losses come one after the other; return the index of the measurement
-# after which training stops because the last `patience` of them brought no new best, or the last index if
-# that never happens.
+# Write `stop(losses, patience)`: the losses come one after the other; return the index of the
+# measurement after which training stops because the last `patience` of them brought no new best, or
+# the last index if that never happens.
 
 # %% tags=["reader"]
 stop = None  # replace None by your function: def stop(losses, patience): ...

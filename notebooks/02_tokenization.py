@@ -13,10 +13,11 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jaxgpt/jaxgpt/blob/main/notebooks/02_tokenization.ipynb)
 #
-# A model reads numbers, not letters. The *tokenizer* cuts a text into pieces, the tokens, and gives each
-# its number; after the model has answered in numbers, it turns them back into text. It is trained before
-# the model, on its own, and everything the model ever sees has gone through it. Many an odd weakness of
-# language models, such as spelling a word backwards or adding long numbers, begins here.
+# A model reads numbers, not letters. The *tokenizer* cuts a text into pieces, the tokens, and gives
+# each its number; after the model has answered in numbers, it turns them back into text. It is
+# trained before the model, on its own, and everything the model ever sees has gone through it. Many
+# an odd weakness of language models, such as spelling a word backwards or adding long numbers, begins
+# here.
 
 # %% tags=["setup"]
 import importlib.util
@@ -54,11 +55,11 @@ print(f"{sum(map(len, training)):,} characters to train on, {sum(map(len, held_o
 # %% [markdown] key="bytes" tags=["concept"]
 # ## Bytes: an alphabet that covers everything
 #
-# Which are the smallest pieces? Characters would be natural, but Unicode has more than 150,000 of them,
-# and new ones every year. UTF-8 writes every character as one to four *bytes*, and there are only 256 of
-# these. A tokenizer that begins with the 256 bytes can encode any text there ever will be; nothing is
-# *unknown* to it. The price is paid in length: an accented letter is two bytes, a Chinese character
-# three.
+# Which are the smallest pieces? Characters would be natural, but Unicode has more than 150,000 of
+# them, and new ones every year. UTF-8 writes every character as one to four *bytes*, and there are
+# only 256 of these. A tokenizer that begins with the 256 bytes can encode any text there ever will
+# be; nothing is *unknown* to it. The price is paid in length: an accented letter is two bytes, a
+# Chinese character three.
 
 # %%
 for text in ["cat", "été", "日本", "a – b"]:
@@ -73,11 +74,11 @@ print(tokenizer.SPECIALS, plain.vocab_size)
 # %% [markdown] key="bpe" tags=["concept"]
 # ## Byte-pair encoding
 #
-# Bytes make sequences long, and a model's cost grows with the length. *Byte-pair encoding* (BPE) trades
-# vocabulary for length. Begin with single bytes. Count every pair of neighbors, make a new token of the
-# most frequent pair, replace the pair everywhere by it, and begin again, until the vocabulary is as large
-# as one wants. The list of merges, in order, is the tokenizer. To encode a new text, replay the merges in
-# that order.
+# Bytes make sequences long, and a model's cost grows with the length. *Byte-pair encoding* (BPE)
+# trades vocabulary for length. Begin with single bytes. Count every pair of neighbors, make a new
+# token of the most frequent pair, replace the pair everywhere by it, and begin again, until the
+# vocabulary is as large as one wants. The list of merges, in order, is the tokenizer. To encode a new
+# text, replay the merges in that order.
 
 # %% [markdown] key="abab" tags=["example"]
 # ### Example: "abab abab" goes from 9 tokens to 5 to 3
@@ -140,9 +141,10 @@ print("right")
 # %% [markdown] key="words" tags=["concept"]
 # ## Words first
 #
-# Counted over raw text, frequent pairs soon run across spaces: "of the" would become one token, and so
-# would "dog.", "dog!" and "dog,". So the text is cut into words first, and no merge crosses a border. The
-# pattern of GPT-2 keeps a space with the word that follows it: " the" is a token, and begins a word.
+# Counted over raw text, frequent pairs soon run across spaces: "of the" would become one token, and
+# so would "dog.", "dog!" and "dog,". So the text is cut into words first, and no merge crosses a
+# border. The pattern of GPT-2 keeps a space with the word that follows it: " the" is a token, and
+# begins a word.
 
 # %%
 sample = "The tokens of 1234 don't cross words."
@@ -190,8 +192,8 @@ print(" ".join((a + b).decode().replace(" ", "␣") for a, b in learned))
 # %% [markdown] key="merge-steps" tags=["example"]
 # ### Example: a word, step by step
 #
-# `inspect.merge_steps` shows how the trained tokenizer with 2048 tokens builds a word. The number is the
-# place of the merge in the list: early merges are the frequent ones. On the command line it is
+# `inspect.merge_steps` shows how the trained tokenizer with 2048 tokens builds a word. The number is
+# the place of the merge in the list: early merges are the frequent ones. On the command line it is
 # `jaxgpt tokenize RUN "text" --merges`.
 
 # %%
@@ -201,9 +203,9 @@ for step in inspect.merge_steps(trained, " expression"):
 # %% [markdown] key="zipf-picture" tags=["picture"]
 # #### Figure: few tokens do most of the work
 #
-# Sorted by frequency, tokens follow Zipf's law: the frequency falls about as one over the rank, nearly a
-# straight line in logarithms. Most of the vocabulary is rare, and a model sees some tokens only a few
-# times in its whole training.
+# Sorted by frequency, tokens follow Zipf's law: the frequency falls about as one over the rank,
+# nearly a straight line in logarithms. Most of the vocabulary is rare, and a model sees some tokens
+# only a few times in its whole training.
 
 # %%
 ids = np.concatenate(trained.encode_batch(training))
@@ -223,9 +225,9 @@ assert share > 0.4
 # %% [markdown] key="compression-lab" tags=["lab"]
 # ## Lab: compression against the size of the vocabulary
 #
-# How long a text becomes is measured in bytes per token, on text that the tokenizer was not trained on.
-# A larger vocabulary compresses better, with less and less return. And it costs: the embedding table has a row for
-# each token, and the softmax a score.
+# How long a text becomes is measured in bytes per token, on text that the tokenizer was not trained
+# on. A larger vocabulary compresses better, with less and less return. And it costs: the embedding
+# table has a row for each token, and the softmax a score.
 
 # %%
 sizes = [260, 512, 1024, 2048, 4096, 8192]
@@ -256,18 +258,19 @@ plt.show()
 #
 # <details><summary>Answer</summary>
 #
-# The table of embeddings and the output matrix grow in proportion, and at a width of 4096 a million rows
-# are four billion parameters. Rare tokens are hardly ever trained, so their rows stay near their random
-# beginning. The softmax over a million scores costs more than the rest of a small model. And similar
-# words lose what they share: "run" and "running" as two unrelated tokens have to be learned twice.
+# The table of embeddings and the output matrix grow in proportion, and at a width of 4096 a million
+# rows are four billion parameters. Rare tokens are hardly ever trained, so their rows stay near their
+# random beginning. The softmax over a million scores costs more than the rest of a small model. And
+# similar words lose what they share: "run" and "running" as two unrelated tokens have to be learned
+# twice.
 #
 # </details>
 
 # %% [markdown] key="bits-per-byte" tags=["concept"]
 # ## Losses of different tokenizers
 #
-# A model with long tokens has fewer, harder decisions to make, so its loss per token is higher even if it
-# knows just as much. What can be compared is the loss per byte:
+# A model with long tokens has fewer, harder decisions to make, so its loss per token is higher even
+# if it knows just as much. What can be compared is the loss per byte:
 #
 # ```text
 # bits per byte = loss in nats / ln 2 / bytes per token
@@ -288,9 +291,9 @@ assert large < small  # the higher loss is the better model
 # %% [markdown] key="languages" tags=["example"]
 # ### Pitfall: the language that the tokenizer did not see
 #
-# A tokenizer compresses what it was trained on. The same sentence in French costs our English tokenizer
-# many more tokens: more time, more money where tokens are billed, and less text within the context. Real
-# tokenizers have the same bias, in milder form.
+# A tokenizer compresses what it was trained on. The same sentence in French costs our English
+# tokenizer many more tokens: more time, more money where tokens are billed, and less text within the
+# context. Real tokenizers have the same bias, in milder form.
 
 # %%
 pair = {
@@ -363,14 +366,14 @@ print(repr(text), list(ids), "->", trained.encode(text).tolist())
 # <details><summary>Answer</summary>
 #
 # It never sees the letters. The word reaches it as one, two or three numbers, and that the token 1234
-# contains two r is a fact about this token which it has to pick up from texts about spelling. A model on
-# bytes would simply count, and pay for it with sequences four times as long.
+# contains two r is a fact about this token which it has to pick up from texts about spelling. A model
+# on bytes would simply count, and pay for it with sequences four times as long.
 #
 # </details>
 
 # %% [markdown] key="end"
 # ## Where to go from here
 #
-# A text is now a row of integers, and an embedding table makes a vector of each. The vectors know nothing
-# of each other yet. How a token learns from the others is the subject of the next notebook:
+# A text is now a row of integers, and an embedding table makes a vector of each. The vectors know
+# nothing of each other yet. How a token learns from the others is the subject of the next notebook:
 # [self-attention](03_self_attention.ipynb).

@@ -13,10 +13,10 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jaxgpt/jaxgpt/blob/main/notebooks/04_multi_head_attention.ipynb)
 #
-# One head has one softmax, and softmax strikes one balance: to look hard at one token is to look away from
-# all others. A Transformer gives every layer several heads, each with its own small queries, keys and
-# values, and adds up what they find. This notebook shows why one is not enough, what trained heads
-# specialize in, and counts what they cost, down to the last parameter of GPT-2.
+# One head has one softmax, and softmax strikes one balance: to look hard at one token is to look away
+# from all others. A Transformer gives every layer several heads, each with its own small queries,
+# keys and values, and adds up what they find. This notebook shows why one is not enough, what trained
+# heads specialize in, and counts what they cost, down to the last parameter of GPT-2.
 
 # %% tags=["setup"]
 import importlib.util
@@ -55,17 +55,17 @@ from jaxgpt.model.masks import Causal, OneSegment
 # %% [markdown] key="heads" tags=["concept"]
 # ## Several heads
 #
-# The vector of a token, of width D, is projected to H heads of width K = D / H. Each head runs attention
-# on its own K numbers, with weights of its own. Then the last matrix, W_o, takes each head's result back
-# to the width D, and the results are added:
+# The vector of a token, of width D, is projected to H heads of width K = D / H. Each head runs
+# attention on its own K numbers, with weights of its own. Then the last matrix, W_o, takes each
+# head's result back to the width D, and the results are added:
 #
 # ```text
 # output = Σₕ attention(x W_qʰ, x W_kʰ, x W_vʰ) W_oʰ
 # ```
 #
-# H heads of width D / H cost no more than one head of width D. Reading the formula as a *sum* (Elhage et
-# al. 2021) is worth more than reading it as a concatenation: every head adds its own term to the token's
-# vector, independently of the others.
+# H heads of width D / H cost no more than one head of width D. Reading the formula as a *sum* (Elhage
+# et al. 2021) is worth more than reading it as a concatenation: every head adds its own term to the
+# token's vector, independently of the others.
 
 
 # %%
@@ -109,8 +109,8 @@ print("head by head, all at once, and the library: the same")
 # %% [markdown] key="layer" tags=["example"]
 # ### Example: a layer of a real model, head by head
 #
-# In the library the four matrices of a layer are called q, k, v and o. We take a model, capture what goes
-# into its attention and what comes out, and rebuild the output as a sum over the heads.
+# In the library the four matrices of a layer are called q, k, v and o. We take a model, capture what
+# goes into its attention and what comes out, and rebuild the output as a sum over the heads.
 
 # %%
 cfg = ModelConfig(vocab=260, context=16, width=32, layers=1, heads=4, ffn=64, position="none")
@@ -134,11 +134,11 @@ print("share of each head in the output:", [round(float(np.square(t).sum()), 3) 
 # %% [markdown] key="one-head-lab" tags=["lab"]
 # ## Lab: a task that one head cannot do
 #
-# Each row is random digits. At each place the model has to give *the digit before, minus the digit three
-# before*, modulo 10. The two have to be brought to one place and kept apart, since minus is not symmetric.
-# One head has one set of weights for both and mixes their values; two heads bring one each, by different
-# matrices. We train the same small model with one head and with two, both of the same width and so the
-# same number of parameters.
+# Each row is random digits. At each place the model has to give *the digit before, minus the digit
+# three before*, modulo 10. The two have to be brought to one place and kept apart, since minus is not
+# symmetric. One head has one set of weights for both and mixes their values; two heads bring one
+# each, by different matrices. We train the same small model with one head and with two, both of the
+# same width and so the same number of parameters.
 
 # %%
 T, MODULUS = 16, 10
@@ -210,10 +210,10 @@ plt.show()
 #
 # <details><summary>Answer</summary>
 #
-# A key of one number can say very little: its score is a product of two numbers, so the keys can only be
-# ordered along a line, and each query picks one end of it or the other. A head needs enough dimensions to
-# tell apart what it looks for. In practice head widths from 64 to 128 are used at every size, and larger models have more
-# heads, not wider ones.
+# A key of one number can say very little: its score is a product of two numbers, so the keys can only
+# be ordered along a line, and each query picks one end of it or the other. A head needs enough
+# dimensions to tell apart what it looks for. In practice head widths from 64 to 128 are used at every
+# size, and larger models have more heads, not wider ones.
 #
 # </details>
 
@@ -287,7 +287,8 @@ def loss_without(heads):
     return -log_p[np.arange(len(targets)), targets].mean()
 
 
-whole = -np.mean(model.score([text])[0].logprobs)
+whole = np.nanmean(inspect.token_losses(model, text))
+assert np.isclose(loss_without([]), whole, atol=1e-4)
 effect = np.array(
     [[loss_without([(layer, head)]) - whole for head in range(4)] for layer in range(3)]
 )
@@ -322,12 +323,12 @@ for component, number in count_params(gpt2).items():
 # %% [markdown] key="printed-wrong" tags=["example"]
 # ### Example: two numbers that are often printed wrongly
 #
-# *GPT-2 small has 117M parameters.* It has 124,439,808. The number 117M is of the paper of 2019, and the
-# authors corrected it later in their code; it still stands in many texts.
+# *GPT-2 small has 117M parameters.* It has 124,439,808. The number 117M is of the paper of 2019, and
+# the authors corrected it later in their code; it still stands in many texts.
 #
-# *A decoder with a vocabulary of 50,000, a width of 512, 6 layers and feed-forwards of 2048 has about 80M.*
-# It has 44.5M: 25.6M in the embedding and 18.9M in the layers. Even with an output matrix of its own it
-# would have 70.1M.
+# *A decoder with a vocabulary of 50,000, a width of 512, 6 layers and feed-forwards of 2048 has about
+# 80M.* It has 44.5M: 25.6M in the embedding and 18.9M in the layers. Even with an output matrix of
+# its own it would have 70.1M.
 
 # %%
 example = ModelConfig(
@@ -344,8 +345,8 @@ print(f"{total:,} parameters; {untied:,} with a separate output matrix")
 # %% [markdown] key="count-exercise" tags=["exercise"]
 # ### Exercise: GPT-2 XL
 #
-# The largest GPT-2 has a width of 1600, 48 layers, 25 heads, feed-forwards of 6400, and the vocabulary and
-# context of the small one. How many parameters does it have? Set `xl` to the number.
+# The largest GPT-2 has a width of 1600, 48 layers, 25 heads, feed-forwards of 6400, and the
+# vocabulary and context of the small one. How many parameters does it have? Set `xl` to the number.
 
 # %% tags=["reader"]
 xl = None  # replace None by your number
@@ -361,10 +362,11 @@ print(f"{xl:,}")
 # %% [markdown] key="gqa" tags=["concept"]
 # ## Sharing keys and values: MQA and GQA
 #
-# When a model writes, it keeps the keys and values of all tokens so far, the *KV cache*, and reads all of
-# it for each new token. With H heads it is as large as H sets of keys. *Multi-query attention* (MQA) has
-# one set for all heads. *Grouped-query attention* (GQA) has G sets, each for H / G heads; G = H is the
-# ordinary case. The queries, and so the patterns, remain H. In the library it is `model.kv_heads`.
+# When a model writes, it keeps the keys and values of all tokens so far, the *KV cache*, and reads
+# all of it for each new token. With H heads it is as large as H sets of keys. *Multi-query attention*
+# (MQA) has one set for all heads. *Grouped-query attention* (GQA) has G sets, each for H / G heads; G
+# = H is the ordinary case. The queries, and so the patterns, remain H. In the library it is
+# `model.kv_heads`.
 
 # %%
 T, H, G, K = 6, 4, 2, 8
@@ -386,10 +388,11 @@ assert (cache_of_mha, cache_of_gqa) == (4, 1)
 # %% [markdown] key="flops" tags=["concept"]
 # ## Counting operations
 #
-# Each weight of a matrix is used once for each token, for one multiplication and one addition: a forward
-# pass costs 2 N operations a token, with N the parameters of all matrices. The backward pass costs twice
-# that. So training costs about **6 N for each token**, plus attention's share for the pairs, 12 · L · T · D
-# for each token. (A causal mask halves this last term, if the kernel makes use of it.)
+# Each weight of a matrix is used once for each token, for one multiplication and one addition: a
+# forward pass costs 2 N operations a token, with N the parameters of all matrices. The backward pass
+# costs twice that. So training costs about **6 N for each token**, plus attention's share for the
+# pairs, 12 · L · T · D for each token. (A causal mask halves this last term, if the kernel makes use
+# of it.)
 
 
 # %%
@@ -428,14 +431,14 @@ plt.show()
 #
 # <details><summary>Answer</summary>
 #
-# Four arrays as large as the parameters: the weights, the gradients and two moments. At 4 bytes each that
-# is 16 bytes a parameter, 2.0 GB. The activations come on top, and are often more; they grow with the
-# batch. `jaxgpt plan` tells before the run.
+# Four arrays as large as the parameters: the weights, the gradients and two moments. At 4 bytes each
+# that is 16 bytes a parameter, 2.0 GB. The activations come on top, and are often more; they grow
+# with the batch. `jaxgpt plan` tells before the run.
 #
 # </details>
 
 # %% [markdown] key="end"
 # ## Where to go from here
 #
-# Everything so far was blind to the order of the tokens, but for the mask. The next notebook brings it in:
-# [positions](05_positions.ipynb).
+# Everything so far was blind to the order of the tokens, but for the mask. The next notebook brings
+# it in: [positions](05_positions.ipynb).

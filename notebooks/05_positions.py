@@ -13,11 +13,11 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jaxgpt/jaxgpt/blob/main/notebooks/05_positions.ipynb)
 #
-# Attention treats a text as a set: shuffle the tokens, and each gets the same answer as before. But "the dog
-# bites the man" is news of another kind than "the man bites the dog". The order has to be put in, and there
-# are three places for it: added to the vectors at the entrance, turned into the queries and keys, or added
-# to the scores. This notebook builds one of each, and then measures what happens to them when a text is longer
-# than any that the model was trained on.
+# Attention treats a text as a set: shuffle the tokens, and each gets the same answer as before. But
+# "the dog bites the man" is news of another kind than "the man bites the dog". The order has to be
+# put in, and there are three places for it: added to the vectors at the entrance, turned into the
+# queries and keys, or added to the scores. This notebook builds one of each, and then measures what
+# happens to them when a text is longer than any that the model was trained on.
 
 # %% tags=["setup"]
 import importlib.util
@@ -60,15 +60,15 @@ from jaxgpt.model.positions import (
 # %% [markdown] key="sinusoids" tags=["concept"]
 # ## Sinusoids: a clock with many hands
 #
-# The first Transformer added to each token's vector a vector of its position p, made of sines and cosines
-# whose frequencies fall from 1 to about 1/10000:
+# The first Transformer added to each token's vector a vector of its position p, made of sines and
+# cosines whose frequencies fall from 1 to about 1/10000:
 #
 # ```text
 # PE(p, 2i) = sin(p · fᵢ)     PE(p, 2i + 1) = cos(p · fᵢ)     fᵢ = 10000^(-2i / D)
 # ```
 #
-# It is a clock. The fast hands tell neighbors apart, the slow hands tell the beginning from the end, and
-# together no two positions look alike.
+# It is a clock. The fast hands tell neighbors apart, the slow hands tell the beginning from the end,
+# and together no two positions look alike.
 
 
 # %%
@@ -87,8 +87,8 @@ print(table[1, :6].round(3))
 # ### Their dot products know the distance only
 #
 # sin a sin b + cos a cos b = cos(a - b). So the dot product of two positions is Σ cos((p - q) fᵢ): it
-# depends on their distance and not on where they are. And going k places on is a rotation of each pair of
-# channels by k · fᵢ, the same for every p, so a matrix can learn "k places back".
+# depends on their distance and not on where they are. And going k places on is a rotation of each
+# pair of channels by k · fᵢ, the same for every p, so a matrix can learn "k places back".
 
 # %%
 products = table @ table.T
@@ -111,9 +111,9 @@ figure
 # %% [markdown] key="learned" tags=["concept"]
 # ## Learned positions
 #
-# GPT-2 and BERT let the model find the vectors itself: a table with a row for each position, trained like
-# the embedding. It works as well as sinusoids, and it has an end. There is no row 1025, and a row that
-# training never used holds random numbers. The library refuses a position beyond the table.
+# GPT-2 and BERT let the model find the vectors itself: a table with a row for each position, trained
+# like the embedding. It works as well as sinusoids, and it has an end. There is no row 1025, and a
+# row that training never used holds random numbers. The library refuses a position beyond the table.
 
 # %%
 learned = dataclasses.replace(cfg, position="learned", context=32)
@@ -127,10 +127,11 @@ except ConfigError as error:
 # %% [markdown] key="rope" tags=["concept"]
 # ## RoPE: rotate queries and keys
 #
-# Rotary position embedding adds nothing to the vectors. It takes the channels of a query or key in pairs,
-# and rotates each pair by an angle that grows with the position, p · fᵢ. A rotation changes no length, and
-# the dot product of two rotated vectors depends on the difference of their angles only: **the score of a
-# query and a key depends on what they are and on how far apart they are**. Values are not rotated.
+# Rotary position embedding adds nothing to the vectors. It takes the channels of a query or key in
+# pairs, and rotates each pair by an angle that grows with the position, p · fᵢ. A rotation changes no
+# length, and the dot product of two rotated vectors depends on the difference of their angles only:
+# **the score of a query and a key depends on what they are and on how far apart they are**. Values
+# are not rotated.
 
 
 # %%
@@ -164,9 +165,9 @@ print(f"three apart: {score(5, 2):.4f}, {score(105, 102):.4f}; four apart: {scor
 # %% [markdown] key="frequencies" tags=["example"]
 # ### Example: the frequencies of a head of width 64
 #
-# There are 32 pairs. The first turns by 1 radian for each token, once around in 6.3 tokens. The second has
-# the frequency 10000^(-2/64) = .7499, and the last 10000^(-62/64) = 1.33 · 10⁻⁴, once around in 47,000
-# tokens: within a usual text it hardly moves.
+# There are 32 pairs. The first turns by 1 radian for each token, once around in 6.3 tokens. The
+# second has the frequency 10000^(-2/64) = .7499, and the last 10000^(-62/64) = 1.33 · 10⁻⁴, once
+# around in 47,000 tokens: within a usual text it hardly moves.
 
 # %%
 assert frequencies[0] == 1
@@ -230,9 +231,9 @@ print("right")
 # %% [markdown] key="alibi" tags=["concept"]
 # ## ALiBi: a penalty for distance
 #
-# The simplest of all: subtract from each score a number proportional to the distance, with a slope of its
-# own for each head, 1/2, 1/4, ... 1/256 for eight heads. Steep heads see the last few tokens, flat heads
-# nearly all. Nothing is learned, and there is nothing that a longer text could break.
+# The simplest of all: subtract from each score a number proportional to the distance, with a slope of
+# its own for each head, 1/2, 1/4, ... 1/256 for eight heads. Steep heads see the last few tokens,
+# flat heads nearly all. Nothing is learned, and there is nothing that a longer text could break.
 
 # %%
 H = 8
@@ -250,8 +251,8 @@ print(np.asarray(bias[0, -1]))
 # ## T5: a learned number for each bucket of distances
 #
 # T5 learns what ALiBi prescribes. Distances are sorted into buckets, exact ones for near tokens and
-# wider and wider ones further out, and each head learns a number for each bucket, added to the score. All
-# distances beyond 128 share the last bucket, so a longer text meets nothing new.
+# wider and wider ones further out, and each head learns a number for each bucket, added to the score.
+# All distances beyond 128 share the last bucket, so a longer text meets nothing new.
 
 
 # %%
@@ -390,26 +391,26 @@ assert outside["learned"] > 1.1 * inside["learned"]  # meets rows that were neve
 # %% [markdown] key="extrapolation-question" tags=["question"]
 # ### Question: how can it work without any encoding?
 #
-# The model "none" has no position encoding and is far better than one that knows no order. From where does
-# it get the order?
+# The model "none" has no position encoding and is far better than one that knows no order. From where
+# does it get the order?
 #
 # <details><summary>Answer</summary>
 #
-# From the causal mask. The first token sees one token, the tenth sees ten: a head that spreads its weight
-# evenly over all it sees returns something that shrinks as 1 / t for any token that occurs once, such as
-# the first. From that, later layers can tell the position. In an encoder, which sees in both directions,
-# this does not work.
+# From the causal mask. The first token sees one token, the tenth sees ten: a head that spreads its
+# weight evenly over all it sees returns something that shrinks as 1 / t for any token that occurs
+# once, such as the first. From that, later layers can tell the position. In an encoder, which sees in
+# both directions, this does not work.
 #
 # </details>
 
 # %% [markdown] key="scaling" tags=["concept"]
 # ## Stretching RoPE
 #
-# A trained RoPE model can be made to read longer texts without training. *Position interpolation* divides
-# all positions by a factor, so that 256 places look like 64; then near tokens seem too near. *NTK* scaling
-# raises the base, which slows the slow hands by the factor and leaves the fast ones alone. *YaRN* sorts
-# the hands: those that went around during training stay, the others are slowed. In the library it is
-# `model.rope.scaling`.
+# A trained RoPE model can be made to read longer texts without training. *Position interpolation*
+# divides all positions by a factor, so that 256 places look like 64; then near tokens seem too near.
+# *NTK* scaling raises the base, which slows the slow hands by the factor and leaves the fast ones
+# alone. *YaRN* sorts the hands: those that went around during training stay, the others are slowed.
+# In the library it is `model.rope.scaling`.
 
 # %%
 stretched = {"rope": curves["rope"]}
@@ -426,8 +427,8 @@ assert min(stretched["ntk"][128:].mean(), stretched["yarn"][128:].mean()) < outs
 # %% [markdown] key="scaling-picture" tags=["picture"]
 # #### Figure: one trained model, four ways to count
 #
-# At the far positions scaling helps; close by, it costs a little, since the model was trained on unscaled
-# positions. A short training with the scaling on makes up for that.
+# At the far positions scaling helps; close by, it costs a little, since the model was trained on
+# unscaled positions. A short training with the scaling on makes up for that.
 
 # %%
 figure, axis = plt.subplots()

@@ -13,10 +13,11 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jaxgpt/jaxgpt/blob/main/notebooks/06_block_and_encoder.ipynb)
 #
-# Attention moves information between tokens. To make a Transformer of it we need four more things: a layer
-# that thinks about each token by itself, norms that keep the numbers in bounds, residual connections that let
-# the gradient through, and a decision where to put them. They make a *block*, and a stack of blocks is the
-# model. At the end of this notebook an encoder of our own tells good reviews from bad ones.
+# Attention moves information between tokens. To make a Transformer of it we need four more things: a
+# layer that thinks about each token by itself, norms that keep the numbers in bounds, residual
+# connections that let the gradient through, and a decision where to put them. They make a *block*,
+# and a stack of blocks is the model. At the end of this notebook an encoder of our own tells good
+# reviews from bad ones.
 
 # %% tags=["setup"]
 import importlib.util
@@ -57,11 +58,11 @@ from jaxgpt.model.norms import apply_layer_norm, apply_rms_norm
 # %% [markdown] key="norms" tags=["concept"]
 # ## Norms: LayerNorm and RMSNorm
 #
-# A deep stack multiplies many matrices, and the size of what comes out drifts. A norm brings each token's
-# vector back to a known size. *LayerNorm* subtracts the mean of the vector's entries and divides by their
-# standard deviation; then each channel has a learned scale and bias. *RMSNorm* leaves out the mean and the
-# bias, is faster, and works as well. It looks at one token at a time: neither the other tokens nor the
-# other texts of the batch matter.
+# A deep stack multiplies many matrices, and the size of what comes out drifts. A norm brings each
+# token's vector back to a known size. *LayerNorm* subtracts the mean of the vector's entries and
+# divides by their standard deviation; then each channel has a learned scale and bias. *RMSNorm*
+# leaves out the mean and the bias, is faster, and works as well. It looks at one token at a time:
+# neither the other tokens nor the other texts of the batch matter.
 
 
 # %%
@@ -106,9 +107,10 @@ print("right")
 # %% [markdown] key="feedforward" tags=["concept"]
 # ## The feed-forward layer
 #
-# After the tokens have talked, each thinks for itself: its vector is taken to a wider space (usually four
-# times), bent by an activation function, and brought back. Without the bend, the two matrices would be
-# one. Two thirds of the parameters of a Transformer are here, and much of what it knows of the world.
+# After the tokens have talked, each thinks for itself: its vector is taken to a wider space (usually
+# four times), bent by an activation function, and brought back. Without the bend, the two matrices
+# would be one. Two thirds of the parameters of a Transformer are here, and much of what it knows of
+# the world.
 #
 # ```text
 # plain:  down(act(up(x)))        gated:  down(act(gate(x)) · up(x))
@@ -120,8 +122,8 @@ print("right")
 # %% [markdown] key="activations-picture" tags=["picture"]
 # #### Figure: activation functions
 #
-# ReLU cuts off what is negative, and where it does, its gradient is 0. GELU and SiLU bend softly,
-# dip below zero, and let a little gradient through. The tanh formula of GELU that GPT-2 uses differs from
+# ReLU cuts off what is negative, and where it does, its gradient is 0. GELU and SiLU bend softly, dip
+# below zero, and let a little gradient through. The tanh formula of GELU that GPT-2 uses differs from
 # the exact one by less than a thousandth.
 
 # %%
@@ -150,8 +152,8 @@ print(f"GELU by tanh is off by at most {error:.1e}")
 # x ← x + feedforward(norm(x))
 # ```
 #
-# We write the block in NumPy, with the parameters of a random model of one layer, and hold what comes out
-# against the model's own.
+# We write the block in NumPy, with the parameters of a random model of one layer, and hold what comes
+# out against the model's own.
 
 
 # %%
@@ -193,11 +195,11 @@ print("the block in NumPy and the library's: the same")
 # %% [markdown] key="residual" tags=["concept"]
 # ## Residual connections
 #
-# x ← x + f(x): each layer adds a correction to what is there, and does not replace it. One reason is the
-# gradient. Through f alone, it is multiplied by the Jacobian of every layer; if that makes vectors a
-# little smaller, forty times over there is nothing left. Through x + f(x) it has the Jacobian 1 + f′, and
-# the 1 carries it from the loss down to the first layer whatever the f do. The vector that runs through
-# the whole model, to which all layers add, is called the *residual stream*.
+# x ← x + f(x): each layer adds a correction to what is there, and does not replace it. One reason is
+# the gradient. Through f alone, it is multiplied by the Jacobian of every layer; if that makes
+# vectors a little smaller, forty times over there is nothing left. Through x + f(x) it has the
+# Jacobian 1 + f′, and the 1 carries it from the loss down to the first layer whatever the f do. The
+# vector that runs through the whole model, to which all layers add, is called the *residual stream*.
 
 # %%
 layers = 40
@@ -260,9 +262,9 @@ plt.show()
 # %% [markdown] key="training-lab" tags=["lab"]
 # ### Lab: and so, do they learn?
 #
-# The task is to repeat: rows of random digits, of which the second half is the first half once more. The
-# loss counts the second half only. We train the four wirings with eight layers, and without any warmup,
-# so that their temper shows.
+# The task is to repeat: rows of random digits, of which the second half is the first half once more.
+# The loss counts the second half only. We train the four wirings with eight layers, and without any
+# warmup, so that their temper shows.
 
 # %%
 HALF, VOCAB = 8, 16
@@ -321,26 +323,27 @@ plt.show()
 # %% [markdown] key="pre-post" tags=["question"]
 # ### Question: pre-norm or post-norm?
 #
-# The original Transformer was post-norm and needed a warmup; nearly all models since GPT-2 are pre-norm.
-# What is the difference for the gradient, and what does pre-norm give up?
+# The original Transformer was post-norm and needed a warmup; nearly all models since GPT-2 are
+# pre-norm. What is the difference for the gradient, and what does pre-norm give up?
 #
 # <details><summary>Answer</summary>
 #
 # In pre-norm the residual stream is never normalized on its way, so the gradient reaches every layer
 # undamped. In post-norm each norm sits *on* the stream and rescales the gradient as it passes; at the
-# beginning the last layers get large gradients, and without a warmup the first steps may be ruinous. What
-# pre-norm gives up: the stream grows from layer to layer, so that late layers, which read it normalized,
-# change it less and less.
+# beginning the last layers get large gradients, and without a warmup the first steps may be ruinous.
+# What pre-norm gives up: the stream grows from layer to layer, so that late layers, which read it
+# normalized, change it less and less.
 #
 # </details>
 
 # %% [markdown] key="encoder" tags=["concept"]
 # ## The encoder
 #
-# A decoder writes, so a token may see only its past. An *encoder* reads: the text is all there, and every
-# token may see every other. The block is the same, without the causal mask. What comes out is a vector
-# for each token that knows both sides of it; for a decision on the whole text, a small head reads the
-# vector of the first token (BERT's way: a dense layer, tanh, and a dense layer to the classes).
+# A decoder writes, so a token may see only its past. An *encoder* reads: the text is all there, and
+# every token may see every other. The block is the same, without the causal mask. What comes out is a
+# vector for each token that knows both sides of it; for a decision on the whole text, a small head
+# reads the vector of the first token (BERT's way: a dense layer, tanh, and a dense layer to the
+# classes).
 
 # %%
 tokens = jnp.asarray(rng.integers(100, size=(1, 6)))
@@ -414,9 +417,9 @@ print(f"one layer more: {layer_more:,}; twice as wide: {width_more:,}")
 # %% [markdown] key="reviews" tags=["concept"]
 # ## A classifier: the data
 #
-# We write our own reviews, from a small grammar: a thing, a verdict, sometimes a turn. Single words do
-# not decide: "not good" is bad, "never dull" is good, and in "the plot is weak, but the ending is superb" the
-# last word counts. What is held out are *combinations* that training has not seen.
+# We write our own reviews, from a small grammar: a thing, a verdict, sometimes a turn. Single words
+# do not decide: "not good" is bad, "never dull" is good, and in "the plot is weak, but the ending is
+# superb" the last word counts. What is held out are *combinations* that training has not seen.
 
 # %%
 good = "good superb moving brilliant charming clever warm gripping delightful honest".split()
@@ -483,9 +486,9 @@ print(f"bag of words: {baseline:.1%} of the held-out reviews right")
 # %% [markdown] key="classifier-lab" tags=["lab"]
 # ## Lab: train, save, reuse
 #
-# The source `classes:FOLDER` has one text per line in files whose extensions are the classes. The config
-# is the one that ships as `sentiment`, made smaller; training takes some twenty seconds. On the 10,662
-# real review sentences of Pang and Lee, the config as it is reaches 74.9%.
+# The source `classes:FOLDER` has one text per line in files whose extensions are the classes. The
+# config is the one that ships as `sentiment`, made smaller; training takes some twenty seconds. On
+# the 10,662 real review sentences of Pang and Lee, the config as it is reaches 74.9%.
 
 # %%
 folder = tempfile.mkdtemp()
@@ -571,5 +574,5 @@ for text in [
 # %% [markdown] key="end"
 # ## Where to go from here
 #
-# You have an encoder that reads. The next notebook turns it around and lets the model write:
-# [the mini-GPT](07_mini_gpt.ipynb).
+# You have an encoder that reads. Notebook 7 turns it around and lets the model write: the
+# mini-GPT.
