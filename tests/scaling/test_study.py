@@ -91,7 +91,7 @@ def test_a_study_goes_on_where_it_stopped_and_trains_nothing_twice(tmp_path, tra
     again = trainer.trained[len(before) :]
     twice = [name for name in before if name in again and not name.startswith("lr-")]
     assert not twice
-    assert (done < 15 or not any(name.startswith("lr-") for name in again))
+    assert done < 15 or not any(name.startswith("lr-") for name in again)
     trainer.trained.clear()
     run(tmp_path)
     assert not trainer.trained
