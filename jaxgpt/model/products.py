@@ -125,7 +125,7 @@ def count_blocks(length: int, weights: int) -> int:
 
 
 def _find_block_axis(w: QuantizedArray) -> int:
-    """Return the dimension of `values` that blocks divide: groups, or the inputs of the only one."""
+    """Return the dimension of `values` that blocks divide: groups, or inputs if there is one."""
     return w.group_axis if w.groups > 1 else w.group_axis + 1
 
 
