@@ -652,19 +652,12 @@ class Config(Section):
                 f"distill.teacher={self.distill.teacher!r} with train.objective={name!r}, which "
                 f"does not predict the next token: use {', '.join(suitable)}."
             )
-        if row.settings or self.distill.teacher:
-            for key in ("label_smoothing", "z_loss"):
-                if getattr(train, key):
-                    raise ConfigError(
-                        f"train.{key}={getattr(train, key):g} has no effect with "
-                        f"{'distill.teacher' if self.distill.teacher else f'train.objective={name}'}: "
-                        "leave it out."
-                    )
-        if name == "online" and not self.online.reward:
-            raise ConfigError(
-                "online.reward='' with train.objective='online': name a function of the record and "
-                "the answer, such as rewards.py:score or my_package.rewards:score."
-            )
+        owner = "distill.teacher" if self.distill.teacher else f"train.objective={name}"
+        for key in ("label_smoothing", "z_loss"):
+            if getattr(train, key) and (row.settings or self.distill.teacher):
+                raise ConfigError(
+                    f"train.{key}={getattr(train, key):g} has no effect with {owner}: leave it out."
+                )
 
 
 SPIKE_ACTIONS = {

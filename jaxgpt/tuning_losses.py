@@ -155,7 +155,7 @@ def preference_loss(
         (summed loss [], Sums over pairs). Besides the loss: `margin`, β times by how much more the
         log-probability of the chosen text has risen than that of the rejected one; and
         `chosen_logprob`, which often falls while the margin rises. A pair is correct if its margin
-        is above 0.
+        is above 0, and half of one at 0, as before the first step.
     """
     batch = jax.tree.map(jnp.asarray, batch)
     chex.assert_shape(batch.reference, (batch.tokens.shape[0], 2))
@@ -168,7 +168,7 @@ def preference_loss(
     sums = dict(
         nats=nats,
         weight=weight,
-        correct=jnp.sum(is_pair * (margin > 0)),
+        correct=jnp.sum(is_pair * (1 + jnp.sign(margin)) / 2),
         margin=jnp.sum(is_pair * settings.beta * margin),
         chosen_logprob=jnp.sum(is_pair * policy[:, 0]),
     )

@@ -4,9 +4,9 @@
     jaxgpt chat models/SmolLM2-135M-Instruct.gguf --system "Answer in one sentence." temperature=0.7
     jaxgpt chat runs/mine < questions.txt
 
-A line is a message. /reset forgets the conversation, /save FILE writes it, /help lists all commands,
-/exit or Ctrl-D leaves, Ctrl-C stops an answer. When the context is full, whole turns are forgotten,
-the oldest first. The settings are those of `jaxgpt sample`.
+A line is a message. /reset forgets the conversation, /save FILE writes it, /help lists all
+commands, /exit or Ctrl-D leaves, Ctrl-C stops an answer. When the context is full, whole turns are
+forgotten, the oldest first. The settings are those of `jaxgpt sample`.
 """
 
 from jaxgpt import config as configs

@@ -78,9 +78,9 @@ def _load_teacher(cfg: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) ->
     if other.family != "decoder":
         raise ConfigError(f"{name} is an {other.family}: a teacher predicts the next token.")
     if teacher.tokenizer.fingerprint != tokenizer.fingerprint:
+        there, here = (x.fingerprint[:12] for x in (teacher.tokenizer, tokenizer))
         raise ConfigError(
-            f"{name} has another tokenizer: its fingerprint is "
-            f"{teacher.tokenizer.fingerprint[:12]}, and that of the run {tokenizer.fingerprint[:12]}"
+            f"{name} has another tokenizer: its fingerprint is {there}, and that of the run {here}"
             ". Train with the teacher's: data.tokenizer=PATH of its tokenizer.json."
         )
     if other.vocab != cfg.model.vocab:

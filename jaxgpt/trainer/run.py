@@ -23,6 +23,7 @@ from jaxgpt.model import abstract_params, build
 from jaxgpt.optimizer import build as build_optimizer
 from jaxgpt.optional import describe_missing
 from jaxgpt.predict import check_prompts
+from jaxgpt.rewards import find_reward
 from jaxgpt.saved_arrays import ShapeMismatchError, latest_step
 from jaxgpt.selection import select_letters
 from jaxgpt.settings import ConfigError
@@ -257,6 +258,8 @@ def _prepare_inputs(cfg: Config, is_quiet: bool) -> RunInputs:
         check_writable(cfg)
     has_start = cfg.train.start and (resume_step is None or needs_start(cfg))
     start = find_start(cfg.train.start) if has_start else None
+    if cfg.train.objective == "online":
+        find_reward(cfg.online.reward)
     if not is_quiet:  # the first pass over a large text takes a while
         print_line(f"reading {cfg.data.source}, and tokenizing what is not in {cfg.data.cache}")
     corpus = prepare(

@@ -169,7 +169,9 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Return the training step: a pure function (state, batch [B T]) -> (state, metrics).
 
-    With a frozen model (see `make_update`), its parameters are a third argument. Donate the state. If it has a guard (see `jaxgpt.trainer.spikes`), a spike leaves it as it is.
+    With a frozen model (see `make_update`), its parameters are a third argument.
+
+    Donate the state. If it has a guard (see `jaxgpt.trainer.spikes`), a spike leaves it as it is.
     """
     selection = select_trained(cfg)
     compute_update = make_update(cfg, model, optimizer, selection, frozen_model)

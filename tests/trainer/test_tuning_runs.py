@@ -1,0 +1,196 @@
+"""Whole runs of the objectives on conversations: they learn, resume bit for bit, and are saved."""
+
+import dataclasses
+import os
+
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from test_chat_mask import CONVERSATIONS, PAIRS, write
+from tiny_runs import run_config
+
+import jaxgpt
+from jaxgpt.settings import ConfigError
+from jaxgpt.tokenizer.chat_templates import TEMPLATES
+from jaxgpt.trainer import Hook
+from jaxgpt.trainer.logging import read_metrics
+from jaxgpt.trainer.loop import train
+
+SETTINGS = ("data.chat_template=plain", "model.context=48", "train.batch=4", "data.holdout=0.3",
+            "train.log_every=1", "data.tokenizer=bytes")  # fmt: skip
+
+
+class StopAt(Hook):
+    """Ends a run as a signal would, without an error."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step(self, view):
+        if view.step == self.step:
+            os.kill(os.getpid(), 2)
+
+
+def make_config(folder, name, records, *assignments):
+    source = write(folder, f"{name}.jsonl", records)
+    return run_config(folder, f"data.source={source}", f"name={name}", *SETTINGS, *assignments)
+
+
+def read(cfg, kind):
+    return [row for row in read_metrics(cfg.run_folder) if row["kind"] == kind]
+
+
+def assert_same_params(one, other):
+    pair = [
+        flatten_dict(jaxgpt.load(c.run_folder, checkpoint="latest").params) for c in (one, other)
+    ]
+    for path, x in pair[0].items():
+        np.testing.assert_array_equal(x, pair[1][path])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("tuning")
+
+
+@pytest.fixture(scope="module")
+def chat_run(folder):
+    cfg = make_config(folder, "chat", CONVERSATIONS, "train.objective=chat", "train.steps=40",
+                      "data.packing=documents", "train.eval_every=20")  # fmt: skip
+    train(cfg, is_quiet=True)
+    return cfg
+
+
+def test_a_chat_run_learns_and_saves_its_template(chat_run):
+    first, *_, last = (row["loss"] for row in read(chat_run, "eval"))
+    assert last < 0.8 * first  # of 5.5 nats, less than half is left; bytes are easy
+    model = jaxgpt.load(chat_run.run_folder)
+    assert model.tokenizer.chat_template == TEMPLATES["plain"]
+    ids = model.tokenizer.encode_chat([{"role": "user", "content": "a"}])
+    assert ids[0] == model.tokenizer.bos  # bos_token is what it was in training
+
+
+@pytest.fixture(scope="module")
+def preference_run(folder, chat_run):
+    cfg = make_config(
+        folder, "preference", PAIRS, "train.objective=preference", "train.steps=12",
+        f"train.start={chat_run.run_folder}", "train.eval_every=6", "optimizer.lr=3e-3",
+    )  # fmt: skip
+    train(cfg, is_quiet=True)
+    return cfg
+
+
+def test_preferences_begin_at_log_2_and_are_learned(preference_run):
+    first, last = (read(preference_run, kind)[n] for kind, n in (("train", 0), ("eval", -1)))
+    assert abs(first["loss"] - np.log(2)) < 1e-5
+    assert abs(first["margin"]) < 1e-4
+    assert last["accuracy"] == 1.0
+    assert last["margin"] > 0
+    assert last["chosen_logprob"] < 0
+
+
+def test_a_preference_run_resumes_bit_for_bit_without_its_start_or_cache(preference_run, folder):
+    again = dataclasses.replace(preference_run, name="again")
+    train(again, hooks=[StopAt(5)], is_quiet=True)
+    assert os.path.exists(os.path.join(again.run_folder, "reference.npz"))
+    resumed = dataclasses.replace(
+        again, data=dataclasses.replace(again.data, cache=str(folder / "elsewhere"))
+    )
+    train(resumed, is_quiet=True)
+    assert not list((folder / "elsewhere").glob("reference*"))
+    assert_same_params(preference_run, again)
+
+
+def test_the_reference_is_computed_once_for_runs_that_begin_alike(
+    preference_run, folder, monkeypatch
+):
+    from jaxgpt.trainer import frozen
+
+    def fail(*_):
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(frozen, "_compute", fail)
+    preference = dataclasses.replace(preference_run.preference, loss="ipo")
+    train_short = dataclasses.replace(preference_run.train, steps=1)
+    optimizer = dataclasses.replace(preference_run.optimizer, warmup=0)
+    other = dataclasses.replace(
+        preference_run, name="ipo", preference=preference, train=train_short, optimizer=optimizer
+    )
+    train(other, is_quiet=True)
+    found = read(other, "train")[0]["loss"]
+    assert abs(found - (1 / (2 * 0.1)) ** 2) < 1e-2  # at margin 0
+    another_start = dataclasses.replace(
+        other, name="other", train=dataclasses.replace(train_short, start="")
+    )
+    with pytest.raises(AssertionError, match="computed again"):
+        train(another_start, is_quiet=True)
+
+
+REWARD = """def digits(record, answer):
+    return sum(c in "0123456789" for c in answer) / max(len(answer), 1)
+def wrong(record, answer):
+    return float("nan")
+"""
+
+
+@pytest.fixture(scope="module")
+def online_config(folder):
+    path = folder / "toy_rewards.py"
+    path.write_text(REWARD)
+    records = [{"prompt": f"q{n}"} for n in range(20)]
+    return make_config(
+        folder, "online", records, "train.objective=online", f"online.reward={path}:digits",
+        "online.tokens=4", "train.steps=30", "train.eval_every=30", "optimizer.lr=1e-2",
+        "model.layers=1",
+    )  # fmt: skip
+
+
+def test_an_online_run_raises_its_reward(online_config):
+    train(online_config, is_quiet=True)
+    rewards = [row["reward"] for row in read(online_config, "train")]
+    # 10 of 260 tokens are digits: 0.04 by chance, and about 0.9 is reached.
+    assert np.mean(rewards[:3]) < 0.2
+    assert np.mean(rewards[-3:]) > 0.5
+    final = read(online_config, "eval")[-1]
+    assert final["loss"] == -final["reward"] < -0.5
+
+
+def test_an_online_run_resumes_bit_for_bit_and_ties_to_its_start(online_config):
+    short = dataclasses.replace(
+        online_config,
+        train=dataclasses.replace(online_config.train, steps=4),
+        online=dataclasses.replace(online_config.online, kl=0.1),
+    )
+    runs = [dataclasses.replace(short, name=name) for name in ("whole", "parts")]
+    train(runs[0], is_quiet=True)
+    train(runs[1], hooks=[StopAt(2)], is_quiet=True)
+    train(runs[1], is_quiet=True)
+    assert_same_params(*runs)
+    kl = [row["kl"] for row in read(runs[0], "train")]
+    assert kl[0] == 0 < kl[-1]
+
+
+def test_a_reward_that_is_missing_or_fails_is_named(online_config):
+    failures = {":nothing": "has no function 'nothing'", ":wrong": "is nan"}
+    for name, message in failures.items():
+        reward = online_config.online.reward.replace(":digits", name)
+        online = dataclasses.replace(online_config.online, reward=reward)
+        with pytest.raises(ConfigError, match=message):
+            train(dataclasses.replace(online_config, name=name[1:], online=online), is_quiet=True)
+
+
+def test_a_student_learns_its_teacher_and_another_tokenizer_is_refused(chat_run, folder):
+    cfg = make_config(
+        folder, "student", CONVERSATIONS, "train.objective=chat", "train.steps=20",
+        f"distill.teacher={chat_run.run_folder}", "distill.weight=1", "model.layers=1",
+        "data.packing=documents", "train.eval_every=20",
+    )  # fmt: skip
+    train(cfg, is_quiet=True)
+    divergences = [row["divergence"] for row in read(cfg, "train")]
+    assert divergences[-1] < 0.7 * divergences[0]
+    other = dataclasses.replace(
+        cfg, name="refused", data=dataclasses.replace(cfg.data, tokenizer="train"),
+        model=dataclasses.replace(cfg.model, vocab=300),
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="has another tokenizer"):
+        train(other, is_quiet=True)
