@@ -1,6 +1,6 @@
 """Toy data for tuning a model on two cores, and what the tuned model makes of it.
 
-    python examples/toy.py write toy                    toy/chat.jsonl, preferences.jsonl, prompts.jsonl
+    python examples/toy.py write toy                    chat.jsonl, preferences.jsonl, ... in toy/
     python examples/toy.py check runs/toy_chat          how many answers end, and have the format
     python examples/toy.py compare runs/toy_chat DIR    logits of transformers for an export of it
 

@@ -10,11 +10,13 @@ from test_chat_mask import CONVERSATIONS, PAIRS, write
 from tiny_runs import run_config
 
 import jaxgpt
+from jaxgpt.data import prepare
 from jaxgpt.settings import ConfigError
 from jaxgpt.tokenizer.chat_templates import TEMPLATES
 from jaxgpt.trainer import Hook
 from jaxgpt.trainer.logging import read_metrics
 from jaxgpt.trainer.loop import train
+from jaxgpt.trainer.online import Rollouts, normalize_groups
 
 SETTINGS = ("data.chat_template=plain", "model.context=48", "train.batch=4", "data.holdout=0.3",
             "train.log_every=1", "data.tokenizer=bytes")  # fmt: skip
@@ -194,3 +196,28 @@ def test_a_student_learns_its_teacher_and_another_tokenizer_is_refused(chat_run,
     )  # fmt: skip
     with pytest.raises(ConfigError, match="has another tokenizer"):
         train(other, is_quiet=True)
+
+
+def test_the_advantages_of_a_group_have_mean_0_and_deviation_1():
+    rewards = np.array([1.0, 0.0, 0.0, 1.0, 3.0, 3.0, 3.0, 3.0])
+    found = normalize_groups(rewards, 4)
+    np.testing.assert_allclose(found, [1, -1, -1, 1, 0, 0, 0, 0], atol=1e-5)  # of its epsilon
+
+
+def test_answers_are_drawn_anew_at_every_step(online_config, chat_run):
+    model = jaxgpt.load(chat_run.run_folder)
+    rules = dataclasses.replace(online_config.train, batch=2)
+    cfg = dataclasses.replace(online_config, model=model.config.model, train=rules)
+    encoder = cfg.objective.task.make_encoder(cfg)
+    corpus = prepare(cfg.data, cfg.tokenizer_vocab, log=lambda line: None, encoder=encoder)
+    task = cfg.objective.task(cfg, corpus)
+    roll_out, prompts = Rollouts(cfg, task, corpus.tokenizer), task.make_batch(0)
+    first, again, next_one = (roll_out(model.params, prompts, step) for step in (0, 0, 1))
+    np.testing.assert_array_equal(first.tokens, again.tokens)
+    assert (first.tokens != next_one.tokens).any()
+    for row in range(len(first.tokens)):  # only what the model wrote counts, after the prompt
+        written = first.targets[row][first.weights[row] > 0]
+        prompt = task.read_prompts(prompts)[row // cfg.online.group][0]
+        assert 1 <= written.size <= cfg.online.tokens + 1
+        assert first.tokens[row, : prompt.size].tolist() == prompt.tolist()
+        assert not first.weights[row, : prompt.size - 1].any()
