@@ -30,6 +30,8 @@ COMMANDS = {
     "exit": "leave (also /quit and Ctrl-D)",
 }
 
+CUT_BY = {"tokens": "tokens (/tokens 500 allows more)", "context": "model.context"}
+
 
 def run_cli(
     run_folder: str, checkpoint: str, settings: Sequence[str], system: str = "", template: str = ""
@@ -69,7 +71,7 @@ class Chat:
     """
 
     def __init__(self, model: LanguageModel, system: str = "", template: str = ""):
-        if "chat" not in model.abilities and "generate" not in model.abilities:
+        if "generate" not in model.abilities:
             raise ConfigError(
                 f"a model of train.objective={model.config.train.objective!r} writes no answers."
             )
@@ -127,28 +129,29 @@ class Chat:
             ConfigError: the message alone does not fit the context; it is not kept.
         """
         message = {"role": "user", "content": text}
-        self.messages, prompt = self.fit([*self.messages, message])
-        self.transcript.append(message)
+        kept, prompt = self.fit([*self.messages, message])
         parts: list[str] = []
         try:
-            for pieces in self.model.stream([prompt]):
-                parts.append(pieces[0].text)
-                print_text(parts[-1], end="")
-                if pieces[0].ending in ("tokens", "context"):
-                    limit = {"tokens": "tokens", "context": "model.context"}[pieces[0].ending]
-                    parts.append("")
-                    print_text("")
-                    print_note(f"[the answer was cut at {limit}]")
-                    break
-            else:
-                print_text("")
+            self._print_answer(prompt, parts)
         finally:
-            reply = {"role": "assistant", "content": "".join(parts)}
-            self.messages.append(reply)
-            self.transcript.append(reply)
+            if reply := "".join(parts):
+                exchange = [message, {"role": "assistant", "content": reply}]
+                self.messages = [*kept[:-1], *exchange]
+                self.transcript += exchange
         sample = self.model.config.sample
         self.set_sample(dataclasses.replace(sample, seed=sample.seed + 1))
-        return reply["content"]
+        return reply
+
+    def _print_answer(self, prompt: Any, parts: list[str]):
+        """Print an answer as it is generated, and append its pieces to `parts`."""
+        ending = ""
+        for pieces in self.model.stream([prompt]):
+            parts.append(pieces[0].text)
+            ending = pieces[0].ending
+            print_text(parts[-1], end="")
+        print_text("")
+        if ending in CUT_BY:
+            print_note(f"[the answer was cut at {CUT_BY[ending]}]")
 
     def fit(self, messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Any]:
         """Return the messages that fit the context with room for an answer, and their ids.

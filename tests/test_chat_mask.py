@@ -125,7 +125,7 @@ def make_task(folder, kind, records, *assignments, holdout=0.3):
     objective = {ChatTask: "chat", PreferenceTask: "preference", OnlineTask: "online"}[kind]
     cfg = config(
         f"data.source={source}", "data.tokenizer=bytes", "data.chat_template=plain",
-        "model.context=48", "train.batch=4", f"data.cache={folder / 'cache'}",
+        "model.context=64", "train.batch=4", f"data.cache={folder / 'cache'}",
         f"data.holdout={holdout}", f"train.objective={objective}", "online.reward=exact",
         *assignments,
     )  # fmt: skip
@@ -209,9 +209,9 @@ def test_a_record_of_another_form_is_refused_by_its_line(tmp_path, record):
 
 
 def test_a_text_file_is_no_source_of_conversations(tmp_path):
-    (tmp_path / "a.txt").write_text("just text\n" * 30)
+    (tmp_path / "a.txt").write_text("".join(f"line {n}\n" for n in range(30)))
     with pytest.raises(ConfigError, match="is no record"):
-        make_task(tmp_path, ChatTask, CONVERSATIONS, f"data.source={tmp_path / 'a.txt'}")
+        make_task(tmp_path, ChatTask, [], f"data.source={tmp_path / 'a.txt'}", "data.separator=\\n")
 
 
 PAIRS = [{"prompt": f"q{n}", "chosen": f"good {n}", "rejected": "bad"} for n in range(20)]

@@ -18,7 +18,7 @@ from jaxgpt.trainer.logging import read_metrics
 from jaxgpt.trainer.loop import train
 from jaxgpt.trainer.online import Rollouts, normalize_groups
 
-SETTINGS = ("data.chat_template=plain", "model.context=48", "train.batch=4", "data.holdout=0.3",
+SETTINGS = ("data.chat_template=plain", "model.context=64", "train.batch=4", "data.holdout=0.3",
             "train.log_every=1", "data.tokenizer=bytes")  # fmt: skip
 
 
@@ -154,7 +154,8 @@ def test_an_online_run_raises_its_reward(online_config):
     assert np.mean(rewards[:3]) < 0.2
     assert np.mean(rewards[-3:]) > 0.5
     final = read(online_config, "eval")[-1]
-    assert final["loss"] == -final["reward"] < -0.5
+    assert final["loss"] == pytest.approx(-final["reward"])
+    assert final["reward"] > 0.5
 
 
 def test_an_online_run_resumes_bit_for_bit_and_ties_to_its_start(online_config):
@@ -169,7 +170,7 @@ def test_an_online_run_resumes_bit_for_bit_and_ties_to_its_start(online_config):
     train(runs[1], is_quiet=True)
     assert_same_params(*runs)
     kl = [row["kl"] for row in read(runs[0], "train")]
-    assert kl[0] == 0 < kl[-1]
+    assert abs(kl[0]) < 1e-6 < kl[-1]
 
 
 def test_a_reward_that_is_missing_or_fails_is_named(online_config):
