@@ -131,10 +131,13 @@ class Chat:
         message = {"role": "user", "content": text}
         kept, prompt = self.fit([*self.messages, message])
         parts: list[str] = []
+        is_whole = False
         try:
             self._print_answer(prompt, parts)
+            is_whole = True
         finally:
-            if reply := "".join(parts):
+            reply = "".join(parts)
+            if reply or is_whole:
                 exchange = [message, {"role": "assistant", "content": reply}]
                 self.messages = [*kept[:-1], *exchange]
                 self.transcript += exchange

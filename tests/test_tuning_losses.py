@@ -110,7 +110,6 @@ def test_at_the_first_step_dpo_is_log_2(params):
     assert abs(float(sums["margin"])) < 1e-4  # zero, up to the order of float32 sums
 
 
-@pytest.mark.parametrize("objective", ["chat", "preference"])
 def test_a_pair_without_a_margin_is_half_right(params):
     batch = make_pairs()
     batch = batch._replace(weights=0 * batch.weights, reference=0 * batch.reference)
@@ -118,6 +117,7 @@ def test_a_pair_without_a_margin_is_half_right(params):
     assert sums["correct"] == B / 2
 
 
+@pytest.mark.parametrize("objective", ["chat", "preference"])
 def test_accumulation_in_1_2_and_8_parts_has_the_same_loss(objective, params):
     cfg = config(f"train.objective={objective}")
     batch = jax.tree.map(jnp.asarray, make_pairs() if objective == "preference" else random_batch())

@@ -47,8 +47,8 @@ class RecordEncoder:
     Args:
         context: tokens of a row. Of a conversation that is longer, whole turns leave from the
             front; a record that still does not fit is left out.
-        template: a name of `TEMPLATES`, the path of a file with Jinja source, or ""; after
-            `resolve`, the source.
+        template: a name of `TEMPLATES`, the path of a file with Jinja source, or the source; "" for
+            that of the tokenizer. After `resolve`, it is the source.
     """
 
     context: int
@@ -240,9 +240,9 @@ def _parse(content: bytes) -> dict[str, Any]:
 
 
 def _read_template(template: str) -> str:
-    """Return the source of a template of this name, or in the file of this path."""
-    if template in TEMPLATES:
-        return TEMPLATES[template]
+    """Return the source of a template of this name, or in the file of this path; or itself."""
+    if template in TEMPLATES or "{{" in template:
+        return TEMPLATES.get(template, template)
     path = os.path.expanduser(template)
     try:
         with open(path, encoding="utf-8") as file:

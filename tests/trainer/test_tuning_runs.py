@@ -18,7 +18,7 @@ from jaxgpt.trainer.logging import read_metrics
 from jaxgpt.trainer.loop import train
 from jaxgpt.trainer.online import Rollouts, normalize_groups
 
-SETTINGS = ("data.chat_template=plain", "model.context=64", "train.batch=4", "data.holdout=0.3",
+SETTINGS = ("data.chat_template=plain", "model.context=64", "train.batch=8", "data.holdout=0.3",
             "train.log_every=1", "data.tokenizer=bytes")  # fmt: skip
 
 
