@@ -4,8 +4,8 @@
     python examples/toy.py check runs/toy_chat          how many answers end, and have the format
     python examples/toy.py compare runs/toy_chat DIR    logits of transformers for an export of it
 
-The questions are sums in words; an answer has the format "Result: 7." Configs: toy_chat.py,
-toy_preference.py and toy_online.py in this folder.
+The questions are sums in words; an answer has the format "Result: 7." Configs: toy_chat.py and
+toy_preference.py in this folder. `reward` is for train.objective=online.
 """
 
 import json

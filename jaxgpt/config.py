@@ -471,7 +471,7 @@ class OnlineConfig(Section):
         "jaxgpt.rewards:REWARDS",
     )
     group: int = option(8, "answers to each prompt, whose mean reward is the baseline", low=2)
-    tokens: int = option(64, "maximum number of tokens of an answer", low=1)
+    answer_tokens: int = option(64, "maximum number of tokens of an answer", low=1)
     temperature: float = option(1.0, "of sampling answers", above=0)
     kl: float = option(0.0, "weight of the divergence from the model at the start", low=0)
 

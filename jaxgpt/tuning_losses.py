@@ -94,7 +94,12 @@ def compute_divergences(
     return map_token_chunks(compute, 2 * head.table.shape[0], chunk, *arrays)
 
 
-def apply_decoder(model, params, batch: Batch, rngs: dict) -> tuple[jax.Array, jax.Array]:
+def to_jax_arrays(batch: Batch) -> Any:
+    """Return a batch of jax.Array."""
+    return jax.tree.map(jnp.asarray, batch)
+
+
+def apply_decoder(model, params, batch: Any, rngs: dict) -> tuple[jax.Array, jax.Array]:
     """Return the hidden states of a batch, [B T D], and the sum of its auxiliary losses []."""
     coords = Coords(batch.positions, batch.segment_ids, batch.prefix)
     (hidden, _), aux = model.apply(
@@ -103,7 +108,7 @@ def apply_decoder(model, params, batch: Batch, rngs: dict) -> tuple[jax.Array, j
     return hidden, sum(map(jnp.sum, jax.tree.leaves(aux)), jnp.float32(0))
 
 
-def sum_completions(model, params, batch: Batch, rngs: dict, chunk: int):
+def sum_completions(model, params, batch: Any, rngs: dict, chunk: int):
     """Return Σ log p of the tokens that count of both documents of each row, float32 [B 2].
 
     And the sum of the auxiliary losses [].
@@ -157,12 +162,12 @@ def preference_loss(
         `chosen_logprob`, which often falls while the margin rises. A pair is correct if its margin
         is above 0, and half of one at 0, as before the first step.
     """
-    batch = jax.tree.map(jnp.asarray, batch)
-    chex.assert_shape(batch.reference, (batch.tokens.shape[0], 2))
-    policy, aux = sum_completions(model, params, batch, rngs, cfg.loss_chunk)
-    gain = policy - batch.reference  # [B 2]
+    arrays = to_jax_arrays(batch)
+    chex.assert_shape(arrays.reference, (arrays.tokens.shape[0], 2))
+    policy, aux = sum_completions(model, params, arrays, rngs, cfg.loss_chunk)
+    gain = policy - arrays.reference  # [B 2]
     margin = gain[:, 0] - gain[:, 1]
-    is_pair = jnp.any(batch.segment_ids > 0, axis=1).astype(jnp.float32)  # [B]
+    is_pair = jnp.any(arrays.segment_ids > 0, axis=1).astype(jnp.float32)  # [B]
     losses = PREFERENCE_LOSSES[settings.loss](margin, settings)
     weight, nats = jnp.sum(is_pair), jnp.sum(is_pair * losses)
     sums = dict(
@@ -193,22 +198,22 @@ def policy_loss(
     Source: Shao et al. 2024, arXiv:2402.03300, section 4.1: GRPO with one update per sample, where
     the ratio to the old policy is 1; its estimator of the KL, equation 4.
     """
-    batch = jax.tree.map(jnp.asarray, batch)
-    hidden, aux = apply_decoder(model, params, batch, rngs)
+    arrays = to_jax_arrays(batch)
+    hidden, aux = apply_decoder(model, params, arrays, rngs)
     head = make_head(model.cfg, params)
-    logprobs, _ = compute_logprobs(hidden, head, batch.targets, cfg.loss_chunk)
-    advantage, reward = batch.reference[:, 0], batch.reference[:, 1]  # [B]
+    logprobs, _ = compute_logprobs(hidden, head, arrays.targets, cfg.loss_chunk)
+    advantage, reward = arrays.reference[:, 0], arrays.reference[:, 1]  # [B]
     objective, kl = logprobs * advantage[:, None], jnp.zeros_like(logprobs)
     if frozen is not None:
-        hidden, _ = apply_decoder(frozen.model, frozen.params, batch, {})
+        hidden, _ = apply_decoder(frozen.model, frozen.params, arrays, {})
         there, _ = compute_logprobs(
-            hidden, make_head(frozen.model.cfg, frozen.params), batch.targets, cfg.loss_chunk
+            hidden, make_head(frozen.model.cfg, frozen.params), arrays.targets, cfg.loss_chunk
         )
         ratio = jax.lax.stop_gradient(there) - logprobs
         kl = jnp.exp(ratio) - ratio - 1
-    lengths = jnp.sum(batch.weights, axis=1)  # [B]
+    lengths = jnp.sum(arrays.weights, axis=1)  # [B]
     is_text = (lengths > 0).astype(jnp.float32)
-    shares = batch.weights / jnp.maximum(lengths, 1)[:, None]  # [B T]
+    shares = arrays.weights / jnp.maximum(lengths, 1)[:, None]  # [B T]
     weight, penalty = jnp.sum(is_text), jnp.sum(shares * kl)
     loss = settings.kl * penalty - jnp.sum(shares * objective) + cfg.balance * aux * weight
     rewards = jnp.sum(is_text * reward)
@@ -243,24 +248,24 @@ def distill_loss(
         (summed loss [], Sums): the loss is `distill.weight` of the divergence and the rest of the
         negative log-likelihood; `divergence` is the former, alone, and `nats` the latter.
     """
-    batch = jax.tree.map(jnp.asarray, batch)
-    hidden, aux = apply_decoder(model, params, batch, rngs)
+    arrays = to_jax_arrays(batch)
+    hidden, aux = apply_decoder(model, params, arrays, rngs)
     head = make_head(model.cfg, params)
-    logprobs, is_best = compute_logprobs(hidden, head, batch.targets, cfg.loss_chunk)
-    there, _ = apply_decoder(frozen.model, frozen.params, batch, {})
+    logprobs, is_best = compute_logprobs(hidden, head, arrays.targets, cfg.loss_chunk)
+    there, _ = apply_decoder(frozen.model, frozen.params, arrays, {})
     teacher_head = jax.lax.stop_gradient(make_head(frozen.model.cfg, frozen.params))
     divergences = compute_divergences(
         hidden, head, there, teacher_head, settings.temperature, cfg.loss_chunk
     )
-    weight = jnp.sum(batch.weights)
-    nats, divergence = -jnp.sum(batch.weights * logprobs), jnp.sum(batch.weights * divergences)
+    weight = jnp.sum(arrays.weights)
+    nats, divergence = -jnp.sum(arrays.weights * logprobs), jnp.sum(arrays.weights * divergences)
     share = settings.weight
     loss = share * divergence + (1 - share) * nats + cfg.balance * aux * weight
     sums = dict(
         loss=loss,
         nats=nats,
         weight=weight,
-        correct=jnp.sum(batch.weights * is_best),
+        correct=jnp.sum(arrays.weights * is_best),
         divergence=divergence,
     )
     return loss, sums

@@ -164,7 +164,7 @@ class OnlineTask(ChatTask):
         reference = np.broadcast_to(np.float32(0), (rows, 2))
         return Batch(tokens, tokens, tokens, tokens, weights, reference=reference)
 
-    def make_rows(self, tokens: Tokens) -> "PromptRows":
+    def make_rows(self, tokens: Tokens) -> "PromptRows":  # type: ignore[override]
         rows = PromptRows(tokens, self.T, len(self.all_rows), self.corpus.tokenizer.pad)
         self.all_rows.append(rows)
         return rows

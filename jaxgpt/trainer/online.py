@@ -49,13 +49,13 @@ class Rollouts:
         online = self.cfg.online
         seed = (self.cfg.seed + (step + 1) * STEP_STRIDE) % MAX_SEED
         sample = SampleConfig(
-            tokens=online.tokens, temperature=online.temperature, top_p=1.0, seed=seed
+            tokens=online.answer_tokens, temperature=online.temperature, top_p=1.0, seed=seed
         )
         return self.answer(params, batch, sample, online.group)
 
     def evaluate(self, params: Any, batch: Batch) -> Batch:
         """Return the likeliest answer to each prompt, [B T]."""
-        sample = SampleConfig(tokens=self.cfg.online.tokens, temperature=0.0, top_p=1.0)
+        sample = SampleConfig(tokens=self.cfg.online.answer_tokens, temperature=0.0, top_p=1.0)
         return self.answer(params, batch, sample, 1)
 
     def answer(self, params: Any, batch: Batch, sample: SampleConfig, group: int) -> Batch:

@@ -16,6 +16,7 @@ from jaxgpt import hosts
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.config import Config
 from jaxgpt.data import Batch, Corpus, prepare
+from jaxgpt.data.chat import OnlineTask, PreferenceTask
 from jaxgpt.data.tasks import Task
 from jaxgpt.data.work import print_line
 from jaxgpt.loading import check_config_file, is_saved_model, read_config
@@ -185,7 +186,7 @@ def _open_locked(cfg: Config, lock: RunLock | None, hooks: Sequence[Hook], is_qu
 
     log = (lambda line: None) if is_quiet else print_line
     frozen = load_frozen(cfg, corpus.tokenizer, mesh, make_first)
-    if cfg.train.objective == "preference":
+    if isinstance(task, PreferenceTask):
         place = partial(hosts.place_batch, mesh=mesh, B=cfg.train.batch)
         add_reference(cfg, task, corpus.fingerprint, make_first, place, log)
     state, progress = restore()
@@ -216,7 +217,7 @@ def _open_locked(cfg: Config, lock: RunLock | None, hooks: Sequence[Hook], is_qu
         peak_flops=peak * hosts.process_count(),
         start_note=start.note if start and not progress.step else "",
     )
-    if cfg.train.objective == "online":
+    if isinstance(task, OnlineTask):
         run.roll_out = Rollouts(cfg, task, corpus.tokenizer)
     note = saver.note or format_lost_steps(cfg, progress.step, read_metrics(cfg.run_folder))
     if not run.is_complete:  # a complete run is left as it is

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -10,10 +11,10 @@ from test_chat_mask import CONVERSATIONS, PAIRS, write
 from tiny_runs import run_config
 
 import jaxgpt
+from jaxgpt.config import override, to_json
 from jaxgpt.data import prepare
 from jaxgpt.settings import ConfigError
 from jaxgpt.tokenizer.chat_templates import TEMPLATES
-from jaxgpt.trainer import Hook
 from jaxgpt.trainer.logging import read_metrics
 from jaxgpt.trainer.loop import train
 from jaxgpt.trainer.online import Rollouts, normalize_groups
@@ -22,15 +23,15 @@ SETTINGS = ("data.chat_template=plain", "model.context=64", "train.batch=8", "da
             "train.log_every=1", "data.tokenizer=bytes")  # fmt: skip
 
 
-class StopAt(Hook):
-    """Ends a run as a signal would, without an error."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step(self, view):
-        if view.step == self.step:
-            os.kill(os.getpid(), 2)
+def resume_a_copy(cfg, name, *assignments):
+    """Train the last steps of a run again, in a copy of its folder without its last checkpoint."""
+    copy = override(cfg, [f"name={name}", *assignments])
+    shutil.copytree(cfg.run_folder, copy.run_folder)
+    shutil.rmtree(os.path.join(copy.run_folder, "checkpoints", str(cfg.train.steps)))
+    with open(os.path.join(copy.run_folder, "config.json"), "w") as file:
+        file.write(to_json(copy))
+    assert train(copy, is_quiet=True).step == cfg.train.steps
+    return copy
 
 
 def make_config(folder, name, records, *assignments):
@@ -77,6 +78,7 @@ def preference_run(folder, chat_run):
     cfg = make_config(
         folder, "preference", PAIRS, "train.objective=preference", "train.steps=12",
         f"train.start={chat_run.run_folder}", "train.eval_every=6", "optimizer.lr=3e-3",
+        "train.save_every=10",
     )  # fmt: skip
     train(cfg, is_quiet=True)
     return cfg
@@ -91,15 +93,11 @@ def test_preferences_begin_at_log_2_and_are_learned(preference_run):
     assert last["chosen_logprob"] < 0
 
 
-def test_a_preference_run_resumes_bit_for_bit_without_its_start_or_cache(preference_run, folder):
-    again = dataclasses.replace(preference_run, name="again")
-    train(again, hooks=[StopAt(5)], is_quiet=True)
+def test_a_preference_run_resumes_bit_for_bit_without_its_cache(preference_run, folder):
+    elsewhere = folder / "elsewhere"
+    again = resume_a_copy(preference_run, "again", f"data.cache={elsewhere}")
     assert os.path.exists(os.path.join(again.run_folder, "reference.npz"))
-    resumed = dataclasses.replace(
-        again, data=dataclasses.replace(again.data, cache=str(folder / "elsewhere"))
-    )
-    train(resumed, is_quiet=True)
-    assert not list((folder / "elsewhere").glob("reference*"))
+    assert not list(elsewhere.glob("reference*"))
     assert_same_params(preference_run, again)
 
 
@@ -142,8 +140,8 @@ def online_config(folder):
     records = [{"prompt": f"q{n}"} for n in range(20)]
     return make_config(
         folder, "online", records, "train.objective=online", f"online.reward={path}:digits",
-        "online.tokens=4", "train.steps=30", "train.eval_every=30", "optimizer.lr=1e-2",
-        "model.layers=1",
+        "online.answer_tokens=4", "train.steps=30", "train.eval_every=30", "optimizer.lr=1e-2",
+        "model.layers=1", "online.kl=0.02", "train.save_every=28",
     )  # fmt: skip
 
 
@@ -158,18 +156,10 @@ def test_an_online_run_raises_its_reward(online_config):
     assert final["reward"] > 0.5
 
 
-def test_an_online_run_resumes_bit_for_bit_and_ties_to_its_start(online_config):
-    short = dataclasses.replace(
-        online_config,
-        train=dataclasses.replace(online_config.train, steps=4),
-        online=dataclasses.replace(online_config.online, kl=0.1),
-    )
-    runs = [dataclasses.replace(short, name=name) for name in ("whole", "parts")]
-    train(runs[0], is_quiet=True)
-    train(runs[1], hooks=[StopAt(2)], is_quiet=True)
-    train(runs[1], is_quiet=True)
-    assert_same_params(*runs)
-    kl = [row["kl"] for row in read(runs[0], "train")]
+def test_an_online_run_resumes_bit_for_bit_and_is_tied_to_its_start(online_config):
+    again = resume_a_copy(online_config, "again_online")
+    assert_same_params(online_config, again)
+    kl = [row["kl"] for row in read(online_config, "train")]
     assert abs(kl[0]) < 1e-6 < kl[-1]
 
 
@@ -219,6 +209,6 @@ def test_answers_are_drawn_anew_at_every_step(online_config, chat_run):
     for row in range(len(first.tokens)):  # only what the model wrote counts, after the prompt
         written = first.targets[row][first.weights[row] > 0]
         prompt = task.read_prompts(prompts)[row // cfg.online.group][0]
-        assert 1 <= written.size <= cfg.online.tokens + 1
+        assert 1 <= written.size <= cfg.online.answer_tokens + 1
         assert first.tokens[row, : prompt.size].tolist() == prompt.tolist()
         assert not first.weights[row, : prompt.size - 1].any()
