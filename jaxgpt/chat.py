@@ -159,7 +159,7 @@ class Chat:
     def fit(self, messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Any]:
         """Return the messages that fit the context with room for an answer, and their ids.
 
-        Whole turns leave from the front, which is told.
+        Whole turns leave from the front, and a line is printed about it.
 
         Raises:
             ConfigError: the last message alone does not fit.

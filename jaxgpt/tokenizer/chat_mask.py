@@ -1,7 +1,7 @@
 """Which tokens of a conversation a model is to learn: the assistant's texts and what ends them.
 
-A template with `generation` marks says so itself. Of any other one, the conversation is rendered up
-to each answer and through it: what the second rendering adds is the answer. That holds only for a
+A template may have `generation` marks around them. With any other one, the conversation is rendered
+up to each answer and through it: what the second rendering adds is the answer. That holds only for a
 template that is prefix-stable, which is checked token for token.
 """
 
@@ -104,7 +104,7 @@ def _find_end(tokenizer: Tokenizer, ids: np.ndarray, begin: int, end: int) -> in
     last = begin + int(found[-1]) + 1 if found.size else begin
     if not found.size or tokenizer.join_bytes(ids[last:end]).strip():
         raise ConfigError(
-            "the chat template does not end what the assistant says with a special token that is "
+            "the chat template does not end the assistant's text with a special token that is "
             f"learned (it ends with {spell(tokenizer, ids[max(begin, end - 4) : end])!r}), so that "
             "the model would never learn to stop: use a template that does, "
             f"data.chat_template={' or '.join(list_suitable(tokenizer))}."
