@@ -1,8 +1,8 @@
 """Which tokens of a conversation a model is to learn: the assistant's texts and what ends them.
 
 A template may have `generation` marks around them. With any other one, the conversation is rendered
-up to each answer and through it: what the second rendering adds is the answer. That holds only for a
-template that is prefix-stable, which is checked token for token.
+up to each answer and through it: what the second rendering adds is the answer. That holds only for
+a template that is prefix-stable, which is checked token for token.
 """
 
 from __future__ import annotations
