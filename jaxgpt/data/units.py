@@ -147,7 +147,7 @@ def dump_record(record: Mapping[str, Any], name: str) -> bytes:
     """
     try:
         plain = json.dumps(record, ensure_ascii=False, sort_keys=True, default=_to_plain)
-    except (TypeError, ValueError, RecursionError) as error:
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{name} is no record of plain values: {error}.") from error
     return encode_utf8(plain)
 
