@@ -103,9 +103,7 @@ def test_a_preference_run_resumes_bit_for_bit_without_its_cache(preference_run, 
     assert_same_params(preference_run, again)
 
 
-def test_the_reference_is_computed_once_for_runs_that_begin_alike(
-    preference_run, folder, monkeypatch
-):
+def test_the_reference_is_computed_once_for_runs_that_begin_alike(preference_run, monkeypatch):
     from jaxgpt.trainer import frozen
 
     def fail(*_):
