@@ -34,19 +34,24 @@ CUT_BY = {"tokens": "tokens (/tokens 500 allows more)", "context": "model.contex
 
 
 def run_cli(
-    run_folder: str, checkpoint: str, settings: Sequence[str], system: str = "", template: str = ""
+    run_folder: str,
+    checkpoint: str,
+    settings: Sequence[str],
+    system: str = "",
+    template: str = "",
+    **quantization,
 ):
     """Load a model and answer messages until the input ends.
 
     Args:
-        run_folder, checkpoint, settings: as of `console.sample_cli`.
+        run_folder, checkpoint, settings, quantization: as of `console.sample_cli`.
         system: the system prompt, "" for none.
         template: in place of the model's own: the name of a built-in one, or Jinja source.
 
     Raises:
         ConfigError: the model cannot be loaded, generates no text, or has no chat template.
     """
-    chat = Chat(load_model(run_folder, checkpoint, settings), system, template)
+    chat = Chat(load_model(run_folder, checkpoint, settings, **quantization), system, template)
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         with contextlib.suppress(ImportError):  # line editing and a history

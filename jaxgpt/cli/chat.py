@@ -11,7 +11,14 @@ forgotten, the oldest first. The settings are those of `jaxgpt sample`.
 
 from jaxgpt import config as configs
 from jaxgpt import interrupts
-from jaxgpt.cli import add_run, check_checkpoint, check_model, make_parser
+from jaxgpt.cli import (
+    add_quantize,
+    add_run,
+    check_checkpoint,
+    check_model,
+    get_quantization,
+    make_parser,
+)
 from jaxgpt.cli.sample import list_keys
 from jaxgpt.suggestions import check_options, check_sample_arguments
 
@@ -32,6 +39,7 @@ def main(argv: list[str], program: str) -> int:
     parser.add_argument(
         "--template", default="", help="chatml, llama3, gemma, mistral or plain, if it has none"
     )
+    add_quantize(parser)
     check_options(argv, parser, list_keys())
     args, more = parser.parse_known_intermixed_args(argv)
     if args.help or not args.run:
@@ -48,5 +56,7 @@ def main(argv: list[str], program: str) -> int:
     from jaxgpt import chat
 
     interrupts.raise_keyboard_interrupt()
-    chat.run_cli(args.run, args.checkpoint, settings, args.system, args.template)
+    chat.run_cli(
+        args.run, args.checkpoint, settings, args.system, args.template, **get_quantization(args)
+    )
     return 0
