@@ -50,9 +50,12 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
+    "DistillConfig",
     "MeshConfig",
     "ModelConfig",
+    "OnlineConfig",
     "OptimizerConfig",
+    "PreferenceConfig",
     "SampleConfig",
     "TrainConfig",
     "choose",
@@ -111,6 +114,11 @@ class DataConfig(Section):
         "",
         "text between the documents of a .txt, .md or .py file, such as '<|endoftext|>' or "
         "'\\n\\n'; line breaks beside it are dropped; none = a file is one document",
+    )
+    chat_template: str = option(
+        "",
+        "how conversations are written (chat, preference, online): chatml, llama3, gemma, mistral, "
+        "plain, or the path of a file with Jinja source; empty = the tokenizer's own",
     )
     encoding: str = option(
         "auto",
@@ -424,6 +432,51 @@ class TrainConfig(Section):
 
 
 @dataclass(frozen=True)
+class PreferenceConfig(Section):
+    """How `train.objective=preference` learns from pairs of completions."""
+
+    section: ClassVar[str] = "preference"
+
+    loss: str = option("dpo", "loss of a pair", table="jaxgpt.tuning_losses:PREFERENCE_LOSSES")
+    beta: float = option(0.1, "strength of the tie to the reference model", above=0)
+    label_smoothing: float = option(
+        0.0, "fraction of the pairs taken to be swapped by mistake", low=0, high=0.49
+    )
+
+
+@dataclass(frozen=True)
+class DistillConfig(Section):
+    """A teacher whose distribution is learned, besides the text (causal, prefix, chat)."""
+
+    section: ClassVar[str] = "distill"
+
+    teacher: str = option(
+        "", "any model with the same tokenizer, as `jaxgpt.load` takes it; empty = none"
+    )
+    temperature: float = option(1.0, "softens both distributions", above=0)
+    weight: float = option(
+        0.5, "of the divergence from the teacher; the rest is that of the text", low=0, high=1
+    )
+
+
+@dataclass(frozen=True)
+class OnlineConfig(Section):
+    """How `train.objective=online` learns from rewards of what the model itself writes."""
+
+    section: ClassVar[str] = "online"
+
+    reward: str = option(
+        "",
+        "function (record, answer) -> number: module:function, file.py:function, or a row of "
+        "jaxgpt.rewards:REWARDS",
+    )
+    group: int = option(8, "answers to each prompt, whose mean reward is the baseline", low=2)
+    answer_tokens: int = option(64, "maximum number of tokens of an answer", low=1)
+    temperature: float = option(1.0, "of sampling answers", above=0)
+    kl: float = option(0.0, "weight of the divergence from the model at the start", low=0)
+
+
+@dataclass(frozen=True)
 class SampleConfig(Section):
     """How text is sampled from a model."""
 
@@ -500,6 +553,9 @@ class Config(Section):
     mesh: MeshConfig = field(default_factory=MeshConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    online: OnlineConfig = field(default_factory=OnlineConfig)
 
     @property
     def run_folder(self) -> str:
@@ -575,6 +631,7 @@ class Config(Section):
                 f"data.packing={self.data.packing!r} with train.objective='classify', which "
                 "predicts one class per row: use data.packing=stream, one text per row."
             )
+        self._check_tuning()
         if model.documents == "joined" and self.data.packing != "stream":
             raise ConfigError(
                 f"data.packing={self.data.packing!r} keeps documents separate, and model.documents="
@@ -585,6 +642,29 @@ class Config(Section):
                 f"train.objective={name!r} with model.pattern={','.join(model.pattern)}: "
                 "the objective prefix and the pattern prefix must be used together."
             )
+
+    def _check_tuning(self):
+        name, train, row = self.train.objective, self.train, self.objective
+        if name in ("preference", "online") and self.data.packing != "stream":
+            raise ConfigError(
+                f"data.packing={self.data.packing!r} with train.objective={name!r}, whose rows are "
+                "one record each: use data.packing=stream."
+            )
+        if self.distill.teacher and not row.can_distill:
+            suitable = [
+                name for name, row in resolve_table("jaxgpt.objectives:OBJECTIVES").items()
+                if row.can_distill
+            ]  # fmt: skip
+            raise ConfigError(
+                f"distill.teacher={self.distill.teacher!r} with train.objective={name!r}, which "
+                f"does not predict the next token: use {', '.join(suitable)}."
+            )
+        owner = "distill.teacher" if self.distill.teacher else f"train.objective={name}"
+        for key in ("label_smoothing", "z_loss"):
+            if getattr(train, key) and (row.settings or self.distill.teacher):
+                raise ConfigError(
+                    f"train.{key}={getattr(train, key):g} has no effect with {owner}: leave it out."
+                )
 
 
 SPIKE_ACTIONS = {
@@ -866,7 +946,7 @@ def list_differences(old: Config, new: Config) -> list[str]:
 
 
 DATA_KEY = "data.source"
-PATH_KEYS = ("data.tokenizer", "train.start")
+PATH_KEYS = ("data.tokenizer", "train.start", "distill.teacher")
 
 
 def _resolve(config: Config, key: str) -> Any:

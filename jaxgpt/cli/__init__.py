@@ -27,6 +27,7 @@ COMMANDS = {
     "train": "train a model, or resume a run",
     "plan": "tell what a run needs, or what fits a device, before anything runs",
     "sample": "generate text from a trained model",
+    "chat": "talk with a model in the terminal",
     "evaluate": "measure a trained model on any text",
     "look": "write a page that shows the inside of a model on a text",
     "report": "write a report of a run: one page to hand in",

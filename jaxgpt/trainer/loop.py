@@ -134,7 +134,7 @@ def run_until_spike(run: Run, stop: StopSignal, timer: "StepTimer | None"):
     with closing(batches):
         while not run.is_complete and not stop.name:
             with jax.profiler.StepTraceAnnotation("train", step_num=progress.step + 1):
-                run.state, metrics = run.train_step(run.state, run.place_batch(next(batches)))
+                run.state, metrics = run.train_step(run.state, run.feed(run.state, next(batches)))
             progress.step += 1
             progress.tokens += run.task.tokens_per_batch
             step = progress.step
@@ -292,7 +292,7 @@ def measure(run: Run) -> dict[str, Any]:
     """Return the metrics of the current model on the held-out text."""
     lengths = run.corpus.tokenizer.lengths if run.cfg.objective.is_text else None
     return evaluate(
-        run.eval_step, run.state.params, run.task.make_eval_batches(), lengths, run.place_batch
+        run.eval_step, run.state.params, run.make_eval_batches(), lengths, run.place_batch
     )
 
 

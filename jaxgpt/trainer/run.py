@@ -3,10 +3,11 @@
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 
@@ -15,6 +16,7 @@ from jaxgpt import hosts
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.config import Config
 from jaxgpt.data import Batch, Corpus, prepare
+from jaxgpt.data.chat import OnlineTask, PreferenceTask
 from jaxgpt.data.tasks import Task
 from jaxgpt.data.work import print_line
 from jaxgpt.loading import (
@@ -28,6 +30,7 @@ from jaxgpt.model import abstract_params, build
 from jaxgpt.optimizer import build as build_optimizer
 from jaxgpt.optional import describe_missing
 from jaxgpt.predict import check_prompts
+from jaxgpt.rewards import find_reward
 from jaxgpt.saved_arrays import ShapeMismatchError, latest_step
 from jaxgpt.selection import select_letters
 from jaxgpt.settings import ConfigError
@@ -35,6 +38,7 @@ from jaxgpt.sharding import check_fits, make_mesh
 from jaxgpt.trainer.autopsy import make_diagnosis
 from jaxgpt.trainer.checkpoint import Checkpoints, Progress
 from jaxgpt.trainer.folder import check_run_folder, check_writable, is_writable
+from jaxgpt.trainer.frozen import add_reference, load_frozen, needs_start
 from jaxgpt.trainer.hooks import EarlyStop, Hook, OverfitWarning, Profiler, RunView
 from jaxgpt.trainer.lock import RunLock
 from jaxgpt.trainer.logging import (
@@ -45,6 +49,7 @@ from jaxgpt.trainer.logging import (
     write_text_atomically,
 )
 from jaxgpt.trainer.memory import describe_memory_errors
+from jaxgpt.trainer.online import Rollouts
 from jaxgpt.trainer.report import format_header, format_lost_steps
 from jaxgpt.trainer.speed import Clock, peak_flops
 from jaxgpt.trainer.spikes import add_guard
@@ -75,12 +80,27 @@ class Run:
         [], TrainState
     ]  # the same state alone; the run's files stay as they are
     diagnose: Callable  # see `autopsy.make_diagnosis`
+    roll_out: Rollouts | None = None  # makes the batches that the model writes itself
     start_note: str = ""  # which parameters it began with, if not with random ones
     clock: Clock = field(default_factory=Clock)
 
     def place_batch(self, batch: Batch) -> Batch:
         """Put a batch [B T], or this process's rows of it, on the devices."""
         return hosts.place_batch(batch, self.mesh, self.cfg.train.batch)
+
+    def feed(self, state: TrainState, batch: Batch) -> Batch:
+        """Put what a step trains on on the devices: a batch, or what the model makes of it."""
+        if self.roll_out is None:
+            return self.place_batch(batch)
+        answers = self.roll_out(state.params, batch, int(state.step))
+        return hosts.place_batch(answers, self.mesh, len(answers.tokens))
+
+    def make_eval_batches(self) -> Iterator[Batch]:
+        """Yield the held-out batches, or what the model makes of them."""
+        batches = self.task.make_eval_batches()
+        if self.roll_out is None:
+            return batches
+        return (self.roll_out.evaluate(self.state.params, batch) for batch in batches)
 
     def drop_state(self):
         """Free the memory of the state, before another one is restored."""
@@ -168,12 +188,21 @@ def _open_locked(cfg: Config, lock: RunLock | None, hooks: Sequence[Hook], is_qu
             state, progress = hosts.run_on_all(lambda: _restore(cfg, corpus, task, saver, abstract))
         return _add_guard(cfg, state, progress, abstract), progress
 
+    def make_first() -> Any:
+        return _make_state(cfg, optimizer, abstract, start).params
+
+    log = (lambda line: None) if is_quiet else print_line
+    frozen = load_frozen(cfg, corpus.tokenizer, mesh, make_first)
+    if isinstance(task, PreferenceTask):
+        place = partial(hosts.place_batch, mesh=mesh, B=cfg.train.batch)
+        add_reference(cfg, task, corpus.fingerprint, make_first, place, log)
     state, progress = restore()
     model = build(cfg.model)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     if state.guard is not None:
         shardings = shardings.replace(guard=jax.tree.map(lambda x: x.sharding, state.guard))
-    train_step = make_train_step(cfg, model, optimizer, schedule)
+    train_step = make_train_step(cfg, model, optimizer, schedule, frozen.model)
+    train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
     peak, peak_source = peak_flops(mesh.local_devices)
     console = Console(cfg.train.steps, progress.step, is_quiet)
     run = Run(
@@ -183,8 +212,8 @@ def _open_locked(cfg: Config, lock: RunLock | None, hooks: Sequence[Hook], is_qu
         task=task,
         state=state,
         progress=progress,
-        train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)),
-        eval_step=jax.jit(make_eval_step(cfg, model)),
+        train_step=frozen.complete(train_step),
+        eval_step=frozen.complete(jax.jit(make_eval_step(cfg, model, frozen.model))),
         saver=saver,
         lock=lock,
         console=console,
@@ -193,8 +222,10 @@ def _open_locked(cfg: Config, lock: RunLock | None, hooks: Sequence[Hook], is_qu
         restore_state=restore_state,
         diagnose=jax.jit(make_diagnosis(cfg, model, optimizer, schedule)),
         peak_flops=peak * hosts.process_count(),
-        start_note=start.note if start else "",
+        start_note=start.note if start and not progress.step else "",
     )
+    if isinstance(task, OnlineTask):
+        run.roll_out = Rollouts(cfg, task, corpus.tokenizer)
     note = saver.note or format_lost_steps(cfg, progress.step, read_metrics(cfg.run_folder))
     if not run.is_complete:  # a complete run is left as it is
         check_writable(cfg)
@@ -209,6 +240,8 @@ def _open_locked(cfg: Config, lock: RunLock | None, hooks: Sequence[Hook], is_qu
             *hooks,
         )
     console.log(format_header(run, peak_source))
+    if task.example:
+        console.log(task.example)
     if note:
         console.log(note)
     if missing := describe_missing(OPTIONAL_USES):
@@ -231,7 +264,10 @@ def _prepare_inputs(cfg: Config, is_quiet: bool) -> RunInputs:
         )
     if resume_step is None:
         check_writable(cfg)
-    start = find_start(cfg.train.start) if cfg.train.start and resume_step is None else None
+    has_start = cfg.train.start and (resume_step is None or needs_start(cfg))
+    start = find_start(cfg.train.start) if has_start else None
+    if cfg.train.objective == "online":
+        find_reward(cfg.online.reward)
     if not is_quiet:  # the first pass over a large text takes a while
         print_line(f"reading {cfg.data.source}, and tokenizing what is not in {cfg.data.cache}")
     corpus = prepare(
@@ -239,6 +275,7 @@ def _prepare_inputs(cfg: Config, is_quiet: bool) -> RunInputs:
         cfg.tokenizer_vocab,
         tokenizer=_load_tokenizer(cfg, resume_step, start),
         is_paired=cfg.objective.task.IS_PAIRED,
+        encoder=cfg.objective.task.make_encoder(cfg),
         log=(lambda line: None) if is_quiet else print_line,
     )
     task = cfg.objective.task(cfg, corpus)
