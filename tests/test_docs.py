@@ -116,7 +116,7 @@ def split_script(words: list[str]) -> tuple[str, list[str]]:
 
 def parse_arguments(script: str, words: list[str]) -> tuple[dict[str, str], list[str]]:
     """Return the flags, which the script must have, and the other arguments."""
-    source = read(f"jaxgpt/cli/{script}.py")
+    source = read(f"jaxgpt/cli/{script}.py") + read("jaxgpt/cli/__init__.py")
     flags, rest, words = {}, [], list(words)
     while words:
         word = words.pop(0)
@@ -182,7 +182,7 @@ CHECKS = {
 
 def check_flags(command: str, arguments: list[str]):
     """Check a subcommand without settings of a run: it is there and has the flags."""
-    source = (ROOT / "jaxgpt" / "cli" / f"{command}.py").read_text()
+    source = read(f"jaxgpt/cli/{command}.py") + read("jaxgpt/cli/__init__.py")
     for word in arguments:
         assert not word.startswith("--") or f'"{word}"' in source, f"{command} has no flag {word}"
 
