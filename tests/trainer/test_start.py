@@ -22,6 +22,8 @@ from jaxgpt.trainer.logging import Console, write_text_atomically
 SETTINGS = ["train.steps=4", "train.eval_every=2", "train.save_every=2", "train.keep=2"]
 ENCODER = ["model.family=encoder", "model.vocab=261", "sample.prompt=", "train.objective=masked"]
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 
 @pytest.fixture(autouse=True)
 def known_peak(monkeypatch):
