@@ -28,7 +28,7 @@ LAYERS = [
     {"language_model"},
     {"interop"},
     {"loading"},
-    {"console", "verification"},
+    {"console", "evaluate", "verification"},
     {"interactive", "trainer"},
     {"evaluation", "inspect", "measure", "planning", "scaling"},
     {"visualize"},

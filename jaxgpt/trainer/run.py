@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -17,6 +17,8 @@ from jaxgpt.config import Config
 from jaxgpt.data import Batch, Corpus, prepare
 from jaxgpt.data.tasks import Task
 from jaxgpt.data.work import print_line
+from jaxgpt.evaluate.tasks import Shown, find_task, read_questions
+from jaxgpt.language_model import ABILITIES, FAMILY_ABILITIES
 from jaxgpt.loading import check_config_file, is_saved_model, read_config
 from jaxgpt.model import abstract_params, build
 from jaxgpt.optimizer import build as build_optimizer
@@ -69,6 +71,7 @@ class Run:
         [], TrainState
     ]  # the same state alone; the run's files stay as they are
     diagnose: Callable  # see `autopsy.make_diagnosis`
+    benchmarks: Mapping[str, tuple[Shown, int]]  # of train.eval_tasks: questions, worked examples
     start_note: str = ""  # which parameters it began with, if not with random ones
     clock: Clock = field(default_factory=Clock)
 
@@ -106,6 +109,7 @@ class RunInputs(NamedTuple):
     task: Task
     resume_step: int | None  # of the checkpoint to restore
     start: Start | None  # of a new run
+    benchmarks: Mapping[str, tuple[Shown, int]]  # see `Run`
 
 
 # What is disabled if an optional package is missing.
@@ -137,7 +141,7 @@ def _lock_folder(cfg: Config) -> RunLock | None:
 def _open_locked(cfg: Config, lock: RunLock | None, hooks: Sequence[Hook], is_quiet: bool) -> Run:
     """Do the work of `open_run`, which holds the lock."""
     inputs = hosts.run_on_all(lambda: _prepare_inputs(cfg, is_quiet))
-    mesh, corpus, task, resume_step, start = inputs
+    mesh, corpus, task, resume_step, start, benchmarks = inputs
     hosts.check_equal(
         {"text": corpus.fingerprint, f"latest checkpoint in {cfg.run_folder}": resume_step}
     )
@@ -186,6 +190,7 @@ def _open_locked(cfg: Config, lock: RunLock | None, hooks: Sequence[Hook], is_qu
         restore_state=restore_state,
         diagnose=jax.jit(make_diagnosis(cfg, model, optimizer, schedule)),
         peak_flops=peak * hosts.process_count(),
+        benchmarks=benchmarks,
         start_note=start.note if start else "",
     )
     note = saver.note or format_lost_steps(cfg, progress.step, read_metrics(cfg.run_folder))
@@ -240,7 +245,29 @@ def _prepare_inputs(cfg: Config, is_quiet: bool) -> RunInputs:
         check_prompts(cfg, corpus.tokenizer, [cfg.sample.prompt])
     if start:
         start = match_start(start, cfg, corpus.tokenizer)
-    return RunInputs(mesh, corpus, task, resume_step, start)
+    return RunInputs(mesh, corpus, task, resume_step, start, _read_benchmarks(cfg))
+
+
+def _read_benchmarks(cfg: Config) -> dict[str, tuple[Shown, int]]:
+    """Return the questions of `train.eval_tasks`, and how many worked examples they have.
+
+    Raises:
+        ConfigError: their files are missing, or the model cannot answer.
+    """
+    train = cfg.train
+    abilities = ABILITIES.get(train.objective, FAMILY_ABILITIES[cfg.model.family])
+    if train.eval_tasks and "score" not in abilities:
+        raise ConfigError(
+            f"train.eval_tasks={','.join(train.eval_tasks)}: a model of train.objective="
+            f"{train.objective} answers no questions; one that generates text does, as with "
+            "train.objective=causal."
+        )
+    found = {}
+    for name in train.eval_tasks:
+        folder, limit = cfg.data.benchmarks, train.eval_tasks_limit
+        shown = read_questions(name, folder, limit, key="data.benchmarks")
+        found[name] = shown, find_task(name).shots
+    return found
 
 
 def _load_tokenizer(

@@ -1,0 +1,17 @@
+"""A tiny decoder of bytes with random parameters."""
+
+import functools
+
+from helpers import random_params, tiny
+
+from jaxgpt.config import Config, DataConfig
+from jaxgpt.language_model import LanguageModel
+from jaxgpt.tokenizer import make_byte_tokenizer
+
+
+@functools.cache
+def make_model(seed: int = 0, std: float = 0.1, **changes) -> LanguageModel:
+    """Return a model of bytes; `changes` are those of its model config."""
+    cfg = tiny(**{"vocab": 260, "context": 128, **changes})
+    config = Config(model=cfg, data=DataConfig(tokenizer="bytes"))
+    return LanguageModel(config, random_params(cfg, seed, std), make_byte_tokenizer())
