@@ -163,7 +163,8 @@ def evaluate_tasks(
     """Print what a model scores on benchmarks, and write it to --out."""
     from jaxgpt import console
     from jaxgpt.compile_cache import enable_compile_cache
-    from jaxgpt.evaluate import contamination, run as runs, texts  # noqa: I001
+    from jaxgpt.evaluate import contamination, texts
+    from jaxgpt.evaluate import run as runs
     from jaxgpt.evaluate.tasks import find_folder, find_task, read_questions
 
     enable_compile_cache()

@@ -30,7 +30,7 @@ _NAMES = {
     "measure_emergence": "emergence",
     "measure_perplexity": "texts",
 }
-__all__ = list(_NAMES)  # noqa: PLE0604
+__all__ = list(_NAMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -58,7 +58,8 @@ INSTRUCTIONS = {
     "web_of_lies": "Evaluate a random boolean function expressed as a word problem.",
     "word_sorting": "Sort a list of words.",
 }
-TWO_ANSWERS = ("boolean_expressions", "sports_understanding", "web_of_lies")  # not listed as options
+# Their two answers are not listed as options.
+TWO_ANSWERS = ("boolean_expressions", "sports_understanding", "web_of_lies")
 STOPS = {True: ("\n\n", "Q:"), False: ("Q:",)}  # with worked examples, and without
 CHOICES = re.compile(r"^\([A-Z]\) |^- ", re.MULTILINE)
 

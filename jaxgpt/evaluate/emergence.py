@@ -53,9 +53,7 @@ def make_point(
         is_best: bool [n K], the token is the likeliest one.
         lengths: numbers of tokens that are matched, at most K.
     """
-    matches = {
-        k: estimate_mean(is_best[:, :k].all(axis=1).astype(float).tolist()) for k in lengths
-    }
+    matches = {k: estimate_mean(is_best[:, :k].all(axis=1).astype(float).tolist()) for k in lengths}
     return SizePoint(name, parameters, estimate_mean(logprobs.mean(axis=1).tolist()), matches)
 
 
@@ -112,7 +110,10 @@ def find_largest_step(values: Sequence[float]) -> float:
 def format_points(points: Sequence[SizePoint]) -> str:
     """Format the measures as a table, and how suddenly each changes."""
     lengths = list(points[0].matches)
-    head = [f"{'parameters':>12}  {'nats per token':>18}", *(f"{f'{k} exact':>18}" for k in lengths)]
+    head = [
+        f"{'parameters':>12}  {'nats per token':>18}",
+        *(f"{f'{k} exact':>18}" for k in lengths),
+    ]
     lines = ["  ".join([*head, "model"])]
     for point in points:
         cells = [point.log_likelihood, *point.matches.values()]

@@ -255,9 +255,7 @@ def plan_groups(
             R = round_up(math.ceil(len(members) / count))  # batches of equal size
             C = min(T, round_up(max(row.count for row in members)))
             M = round_up(max(len(row.pairs) for row in members))
-            batches += [
-                Batch(members[i : i + R], (R, T, C, M)) for i in range(0, len(members), R)
-            ]
+            batches += [Batch(members[i : i + R], (R, T, C, M)) for i in range(0, len(members), R)]
         yield Group(rows[numbers[0]].tokens[:prefix], slots, batches)
 
 
@@ -303,9 +301,7 @@ def fill_cache(cfg: ModelConfig, params, tokens, length, slots: int) -> Cache:
 
 @check_token_ids
 @functools.partial(jax.jit, static_argnames=("cfg",))
-def score_rows(
-    cfg: ModelConfig, params, tokens, lengths, first, targets, cache=None, prefix=np.int32(0)
-):
+def score_rows(cfg: ModelConfig, params, tokens, lengths, first, targets, cache=None, prefix=0):
     """Return the log-probability of every target, and whether none is likelier, [R C M] each.
 
     Args:

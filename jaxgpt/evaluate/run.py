@@ -1,7 +1,7 @@
 """Ask a model the questions of benchmarks, and make numbers of its answers.
 
-    found = evaluate_task(jaxgpt.load("runs/stdlib"), "blimp", limit=10)
-    print(found.metrics["accuracy"].format())
+found = evaluate_task(jaxgpt.load("runs/stdlib"), "blimp", limit=10)
+print(found.metrics["accuracy"].format())
 """
 
 import dataclasses

@@ -117,9 +117,7 @@ def test_bbh_shows_questions_that_are_then_not_asked(folder):
     assert prompt.endswith("\n\nQ: 3 is\nA:")
     assert prompt.count("Q: ") == 4
     bare = read_questions("bbh", folder, shots=0).questions
-    assert bare[0].prompt == (
-        "Evaluate the result of a random Boolean expression.\n\nQ: 0 is\nA:"
-    )
+    assert bare[0].prompt == ("Evaluate the result of a random Boolean expression.\n\nQ: 0 is\nA:")
     assert [find_task("bbh").guess(bare[i])["exact_match"] for i in (0, -1)] == [0.5, 0.25]
 
 

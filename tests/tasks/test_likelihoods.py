@@ -1,4 +1,4 @@
-"""Log-likelihoods: batched, bucketed and with shared prefixes they are those of one row at a time."""
+"""Log-likelihoods: batched, bucketed, with shared prefixes: those of one row at a time."""
 
 import dataclasses
 
@@ -97,10 +97,10 @@ def test_prefixes_are_shared_where_that_is_cheapest():
     """A header that all have is less than long questions that only their choices have."""
     header = tuple(range(40))
     long = [header + (n,) * 200 for n in (50, 51)]
-    rows = [question + (choice, choice) for question in long for choice in (1, 2, 3)]
+    rows = [(*question, choice, choice) for question in long for choice in (1, 2, 3)]
     found = find_shared_prefixes(rows, [240] * 6)
     assert sorted(found) == [(240, [0, 1, 2]), (240, [3, 4, 5])]
-    short = [header + (n,) for n in range(6)]
+    short = [(*header, n) for n in range(6)]
     assert find_shared_prefixes(short, [40] * 6) == [(40, list(range(6)))]
     # A prefix never takes what is scored, and equal rows are no trie.
     assert find_shared_prefixes(short, [3] * 6) == [(0, list(range(6)))]
@@ -154,7 +154,7 @@ def test_bfloat16_models_are_scored_in_float32():
 
 
 def test_other_models_compute_whole_rows():
-    """A prefix language model reads its context both ways, and a recurrent one has no such cache."""
+    """A prefix language model reads its context both ways; a recurrent one has no such cache."""
     requests = [("a" * 40 + end, " b") for end in "cd"]
     for changes in ({"pattern": ("prefix",)}, {"mixers": ("mamba",)}):
         model = make_model(**changes)
