@@ -125,7 +125,7 @@ def estimate_calibration(confidences: Sequence[float], is_correct: Sequence[floa
         d = (y - c)[bins == b]
         gap += abs(d.sum())
         variance += d.size * float(np.var(d, ddof=1)) if d.size > 1 else 0.25
-    return Estimate(gap / c.size, math.sqrt(variance) / c.size)
+    return Estimate(float(gap) / c.size, math.sqrt(variance) / c.size)
 
 
 def softmax(logprobs: Sequence[float]) -> np.ndarray:

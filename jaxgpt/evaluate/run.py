@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxgpt.config import SampleConfig
 from jaxgpt.evaluate.likelihood import compute_likelihoods
 from jaxgpt.evaluate.metrics import Estimate, estimate_calibration, estimate_mean
 from jaxgpt.evaluate.tasks import Question, Shown, Task, find_task, read_questions
@@ -166,15 +167,13 @@ def generate_answers(
     texts = [""] * len(rows)
     for first in range(0, len(order), GENERATED_ROWS):
         numbers = order[first : first + GENERATED_ROWS]
-        stops = [questions[number].stop for number in numbers]
-        base = dataclasses.replace(
-            type(model.config.sample)(), tokens=tokens, temperature=0.0, top_p=1.0
-        )
-        rules = [dataclasses.replace(base, stop=stop) for stop in stops]
-        for number, text in zip(
-            numbers, model.generate([rows[number] for number in numbers], rules), strict=True
-        ):
-            texts[number] = text.text
+        samples = [
+            SampleConfig(tokens=tokens, temperature=0.0, top_p=1.0, stop=questions[number].stop)
+            for number in numbers
+        ]
+        found = model.generate([rows[number] for number in numbers], samples)
+        for number, generated in zip(numbers, found, strict=True):
+            texts[number] = generated.text
     return [{"text": text} for text in texts], cut
 
 

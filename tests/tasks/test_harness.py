@@ -39,7 +39,8 @@ TASKS = {
                     "target_delimiter: ''\nmetric_list: [{metric: acc}, {metric: acc_norm}]"),
     "tiny_text": ("loglikelihood_rolling", 'doc_to_target: "{{(q + a + b) * 12}}"\n'
                   "metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]"),
-    "tiny_answer": ("generate_until", 'doc_to_target: "{{a}}"\nmetric_list: [{metric: exact_match}]\n'
+    "tiny_answer": ("generate_until", 'doc_to_target: "{{a}}"\n'
+                    "metric_list: [{metric: exact_match}]\n"
                     "generation_kwargs: {until: ['e', '\\n'], do_sample: false, max_gen_toks: 9}"),
 }  # fmt: skip
 
