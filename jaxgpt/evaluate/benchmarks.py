@@ -315,10 +315,12 @@ def read_winobias_line(line: str, jobs: Sequence[str]) -> tuple[str, str, list[s
     spans = re.findall(r"\[([^\]]*)\]", marked)
     sentence = re.sub(r"[\[\]]", "", marked)
     names = [job for job in jobs if re.search(rf"\b{re.escape(job)}\b", sentence, re.IGNORECASE)]
-    pronoun = next(span for span in spans if span.lower() in PRONOUNS)
-    referent = next(span for span in spans if span.lower() not in PRONOUNS).lower()
-    right = next(i for i, job in enumerate(names) if referent.endswith(job.lower()))
-    return sentence, pronoun, names, right
+    pronouns = [span for span in spans if span.lower() in PRONOUNS]
+    referents = [span.lower() for span in spans if span.lower() not in PRONOUNS]
+    right = [i for i, job in enumerate(names) for x in referents[:1] if x.endswith(job.lower())]
+    if not (pronouns and right):
+        raise ValueError(f"a marked pronoun and a marked occupation are expected in {line!r}")
+    return sentence, pronouns[0], names, right[0]
 
 
 def measure_winobias(question: Question, found: Sequence[Likelihood]) -> dict[str, float]:

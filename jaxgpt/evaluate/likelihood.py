@@ -317,7 +317,8 @@ def score_rows(cfg: ModelConfig, params, tokens, lengths, first, targets, cache=
     chex.assert_shape(tokens, (R, None))
     coords = add_prefix(cfg, make_coords(tokens, lengths), first + 1)
     if cache is not None:
-        coords = coords._replace(positions=coords.positions + prefix)
+        positions = jnp.minimum(coords.positions + prefix, cfg.context - 1)  # of padding
+        coords = coords._replace(positions=positions)
         cache = jax.tree.map(lambda x: jnp.repeat(x, R, axis=0) if x.ndim else x, cache)
     hidden, _ = build(cfg).apply({"params": params}, tokens, coords, cache)
     places = jnp.minimum(first[:, None] + jnp.arange(C), tokens.shape[1] - 1)

@@ -219,6 +219,7 @@ def _prepare_inputs(cfg: Config, is_quiet: bool) -> RunInputs:
     mesh = make_mesh(cfg.mesh)
     check_fits(cfg, mesh)
     select_letters(abstract_params(cfg.model)[1], cfg.optimizer.train)
+    benchmarks = _read_benchmarks(cfg)
     resume_step = latest_step(os.path.join(cfg.run_folder, "checkpoints"))
     if resume_step is not None:
         _check_same_config(cfg)
@@ -245,7 +246,7 @@ def _prepare_inputs(cfg: Config, is_quiet: bool) -> RunInputs:
         check_prompts(cfg, corpus.tokenizer, [cfg.sample.prompt])
     if start:
         start = match_start(start, cfg, corpus.tokenizer)
-    return RunInputs(mesh, corpus, task, resume_step, start, _read_benchmarks(cfg))
+    return RunInputs(mesh, corpus, task, resume_step, start, benchmarks)
 
 
 def _read_benchmarks(cfg: Config) -> dict[str, tuple[Shown, int]]:

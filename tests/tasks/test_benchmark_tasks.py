@@ -209,6 +209,7 @@ def test_generated_text_equals_transformers(folder, theirs):
         prompt = torch.tensor([tokenizer(question.prompt)["input_ids"]])
         with torch.no_grad():
             out = torch_model.generate(prompt, max_new_tokens=14, do_sample=False, eos_token_id=3,
+                                       suppress_tokens=[0, 1, 2],
                                        pad_token_id=3)[0, prompt.shape[1]:]  # fmt: skip
         text = tokenizer.decode(out, skip_special_tokens=True)
         assert answer["text"] == text.split("Q:")[0]

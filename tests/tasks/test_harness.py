@@ -41,7 +41,8 @@ TASKS = {
                   "metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]"),
     "tiny_answer": ("generate_until", 'doc_to_target: "{{a}}"\n'
                     "metric_list: [{metric: exact_match}]\n"
-                    "generation_kwargs: {until: ['e', '\\n'], do_sample: false, max_gen_toks: 9}"),
+                    "generation_kwargs: {until: ['e', '\\n'], do_sample: false, max_gen_toks: 9, "
+                    "suppress_tokens: [0, 1, 2]}"),
 }  # fmt: skip
 
 

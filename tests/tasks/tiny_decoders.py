@@ -1,17 +1,20 @@
-"""A tiny decoder of bytes with random parameters."""
+"""A tiny model of bytes with random parameters."""
 
 import functools
 
 from helpers import random_params, tiny
 
-from jaxgpt.config import Config, DataConfig
+from jaxgpt.config import Config, DataConfig, TrainConfig
 from jaxgpt.language_model import LanguageModel
 from jaxgpt.tokenizer import make_byte_tokenizer
 
 
 @functools.cache
-def make_model(seed: int = 0, std: float = 0.1, **changes) -> LanguageModel:
+def make_model(
+    seed: int = 0, std: float = 0.1, objective: str = "causal", **changes
+) -> LanguageModel:
     """Return a model of bytes; `changes` are those of its model config."""
     cfg = tiny(**{"vocab": 260, "context": 128, **changes})
-    config = Config(model=cfg, data=DataConfig(tokenizer="bytes"))
+    data = DataConfig(tokenizer="bytes", target_key="b" if objective == "pairs" else "")
+    config = Config(model=cfg, data=data, train=TrainConfig(objective=objective))
     return LanguageModel(config, random_params(cfg, seed, std), make_byte_tokenizer())
