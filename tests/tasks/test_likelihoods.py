@@ -19,6 +19,7 @@ from jaxgpt.evaluate.likelihood import (
     score_pairs,
 )
 from jaxgpt.evaluate.prefixes import MIN_PREFIX, count_common, find_shared_prefixes
+from jaxgpt.sections import SparseConfig
 from jaxgpt.settings import ConfigError
 from jaxgpt.tokenizer import make_byte_tokenizer
 
@@ -54,8 +55,14 @@ def pairs() -> list[Pair]:
     return found
 
 
-def test_batched_and_shared_equal_one_at_a_time(pairs):
-    model = make_model()
+WINDOWED = dict(
+    layers=4, position="learned", pattern=("window", "full"), sparse=SparseConfig(window=20)
+)
+
+
+@pytest.mark.parametrize("changes", [{}, WINDOWED], ids=["rope", "windows"])
+def test_batched_and_shared_equal_one_at_a_time(pairs, changes):
+    model = make_model(**changes)
     plain = [score_plainly(model, pair) for pair in pairs]
     for shares in (True, False):
         found = score_pairs(model.config.model, model.params, pairs, 256, shares)
@@ -157,7 +164,7 @@ def test_other_models_compute_whole_rows():
     """A prefix language model reads its context both ways; a recurrent one has no such cache."""
     requests = [("a" * 40 + end, " b") for end in "cd"]
     prefix = {"objective": "prefix", "pattern": ("prefix",)}
-    for changes in (prefix, {"mixers": ("mamba",)}):
+    for changes in (prefix, {"mixers": ("mamba",), "position": "none"}):
         model = make_model(**changes)
         assert not likelihood.can_share_prefixes(model.config.model)
         found = compute_likelihoods(model.config, model.params, model.tokenizer, requests)
