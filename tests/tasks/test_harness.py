@@ -50,7 +50,7 @@ TASKS = {
 def folder(tmp_path_factory):
     """Return a folder with the exported model and the files of three tasks."""
     folder = tmp_path_factory.mktemp("harness")
-    huggingface.write_folder(convert.to_archive(make_model()), str(folder / "model"))
+    huggingface.write_folder(convert.to_archive(make_model(adds_bos=False)), str(folder / "model"))
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     (folder / "tasks").mkdir()
     for name, (kind, rest) in TASKS.items():
