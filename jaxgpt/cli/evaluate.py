@@ -3,6 +3,7 @@
     jaxgpt evaluate runs/stdlib                                the text that training held out
     jaxgpt evaluate runs/stdlib data.source=other_texts/       all of another text
     jaxgpt evaluate runs/sentiment data.test=test.csv --json
+    jaxgpt evaluate runs/stdlib --quantize int4                what quantization costs
     jaxgpt evaluate runs/stdlib --tasks blimp,wic --limit 10   benchmarks
     jaxgpt evaluate model.gguf --tasks mmlu --shots 5 --limit 2 --out results.json
     jaxgpt evaluate runs/stdlib --text essay.txt               perplexity per token, byte and word
@@ -18,10 +19,11 @@ train.eval_batches; any of them is set with path=value. Benchmarks are read from
 import argparse
 import json
 from collections.abc import Sequence
+from typing import Any
 
 from jaxgpt import config as configs
 from jaxgpt import interrupts
-from jaxgpt.cli import check_checkpoint, check_model, make_parser
+from jaxgpt.cli import add_quantize, check_checkpoint, check_model, make_parser
 from jaxgpt.evaluate.tasks import TASKS
 from jaxgpt.interop.formats import find_format
 from jaxgpt.prompts import check_output, write_answers
@@ -55,6 +57,7 @@ def main(argv: list[str], program: str) -> int:
     parser.add_argument("--ngram", type=int, default=8, help="n of --contamination, words (8)")
     parser.add_argument("--emergence", action="store_true", help="exact match against likelihood")
     parser.add_argument("--out", default="", help="results as .json; the figure of --emergence")
+    add_quantize(parser)
     check_options(argv, parser, list_keys())
     args, more = parser.parse_known_intermixed_args(argv)
     runs = args.runs[:1] + [x for x in args.runs[1:] if "=" not in x]
@@ -109,6 +112,11 @@ def check_tasks(args: argparse.Namespace) -> list[str]:
             raise configs.ConfigError(f"--{user} needs {option} as well; --help has an example.")
     if args.limit < 0:
         raise configs.ConfigError(f"--limit {args.limit} must be at least 0 (all questions).")
+    if args.quantize is not None and (tasks or args.emergence):
+        raise configs.ConfigError(
+            "--quantize shows what it costs on a text; for benchmarks of a quantized model, export "
+            "it by `jaxgpt export --quantize` and evaluate the file."
+        )
     if args.ngram < 1 or args.batch_tokens < 1:
         raise configs.ConfigError("--ngram and --batch-tokens must be at least 1.")
     if args.out:
@@ -141,19 +149,26 @@ def measure_text(run: str, args: argparse.Namespace, settings: Sequence[str], va
     """Print the metrics of a model on a text, as training computes them."""
     setting = choose_setting(values)
 
-    from jaxgpt import console, evaluation
+    from jaxgpt import console, evaluation, quantization
 
+    if args.quantize is not None or args.group is not None:
+        quantization.check_kind(args.quantize, args.group, "--quantize")
     model = console.load_model(run, args.checkpoint, settings)
     if not setting and model.config.data.test:
         setting = "test"
     found = evaluation.measure(model, setting, console.print_note)
     console.print_note(f"[{run}, step {model.step}, {found.text}]")
+    cost: dict[str, Any] = {}
+    if args.quantize:
+        cost = evaluation.measure_quantized(model, found, args.quantize, args.group, setting)
     if args.json:
         labels = {"labels": found.labels} if "confusion" in found.values else {}
         facts = {"run": run, "step": model.step, "text": found.text, "unit": found.unit}
-        print(json.dumps(facts | found.values | labels))
+        print(json.dumps(facts | found.values | labels | cost))
     else:
         print_text(evaluation.format_measurement(found))
+        if cost:
+            print_text(evaluation.format_quantized(found, cost["quantized"]))
     return 0
 
 

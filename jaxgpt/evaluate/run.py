@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxgpt.config import SampleConfig
+from jaxgpt.config import Config, SampleConfig
 from jaxgpt.evaluate.likelihood import compute_likelihoods
 from jaxgpt.evaluate.metrics import Estimate, estimate_calibration, estimate_mean
 from jaxgpt.evaluate.tasks import Question, Shown, Task, find_task, read_questions
-from jaxgpt.language_model import LanguageModel
+from jaxgpt.language_model import ABILITIES, FAMILY_ABILITIES, LanguageModel
 from jaxgpt.score import BATCH_TOKENS
 from jaxgpt.settings import ConfigError
 
@@ -121,6 +121,27 @@ def ask(
     return TaskResult(
         name, shown.name, shots, metrics, groups, categories, answers, cut, round(seconds, 3)
     )
+
+
+def read_benchmarks(config: Config) -> dict[str, tuple[Shown, int]]:
+    """Return the questions of `train.eval_tasks`, and how many worked examples they have.
+
+    Raises:
+        ConfigError: their files are missing, or the model of the config answers no questions.
+    """
+    train, found = config.train, {}
+    abilities = ABILITIES.get(train.objective, FAMILY_ABILITIES[config.model.family])
+    if train.eval_tasks and "score" not in abilities:
+        raise ConfigError(
+            f"train.eval_tasks={','.join(train.eval_tasks)}: a model of train.objective="
+            f"{train.objective} answers no questions; one that generates text does, as with "
+            "train.objective=causal."
+        )
+    for name in train.eval_tasks:
+        folder, limit = config.data.benchmarks, train.eval_tasks_limit
+        shown = read_questions(name, folder, limit, key="data.benchmarks")
+        found[name] = shown, find_task(name).shots
+    return found
 
 
 def _describe(given: dict[str, Any]) -> dict[str, Any]:
