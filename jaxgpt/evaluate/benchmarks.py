@@ -261,7 +261,7 @@ def read_wic(folder: pathlib.Path, shots: int) -> list[Question]:
 
 
 WIC = Task(
-    title="WiC: does a word mean the same in two sentences, 638 pairs",
+    title="WiC: does a word mean the same in two sentences, the validation pairs",
     read=read_wic,
     measure=measure_choices,
     guess=guess_choice,

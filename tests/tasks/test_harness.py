@@ -30,7 +30,7 @@ dataset_path: json
 dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {cache}}}
 test_split: test
 output_type: {kind}
-doc_to_text: "{{{{q}}}}"
+doc_to_text: "{text}"
 {rest}
 metadata: {{version: 1}}
 """
@@ -54,7 +54,8 @@ def folder(tmp_path_factory):
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     (folder / "tasks").mkdir()
     for name, (kind, rest) in TASKS.items():
-        text = YAML.format(name=name, kind=kind, rest=rest, data=folder / "rows.jsonl",
+        text = "say {{q}}" if name == "tiny_answer" else "{{q}}"  # none that is empty
+        text = YAML.format(name=name, kind=kind, rest=rest, text=text, data=folder / "rows.jsonl",
                            cache=folder / "cache")  # fmt: skip
         (folder / "tasks" / f"{name}.yaml").write_text(text)
     return folder
