@@ -149,6 +149,12 @@ class DataConfig(Section):
     verify: bool = option(
         True, "verify the checksums of token files at startup; false for terabytes", is_runtime=True
     )
+    benchmarks: str = option(
+        "",
+        "folder of the files of benchmarks (blimp/, mmlu/, ...); empty = $JAXGPT_BENCHMARKS, or "
+        "data/benchmarks",
+        is_runtime=True,
+    )
     workers: int = option(
         0, "processes that tokenize a large source, 0 = one per core", low=0, is_runtime=True
     )
@@ -330,6 +336,21 @@ class TrainConfig(Section):
         "auto (accuracy with train.objective=classify, otherwise loss)",
         table="jaxgpt.config:BEST_BY",
     )
+    eval_tasks: tuple[str, ...] = option(
+        (),
+        "benchmarks that are evaluated during training; their files are in data.benchmarks",
+        table="jaxgpt.evaluate.tasks:TASKS",
+        is_runtime=True,
+    )
+    eval_tasks_every: int = option(
+        0, "steps between evaluations of eval_tasks, 0 = eval_every", low=0, is_runtime=True
+    )
+    eval_tasks_limit: int = option(
+        10,
+        "questions of each group (paradigm, subject) of eval_tasks, the first ones, 0 = all",
+        low=0,
+        is_runtime=True,
+    )
     log_every: int = option(10, "steps between logged metrics", low=1, is_runtime=True)
     save_every: int = option(250, "steps between checkpoints", low=1, is_runtime=True)
     keep: int = option(
@@ -400,6 +421,11 @@ class TrainConfig(Section):
                 "for values that are not finite alone."
             )
         self.parse_profile()
+
+    @property
+    def task_interval(self) -> int:
+        """Steps between evaluations of `eval_tasks`."""
+        return self.eval_tasks_every or self.eval_every
 
     @property
     def spike_multiple(self) -> float:

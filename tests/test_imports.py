@@ -29,7 +29,7 @@ LAYERS = [
     {"language_model"},
     {"interop"},
     {"loading"},
-    {"console", "verification"},
+    {"console", "evaluate", "verification"},
     {"interactive", "trainer"},
     {"chat", "evaluation", "inspect", "measure", "planning", "scaling"},
     {"visualize"},

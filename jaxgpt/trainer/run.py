@@ -3,7 +3,11 @@
 import dataclasses
 import json
 import os
+<<<<<<< HEAD
 from collections.abc import Callable, Iterator, Sequence
+=======
+from collections.abc import Callable, Mapping, Sequence
+>>>>>>> evaluation
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,13 +23,9 @@ from jaxgpt.data import Batch, Corpus, prepare
 from jaxgpt.data.chat import OnlineTask, PreferenceTask
 from jaxgpt.data.tasks import Task
 from jaxgpt.data.work import print_line
-from jaxgpt.loading import (
-    LABELS,
-    check_config_file,
-    hash_labels,
-    is_saved_model,
-    read_config,
-)
+from jaxgpt.evaluate.run import read_benchmarks
+from jaxgpt.evaluate.tasks import Shown
+from jaxgpt.loading import LABELS, check_config_file, hash_labels, is_saved_model, read_config
 from jaxgpt.model import abstract_params, build
 from jaxgpt.optimizer import build as build_optimizer
 from jaxgpt.optional import describe_missing
@@ -80,7 +80,11 @@ class Run:
         [], TrainState
     ]  # the same state alone; the run's files stay as they are
     diagnose: Callable  # see `autopsy.make_diagnosis`
+<<<<<<< HEAD
     roll_out: Rollouts | None = None  # makes the batches that the model writes itself
+=======
+    benchmarks: Mapping[str, tuple[Shown, int]]  # of train.eval_tasks: questions, worked examples
+>>>>>>> evaluation
     start_note: str = ""  # which parameters it began with, if not with random ones
     clock: Clock = field(default_factory=Clock)
 
@@ -132,6 +136,7 @@ class RunInputs(NamedTuple):
     task: Task
     resume_step: int | None  # of the checkpoint to restore
     start: Start | None  # of a new run
+    benchmarks: Mapping[str, tuple[Shown, int]]  # see `Run`
 
 
 # What is disabled if an optional package is missing.
@@ -163,7 +168,7 @@ def _lock_folder(cfg: Config) -> RunLock | None:
 def _open_locked(cfg: Config, lock: RunLock | None, hooks: Sequence[Hook], is_quiet: bool) -> Run:
     """Do the work of `open_run`, which holds the lock."""
     inputs = hosts.run_on_all(lambda: _prepare_inputs(cfg, is_quiet))
-    mesh, corpus, task, resume_step, start = inputs
+    mesh, corpus, task, resume_step, start, benchmarks = inputs
     hosts.check_equal(
         {"text": corpus.fingerprint, f"latest checkpoint in {cfg.run_folder}": resume_step}
     )
@@ -222,7 +227,12 @@ def _open_locked(cfg: Config, lock: RunLock | None, hooks: Sequence[Hook], is_qu
         restore_state=restore_state,
         diagnose=jax.jit(make_diagnosis(cfg, model, optimizer, schedule)),
         peak_flops=peak * hosts.process_count(),
+<<<<<<< HEAD
         start_note=start.note if start and not progress.step else "",
+=======
+        benchmarks=benchmarks,
+        start_note=start.note if start else "",
+>>>>>>> evaluation
     )
     if isinstance(task, OnlineTask):
         run.roll_out = Rollouts(cfg, task, corpus.tokenizer)
@@ -254,6 +264,7 @@ def _prepare_inputs(cfg: Config, is_quiet: bool) -> RunInputs:
     mesh = make_mesh(cfg.mesh)
     check_fits(cfg, mesh)
     select_letters(abstract_params(cfg.model)[1], cfg.optimizer.train)
+    benchmarks = read_benchmarks(cfg)
     resume_step = latest_step(os.path.join(cfg.run_folder, "checkpoints"))
     if resume_step is not None:
         _check_same_config(cfg)
@@ -284,7 +295,7 @@ def _prepare_inputs(cfg: Config, is_quiet: bool) -> RunInputs:
         check_prompts(cfg, corpus.tokenizer, [cfg.sample.prompt])
     if start:
         start = match_start(start, cfg, corpus.tokenizer)
-    return RunInputs(mesh, corpus, task, resume_step, start)
+    return RunInputs(mesh, corpus, task, resume_step, start, benchmarks)
 
 
 def _load_tokenizer(
