@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 from jaxgpt import config as configs
 from jaxgpt import hosts
 from jaxgpt import tokenizer as tokenizers
-from jaxgpt.checksums import Record, read_arrays, seal, sum_arrays
+from jaxgpt.checksums import Record, hash_json, read_arrays, seal, sum_arrays
 from jaxgpt.config import Config
 from jaxgpt.config_files import find_run_config
 from jaxgpt.interop.formats import FORMATS
@@ -53,6 +53,8 @@ CHECKPOINT_FOLDERS: dict[str, tuple[str, ...]] = {
     "best": ("best", "checkpoints"),
     "latest": ("checkpoints", "best"),
 }
+
+LABELS = "labels.json"  # of a run, the names of its classes
 
 
 def load(
@@ -124,6 +126,7 @@ def load_run(
         params = _load_params(path, config, dtype, mesh, records)
         check_config_file(run_folder)  # after the shapes, whose error says more
         tokenizer.check_fingerprint(progress.get("tokenizer", ""), run_folder)
+        check_labels(labels, progress.get("labels", ""), run_folder)
         return LanguageModel(config, params, tokenizer, labels, int(os.path.basename(path)), path)
 
     names = configs.choose(CHECKPOINT_FOLDERS, checkpoint, "checkpoint")
@@ -202,6 +205,7 @@ def save(model: LanguageModel, folder: str | os.PathLike):
     hosts.run_on_all(lambda: _write_files(model, partial))
     with make_manager(os.path.join(partial, "best")) as manager:
         facts = {"step": model.step, "tokenizer": model.tokenizer.fingerprint}
+        facts["labels"] = hash_labels(model.labels)
         progress = ocp.args.JsonSave(seal(facts, sum_arrays(params=model.params)))
         params = ocp.args.StandardSave(model.params)
         manager.save(model.step, args=ocp.args.Composite(params=params, progress=progress))
@@ -216,7 +220,7 @@ def _write_files(model: LanguageModel, folder: str):
     model.tokenizer.save(os.path.join(folder, "tokenizer.json"))
     files = {"config.json": configs.to_json(model.config)}
     if model.labels:
-        files["labels.json"] = json.dumps(list(model.labels)) + "\n"
+        files[LABELS] = json.dumps(list(model.labels)) + "\n"
     for name, text in files.items():
         with open(os.path.join(folder, name), "w") as file:
             file.write(text)
@@ -264,12 +268,46 @@ def count_dtypes(run_folder: str) -> dict[str, int]:
 
 
 def read_labels(run_folder: str) -> list[str]:
-    """Read the class names of a run; none if it is not a classifier."""
-    path = os.path.join(run_folder, "labels.json")
+    """Read the class names of a run; none if it is not a classifier.
+
+    Raises:
+        ConfigError: the file is not a list of names.
+    """
+    path = os.path.join(run_folder, LABELS)
     if not os.path.isfile(path):
         return []
-    with open(path) as file:
-        return json.load(file)
+    try:
+        with open(path, encoding="utf-8") as file:
+            labels = json.load(file)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}.") from error
+    if not isinstance(labels, list) or not all(isinstance(x, str) for x in labels):
+        raise ConfigError(f"{path} is not a list of class names.")
+    return labels
+
+
+def hash_labels(labels: Sequence[str]) -> str:
+    """Return the checksum of class names, which belongs to the progress of a run; "" of none."""
+    return hash_json(list(labels)) if labels else ""
+
+
+def check_labels(labels: Sequence[str], expected: str, run_folder: str):
+    """Check that the class names are those that a run was trained with.
+
+    Args:
+        labels: as `read_labels` returns them.
+        expected: their checksum; "" if the run is no classifier, or older than that.
+        run_folder: names the run in the error.
+
+    Raises:
+        ConfigError: they are others, or there are none.
+    """
+    if expected and expected != hash_labels(labels):
+        path = os.path.join(run_folder, LABELS)
+        raise ConfigError(
+            f"{path} does not hold the class names that the run was trained with: put its own "
+            "labels.json back."
+        )
 
 
 def check_config_file(run_folder: str):

@@ -34,6 +34,7 @@ from jaxgpt.inspect.attribution import (
     LogitParts,
     attribute_logit,
     decompose_logits,
+    gradient_by_position,
     gradient_x_input,
     integrated_gradients,
 )
@@ -96,6 +97,7 @@ __all__ = [
     "flow",
     "format_bins",
     "get_embeddings",
+    "gradient_by_position",
     "gradient_x_input",
     "induction_loss",
     "induction_scores",
