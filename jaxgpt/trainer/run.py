@@ -3,11 +3,7 @@
 import dataclasses
 import json
 import os
-<<<<<<< HEAD
-from collections.abc import Callable, Iterator, Sequence
-=======
-from collections.abc import Callable, Mapping, Sequence
->>>>>>> evaluation
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -80,11 +76,8 @@ class Run:
         [], TrainState
     ]  # the same state alone; the run's files stay as they are
     diagnose: Callable  # see `autopsy.make_diagnosis`
-<<<<<<< HEAD
-    roll_out: Rollouts | None = None  # makes the batches that the model writes itself
-=======
     benchmarks: Mapping[str, tuple[Shown, int]]  # of train.eval_tasks: questions, worked examples
->>>>>>> evaluation
+    roll_out: Rollouts | None = None  # makes the batches that the model writes itself
     start_note: str = ""  # which parameters it began with, if not with random ones
     clock: Clock = field(default_factory=Clock)
 
@@ -227,12 +220,8 @@ def _open_locked(cfg: Config, lock: RunLock | None, hooks: Sequence[Hook], is_qu
         restore_state=restore_state,
         diagnose=jax.jit(make_diagnosis(cfg, model, optimizer, schedule)),
         peak_flops=peak * hosts.process_count(),
-<<<<<<< HEAD
-        start_note=start.note if start and not progress.step else "",
-=======
         benchmarks=benchmarks,
-        start_note=start.note if start else "",
->>>>>>> evaluation
+        start_note=start.note if start and not progress.step else "",
     )
     if isinstance(task, OnlineTask):
         run.roll_out = Rollouts(cfg, task, corpus.tokenizer)
