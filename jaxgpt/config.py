@@ -9,6 +9,7 @@ the key, the value and what would be right. A config file is a Python file with
 and any field is set on the command line with `path=value`: `model.width=512 optimizer.lr=3e-4`.
 """
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -50,6 +51,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
+    "LoraConfig",
     "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -225,6 +227,56 @@ class OptimizerConfig(Section):
     def count_warmup(self, steps: int) -> int:
         """Return the steps of warmup in a run of so many steps."""
         return steps // WARMUP_SHARE if self.warmup is None else self.warmup
+
+
+@dataclass(frozen=True)
+class LoraConfig(Section):
+    """Low-rank adapters (LoRA) on a frozen base, the model of train.start."""
+
+    section: ClassVar[str] = "lora"
+
+    rank: int = option(
+        0,
+        "rank of the adapters: every adapted map W becomes W + scale · A B, and only A and B are "
+        "trained; 0 = no adapters, all of the model is trained",
+        low=0,
+    )
+    alpha: float = option(
+        16.0, "numerator of the scale: alpha / rank, or with rslora alpha / √rank", above=0
+    )
+    rslora: bool = option(False, "scale by alpha / √rank in place of alpha / rank (rsLoRA)")
+    dropout: float = option(
+        0.0, "dropout of the inputs of adapters while training", low=0, high=0.99
+    )
+    targets: tuple[str, ...] = option(
+        (),
+        "maps to adapt, by name (q, k, v, o, gate, up, down, head, embed) or by path as in the "
+        "shell (stack.*.mixer.*); empty = all maps in layers",
+    )
+    base: str = option(
+        "float32",
+        "storage format of the frozen base",
+        table="jaxgpt.lora:BASE_FORMATS",
+    )
+
+    def check(self):
+        if not self.rank:
+            defaults = {f.name: f.default for f in dataclasses.fields(self)}
+            changed = [name for name in defaults if getattr(self, name) != defaults[name]]
+            if changed:
+                raise ConfigError(
+                    f"lora.{changed[0]}={getattr(self, changed[0])!r} with lora.rank=0, which "
+                    "trains no adapters: set lora.rank, such as 8, or leave it out."
+                )
+
+    @property
+    def scale(self) -> float:
+        """What the product of both factors is multiplied by.
+
+        Source: Hu et al. 2021, arXiv:2106.09685, section 4.1; rsLoRA: Kalajdzievski 2023,
+        arXiv:2312.03732, theorem 3.2.
+        """
+        return self.alpha / (self.rank**0.5 if self.rslora else max(self.rank, 1))
 
 
 @dataclass(frozen=True)
@@ -492,6 +544,7 @@ class Config(Section):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
 
     @property

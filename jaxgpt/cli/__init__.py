@@ -36,6 +36,7 @@ COMMANDS = {
     "positions": "draw a position encoding",
     "import": "make a run folder of a model of another library",
     "export": "write a model for transformers or llama.cpp",
+    "merge": "merge the adapters of a run into its base",
     "inspect": "show what a model is",
     "verify": "check that the files of a run are as they were saved",
     "autopsy": "show what a loss spike of a run was made of",

@@ -15,6 +15,7 @@ from jaxgpt.backend import get_backend
 from jaxgpt.config import ModelConfig
 from jaxgpt.dims import declare_param
 from jaxgpt.model import fp8
+from jaxgpt.model.lowrank import add_output, find_adapter, make_dropout_key
 from jaxgpt.model.products import MATMULS
 from jaxgpt.sharding import gather_param
 
@@ -113,7 +114,8 @@ class Linear(nn.Module):
 
     With `input_fn` it maps input_fn(*inputs). For the backward pass it saves w and the inputs as
     passed: neither the output of `input_fn` (see `recompute`), nor cast or transposed copies. It
-    has a bias if `site` is one of `cfg.bias_sites`.
+    has a bias if `site` is one of `cfg.bias_sites`, and adds the output of an adapter (see
+    lowrank.py) if its parameters have one.
     """
 
     cfg: ModelConfig
@@ -126,15 +128,17 @@ class Linear(nn.Module):
         in_letters, out_letters = self.letters.split(">")
         w = declare_param(self, "w", self.letters, self.cfg.sizes, self.initial)
         multiply = MATMULS[self.cfg.products]
+        adapter = find_adapter(self)
+        key = make_dropout_key(self, adapter)
 
         @recompute
-        def apply_matmul(w, *inputs):
+        def apply_matmul(w, adapter, key, *inputs):
             x, w = input_fn(*inputs), gather_param(w.astype(inputs[0].dtype), self.letters)
             axes = len(in_letters)
             chex.assert_shape(x, (*x.shape[: x.ndim - axes], *w.shape[:axes]))
-            return multiply(x, w, axes)
+            return add_output(multiply(x, w, axes), adapter, x, axes, key)
 
-        y = apply_matmul(w, *inputs)
+        y = apply_matmul(w, adapter, key, *inputs)
         if self.site in self.cfg.bias_sites:
             y = y + declare_param(self, "b", out_letters, self.cfg.sizes, zeros).astype(y.dtype)
         return y

@@ -27,6 +27,7 @@ from jaxgpt.dims import declare_param, split
 from jaxgpt.model.block import REMAT_POLICIES, WIRINGS_WITHOUT_FINAL_NORM, Dropout, LayerGroup
 from jaxgpt.model.heads import HEADS, ClassifierHead, make_head
 from jaxgpt.model.layers import DTYPES, check_indices, prevent_cse
+from jaxgpt.model.lowrank import find_adapter
 from jaxgpt.model.masks import Coords
 from jaxgpt.model.mixers import MIXERS
 from jaxgpt.model.mixers.attention import Attention
@@ -242,7 +243,10 @@ class Embedding(nn.Module):
         # All-gather the width before the lookup, else the partitioner replicates the lookup.
         table = gather_param(table.astype(DTYPES[self.cfg.dtype]), self.letters)
         table = constrain(table, f"{self.letters[0]}.")
-        return constrain(table[tokens], "BTD")
+        x, adapter = table[tokens], find_adapter(self)
+        if adapter is not None:
+            x = x + adapter.look_up(tokens).astype(x.dtype)
+        return constrain(x, "BTD")
 
 
 class Family(nn.Module):

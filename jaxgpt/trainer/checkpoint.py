@@ -59,6 +59,7 @@ class Progress:
     stale: int = 0  # evaluations since the best one
     data: str = ""  # fingerprint of the tokens trained on
     tokenizer: str = ""  # fingerprint of the tokenizer, "" in older runs
+    base: str = ""  # fingerprint of the model that adapters are trained on, "" without
     evaluation: str = ""  # what `best_loss` was measured on (see `run.describe_evaluation`)
     is_done: bool = False  # it has stopped early
     stop_reason: str = ""

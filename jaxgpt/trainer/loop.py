@@ -19,6 +19,7 @@ from jaxgpt.config import Config
 from jaxgpt.console import format_sample
 from jaxgpt.data import prefetch_batches
 from jaxgpt.language_model import LanguageModel
+from jaxgpt.model import abstract_params
 from jaxgpt.model.capture import find_groups
 from jaxgpt.selection import select
 from jaxgpt.settings import ConfigError
@@ -31,7 +32,7 @@ from jaxgpt.trainer.norms import list_layers
 from jaxgpt.trainer.recovery import DivergedError, Spike, find_spike, recover
 from jaxgpt.trainer.report import format_complete, format_duration, format_samples, format_summary
 from jaxgpt.trainer.run import Run, can_sample, join_run_path, open_run
-from jaxgpt.trainer.speed import flops_per_token
+from jaxgpt.trainer.speed import count_step_flops
 from jaxgpt.trainer.spikes import read_guard
 from jaxgpt.trainer.step import Metrics, select_trained
 from jaxgpt.trainer.stop import StopSignal, make_stop_signal
@@ -247,7 +248,7 @@ def log_metrics(run: Run, step: int, metrics: Metrics):
         rate = run.task.tokens_per_batch / seconds
         values |= {
             "tokens_per_second": rate,
-            "mfu": rate * flops_per_token(cfg.model, cfg.optimizer.train) / run.peak_flops,
+            "mfu": rate * count_step_flops(cfg) / run.peak_flops,
             "eta_seconds": (cfg.train.steps - step) * seconds,
         }
     run.notify("on_metrics", step, values)
@@ -256,7 +257,7 @@ def log_metrics(run: Run, step: int, metrics: Metrics):
 def fetch_norms(run: Run, norms: Any) -> dict[str, float]:
     """Fetch the norms of a step by layer, as "grad_norm/layers.0"."""
     trees = {"grad": select(run.state.params, select_trained(run.cfg)), "param": run.state.params}
-    groups = find_groups(run.state.params)
+    groups = find_groups(abstract_params(run.cfg.model)[0])
     return {
         f"{kind}_norm/{name}": float(value)
         for kind, values in hosts.fetch(norms).items()
@@ -285,9 +286,8 @@ def run_eval(run: Run):
 def measure(run: Run) -> dict[str, Any]:
     """Return the metrics of the current model on the held-out text."""
     lengths = run.corpus.tokenizer.lengths if run.cfg.objective.is_text else None
-    return evaluate(
-        run.eval_step, run.state.params, run.task.make_eval_batches(), lengths, run.place_batch
-    )
+    params, batches = run.state.model_params, run.task.make_eval_batches()
+    return evaluate(run.eval_step, params, batches, lengths, run.place_batch)
 
 
 def is_better(cfg: Config, values: Mapping[str, float], best: Progress) -> bool:
@@ -303,7 +303,7 @@ def log_sample(run: Run):
     cfg = run.cfg
     if not can_sample(cfg):
         return
-    model = LanguageModel(cfg, run.state.params, run.corpus.tokenizer, tuple(run.task.labels))
+    model = LanguageModel(cfg, run.state.model_params, run.corpus.tokenizer, tuple(run.task.labels))
     text = format_sample(model, cfg.sample.prompt)
     path = os.path.join(join_run_path(cfg, "samples"), f"step_{run.progress.step:06d}.txt")
     with warn_on_file_errors(run.console.log, path):

@@ -13,13 +13,14 @@ import jax
 from jaxgpt import config as configs
 from jaxgpt import hosts
 from jaxgpt import tokenizer as tokenizers
+from jaxgpt.adapters import BASE_FILE, Base, format_base
 from jaxgpt.config import Config
 from jaxgpt.data import Batch, Corpus, prepare
 from jaxgpt.data.tasks import Task
 from jaxgpt.data.work import print_line
 from jaxgpt.loading import check_config_file, is_saved_model, read_config
+from jaxgpt.lora import check_lora
 from jaxgpt.model import abstract_params, build
-from jaxgpt.optimizer import build as build_optimizer
 from jaxgpt.optional import describe_missing
 from jaxgpt.predict import check_prompts
 from jaxgpt.saved_arrays import ShapeMismatchError, latest_step
@@ -42,8 +43,16 @@ from jaxgpt.trainer.memory import describe_memory_errors
 from jaxgpt.trainer.report import format_header, format_lost_steps
 from jaxgpt.trainer.speed import Clock, peak_flops
 from jaxgpt.trainer.spikes import add_guard
-from jaxgpt.trainer.start import Start, find_start, match_start, take_params
-from jaxgpt.trainer.state import TrainState, abstract_state, make_state
+from jaxgpt.trainer.start import (
+    Start,
+    find_base,
+    find_start,
+    make_adapter_start,
+    match_start,
+    read_frozen,
+    take_params,
+)
+from jaxgpt.trainer.state import TrainState, make_abstract_state, make_state
 from jaxgpt.trainer.step import make_eval_step, make_train_step
 
 
@@ -143,15 +152,14 @@ def _open_locked(cfg: Config, lock: RunLock | None, hooks: Sequence[Hook], is_qu
     )
 
     saver = Checkpoints(cfg.run_folder, cfg.train.keep, not is_writable(cfg.run_folder))
-    _, letters = abstract_params(cfg.model)
-    optimizer, schedule = build_optimizer(cfg.optimizer, cfg.train.steps, letters)
-    abstract = abstract_state(cfg.model, optimizer, cfg.seed, mesh, cfg.optimizer.train)
+    optimizer, schedule, abstract = make_abstract_state(cfg, mesh)
 
     def restore_state() -> TrainState:
         if saver.latest_step() is None:
-            state, progress = _make_state(cfg, optimizer, abstract, start), Progress()
+            (state, _), progress = _make_state(cfg, optimizer, abstract, start), Progress()
         else:
             state, progress = hosts.run_on_all(lambda: saver.restore(abstract))
+            state = _add_base(cfg, state, progress, abstract, start)
         return _add_guard(cfg, state, progress, abstract)
 
     def restore() -> tuple[TrainState, Progress]:
@@ -159,6 +167,7 @@ def _open_locked(cfg: Config, lock: RunLock | None, hooks: Sequence[Hook], is_qu
             state, progress = _begin(cfg, corpus, saver, optimizer, abstract, start)
         else:
             state, progress = hosts.run_on_all(lambda: _restore(cfg, corpus, saver, abstract))
+            state = _add_base(cfg, state, progress, abstract, start)
         return _add_guard(cfg, state, progress, abstract), progress
 
     state, progress = restore()
@@ -191,7 +200,7 @@ def _open_locked(cfg: Config, lock: RunLock | None, hooks: Sequence[Hook], is_qu
     note = saver.note or format_lost_steps(cfg, progress.step, read_metrics(cfg.run_folder))
     if not run.is_complete:  # a complete run is left as it is
         check_writable(cfg)
-        _write_run_files(cfg, corpus, task)
+        _write_run_files(cfg, corpus, task, _describe_base(cfg, start, progress))
         run.hooks = (
             MetricsFile(cfg.run_folder, progress.step, console.log),
             console,
@@ -214,6 +223,7 @@ def _prepare_inputs(cfg: Config, is_quiet: bool) -> RunInputs:
     mesh = make_mesh(cfg.mesh)
     check_fits(cfg, mesh)
     select_letters(abstract_params(cfg.model)[1], cfg.optimizer.train)
+    check_lora(cfg)
     resume_step = latest_step(os.path.join(cfg.run_folder, "checkpoints"))
     if resume_step is not None:
         _check_same_config(cfg)
@@ -224,7 +234,11 @@ def _prepare_inputs(cfg: Config, is_quiet: bool) -> RunInputs:
         )
     if resume_step is None:
         check_writable(cfg)
-    start = find_start(cfg.train.start) if cfg.train.start and resume_step is None else None
+    start = None
+    if cfg.lora.rank:
+        start = find_base(cfg, resume_step is not None)
+    elif cfg.train.start and resume_step is None:
+        start = find_start(cfg.train.start)
     if not is_quiet:  # the first pass over a large text takes a while
         print_line(f"reading {cfg.data.source}, and tokenizing what is not in {cfg.data.cache}")
     corpus = prepare(
@@ -291,19 +305,50 @@ def _begin(
     cfg: Config, corpus: Corpus, saver: Checkpoints, optimizer, abstract, start: Start | None
 ) -> tuple[TrainState, Progress]:
     """Make the state of a new run, and its progress."""
-    state = _make_state(cfg, optimizer, abstract, start)
+    state, base = _make_state(cfg, optimizer, abstract, start)
     saver.delete_best()  # of a run that was killed before its first checkpoint
     evaluation = describe_evaluation(cfg, corpus.fingerprint)
     tokenizer = corpus.tokenizer.fingerprint
-    return state, Progress(data=corpus.fingerprint, tokenizer=tokenizer, evaluation=evaluation)
+    found = dict(data=corpus.fingerprint, tokenizer=tokenizer, evaluation=evaluation, base=base)
+    return state, Progress(**found)
 
 
-def _make_state(cfg: Config, optimizer, abstract, start: Start | None) -> TrainState:
+def _make_state(cfg: Config, optimizer, abstract, start: Start | None) -> tuple[TrainState, str]:
+    """Make the first state, and return it with the fingerprint of the base of its adapters."""
     with describe_memory_errors(cfg, abstract):
+        if cfg.lora.rank:
+            return hosts.run_on_all(lambda: make_adapter_start(cfg, optimizer, abstract, start))
         state = make_state(cfg.model, optimizer, cfg.seed, abstract)
     if not start:
+        return state, ""
+    return hosts.run_on_all(lambda: take_params(start, state, abstract)), ""
+
+
+def _add_base(
+    cfg: Config, state: TrainState, progress: Progress, abstract: TrainState, start: Start | None
+) -> TrainState:
+    """Return a restored state with the base of its adapters, if it has any.
+
+    Raises:
+        ConfigError: the base is another one than that of the checkpoint.
+    """
+    if not cfg.lora.rank:
         return state
-    return hosts.run_on_all(lambda: take_params(start, state, abstract))
+    base, fingerprint = hosts.run_on_all(lambda: read_frozen(cfg, abstract, start))
+    if fingerprint != progress.base:
+        raise ConfigError(
+            f"{start.folder if start else 'the initial model'} is not the base of the adapters in "
+            f"{cfg.run_folder}: its fingerprint is {fingerprint}, and they were trained on "
+            f"{progress.base}. Put the base back, or give the new run its own name=..."
+        )
+    return state.replace(base=base)
+
+
+def _describe_base(cfg: Config, start: Start | None, progress: Progress) -> Base | None:
+    """Return the base of the adapters of a run; None if it trains none."""
+    if not cfg.lora.rank:
+        return None
+    return Base((start.folder,) if start else (), progress.base)
 
 
 def _add_guard(cfg: Config, state: TrainState, progress: Progress, abstract) -> TrainState:
@@ -370,7 +415,7 @@ def _renew_progress(cfg: Config, corpus: Corpus, saver: Checkpoints, progress: P
 
 
 @hosts.run_on_first
-def _write_run_files(cfg: Config, corpus: Corpus, task: Task):
+def _write_run_files(cfg: Config, corpus: Corpus, task: Task, base: Base | None):
     """Write the config of the run, its tokenizer and the names of its classes."""
     path = join_run_path(cfg, "tokenizer.json")
     try:
@@ -379,6 +424,8 @@ def _write_run_files(cfg: Config, corpus: Corpus, task: Task):
         if not _is_saved(corpus.tokenizer, path):
             raise
     files = {"labels.json": json.dumps(task.labels) + "\n"} if task.labels else {}
+    if base is not None:
+        files[BASE_FILE] = format_base(base, cfg.run_folder)
     for name, text in (files | {"config.json": _to_saved_json(cfg)}).items():
         path = join_run_path(cfg, name)
         if not _has_text(path, text):

@@ -16,24 +16,34 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxgpt import config as configs
 from jaxgpt import tokenizer as tokenizers
+from jaxgpt.adapters import (
+    Adapter,
+    check_base,
+    choose_path,
+    compute_fingerprint,
+    read_base,
+)
 from jaxgpt.config import Config
 from jaxgpt.interop import convert, loaders
 from jaxgpt.interop.formats import find_format
+from jaxgpt.language_model import LanguageModel
 from jaxgpt.loading import (
     CHECKPOINT_FOLDERS,
     check_config_file,
     is_checkpoint,
+    load,
     read_config,
     read_facts,
     read_params,
     split_checkpoint_path,
 )
+from jaxgpt.lora import describe_frozen, describe_trained, select_full, store_base
 from jaxgpt.model import abstract_params
 from jaxgpt.saved_arrays import latest_step
 from jaxgpt.selection import merge, select
 from jaxgpt.settings import ConfigError
 from jaxgpt.tokenizer import Tokenizer
-from jaxgpt.trainer.state import TrainState
+from jaxgpt.trainer.state import FrozenBase, TrainState, make_adapter_state, make_first_base
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,8 @@ class Start:
         folder: of the checkpoint, such as runs/a/best/500.
         config, tokenizer: of its run.
         plan: where its parameters are, if it is a model of another library.
+        model: the model itself, if it was one with adapters: they are merged.
+        adapter: the adapters that a run with adapters goes on with, on this as their base.
         taken: the parameters that fit the new run, as a selection (see `jaxgpt.selection`).
         differences: a line for each parameter that does not fit, and for each setting of the model
             that differs.
@@ -53,6 +65,8 @@ class Start:
     config: Config
     tokenizer: Tokenizer
     plan: convert.Plan | None = None
+    model: LanguageModel | None = None
+    adapter: Adapter | None = None
     taken: Any = None
     differences: tuple[str, ...] = ()
 
@@ -60,25 +74,31 @@ class Start:
     def note(self) -> str:
         """The line of a run's header."""
         count = len(jax.tree.leaves(self.taken))
-        return "\n         ".join([f"{count} arrays of {self.folder}", *self.differences])
+        of = f", with the adapters of {self.adapter.origin}" if self.adapter else ""
+        return "\n         ".join([f"{count} arrays of {self.folder}{of}", *self.differences])
 
 
-def find_start(path: str) -> Start:
+def find_start(path: str, is_adapted: bool = False) -> Start:
     """Find the checkpoint that `train.start` names.
 
     Args:
         path: a run folder or saved model (its best checkpoint, or the latest if there is no best;
             with "@latest" the latest), a run's `best` or `checkpoints`, or one checkpoint in it; or
             a model of another library, as `jaxgpt.load` takes it.
+        is_adapted: whether adapters are trained: those of the checkpoint go on then, on their base,
+            and are not merged into it.
 
     Raises:
         ConfigError: there is none.
     """
     try:
-        if find_format(os.path.expanduser(path)):
-            return _find_foreign(os.path.expanduser(path))
+        if name := find_format(os.path.expanduser(path)):
+            path = os.path.expanduser(path)
+            return _find_adapted(path, is_adapted) if name == "peft" else _find_foreign(path)
         run_folder, folder = _find_checkpoint(path)
         check_config_file(run_folder)
+        if read_config(run_folder).lora.rank:
+            return _find_adapted(folder, is_adapted)
         tokenizer = tokenizers.load(os.path.join(run_folder, "tokenizer.json"))
         tokenizer.check_fingerprint(read_facts(folder).get("tokenizer", ""), run_folder)
         return Start(folder, read_config(run_folder), tokenizer)
@@ -92,6 +112,28 @@ def _find_foreign(path: str) -> Start:
     plan = convert.plan_import(archive)
     tokenizer = convert.make_tokenizer(plan.config.model, archive)
     return Start(path, plan.config, tokenizer, plan)
+
+
+def _find_adapted(path: str, is_adapted: bool) -> Start:
+    """Return the start at a model with adapters: merged, or at its base."""
+    model = load(path)
+    if not is_adapted:
+        merged = model.merge()
+        return Start(path, merged.config, merged.tokenizer, model=merged)
+    adapter = model.adapters[model.adapter]
+    return dataclasses.replace(find_start(choose_path(adapter.base, path)), adapter=adapter)
+
+
+def find_base(cfg: Config, is_resumed: bool) -> Start | None:
+    """Find the base of the adapters of a run: `train.start`, or where it was when the run began.
+
+    Raises:
+        ConfigError: it is at neither.
+    """
+    if not is_resumed:
+        return find_start(cfg.train.start, True) if cfg.train.start else None
+    base = read_base(cfg.run_folder, [cfg.train.start] if cfg.train.start else [])
+    return find_start(choose_path(base, cfg.run_folder), True) if base.paths else None
 
 
 def load_config(settings: Sequence[str]) -> Config:
@@ -111,7 +153,7 @@ def load_config(settings: Sequence[str]) -> Config:
     if os.path.isfile(os.path.join(run_folder, "config.json")):
         other = read_config(run_folder)
     else:
-        other = find_start(values["train.start"]).config
+        other = find_start(values["train.start"], bool(values.get("lora.rank"))).config
     train = dataclasses.replace(default.train, objective=other.train.objective)
     return configs.override(dataclasses.replace(default, model=other.model, train=train), settings)
 
@@ -162,13 +204,48 @@ def match_start(start: Start, cfg: Config, tokenizer: Tokenizer) -> Start:
             f"train.start={cfg.train.start!r}: parameters of {start.folder} do not fit:\n  {lines}"
             f"\n{remedy}."
         )
+    if cfg.lora.rank:
+        _check_frozen(cfg, start, taken)
     changed = [
         line for line in configs.list_differences(start.config, cfg) if line.startswith("model.")
     ]
-    return Start(
-        start.folder, start.config, start.tokenizer, start.plan, unflatten_dict(taken, sep="."),
-        tuple([f"not taken: {line}" for line in unfit] + [f"settings: {line}" for line in changed]),
-    )  # fmt: skip
+    return dataclasses.replace(
+        start,
+        taken=unflatten_dict(taken, sep="."),
+        differences=tuple(
+            [f"not taken: {line}" for line in unfit] + [f"settings: {line}" for line in changed]
+        ),
+    )
+
+
+def _check_frozen(cfg: Config, start: Start, taken: dict[str, str]):
+    """Check that all that is frozen is taken, and that the adapters of the start have our shapes.
+
+    Raises:
+        ConfigError: a parameter would be random for ever, or the adapters are others.
+    """
+    frozen = flatten_dict(describe_frozen(cfg)[1], sep=".")
+    if missing := sorted(frozen.keys() - taken.keys()):
+        raise ConfigError(
+            f"train.start={cfg.train.start!r} has no {missing[0]}, which would stay as it was "
+            f"initialized, since lora.rank={cfg.lora.rank} freezes it: train it in full by "
+            f"optimizer.train={missing[0].rpartition('.')[0]}."
+        )
+    if start.adapter is None:
+        return
+    found, wanted = (
+        {path: list(x.shape) for path, x in flatten_dict(tree, sep=".").items()}
+        for tree in (start.adapter.trained, describe_trained(cfg)[0])
+    )
+    if found != wanted:
+        path = min(k for k in found | wanted if found.get(k) != wanted.get(k))
+        theirs = start.adapter.config
+        raise ConfigError(
+            f"train.start={cfg.train.start!r} has adapters to go on with, and they are others: "
+            f"{path} is {found.get(path, 'nothing')} there, {wanted.get(path, 'nothing')} here. Set"
+            f" lora.rank={theirs.rank} lora.targets={','.join(theirs.targets) or chr(39) * 2}; or "
+            "merge them first, with `jaxgpt merge`, and begin new adapters on the result."
+        )
 
 
 def take_params(start: Start, state: TrainState, abstract: TrainState) -> TrainState:
@@ -178,16 +255,72 @@ def take_params(start: Start, state: TrainState, abstract: TrainState) -> TrainS
         state: as initialized.
         abstract: shapes and shardings of it.
     """
+    wanted = select(abstract.params, start.taken)
+    params = read_start(start, wanted, abstract.step.sharding)
+    return state.replace(params=merge(params, state.params))
+
+
+def read_start(start: Start, wanted: Any, replicated: jax.sharding.Sharding) -> Any:
+    """Read parameters of a start.
+
+    Args:
+        wanted: which, as shapes and shardings; they are read in float32.
+        replicated: a sharding for what is read and not wanted.
+    """
+    if start.model is not None:
+        found = flatten_dict(start.model.params, sep=".")
+        flat = {
+            path: jax.device_put(found[path].astype(x.dtype), x.sharding)
+            for path, x in flatten_dict(wanted, sep=".").items()
+        }
+        return unflatten_dict(flat, sep=".")
     if start.plan:
-        wanted = flatten_dict(select(abstract.params, start.taken), sep=".")
-        shardings = {path: x.sharding for path, x in wanted.items() if x is not None}
-        params = convert.read_params(start.plan, shardings, "float32")
-        return state.replace(params=merge(params, state.params))
+        flat = flatten_dict(wanted, sep=".")
+        shardings = {path: x.sharding for path, x in flat.items() if x is not None}
+        return convert.read_params(start.plan, shardings, "float32")
     there, _ = abstract_params(start.config.model)
-    replicated = abstract.step.sharding
     there = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), there
     )
-    there = merge(select(abstract.params, start.taken), there)
-    params = read_params(os.path.abspath(start.folder), there)
-    return state.replace(params=merge(select(params, start.taken), state.params))
+    params = read_params(os.path.abspath(start.folder), merge(wanted, there))
+    return select(params, wanted)
+
+
+def make_adapter_start(
+    cfg: Config, optimizer, abstract: TrainState, start: Start | None
+) -> tuple[TrainState, str]:
+    """Make the first state of a run with adapters, and return it with its base's fingerprint."""
+    state = make_adapter_state(cfg, optimizer, abstract)
+    if start:
+        if full := select_full(cfg, start.taken):
+            params = read_start(start, select(abstract.params, full), abstract.step.sharding)
+            state = state.replace(params=merge(params, state.params))
+        if start.adapter:
+            params = jax.tree.map(
+                lambda x, like: jax.device_put(x.astype(like.dtype), like.sharding),
+                start.adapter.trained, abstract.params,
+            )  # fmt: skip
+            state = state.replace(params=params)
+    base, fingerprint = read_frozen(cfg, abstract, start)
+    return state.replace(base=base), fingerprint
+
+
+def read_frozen(cfg: Config, abstract: TrainState, start: Start | None) -> tuple[FrozenBase, str]:
+    """Read the frozen base of adapters, and return it with its fingerprint.
+
+    Args:
+        start: what it is a part of; None for the initial parameters of the seed.
+    """
+    assert abstract.base is not None
+    wanted = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jax.numpy.float32, sharding=x.sharding),
+        abstract.base.params,
+    )
+    if start is None:
+        params = make_first_base(cfg, wanted)
+    else:
+        params = read_start(start, wanted, abstract.step.sharding)
+    fingerprint = compute_fingerprint(params)
+    if start and start.adapter and start.adapter.base.fingerprint:
+        check_base(start.adapter.base, params, start.folder, start.adapter.origin)
+    return abstract.base.replace(params=store_base(cfg.lora, params)), fingerprint
