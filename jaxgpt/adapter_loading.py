@@ -1,6 +1,7 @@
 """Adapters meet their base: both are checked, and become one model."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -47,8 +48,13 @@ def join_base(
     check_base(base, pick_frozen(config, found, path, run_folder), path, run_folder)
     found = cast_tree(store_base(config.lora, _pick_fitting(config, found)), dtype)
     adapter = Adapter(trained, config.lora, base, model.origin)
-    plain = dataclasses.replace(model, params=found)
-    return plain.with_adapters({config.name: adapter}).switch(config.name)
+    return adapt(dataclasses.replace(model, params=found), adapter)
+
+
+def adapt(model: LanguageModel, adapter: Adapter) -> LanguageModel:
+    """Return a model with an adapter in use, under the name of its config."""
+    name = re.sub(r"[+*]", "-", model.config.name)
+    return model.with_adapters({name: adapter}).switch(name)
 
 
 def _init_base(config: Config, mesh: jax.sharding.Mesh | None) -> Any:
@@ -126,10 +132,9 @@ def _check_same_base(model: LanguageModel, other: LanguageModel, adapter: Adapte
     if not adapter.base.fingerprint:
         return
     params = model.params if model.base is None else model.base
-    if other.config.lora.base == "float32":
-        frozen = pick_frozen(other.config, params, model.origin, adapter.origin)
+    frozen = pick_frozen(other.config, params, model.origin, adapter.origin)
+    if all(x.dtype == "float32" for x in jax.tree.leaves(frozen)):  # not rounded for this model
         check_base(adapter.base, frozen, model.origin, adapter.origin)
-    # A base that was rounded has no fingerprint of its own to compare with.
 
 
 def _check_fit(config: Config, name: str, adapter: Adapter):

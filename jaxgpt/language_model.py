@@ -85,7 +85,7 @@ class LanguageModel:
     def decode_params(self) -> Any:
         """The parameters as decoding reads them, prepared once: they take memory a second time."""
         if self.base is not None:
-            return self.select_adapters(self.adapter)[1]
+            return self._attach([self.adapter])[1]
         with use_mesh_of(self.params):
             return generate.prepare_decode_params(self.config.model, self.params)
 
@@ -180,21 +180,21 @@ class LanguageModel:
         """
         rows = list(adapter) if isinstance(adapter, (list, tuple)) else [adapter]
         rows = [self.adapter if choice is None else choice for choice in rows]
+        for choice in dict.fromkeys(rows):
+            parse_choice(choice, self.adapters)
+        if {*rows} <= {self.adapter}:
+            return self.params, self.decode_params
+        return self._attach(rows)
+
+    def _attach(self, rows: Sequence[str]) -> tuple[Any, Any]:
+        """Return the base, and what decodes with it, with the choices of rows attached."""
         choices = list(dict.fromkeys(rows))
-        is_own = choices in ([], [self.adapter])
-        if self.base is None:
-            for choice in choices:
-                parse_choice(choice, self.adapters)
-            return self.params, self.decode_params
-        if is_own and "decode_params" in self.__dict__:
-            return self.params, self.decode_params
         with use_mesh_of(self.base):
             trees = [make_nodes(choice, self.adapters) for choice in choices]
+            nodes = trees[0]
             if len(trees) > 1:
                 numbers = jnp.array([choices.index(row) for row in rows], jnp.int32)
                 nodes = stack_rows(trees, numbers)
-            else:
-                nodes = trees[0]
             unstacked = unstack_layers(nodes) if "stack" in nodes else nodes
             return attach(self.base, nodes), attach(self.base_decode_params, unstacked)
 

@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 from jaxgpt import config as configs
 from jaxgpt import hosts
 from jaxgpt import tokenizer as tokenizers
-from jaxgpt.adapter_loading import cast_tree, check_adapters, join_base, set_dtype
+from jaxgpt.adapter_loading import adapt, cast_tree, check_adapters, join_base, set_dtype
 from jaxgpt.adapters import BASE_FILE, Adapter, format_base
 from jaxgpt.checksums import Record, read_arrays, seal, sum_arrays
 from jaxgpt.config import Config, LoraConfig
@@ -34,7 +34,7 @@ from jaxgpt.config_files import find_run_config
 from jaxgpt.interop import peft
 from jaxgpt.interop.formats import FORMATS
 from jaxgpt.language_model import LanguageModel
-from jaxgpt.lora import describe_trained
+from jaxgpt.lora import describe_trained, list_full
 from jaxgpt.model import abstract_params
 from jaxgpt.model.layers import DTYPES
 from jaxgpt.saved_arrays import (
@@ -235,7 +235,7 @@ def _write_files(model: LanguageModel, folder: str):
     shutil.rmtree(folder, ignore_errors=True)
     os.makedirs(folder)
     model.tokenizer.save(os.path.join(folder, "tokenizer.json"))
-    config = dataclasses.replace(model.config, lora=adapter.config if adapter else LoraConfig())
+    config = set_adapter(model.config, adapter)
     files = {"config.json": configs.to_json(config)}
     if adapter:
         files[BASE_FILE] = format_base(adapter.base, folder)
@@ -268,10 +268,19 @@ def load_peft(
     adapter = peft.read_folder(path, base, place)
     data = dataclasses.replace(base.config.train, start=place)
     name = os.path.basename(os.path.normpath(path))
-    config = dataclasses.replace(base.config, name=name, train=data, lora=adapter.config)
+    config = dataclasses.replace(base.config, name=name, train=data)
+    config = set_adapter(config, adapter)
     params = cast_tree(base.params, dtype)
     model = dataclasses.replace(base, config=set_dtype(config, dtype), params=params, origin=path)
-    return model.with_adapters({name: adapter}).switch(name)
+    return adapt(model, adapter)
+
+
+def set_adapter(config: Config, adapter: Adapter | None) -> Config:
+    """Return a config with the settings that describe an adapter, or that there is none."""
+    if adapter is None:
+        return dataclasses.replace(config, lora=LoraConfig())
+    optimizer = dataclasses.replace(config.optimizer, train=tuple(list_full(adapter.nodes)))
+    return dataclasses.replace(config, lora=adapter.config, optimizer=optimizer)
 
 
 def load_adapters(model: LanguageModel, adapters: Mapping[str, Any]) -> dict[str, Adapter]:

@@ -34,7 +34,7 @@ from jaxgpt.hosts import fetch
 from jaxgpt.interop import convert, families, rows, safetensors_files
 from jaxgpt.interop.archive import Archive, Stored, store
 from jaxgpt.language_model import LanguageModel
-from jaxgpt.lora import Map, list_full, list_maps, select_maps
+from jaxgpt.lora import TABLES, Map, list_full, list_maps, select_maps
 from jaxgpt.model.lowrank import KEY
 from jaxgpt.settings import ConfigError
 
@@ -114,21 +114,20 @@ def find_order(site: Site, cfg: ModelConfig, inputs: int, outputs: int) -> tuple
     Returns:
         (int [I], int [O]).
     """
-    for stored in ((outputs, inputs), (inputs, outputs)):
-        index = np.arange(inputs * outputs, dtype=np.int64).reshape(stored)
-        try:
-            part = site.row.fusion.take(index, site.row.part, cfg) if site.row.fusion else index
-            ours = site.row.layout.read(part, cfg).reshape(site.sizes)
-        except (ValueError, IndexError):
-            continue
-        along, down = np.unravel_index(ours[:, 0], stored), np.unravel_index(ours[0], stored)
-        is_conv1d = stored == (inputs, outputs) and (stored != (outputs, inputs) or (
-            len(ours) > 1 and along[0][1] != along[0][0]
-        ))  # fmt: skip
-        order = (along[0], down[1]) if is_conv1d else (along[1], down[0])
-        if np.array_equal(np.unique(order[0]), np.arange(inputs)):
-            return order
-    raise ConfigError(f"{site.module} has {inputs} inputs and {outputs} outputs, which do not fit.")
+    if site.map.path in TABLES:  # the same order in both
+        return np.arange(inputs), np.arange(outputs)
+    is_conv1d = families.find_family(cfg)[0] == "gpt2"  # [in out], and others [out in]
+    shape = (inputs, outputs) if is_conv1d else (outputs, inputs)
+    index = np.arange(inputs * outputs, dtype=np.int64).reshape(shape)
+    try:
+        part = site.row.fusion.take(index, site.row.part, cfg) if site.row.fusion else index
+        ours = site.row.layout.read(part, cfg).reshape(site.sizes)
+    except (ValueError, IndexError) as error:
+        raise ConfigError(
+            f"{site.module} has {inputs} inputs and {outputs} outputs, which do not fit the model."
+        ) from error
+    ins, outs = np.unravel_index(ours[:, 0], shape), np.unravel_index(ours[0], shape)
+    return (ins[0], outs[1]) if is_conv1d else (ins[1], outs[0])
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -238,25 +237,22 @@ def read_folder(folder: str, model: LanguageModel, place: str = "") -> Adapter:
         for site in sites[module]:
             pair = _read_pair(site, cfg, a.read(), b.read(), rank, scale / lora.scale, folder)
             pieces.setdefault(site.map.path, {})[site.number] = pair
-    trained = _stack(cfg, pieces, rank)
-    trained |= _read_full(others, model, folder)
+    full = _read_full(others, model, folder)
+    trained = unflatten_dict(_stack(cfg, pieces, rank) | full, sep=".")
     lora = _add_targets(cfg, lora, [*pieces])
-    return Adapter(unflatten_dict(trained, sep="."), lora, _find_base(folder, place, model), folder)
+    return Adapter(trained, lora, _find_base(folder, place, model, full), folder)
 
 
-def _find_base(folder: str, place: str, model: LanguageModel) -> Base:
-    params = model.params if model.base is None else model.base
+def _find_base(folder: str, place: str, model: LanguageModel, full: Mapping[str, Any]) -> Base:
+    """Return the base of a folder: the model, which must be the one that base.json has."""
+    params = flatten_dict(model.params if model.base is None else model.base, sep=".")
+    frozen = unflatten_dict({k: x for k, x in params.items() if k not in full}, sep=".")
     if not os.path.isfile(os.path.join(folder, BASE_FILE)):
-        return Base((place,) if place else (), compute_fingerprint(params))
+        return Base((place,) if place else (), compute_fingerprint(frozen))
     recorded = read_base(folder)
-    if not list_full_names(folder):
-        check_base(recorded, params, place, folder)
+    if all(x.dtype == "float32" for x in params.values()):  # it is not rounded
+        check_base(recorded, frozen, place, folder)
     return Base(tuple(dict.fromkeys(filter(None, [place, *recorded.paths]))), recorded.fingerprint)
-
-
-def list_full_names(folder: str) -> list[str]:
-    """Return the names of the tensors in a folder of peft that are no factors."""
-    return [name for name in read_tensors(folder) if ".lora_" not in name]
 
 
 def _match(pattern: Mapping[str, Any] | None, module: str, default: float) -> float:
@@ -359,6 +355,11 @@ def _read_full(others: Mapping[str, Stored], model: LanguageModel, where: str) -
             out[place.path] = jnp.asarray(whole)
     if left := sorted(others.keys() - used):
         raise ConfigError(f"{where}: the tensor {left[0]!r} has no place in the model.")
+    if cfg.tie and "head.table" in out:
+        raise ConfigError(
+            f"{where}: modules_to_save has the head, which is tied to the embedding in this base: "
+            "untie them first."
+        )
     return out
 
 

@@ -95,6 +95,23 @@ def attach(params: Any, adapters: Any) -> Any:
     return out
 
 
+def add_letters(letters: Any, params: Any) -> Any:
+    """Return the letters of parameters with those of the adapters in them, of the same structure.
+
+    Args:
+        letters: of the parameters without adapters.
+    """
+    out = dict(letters)
+    for key, value in params.items():
+        if isinstance(value, LowRank):
+            inputs, outputs = letters["w"].split(">")
+            stacked = inputs[: len(inputs) - len(inputs.lstrip("LE"))]
+            out[key] = value.replace(a=f"{inputs}>R", b=f"{stacked}R>{outputs}")
+        elif isinstance(value, Mapping):
+            out[key] = add_letters(letters[key], value)
+    return out
+
+
 def detach(params: Any) -> Any:
     """Return parameters without the adapters in them: of a model, its frozen base."""
     found = {
