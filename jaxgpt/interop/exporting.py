@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.hosts import fetch
-from jaxgpt.interop import convert, huggingface, peft
+from jaxgpt.interop import convert, huggingface, peft, peft_write
 from jaxgpt.interop.archive import Archive
 from jaxgpt.interop.formats import FORMATS
 from jaxgpt.interop.model_card import write_model_card
@@ -99,7 +99,7 @@ def _export_adapters(
     _remove(partial)
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     try:
-        peft.write_folder(model, partial, dtype)
+        peft_write.write_folder(model, partial, dtype)
         written = model.with_adapters({"written": peft.read_folder(partial, model)})
         expected, actual = compute_scores(model), compute_scores(written.switch("written"))
         difference = _compare(expected, actual, TOLERANCES[dtype or "float32"])

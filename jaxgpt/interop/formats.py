@@ -84,7 +84,7 @@ FORMATS: dict[str, Format] = {
         "a folder of peft, with adapters",
         is_peft,
         "jaxgpt.interop.peft:open_folder",
-        "jaxgpt.interop.peft:write_folder",
+        "jaxgpt.interop.peft_write:write_folder",
         is_folder=True,
         load="jaxgpt.loading:load_peft",
     ),

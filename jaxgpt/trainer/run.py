@@ -45,11 +45,12 @@ from jaxgpt.trainer.speed import Clock, peak_flops
 from jaxgpt.trainer.spikes import add_guard
 from jaxgpt.trainer.start import (
     Start,
+    add_base,
+    describe_base,
     find_base,
     find_start,
     make_adapter_start,
     match_start,
-    read_frozen,
     take_params,
 )
 from jaxgpt.trainer.state import TrainState, make_abstract_state, make_state
@@ -159,7 +160,7 @@ def _open_locked(cfg: Config, lock: RunLock | None, hooks: Sequence[Hook], is_qu
             (state, _), progress = _make_state(cfg, optimizer, abstract, start), Progress()
         else:
             state, progress = hosts.run_on_all(lambda: saver.restore(abstract))
-            state = _add_base(cfg, state, progress, abstract, start)
+            state = add_base(cfg, state, progress, abstract, start)
         return _add_guard(cfg, state, progress, abstract)
 
     def restore() -> tuple[TrainState, Progress]:
@@ -167,7 +168,7 @@ def _open_locked(cfg: Config, lock: RunLock | None, hooks: Sequence[Hook], is_qu
             state, progress = _begin(cfg, corpus, saver, optimizer, abstract, start)
         else:
             state, progress = hosts.run_on_all(lambda: _restore(cfg, corpus, saver, abstract))
-            state = _add_base(cfg, state, progress, abstract, start)
+            state = add_base(cfg, state, progress, abstract, start)
         return _add_guard(cfg, state, progress, abstract), progress
 
     state, progress = restore()
@@ -200,7 +201,7 @@ def _open_locked(cfg: Config, lock: RunLock | None, hooks: Sequence[Hook], is_qu
     note = saver.note or format_lost_steps(cfg, progress.step, read_metrics(cfg.run_folder))
     if not run.is_complete:  # a complete run is left as it is
         check_writable(cfg)
-        _write_run_files(cfg, corpus, task, _describe_base(cfg, start, progress))
+        _write_run_files(cfg, corpus, task, describe_base(cfg, start, progress))
         run.hooks = (
             MetricsFile(cfg.run_folder, progress.step, console.log),
             console,
@@ -322,33 +323,6 @@ def _make_state(cfg: Config, optimizer, abstract, start: Start | None) -> tuple[
     if not start:
         return state, ""
     return hosts.run_on_all(lambda: take_params(start, state, abstract)), ""
-
-
-def _add_base(
-    cfg: Config, state: TrainState, progress: Progress, abstract: TrainState, start: Start | None
-) -> TrainState:
-    """Return a restored state with the base of its adapters, if it has any.
-
-    Raises:
-        ConfigError: the base is another one than that of the checkpoint.
-    """
-    if not cfg.lora.rank:
-        return state
-    base, fingerprint = hosts.run_on_all(lambda: read_frozen(cfg, abstract, start))
-    if fingerprint != progress.base:
-        raise ConfigError(
-            f"{start.folder if start else 'the initial model'} is not the base of the adapters in "
-            f"{cfg.run_folder}: its fingerprint is {fingerprint}, and they were trained on "
-            f"{progress.base}. Put the base back, or give the new run its own name=..."
-        )
-    return state.replace(base=base)
-
-
-def _describe_base(cfg: Config, start: Start | None, progress: Progress) -> Base | None:
-    """Return the base of the adapters of a run; None if it trains none."""
-    if not cfg.lora.rank:
-        return None
-    return Base((start.folder,) if start else (), progress.base)
 
 
 def _add_guard(cfg: Config, state: TrainState, progress: Progress, abstract) -> TrainState:

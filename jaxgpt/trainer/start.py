@@ -18,12 +18,14 @@ from jaxgpt import config as configs
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.adapters import (
     Adapter,
+    Base,
     check_base,
     choose_path,
     compute_fingerprint,
     read_base,
 )
 from jaxgpt.config import Config
+from jaxgpt.hosts import run_on_all
 from jaxgpt.interop import convert, loaders
 from jaxgpt.interop.formats import find_format
 from jaxgpt.language_model import LanguageModel
@@ -43,6 +45,7 @@ from jaxgpt.saved_arrays import latest_step
 from jaxgpt.selection import merge, select
 from jaxgpt.settings import ConfigError
 from jaxgpt.tokenizer import Tokenizer
+from jaxgpt.trainer.checkpoint import Progress
 from jaxgpt.trainer.state import FrozenBase, TrainState, make_adapter_state, make_first_base
 
 
@@ -324,3 +327,30 @@ def read_frozen(cfg: Config, abstract: TrainState, start: Start | None) -> tuple
     if start and start.adapter and start.adapter.base.fingerprint:
         check_base(start.adapter.base, params, start.folder, start.adapter.origin)
     return abstract.base.replace(params=store_base(cfg.lora, params)), fingerprint
+
+
+def add_base(
+    cfg: Config, state: TrainState, progress: Progress, abstract: TrainState, start: Start | None
+) -> TrainState:
+    """Return a restored state with the base of its adapters, if it has any.
+
+    Raises:
+        ConfigError: the base is another one than that of the checkpoint.
+    """
+    if not cfg.lora.rank:
+        return state
+    base, fingerprint = run_on_all(lambda: read_frozen(cfg, abstract, start))
+    if fingerprint != progress.base:
+        raise ConfigError(
+            f"{start.folder if start else 'the initial model'} is not the base of the adapters in "
+            f"{cfg.run_folder}: its fingerprint is {fingerprint}, and they were trained on "
+            f"{progress.base}. Put the base back, or give the new run its own name=..."
+        )
+    return state.replace(base=base)
+
+
+def describe_base(cfg: Config, start: Start | None, progress: Progress) -> Base | None:
+    """Return the base of the adapters of a run; None if it trains none."""
+    if not cfg.lora.rank:
+        return None
+    return Base((start.folder,) if start else (), progress.base)
