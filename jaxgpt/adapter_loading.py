@@ -14,6 +14,7 @@ from jaxgpt.language_model import LanguageModel
 from jaxgpt.lora import describe_frozen, list_full, list_maps, store_base, walk_nodes
 from jaxgpt.model import abstract_params, init_params
 from jaxgpt.model.layers import DTYPES
+from jaxgpt.quantized_array import is_quantized
 from jaxgpt.seeds import make_key
 from jaxgpt.settings import ConfigError
 from jaxgpt.sharding import make_load_shardings
@@ -46,7 +47,7 @@ def join_base(
     else:
         path, found = "", _init_base(config, mesh)
     check_base(base, pick_frozen(config, found, path, run_folder), path, run_folder)
-    found = cast_tree(store_base(config.lora, _pick_fitting(config, found)), dtype)
+    found = cast_tree(store_base(config, _pick_fitting(config, found)), dtype)
     adapter = Adapter(trained, config.lora, base, model.origin)
     return adapt(dataclasses.replace(model, params=found), adapter)
 
@@ -94,8 +95,12 @@ def _pick_fitting(config: Config, params: Any) -> Any:
 
 
 def cast_tree(params: Any, dtype: str | None) -> Any:
-    """Return parameters in a dtype; None leaves them as they are."""
-    return params if dtype is None else jax.tree.map(lambda x: x.astype(DTYPES[dtype]), params)
+    """Return parameters in a dtype, but for integers; None leaves them as they are."""
+    if dtype is None:
+        return params
+    return jax.tree.map(
+        lambda x: x if is_quantized(x) else x.astype(DTYPES[dtype]), params, is_leaf=is_quantized
+    )
 
 
 def set_dtype(config: Config, dtype: str | None) -> Config:

@@ -34,9 +34,10 @@ from jaxgpt.model import (
 )
 from jaxgpt.model.layers import check_token_ids
 from jaxgpt.prompts import shorten
+from jaxgpt.quantization import constrain_param
 from jaxgpt.sampling import SamplingParams, draw, make_row_keys, sampleable_tokens
 from jaxgpt.settings import ConfigError
-from jaxgpt.sharding import constrain, use_mesh_of
+from jaxgpt.sharding import use_mesh_of
 from jaxgpt.tokenizer import StreamDecoder, Tokenizer
 
 CHUNK_TOKENS = 16  # tokens decoded per call: the granularity of streaming
@@ -100,7 +101,7 @@ def prepare_decode_params(cfg: ModelConfig, params):
 def _constrain_layer(layer, letters):
     """Constrain the arrays of one layer that `letters`, of stacked layers, has; not adapters."""
     if isinstance(letters, str):
-        return constrain(layer, letters.removeprefix("L"))
+        return constrain_param(layer, letters.removeprefix("L"))
     return {
         key: _constrain_layer(value, letters[key]) if key in letters else value
         for key, value in layer.items()

@@ -37,6 +37,7 @@ from jaxgpt.language_model import LanguageModel
 from jaxgpt.lora import describe_trained, list_full
 from jaxgpt.model import abstract_params
 from jaxgpt.model.layers import DTYPES
+from jaxgpt.quantization import check_kind, check_unquantized
 from jaxgpt.saved_arrays import (
     check_shapes,
     describe_read_errors,
@@ -65,6 +66,8 @@ def load(
     mesh: jax.sharding.Mesh | None = None,
     checkpoint: str = "best",
     plugins: Sequence[str] | None = None,
+    quantize: str | None = None,
+    group: int | None = None,
 ) -> LanguageModel:
     """Load a model for inference, whatever kind of path holds it (see LOADERS).
 
@@ -80,6 +83,8 @@ def load(
             is none. Every array is checked; in place of a damaged checkpoint the latest good one is
             loaded, with a warning on standard error.
         plugins: of a run, see `read_config`.
+        quantize, group: "int8" or "int4" for kernels of integers, and the inputs that share a
+            scale; see `LanguageModel.quantize`. The whole model is read first.
 
     Raises:
         ConfigError: there is no model at this path, it cannot be read, or an argument is invalid.
@@ -87,6 +92,10 @@ def load(
     path = os.fspath(path)
     if dtype is not None:
         configs.choose(DTYPES, dtype, "dtype")
+    if quantize is not None:
+        check_kind(quantize, group)
+    elif group is not None:
+        raise ConfigError(f"group={group} is of quantize=int8 or int4: give it as well.")
     if mesh is not None and mesh.axis_names != MESH_AXES:
         raise ConfigError(
             f"mesh has the axes {', '.join(map(str, mesh.axis_names))}, not {', '.join(MESH_AXES)}:"
@@ -95,7 +104,8 @@ def load(
     fits = (loader for loader in LOADERS.values() if loader.is_for(path))
     loader = next(fits, LOADERS["run"])
     read: Any = resolve_table(loader.function)
-    return read(path, dtype=dtype, mesh=mesh, checkpoint=checkpoint, plugins=plugins)
+    model = read(path, dtype=dtype, mesh=mesh, checkpoint=checkpoint, plugins=plugins)
+    return model if quantize is None else model.quantize(quantize, group)
 
 
 def load_run(
@@ -194,13 +204,14 @@ def save(model: LanguageModel, folder: str | os.PathLike):
     Raises:
         ConfigError: the folder exists and is not empty.
     """
+    adapter = find_saved_adapter(model)
+    saved = model.params if adapter is None else adapter.trained
+    check_unquantized(saved, "jaxgpt.save")
     folder = os.path.abspath(os.fspath(folder))
     partial = f"{folder}.partial"
     if os.path.exists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
         raise ConfigError(f"{folder} exists: save into a new folder, or delete it first.")
     hosts.run_on_all(lambda: _write_files(model, partial))
-    adapter = find_saved_adapter(model)
-    saved = model.params if adapter is None else adapter.trained
     with make_manager(os.path.join(partial, "best")) as manager:
         facts = {"step": model.step, "tokenizer": model.tokenizer.fingerprint}
         if adapter:

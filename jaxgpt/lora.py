@@ -25,12 +25,18 @@ from jaxgpt.dims import Letters
 from jaxgpt.model import abstract_params
 from jaxgpt.model.layers import DTYPES
 from jaxgpt.model.lowrank import KEY, LowRank, attach, detach
+from jaxgpt.quantization import KINDS, dequantize_params, quantize_params
 from jaxgpt.selection import select, select_letters
 from jaxgpt.settings import ConfigError, find_nearest
 
 Tree = Any  # nested dicts
 
-BASE_FORMATS = {"float32": "4 bytes a number", "bfloat16": "2 bytes a number, rounded once"}
+BASE_FORMATS = {
+    "float32": "4 bytes a number",
+    "bfloat16": "2 bytes a number, rounded once",
+    "int8": "1 byte a weight, with a scale for each output; see quantization.py",
+    "int4": "half a byte a weight, with a scale for each 32 inputs",
+}
 TABLES = ("embed", "head")  # adapted as maps from V to D, and from D to V
 _NO_LINEAR = ("router", "mixer", "cross")  # have a matrix "w" that is not of a `Linear`
 
@@ -221,10 +227,11 @@ def has_adapters(params: Tree) -> bool:
     return next(walk_nodes(params), None) is not None
 
 
-def store_base(lora: LoraConfig, params: Tree) -> Tree:
+def store_base(cfg: Config, params: Tree) -> Tree:
     """Return a frozen base, given in float32, in the format of `lora.base`."""
-    dtype = DTYPES[lora.base]
-    return jax.tree.map(lambda x: x.astype(dtype), params)
+    if cfg.lora.base in KINDS:
+        return quantize_params(cfg.model, params, cfg.lora.base)
+    return jax.tree.map(lambda x: x.astype(DTYPES[cfg.lora.base]), params)
 
 
 # --- merging ---------------------------------------------------------------------------------
@@ -256,7 +263,7 @@ def merge_params(cfg: ModelConfig, params: Tree, dtype: str | None = None) -> Me
         dtype: of the result; None = as the parameters are.
     """
     nodes = dict(walk_nodes(params))
-    out = flatten_dict(detach(params), sep=".")
+    out = flatten_dict(dequantize_params(detach(params)), sep=".")
     if cfg.tie and any(name in nodes for name in TABLES):
         out["head.table"] = out["embed.table"]
         cfg = dataclasses.replace(cfg, tie=False)

@@ -16,7 +16,8 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.dims import declare_param
 from jaxgpt.model import fp8
 from jaxgpt.model.lowrank import add_output, find_adapter, make_dropout_key
-from jaxgpt.model.products import MATMULS
+from jaxgpt.model.products import MATMULS, matmul_quantized
+from jaxgpt.quantized_array import is_quantized
 from jaxgpt.sharding import gather_param
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -133,8 +134,11 @@ class Linear(nn.Module):
 
         @recompute
         def apply_matmul(w, adapter, key, *inputs):
-            x, w = input_fn(*inputs), gather_param(w.astype(inputs[0].dtype), self.letters)
-            axes = len(in_letters)
+            x, axes = input_fn(*inputs), len(in_letters)
+            if is_quantized(w):
+                y = matmul_quantized(x, w, axes, multiply)
+                return add_output(y, adapter, x, axes, key)
+            w = gather_param(w.astype(inputs[0].dtype), self.letters)
             chex.assert_shape(x, (*x.shape[: x.ndim - axes], *w.shape[:axes]))
             return add_output(multiply(x, w, axes), adapter, x, axes, key)
 

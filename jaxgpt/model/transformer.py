@@ -36,6 +36,7 @@ from jaxgpt.model.norms import NORMS
 from jaxgpt.model.pipeline import count_stages, run_pipeline
 from jaxgpt.model.positions import POSITION_ENCODINGS, PositionEncoding
 from jaxgpt.model.taps import CAPTURED, LAYER_INDEX, is_capturing, tap
+from jaxgpt.quantized_array import is_quantized
 from jaxgpt.sharding import constrain, gather_param
 
 
@@ -240,10 +241,13 @@ class Embedding(nn.Module):
         check_indices(
             tokens, table.shape[0], "token id" if self.letters[0] == "V" else "token type"
         )
-        # All-gather the width before the lookup, else the partitioner replicates the lookup.
-        table = gather_param(table.astype(DTYPES[self.cfg.dtype]), self.letters)
-        table = constrain(table, f"{self.letters[0]}.")
-        x, adapter = table[tokens], find_adapter(self)
+        adapter, dtype = find_adapter(self), DTYPES[self.cfg.dtype]
+        if is_quantized(table):
+            x = table.take_rows(tokens, dtype)
+        else:
+            # All-gather the width before the lookup, else the partitioner replicates the lookup.
+            table = gather_param(table.astype(dtype), self.letters)
+            x = constrain(table, f"{self.letters[0]}.")[tokens]
         if adapter is not None:
             x = x + adapter.look_up(tokens).astype(x.dtype)
         return constrain(x, "BTD")

@@ -44,6 +44,7 @@ from jaxgpt.model import abstract_params
 from jaxgpt.saved_arrays import latest_step
 from jaxgpt.selection import merge, select
 from jaxgpt.settings import ConfigError
+from jaxgpt.sharding import make_shardings
 from jaxgpt.tokenizer import Tokenizer
 from jaxgpt.trainer.checkpoint import Progress
 from jaxgpt.trainer.state import FrozenBase, TrainState, make_adapter_state, make_first_base
@@ -315,9 +316,10 @@ def read_frozen(cfg: Config, abstract: TrainState, start: Start | None) -> tuple
         start: what it is a part of; None for the initial parameters of the seed.
     """
     assert abstract.base is not None
+    shapes, letters = describe_frozen(cfg)
+    shardings = make_shardings(shapes, letters, abstract.step.sharding.mesh)
     wanted = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, jax.numpy.float32, sharding=x.sharding),
-        abstract.base.params,
+        lambda x, y: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=y), shapes, shardings
     )
     if start is None:
         params = make_first_base(cfg, wanted)
@@ -326,7 +328,10 @@ def read_frozen(cfg: Config, abstract: TrainState, start: Start | None) -> tuple
     fingerprint = compute_fingerprint(params)
     if start and start.adapter and start.adapter.base.fingerprint:
         check_base(start.adapter.base, params, start.folder, start.adapter.origin)
-    return abstract.base.replace(params=store_base(cfg.lora, params)), fingerprint
+    stored = jax.device_put(
+        store_base(cfg, params), jax.tree.map(lambda x: x.sharding, abstract.base.params)
+    )
+    return abstract.base.replace(params=stored), fingerprint
 
 
 def add_base(

@@ -22,10 +22,10 @@ from jaxgpt.lora import (
     to_nodes,
 )
 from jaxgpt.model import abstract_params, init_params
-from jaxgpt.model.layers import DTYPES
 from jaxgpt.model.lowrank import attach
 from jaxgpt.optimizer import build as build_optimizer
 from jaxgpt.optimizer import get_state_letters
+from jaxgpt.quantized_array import is_quantized, label_dims
 from jaxgpt.seeds import make_key
 from jaxgpt.selection import select_letters
 
@@ -101,8 +101,11 @@ def abstract_adapter_state(cfg: Config, optimizer, mesh: Mesh) -> TrainState:
     _, letters = describe_trained(cfg)
     moments = get_state_letters(optimizer, shapes.opt_state, letters)
     base, base_letters = describe_frozen(cfg)
-    dtype = DTYPES[cfg.lora.base]
-    base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), base)
+    base = jax.eval_shape(partial(store_base, cfg), base)
+    base_letters = jax.tree.map(
+        lambda x, d: label_dims(x, d) if is_quantized(x) else d, base, base_letters,
+        is_leaf=is_quantized,
+    )  # fmt: skip
     frozen = FrozenBase(base, cfg.lora.scale, cfg.lora.dropout)
     shapes = shapes.replace(base=frozen)
     letters = shapes.replace(
