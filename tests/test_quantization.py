@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import random_params, tiny
-from tiny_runs import config as tiny_config
 from tiny_runs import make_training, random_batch
+from tiny_runs import config as tiny_config
 
 import jaxgpt
 from jaxgpt.config import Config, MeshConfig, SampleConfig
@@ -187,7 +187,9 @@ def test_kernels_are_quantized_and_nothing_else():
 def test_bytes_fall_to_a_quarter_and_an_eighth():
     cfg = tiny(vocab=300, width=128, heads=4, ffn=256)
     params = random_params(cfg, std=0.3)
-    kernels = sum(x.nbytes for path, x in jax.tree.leaves_with_path(params) if path[-1].key == "w")
+    kernels = sum(
+        x.nbytes for path, x in jax.tree.leaves_with_path(params) if path[-1].key == "w"
+    )
     rest = count_bytes(params) - kernels
     for kind, group, bits in [("int8", 0, 8.13), ("int4", 32, 4.5), ("int4", 128, 4.13)]:
         quantized = quantize_params(cfg, params, kind, group)

@@ -19,6 +19,7 @@ from jaxgpt.lora import (
     init_adapters,
     select_frozen,
     select_full,
+    store_base,
     to_nodes,
 )
 from jaxgpt.model import abstract_params, init_params
