@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgpt import generate, predict, quantization, score
-from jaxgpt.adapters import Adapter, make_nodes, parse_choice
+from jaxgpt.adapters import Adapter, make_nodes
 from jaxgpt.config import Config, LoraConfig, SampleConfig
 from jaxgpt.generate import Generation, Prompt, check_vocab
 from jaxgpt.hosts import fetch
@@ -91,7 +91,7 @@ class LanguageModel:
     def decode_params(self) -> Any:
         """The parameters as decoding reads them, prepared once: they take memory a second time."""
         if self.base is not None:
-            return self._attach([self.adapter])[1]
+            return self._attach_decode(self._make_nodes([self.adapter]))
         with use_mesh_of(self.params):
             return generate.prepare_decode_params(self.config.model, self.params)
 
@@ -197,7 +197,10 @@ class LanguageModel:
 
     def switch(self, adapter: str) -> "LanguageModel":
         """Return this model with another choice of its adapters in use: "" for the base alone."""
-        return self._replace(adapter=adapter, params=self.select_adapters(adapter)[0])
+        nodes = self._make_nodes([adapter])
+        return self if self.base is None else self._replace(
+            adapter=adapter, params=attach(self.base, nodes)
+        )  # fmt: skip
 
     def select_adapters(self, adapter: "AdapterChoice" = None) -> tuple[Any, Any]:
         """Return the parameters, and those for decoding, with a choice of adapters in them.
@@ -208,23 +211,25 @@ class LanguageModel:
         """
         rows = list(adapter) if isinstance(adapter, (list, tuple)) else [adapter]
         rows = [self.adapter if choice is None else choice for choice in rows]
-        for choice in dict.fromkeys(rows):
-            parse_choice(choice, self.adapters)
         if {*rows} <= {self.adapter}:
             return self.params, self.decode_params
-        return self._attach(rows)
+        nodes = self._make_nodes(rows)
+        return attach(self.base, nodes), self._attach_decode(nodes)
 
-    def _attach(self, rows: Sequence[str]) -> tuple[Any, Any]:
-        """Return the base, and what decodes with it, with the choices of rows attached."""
+    def _make_nodes(self, rows: Sequence[str]) -> Any:
+        """Return the nodes of the choices of adapters of all rows, to be attached."""
         choices = list(dict.fromkeys(rows))
-        with use_mesh_of(self.base):
+        with use_mesh_of(self.params):
             trees = [make_nodes(choice, self.adapters) for choice in choices]
-            nodes = trees[0]
-            if len(trees) > 1:
-                numbers = jnp.array([choices.index(row) for row in rows], jnp.int32)
-                nodes = stack_rows(trees, numbers)
+            if len(trees) == 1:
+                return trees[0]
+            return stack_rows(trees, jnp.array([choices.index(row) for row in rows], jnp.int32))
+
+    def _attach_decode(self, nodes: Any) -> Any:
+        """Return the prepared parameters of the base with nodes in them."""
+        with use_mesh_of(self.base):
             unstacked = unstack_layers(nodes) if "stack" in nodes else nodes
-            return attach(self.base, nodes), attach(self.base_decode_params, unstacked)
+            return attach(self.base_decode_params, unstacked)
 
     def merge(
         self,
@@ -244,7 +249,9 @@ class LanguageModel:
             log: takes a line about the largest rounding by the cast.
         """
         choice = self.adapter if adapter is None else adapter
-        params = self.params if choice == self.adapter else self.select_adapters(choice)[0]
+        params = self.params
+        if choice != self.adapter:
+            params = attach(self.base, self._make_nodes([choice]))
         if not has_adapters(params) and self.base is None:
             return self
         with use_mesh_of(params):
