@@ -7,9 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
+from helpers import make_byte_tokenizer
 
 from jaxgpt.adapters import Adapter, Base, compute_fingerprint, parse_choice
-from jaxgpt.config import Config, ConfigError, LoraConfig, ModelConfig, TrainConfig, override
+from jaxgpt.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    override,
+)
 from jaxgpt.language_model import LanguageModel
 from jaxgpt.lora import (
     check_lora,
@@ -25,9 +33,9 @@ from jaxgpt.lora import (
 )
 from jaxgpt.model import Coords, EncoderInput, build, compute_logits, init_params
 from jaxgpt.model.lowrank import LowRank, attach, detach
-from jaxgpt.tokenizer.placeholder import make_placeholder
 
 DECODER = ModelConfig(vocab=40, context=16, width=16, layers=2, heads=4, kv_heads=2, ffn=24)
+BYTES = dataclasses.replace(DECODER, vocab=260)
 MODELS = {
     "decoder": DECODER,
     "untied": dataclasses.replace(DECODER, tie=False, bias="all", feedforward="plain"),
@@ -37,6 +45,7 @@ MODELS = {
     "encoder": dataclasses.replace(DECODER, family="encoder", head="mlm"),
     "pairs": dataclasses.replace(DECODER, family="encoder_decoder", position="t5"),
 }
+DATA = DataConfig(tokenizer="other.json")  # no bytes, so that a vocabulary may be small
 TOKENS = np.random.default_rng(0).integers(0, 40, (3, 8)).astype(np.int32)
 COORDS = Coords(np.tile(np.arange(8, dtype=np.int32), (3, 1)), np.ones((3, 8), np.int32))
 
@@ -119,7 +128,7 @@ def test_experts_have_adapters_and_dropout_is_refused_for_them():
     adapted = attach(params, to_nodes(trained, 0.5))
     merged = merge_params(cfg, adapted)
     np.testing.assert_allclose(logits(cfg, adapted), logits(cfg, merged.params), atol=2e-5)
-    config = Config(model=cfg, lora=LoraConfig(rank=2, dropout=0.1))
+    config = Config(model=cfg, data=DATA, lora=LoraConfig(rank=2, dropout=0.1))
     with pytest.raises(ConfigError, match=r"lora\.dropout=0\.1 .*experts.*targets without"):
         check_lora(config)
     check_lora(override(config, ["lora.targets=q,o"]))
@@ -234,11 +243,9 @@ def test_choices_are_parsed_and_unknown_names_refused():
 
 @pytest.fixture(scope="module")
 def model():
-    tokenizer = make_placeholder(40, 1, 2, 0, "")
-    cfg = Config(model=DECODER, train=TrainConfig(objective="causal"))
-    plain = LanguageModel(cfg, make_params(DECODER), tokenizer)
+    plain = LanguageModel(Config(model=BYTES), make_params(BYTES), make_byte_tokenizer())
     found = {
-        name: Adapter(make_adapters(DECODER, t, seed=s), LoraConfig(rank=3, alpha=6, targets=t))
+        name: Adapter(make_adapters(BYTES, t, seed=s), LoraConfig(rank=3, alpha=6, targets=t))
         for name, t, s in (("a", ("q", "down"), 5), ("b", ("v", "embed", "head"), 6))
     }
     return plain.with_adapters(found)
@@ -271,7 +278,7 @@ def test_a_model_is_switched_merged_and_unmerged(model):
     assert not merged.adapters
     assert merged.config.lora.rank == 0
     np.testing.assert_allclose(
-        logits(DECODER, switched.params), logits(DECODER, merged.params), atol=1e-5
+        logits(BYTES, switched.params), logits(BYTES, merged.params), atol=1e-5
     )
     assert model.merge() is not None
     with pytest.raises(ConfigError, match="not merged"):
@@ -290,7 +297,7 @@ def test_a_tied_head_is_untied_where_one_of_both_is_adapted(model):
 
 
 def test_an_adapter_that_does_not_fit_is_refused(model):
-    other = dataclasses.replace(DECODER, ffn=32)
+    other = dataclasses.replace(BYTES, ffn=32)
     wrong = Adapter(make_adapters(other, ("up",)), LoraConfig(rank=3, targets=("up",)))
     with pytest.raises(ConfigError, match=r"adapter 'x': the factors of .*ffn\.up are"):
         model.with_adapters({"x": wrong})

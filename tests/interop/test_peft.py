@@ -103,6 +103,9 @@ def load_peft(base, folder):
     reference = getattr(transformers, kind).from_pretrained(base)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers about peft's own code
+        # That a tied table is adapted, which is so in whatever file.
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
         return peft.PeftModel.from_pretrained(reference, folder).eval()
 
 

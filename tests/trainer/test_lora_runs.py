@@ -118,12 +118,11 @@ class StopAt(Hook):
 
 
 @pytest.mark.parametrize("settings", [
-    ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"],
-    ["train.accumulate=2", "model.remat=full", "model.unroll=2"],
     ["lora.dropout=0.1", "lora.base=bfloat16", "optimizer.train=stack.norm"],
+    ["lora.base=int8", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "train.accumulate=2"],
 ])  # fmt: skip
 def test_a_run_resumes_bit_for_bit(base, settings):
-    name = settings[0].replace("=", "_")
+    name = "_".join(settings).replace("=", "_").replace(".", "_")
     cfg = override(base, [f"name={name}", f"train.start={base.run_folder}", *LORA, *settings])
     whole, parts = override(cfg, [f"name={name}_whole"]), []
     train(whole, is_quiet=True)
@@ -135,9 +134,8 @@ def test_a_run_resumes_bit_for_bit(base, settings):
 
 
 @pytest.mark.parametrize("settings", [
-    ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"],
-    ["mesh.data=1", "mesh.pipe=2", "mesh.fsdp=4"],
-    ["train.accumulate=4"], ["model.remat=full"], ["model.remat=dots", "model.unroll=1"],
+    ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "model.remat=full"],
+    ["mesh.data=1", "mesh.pipe=2", "mesh.fsdp=4", "train.accumulate=2"],
 ])  # fmt: skip
 def test_losses_do_not_depend_on_devices_nor_on_memory_savings(base, tuned, settings):
     name = "_".join(settings).replace("=", "_")
@@ -180,7 +178,7 @@ def test_a_merged_run_is_saved_loaded_and_a_start(base, tuned, folder, capsys):
     assert "largest rounding" in capsys.readouterr().err
     merged, model = load(out), load(cfg.run_folder)
     assert not merged.adapters
-    texts = ["the cat sat on the mat"]
+    texts = ["the cat sat on"]
     np.testing.assert_allclose(
         merged.score(texts)[0].logprobs, model.score(texts)[0].logprobs, atol=1e-5
     )
