@@ -9,7 +9,6 @@ the key, the value and what would be right. A config file is a Python file with
 and any field is set on the command line with `path=value`: `model.width=512 optimizer.lr=3e-4`.
 """
 
-import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -258,16 +257,6 @@ class LoraConfig(Section):
         "storage format of the frozen base",
         table="jaxgpt.lora:BASE_FORMATS",
     )
-
-    def check(self):
-        if not self.rank:
-            defaults = {f.name: f.default for f in dataclasses.fields(self)}
-            changed = [name for name in defaults if getattr(self, name) != defaults[name]]
-            if changed:
-                raise ConfigError(
-                    f"lora.{changed[0]}={getattr(self, changed[0])!r} with lora.rank=0, which "
-                    "trains no adapters: set lora.rank, such as 8, or leave it out."
-                )
 
     @property
     def scale(self) -> float:

@@ -209,8 +209,8 @@ class LanguageModel:
             adapter: see `generate`. If rows have different ones, each row gathers its factors: the
                 batch is still one pass over the base.
         """
-        rows = list(adapter) if isinstance(adapter, (list, tuple)) else [adapter]
-        rows = [self.adapter if choice is None else choice for choice in rows]
+        choices = [adapter] if adapter is None or isinstance(adapter, str) else adapter
+        rows = [self.adapter if choice is None else choice for choice in choices]
         if {*rows} <= {self.adapter}:
             return self.params, self.decode_params
         nodes = self._make_nodes(rows)

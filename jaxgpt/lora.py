@@ -127,9 +127,17 @@ def check_lora(cfg: Config):
     """Check the targets of a config against its model.
 
     Raises:
-        ConfigError: a target matches nothing, or adapters of experts would have dropout.
+        ConfigError: a target matches nothing, adapters of experts would have dropout, or there
+            are none and another setting is of them.
     """
     if not cfg.lora.rank:
+        defaults = LoraConfig()
+        for name, value in dataclasses.asdict(cfg.lora).items():
+            if value != getattr(defaults, name):
+                raise ConfigError(
+                    f"lora.{name}={value!r} with lora.rank=0, which trains no adapters: set "
+                    "lora.rank, such as 8, or leave it out."
+                )
         return
     experts = [x for x in select_maps(cfg.model, cfg.lora.targets) if "E" in x.stacked]
     if experts and cfg.lora.dropout:
@@ -274,10 +282,10 @@ def merge_params(cfg: ModelConfig, params: Tree, dtype: str | None = None) -> Me
             out[name], node.a, node.b, is_transposed=path == "head", dtype=dtype
         )
         sizes.append(found)
-    largest = [float(max(column)) for column in zip(*sizes, strict=True)] or [0.0, 0.0]
+    rounding, change = (max((float(x[i]) for x in sizes), default=0.0) for i in range(2))
     if dtype is not None:
         out = {path: x.astype(DTYPES[dtype]) for path, x in out.items()}
-    return Merged(cfg, unflatten_dict(out, sep="."), *largest, len(nodes))
+    return Merged(cfg, unflatten_dict(out, sep="."), rounding, change, len(nodes))
 
 
 def _compute_merged(w, a, b, is_transposed: bool, dtype: str | None):
@@ -354,10 +362,9 @@ def stack_rows(trees: Sequence[Tree], rows: jax.Array) -> Tree:
         rank = max(node.a.shape[-1] for node in nodes if node is not None)
         stacked = _count_stacked(path)
         padded = [_pad(node, like, rank, stacked) for node in nodes]
+        a, b = (jnp.stack(factors, axis=stacked) for factors in zip(*padded, strict=True))
         number = jnp.broadcast_to(rows, (*like.a.shape[:stacked], len(rows)))
-        out[path] = LowRank(
-            *(jnp.stack([pair[i] for pair in padded], axis=stacked) for i in range(2)), number
-        )
+        out[path] = LowRank(a, b, number)
     return _nest(out)
 
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
-from helpers import make_byte_tokenizer
 
 from jaxgpt.adapters import Adapter, Base, compute_fingerprint, parse_choice
 from jaxgpt.config import (
@@ -33,6 +32,7 @@ from jaxgpt.lora import (
 )
 from jaxgpt.model import Coords, EncoderInput, build, compute_logits, init_params
 from jaxgpt.model.lowrank import LowRank, attach, detach
+from jaxgpt.tokenizer import make_byte_tokenizer
 
 DECODER = ModelConfig(vocab=40, context=16, width=16, layers=2, heads=4, kv_heads=2, ffn=24)
 BYTES = dataclasses.replace(DECODER, vocab=260)
@@ -194,7 +194,7 @@ def test_targets_are_names_or_paths():
 
 def test_settings_without_a_rank_are_refused():
     with pytest.raises(ConfigError, match=r"lora\.alpha=8\.0 with lora\.rank=0"):
-        LoraConfig(alpha=8)
+        check_lora(Config(lora=LoraConfig(alpha=8)))
     assert LoraConfig(rank=4, alpha=8).scale == 2
     assert LoraConfig(rank=4, alpha=8, rslora=True).scale == 4
 

@@ -17,7 +17,7 @@ from jaxgpt.interop import convert, families, rows, safetensors_files
 from jaxgpt.interop.archive import store
 from jaxgpt.interop.peft import CONFIG, PREFIX, TENSORS, Site, find_order, list_sites
 from jaxgpt.language_model import LanguageModel
-from jaxgpt.lora import list_full, list_maps
+from jaxgpt.lora import TABLES, list_full, list_maps
 from jaxgpt.model.lowrank import KEY
 from jaxgpt.settings import ConfigError
 
@@ -79,7 +79,7 @@ def make_folder(model: LanguageModel, dtype: str | None = None) -> tuple[dict[st
         },
         "modules_to_save": modules or None,
         "bias": "none",
-        "fan_in_fan_out": families.find_family(cfg)[0] == "gpt2",
+        "fan_in_fan_out": families.find_family(cfg)[0] == "gpt2" and paths - {*TABLES} != set(),
         "init_lora_weights": True,
         "inference_mode": True,
     }
@@ -156,7 +156,8 @@ def _write_full(model: LanguageModel, adapter: Adapter) -> tuple[dict[str, Any],
     archive = convert.to_archive(model.switch(""), "float32")
     flat = flatten_dict(adapter.trained, sep=".")
     kind, _ = families.find_family(cfg)
-    modules, tensors = {}, {}
+    modules: dict[str, None] = {}
+    tensors: dict[str, Any] = {}
     written = convert.to_archive(_with_full(model, {path: flat[path] for path in full}), "float32")
     for place in rows.list_locations(families.FAMILIES[kind].table, cfg):
         if place.path not in full or place.row.only == "read":

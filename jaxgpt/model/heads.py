@@ -82,7 +82,7 @@ def make_head(cfg: ModelConfig, params) -> Head:
     table = own["table"] if "table" in own else params["embed"]["table"]
     bias = params.get("transform", {}).get("bias")
     head = Head(table, bias, cfg.head_scale, cfg.final_softcap)
-    return head.replace(adapter=own[KEY]) if KEY in own else head
+    return dataclasses.replace(head, adapter=own[KEY]) if KEY in own else head
 
 
 class ClassifierHead(nn.Module):

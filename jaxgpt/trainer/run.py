@@ -310,8 +310,9 @@ def _begin(
     saver.delete_best()  # of a run that was killed before its first checkpoint
     evaluation = describe_evaluation(cfg, corpus.fingerprint)
     tokenizer = corpus.tokenizer.fingerprint
-    found = dict(data=corpus.fingerprint, tokenizer=tokenizer, evaluation=evaluation, base=base)
-    return state, Progress(**found)
+    return state, Progress(
+        data=corpus.fingerprint, tokenizer=tokenizer, evaluation=evaluation, base=base
+    )
 
 
 def _make_state(cfg: Config, optimizer, abstract, start: Start | None) -> tuple[TrainState, str]:

@@ -317,7 +317,8 @@ def read_frozen(cfg: Config, abstract: TrainState, start: Start | None) -> tuple
     """
     assert abstract.base is not None
     shapes, letters = describe_frozen(cfg)
-    shardings = make_shardings(shapes, letters, abstract.step.sharding.mesh)
+    mesh: Any = abstract.step.sharding
+    shardings = make_shardings(shapes, letters, mesh.mesh)
     wanted = jax.tree.map(
         lambda x, y: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=y), shapes, shardings
     )

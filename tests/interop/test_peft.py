@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import jaxgpt
 from jaxgpt.adapters import Adapter, Base, compute_fingerprint
 from jaxgpt.cli import import_
-from jaxgpt.config import Config, ConfigError, LoraConfig, OptimizerConfig, TrainConfig
+from jaxgpt.config import Config, ConfigError, DataConfig, LoraConfig, OptimizerConfig, TrainConfig
 from jaxgpt.data import Batch
 from jaxgpt.interop import exporting
 from jaxgpt.interop.exporting import _score as score
@@ -44,7 +44,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "qwen2": (["q_proj", "v_proj", "up_proj"], {"use_rslora": True, "layers_to_transform": [1]}),
     "mixtral": (["q_proj", "v_proj", "o_proj"], {"lora_alpha": 3}),
     "t5": (["q", "v", "o", "wi"], {}),
-    "gpt_neox": (["query_key_value", "dense_h_to_4h"], {}),
+    "gpt_neox": (["query_key_value", "dense_h_to_4h", "embed_out"], {}),
 }  # fmt: skip
 
 
@@ -161,7 +161,7 @@ def adapt(model, targets, rank=2, seed=3):
 
 
 @pytest.mark.parametrize(
-    ("targets", "rank"), [(("q", "k", "v"), 6), (("q", "v"), 4), (("k",), 2), (("o", "head"), 2)]
+    ("targets", "rank"), [(("q", "k", "v"), 6), (("q", "v"), 4), (("k",), 2), (("o", "up"), 2)]
 )
 def test_maps_that_are_one_module_are_written_side_by_side(gpt2, tmp_path, targets, rank):
     base, plain = gpt2
@@ -301,6 +301,7 @@ def train(folder, tokens) -> list[float]:
     adapter = loaded.adapters[loaded.adapter]
     cfg = Config(
         model=loaded.config.model,
+        data=DataConfig(tokenizer="other.json"),
         lora=adapter.config,
         train=TrainConfig(steps=STEPS, batch=B),
         optimizer=OptimizerConfig(
