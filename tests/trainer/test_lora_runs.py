@@ -118,8 +118,9 @@ class StopAt(Hook):
 
 
 @pytest.mark.parametrize("settings", [
-    ["lora.dropout=0.1", "lora.base=bfloat16", "optimizer.train=stack.norm"],
-    ["lora.base=int8", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "train.accumulate=2"],
+    ["lora.dropout=0.1", "lora.base=bfloat16", "optimizer.train=stack.norm", "train.log_norms=2"],
+    ["lora.base=int8", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "train.accumulate=2",
+     "train.on_spike=skip"],
 ])  # fmt: skip
 def test_a_run_resumes_bit_for_bit(base, settings):
     name = "_".join(settings).replace("=", "_").replace(".", "_")
