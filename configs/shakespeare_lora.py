@@ -48,12 +48,12 @@ config = Config(
     optimizer=OptimizerConfig(lr=5e-4, weight_decay=0.0, warmup=10),
     train=TrainConfig(
         start=find_smollm2(),
-        steps=100,
+        steps=60,
         batch=4,
-        eval_every=50,
+        eval_every=30,
         eval_batches=8,
-        save_every=50,
-        sample_every=100,
+        save_every=30,
+        sample_every=60,
     ),
     sample=SampleConfig(prompt="ROMEO:", tokens=80),
 )
