@@ -9,7 +9,7 @@ import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxgpt.adapters import Adapter, check_base, choose_path, read_base
-from jaxgpt.config import Config
+from jaxgpt.config import Config, LoraConfig
 from jaxgpt.language_model import LanguageModel
 from jaxgpt.lora import describe_frozen, list_full, list_maps, store_base, walk_nodes
 from jaxgpt.model import abstract_params, init_params
@@ -164,3 +164,28 @@ def _check_fit(config: Config, name: str, adapter: Adapter):
     for path in list_full(nodes):
         if path not in shapes or shapes[path].shape != flat[path].shape:
             raise ConfigError(f"adapter {name!r} has {path}, which does not fit this model.")
+
+
+def set_adapter(config: Config, adapter: Adapter | None) -> Config:
+    """Return a config with the settings that describe an adapter, or that there is none."""
+    if adapter is None:
+        return dataclasses.replace(config, lora=LoraConfig())
+    optimizer = dataclasses.replace(config.optimizer, train=tuple(list_full(adapter.nodes)))
+    return dataclasses.replace(config, lora=adapter.config, optimizer=optimizer)
+
+
+def find_saved_adapter(model: LanguageModel) -> Adapter | None:
+    """Return the adapter that is saved of a model; None if its parameters are.
+
+    Raises:
+        ConfigError: several adapters are in use, or nothing is known of their base.
+    """
+    if not model.adapter:
+        return None
+    adapter = model.adapters.get(model.adapter)
+    if adapter is None or not adapter.base.fingerprint:
+        why = "it is a sum of several" if adapter is None else "nothing is known of its base"
+        raise ConfigError(
+            f"the adapter {model.adapter!r} cannot be saved alone, since {why}: save model.merge()."
+        )
+    return adapter

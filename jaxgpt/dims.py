@@ -12,6 +12,7 @@ and the parameter table depend on these letters only, not on the model.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -53,7 +54,7 @@ def declare_param(module: nn.Module, name: str, letters: Letters, sizes: Mapping
         The array, or the `QuantizedArray` that stands in its place.
     """
     if module.has_variable("params", name):
-        stored = module.get_variable("params", name)
+        stored: Any = module.get_variable("params", name)
         if is_quantized(stored):  # Flax would compare its parts with the shape
             return stored
     shape = tuple(sizes[letter] for letter in letters if letter != ">")

@@ -26,15 +26,23 @@ import orbax.checkpoint as ocp
 from jaxgpt import config as configs
 from jaxgpt import hosts
 from jaxgpt import tokenizer as tokenizers
-from jaxgpt.adapter_loading import adapt, cast_tree, check_adapters, join_base, set_dtype
+from jaxgpt.adapter_loading import (
+    adapt,
+    cast_tree,
+    check_adapters,
+    find_saved_adapter,
+    join_base,
+    set_adapter,
+    set_dtype,
+)
 from jaxgpt.adapters import BASE_FILE, Adapter, format_base
-from jaxgpt.checksums import Record, read_arrays, seal, sum_arrays
-from jaxgpt.config import Config, LoraConfig
+from jaxgpt.checksums import Record, hash_json, read_arrays, seal, sum_arrays
+from jaxgpt.config import Config
 from jaxgpt.config_files import find_run_config
 from jaxgpt.interop import peft
 from jaxgpt.interop.formats import FORMATS
 from jaxgpt.language_model import LanguageModel
-from jaxgpt.lora import describe_trained, list_full
+from jaxgpt.lora import describe_trained
 from jaxgpt.model import abstract_params
 from jaxgpt.model.layers import DTYPES
 from jaxgpt.quantization import check_kind, check_unquantized
@@ -57,6 +65,8 @@ CHECKPOINT_FOLDERS: dict[str, tuple[str, ...]] = {
     "best": ("best", "checkpoints"),
     "latest": ("checkpoints", "best"),
 }
+
+LABELS = "labels.json"  # of a run, the names of its classes
 
 
 def load(
@@ -92,10 +102,8 @@ def load(
     path = os.fspath(path)
     if dtype is not None:
         configs.choose(DTYPES, dtype, "dtype")
-    if quantize is not None:
+    if quantize is not None or group is not None:
         check_kind(quantize, group)
-    elif group is not None:
-        raise ConfigError(f"group={group} is of quantize=int8 or int4: give it as well.")
     if mesh is not None and mesh.axis_names != MESH_AXES:
         raise ConfigError(
             f"mesh has the axes {', '.join(map(str, mesh.axis_names))}, not {', '.join(MESH_AXES)}:"
@@ -134,6 +142,7 @@ def load_run(
         params = _load_params(path, config, dtype, mesh, records)
         check_config_file(run_folder)  # after the shapes, whose error says more
         tokenizer.check_fingerprint(progress.get("tokenizer", ""), run_folder)
+        check_labels(labels, progress.get("labels", ""), run_folder)
         return LanguageModel(config, params, tokenizer, labels, int(os.path.basename(path)), path)
 
     names = configs.choose(CHECKPOINT_FOLDERS, checkpoint, "checkpoint")
@@ -214,29 +223,13 @@ def save(model: LanguageModel, folder: str | os.PathLike):
     hosts.run_on_all(lambda: _write_files(model, partial))
     with make_manager(os.path.join(partial, "best")) as manager:
         facts = {"step": model.step, "tokenizer": model.tokenizer.fingerprint}
+        facts["labels"] = hash_labels(model.labels)
         if adapter:
             facts["base"] = adapter.base.fingerprint
         progress = ocp.args.JsonSave(seal(facts, sum_arrays(params=saved)))
         params = ocp.args.StandardSave(saved)
         manager.save(model.step, args=ocp.args.Composite(params=params, progress=progress))
     hosts.run_on_all(lambda: _rename(partial, folder))
-
-
-def find_saved_adapter(model: LanguageModel) -> Adapter | None:
-    """Return the adapter that is saved of a model; None if its parameters are.
-
-    Raises:
-        ConfigError: several adapters are in use, or nothing is known of their base.
-    """
-    if not model.adapter:
-        return None
-    adapter = model.adapters.get(model.adapter)
-    if adapter is None or not adapter.base.fingerprint:
-        why = "it is a sum of several" if adapter is None else "nothing is known of its base"
-        raise ConfigError(
-            f"the adapter {model.adapter!r} cannot be saved alone, since {why}: save model.merge()."
-        )
-    return adapter
 
 
 @hosts.run_on_first
@@ -251,7 +244,7 @@ def _write_files(model: LanguageModel, folder: str):
     if adapter:
         files[BASE_FILE] = format_base(adapter.base, folder)
     if model.labels:
-        files["labels.json"] = json.dumps(list(model.labels)) + "\n"
+        files[LABELS] = json.dumps(list(model.labels)) + "\n"
     for name, text in files.items():
         with open(os.path.join(folder, name), "w") as file:
             file.write(text)
@@ -284,14 +277,6 @@ def load_peft(
     params = cast_tree(base.params, dtype)
     model = dataclasses.replace(base, config=set_dtype(config, dtype), params=params, origin=path)
     return adapt(model, adapter)
-
-
-def set_adapter(config: Config, adapter: Adapter | None) -> Config:
-    """Return a config with the settings that describe an adapter, or that there is none."""
-    if adapter is None:
-        return dataclasses.replace(config, lora=LoraConfig())
-    optimizer = dataclasses.replace(config.optimizer, train=tuple(list_full(adapter.nodes)))
-    return dataclasses.replace(config, lora=adapter.config, optimizer=optimizer)
 
 
 def load_adapters(model: LanguageModel, adapters: Mapping[str, Any]) -> dict[str, Adapter]:
@@ -356,12 +341,46 @@ def count_dtypes(run_folder: str) -> dict[str, int]:
 
 
 def read_labels(run_folder: str) -> list[str]:
-    """Read the class names of a run; none if it is not a classifier."""
-    path = os.path.join(run_folder, "labels.json")
+    """Read the class names of a run; none if it is not a classifier.
+
+    Raises:
+        ConfigError: the file is not a list of names.
+    """
+    path = os.path.join(run_folder, LABELS)
     if not os.path.isfile(path):
         return []
-    with open(path) as file:
-        return json.load(file)
+    try:
+        with open(path, encoding="utf-8") as file:
+            labels = json.load(file)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}.") from error
+    if not isinstance(labels, list) or not all(isinstance(x, str) for x in labels):
+        raise ConfigError(f"{path} is not a list of class names.")
+    return labels
+
+
+def hash_labels(labels: Sequence[str]) -> str:
+    """Return the checksum of class names, which belongs to the progress of a run; "" of none."""
+    return hash_json(list(labels)) if labels else ""
+
+
+def check_labels(labels: Sequence[str], expected: str, run_folder: str):
+    """Check that the class names are those that a run was trained with.
+
+    Args:
+        labels: as `read_labels` returns them.
+        expected: their checksum; "" if the run is no classifier, or older than that.
+        run_folder: names the run in the error.
+
+    Raises:
+        ConfigError: they are others, or there are none.
+    """
+    if expected and expected != hash_labels(labels):
+        path = os.path.join(run_folder, LABELS)
+        raise ConfigError(
+            f"{path} does not hold the class names that the run was trained with: put its own "
+            "labels.json back."
+        )
 
 
 def check_config_file(run_folder: str):

@@ -203,7 +203,8 @@ def vocabulary_loss(
 def _lay_out_head(head: Head) -> Head:
     """Return the head with its table [V D] padded and transposed as the platform multiplies it."""
     backend, V = get_backend(), head.table.shape[0]
-    table = constrain(head.table, "V.")
+    table: Any = head.table  # plain: see `vocabulary_loss`
+    table = constrain(table, "V.")
     if padding := -V % backend.vocab_alignment:
         table = jnp.pad(table, [(0, padding), (0, 0)])
         bias = head.bias if head.bias is None else jnp.pad(head.bias, (0, padding))

@@ -31,12 +31,14 @@ DEFAULT_GROUPS = {"int8": 0, "int4": 32}  # 0 = all inputs of an output channel
 STACK_LETTERS = "LE"  # dimensions along which kernels are stacked: each has its own scales
 
 
-def check_kind(kind: str, group: int | None = None, key: str = "quantize") -> int:
+def check_kind(kind: str | None, group: int | None = None, key: str = "quantize") -> int:
     """Return the group of a kind of quantization, its own if it is None.
 
     Raises:
-        ConfigError: there is no such kind, or group.
+        ConfigError: there is no such kind, or group; or a group without a kind.
     """
+    if kind is None:
+        raise ConfigError(f"group={group} is of {key}=int8 or int4: give it as well.")
     choose(KINDS, kind, key)
     if group not in (None, 0, *GROUPS):
         raise ConfigError(

@@ -15,7 +15,7 @@ arXiv:2210.17323, section 4, for groups.
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +94,7 @@ class QuantizedArray(struct.PyTreeNode):
         return taken.astype(dtype)
 
 
-def is_quantized(x: Any) -> bool:
+def is_quantized(x: Any) -> TypeGuard[QuantizedArray]:
     """Return whether x is a `QuantizedArray`, as `is_leaf` of `jax.tree.map`."""
     return isinstance(x, QuantizedArray)
 
@@ -147,6 +147,12 @@ def quantize_array(w: jax.Array, bits: int, group: int, first: int, count: int) 
     return QuantizedArray(values, scales, bits, inputs, len(outputs))
 
 
+def quantize_last(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Quantize x [... K] to (int8 [... K], a scale for each row [...])."""
+    q = quantize_array(x, 8, 0, first=x.ndim - 1, count=1)
+    return q.values[..., 0, :], q.scales[..., 0]
+
+
 def label_dims(w: QuantizedArray, letters: str) -> QuantizedArray:
     """Return the letters of `values` and `scales` from those of the weights, "LD>HK".
 
@@ -157,5 +163,5 @@ def label_dims(w: QuantizedArray, letters: str) -> QuantizedArray:
     first, dims = w.group_axis, len(w.inputs)
     lead, name, outputs = letters[:first], letters[first], letters[first + dims :]
     groups = f"{name}." if w.groups > 1 else f".{name}"
-    values, scales = lead + groups + outputs, lead + name + outputs
-    return dataclasses.replace(w, values=values, scales=scales)
+    changes: Any = {"values": lead + groups + outputs, "scales": lead + name + outputs}
+    return dataclasses.replace(w, **changes)

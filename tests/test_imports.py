@@ -34,6 +34,7 @@ LAYERS = [
     {"interactive", "trainer"},
     {"evaluation", "inspect", "measure", "planning", "scaling"},
     {"visualize"},
+    {"report"},
     {"cli"},
     {"__main__"},
 ]

@@ -31,7 +31,7 @@ from jaxgpt.model.lowrank import find_adapter
 from jaxgpt.model.masks import Coords
 from jaxgpt.model.mixers import MIXERS
 from jaxgpt.model.mixers.attention import Attention
-from jaxgpt.model.mixers.mixer import LayerContext, update_slots
+from jaxgpt.model.mixers.mixer import LayerContext, init_mixer_state, update_slots
 from jaxgpt.model.norms import NORMS
 from jaxgpt.model.pipeline import count_stages, run_pipeline
 from jaxgpt.model.positions import POSITION_ENCODINGS, PositionEncoding
@@ -434,14 +434,21 @@ def count_expert_params(cfg: ModelConfig) -> int:
     return sum(x.size for path, x in leaves if "experts" in [key.key for key in path])
 
 
-def init_cache(cfg: ModelConfig, batch: int, slots: int, source: int = 0) -> Cache:
-    """Return an empty cache for `batch` rows of `slots` tokens, with `source` encoder tokens."""
+def init_cache(
+    cfg: ModelConfig, batch: int, slots: int, source: int = 0, kind: str = "model"
+) -> Cache:
+    """Return an empty cache for `batch` rows of `slots` tokens, with `source` encoder tokens.
+
+    `kind` is a value of `sample.cache`; see `init_mixer_state`.
+    """
     chex.assert_scalar_positive(batch)
     chex.assert_scalar_positive(slots)
 
-    def init_layer(mixer: str) -> dict[str, Any]:
-        cross = {"cross": Attention.init_state(cfg, batch, source)} if source else {}
-        return {"mixer": MIXERS[mixer].init_state(cfg, batch, slots)} | cross
+    def init_layer(name: str) -> dict[str, Any]:
+        mixer, cross = MIXERS[name], {}
+        if source:
+            cross["cross"] = init_mixer_state("attention", Attention, cfg, batch, source, kind)
+        return {"mixer": init_mixer_state(name, mixer, cfg, batch, slots, kind)} | cross
 
     no_tokens = jnp.zeros((batch, slots), jnp.int32)
     prefix = no_tokens if "prefix" in cfg.pattern else None

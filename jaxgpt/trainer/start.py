@@ -7,14 +7,17 @@ it has a checkpoint of its own, the run that it started from is not read again.
 
 import dataclasses
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxgpt import config as configs
+from jaxgpt import hosts
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.adapters import (
     Adapter,
@@ -25,7 +28,6 @@ from jaxgpt.adapters import (
     read_base,
 )
 from jaxgpt.config import Config
-from jaxgpt.hosts import run_on_all
 from jaxgpt.interop import convert, loaders
 from jaxgpt.interop.formats import find_format
 from jaxgpt.language_model import LanguageModel
@@ -41,13 +43,16 @@ from jaxgpt.loading import (
 )
 from jaxgpt.lora import describe_frozen, describe_trained, select_full, store_base
 from jaxgpt.model import abstract_params
-from jaxgpt.saved_arrays import latest_step
+from jaxgpt.saved_arrays import DamagedError, list_steps
+from jaxgpt.script import print_text
 from jaxgpt.selection import merge, select
 from jaxgpt.settings import ConfigError
 from jaxgpt.sharding import make_shardings
 from jaxgpt.tokenizer import Tokenizer
-from jaxgpt.trainer.checkpoint import Progress
+from jaxgpt.trainer.checkpoint import Progress, read_on_all
 from jaxgpt.trainer.state import FrozenBase, TrainState, make_adapter_state, make_first_base
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ class Start:
         taken: the parameters that fit the new run, as a selection (see `jaxgpt.selection`).
         differences: a line for each parameter that does not fit, and for each setting of the model
             that differs.
+        others: checkpoints in place of one that is damaged, the best choice first.
     """
 
     folder: str
@@ -73,6 +79,7 @@ class Start:
     adapter: Adapter | None = None
     taken: Any = None
     differences: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
     @property
     def note(self) -> str:
@@ -88,7 +95,8 @@ def find_start(path: str, is_adapted: bool = False) -> Start:
     Args:
         path: a run folder or saved model (its best checkpoint, or the latest if there is no best;
             with "@latest" the latest), a run's `best` or `checkpoints`, or one checkpoint in it; or
-            a model of another library, as `jaxgpt.load` takes it.
+            a model of another library, as `jaxgpt.load` takes it. In place of a damaged checkpoint,
+            unless the path is that of one, the latest good one is taken, with a warning.
         is_adapted: whether adapters are trained: those of the checkpoint go on then, on their base,
             and are not merged into it.
 
@@ -99,13 +107,14 @@ def find_start(path: str, is_adapted: bool = False) -> Start:
         if name := find_format(os.path.expanduser(path)):
             path = os.path.expanduser(path)
             return _find_adapted(path, is_adapted) if name == "peft" else _find_foreign(path)
-        run_folder, folder = _find_checkpoint(path)
+        run_folder, folders = _list_checkpoints(path)
         check_config_file(run_folder)
         if read_config(run_folder).lora.rank:
-            return _find_adapted(folder, is_adapted)
+            return _find_adapted(folders[0], is_adapted)
         tokenizer = tokenizers.load(os.path.join(run_folder, "tokenizer.json"))
-        tokenizer.check_fingerprint(read_facts(folder).get("tokenizer", ""), run_folder)
-        return Start(folder, read_config(run_folder), tokenizer)
+        facts = _read_first_good(folders, read_facts)
+        tokenizer.check_fingerprint(facts.get("tokenizer", ""), run_folder)
+        return Start(folders[0], read_config(run_folder), tokenizer, others=tuple(folders[1:]))
     except ConfigError as error:
         raise ConfigError(f"train.start={path!r}: {error}") from error
 
@@ -162,20 +171,52 @@ def load_config(settings: Sequence[str]) -> Config:
     return configs.override(dataclasses.replace(default, model=other.model, train=train), settings)
 
 
-def _find_checkpoint(path: str) -> tuple[str, str]:
-    """Return the folders of the run and of the checkpoint that a path names."""
+def _list_checkpoints(path: str) -> tuple[str, list[str]]:
+    """Return the folder of the run that a path names, and its checkpoints, the best choice first.
+
+    If the path is that of one checkpoint, there is no other choice.
+    """
     which = path.rpartition("@")[2] if path.endswith(("@best", "@latest")) else ""
     path = os.path.normpath(os.path.expanduser(path.removesuffix(f"@{which}")))
     run_folder, named = split_checkpoint_path(path)
     if is_checkpoint(named):
-        return run_folder, named
+        return run_folder, [named]
     names = (os.path.basename(named),) if named else CHECKPOINT_FOLDERS[which or "best"]
     read_config(run_folder)  # the error of a folder that is no run is clearer than the one below
-    for name in names:
-        step = latest_step(os.path.join(run_folder, name))
-        if step is not None:
-            return run_folder, os.path.join(run_folder, name, str(step))
-    raise ConfigError(f"{run_folder} has no checkpoint in {' or '.join(names)}.")
+    folders = [os.path.join(run_folder, name) for name in names]
+    found = [os.path.join(folder, str(step)) for folder in folders for step in list_steps(folder)]
+    if not found:
+        raise ConfigError(f"{run_folder} has no checkpoint in {' or '.join(names)}.")
+    return run_folder, found
+
+
+def _read_first_good(
+    folders: Sequence[str],
+    read: Callable[[str], Result],
+    warn: Callable[[str], object] = lambda line: None,
+) -> Result:
+    """Read the first of some checkpoints that is not damaged.
+
+    Args:
+        folders: of the checkpoints.
+        read: reads one, and raises DamagedError.
+        warn: receives a line if a damaged one was passed over.
+
+    Raises:
+        DamagedError: all of them are damaged; of the first.
+    """
+    damaged: list[DamagedError] = []
+    for folder in folders:
+        try:
+            result = read(folder)
+        except DamagedError as error:
+            damaged.append(error)
+            continue
+        if damaged:
+            names = "; ".join(error.what for error in damaged)
+            warn(f"warning: {names}. {folder} is used in its place.")
+        return result
+    raise damaged[0]
 
 
 def match_start(start: Start, cfg: Config, tokenizer: Tokenizer) -> Start:
@@ -213,13 +254,9 @@ def match_start(start: Start, cfg: Config, tokenizer: Tokenizer) -> Start:
     changed = [
         line for line in configs.list_differences(start.config, cfg) if line.startswith("model.")
     ]
-    return dataclasses.replace(
-        start,
-        taken=unflatten_dict(taken, sep="."),
-        differences=tuple(
-            [f"not taken: {line}" for line in unfit] + [f"settings: {line}" for line in changed]
-        ),
-    )
+    notes = [f"not taken: {line}" for line in unfit] + [f"settings: {line}" for line in changed]
+    selection = unflatten_dict(taken, sep=".")
+    return dataclasses.replace(start, taken=selection, differences=tuple(notes))
 
 
 def _check_frozen(cfg: Config, start: Start, taken: dict[str, str]):
@@ -253,7 +290,7 @@ def _check_frozen(cfg: Config, start: Start, taken: dict[str, str]):
 
 
 def take_params(start: Start, state: TrainState, abstract: TrainState) -> TrainState:
-    """Return a new state with the parameters that are taken from `start`.
+    """Return a new state with the parameters that are taken from `start`. All processes call it.
 
     Args:
         state: as initialized.
@@ -286,8 +323,18 @@ def read_start(start: Start, wanted: Any, replicated: jax.sharding.Sharding) -> 
     there = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), there
     )
-    params = read_params(os.path.abspath(start.folder), merge(wanted, there))
+    there = merge(wanted, there)
+
+    def read(folder: str) -> Any:
+        return read_on_all(partial(read_params, os.path.abspath(folder), there))
+
+    params = _read_first_good([start.folder, *start.others], read, _warn)
     return select(params, wanted)
+
+
+@hosts.run_on_first
+def _warn(line: str):
+    print_text(line, sys.stderr)
 
 
 def make_adapter_start(
@@ -345,7 +392,7 @@ def add_base(
     """
     if not cfg.lora.rank:
         return state
-    base, fingerprint = run_on_all(lambda: read_frozen(cfg, abstract, start))
+    base, fingerprint = read_frozen(cfg, abstract, start)
     if fingerprint != progress.base:
         raise ConfigError(
             f"{start.folder if start else 'the initial model'} is not the base of the adapters in "
