@@ -133,17 +133,20 @@ def load_run(
 
     def read(path: str) -> LanguageModel:
         progress, records = _read_progress(path)
-        if config.lora.rank:
-            check_config_file(run_folder)
-            tokenizer.check_fingerprint(progress.get("tokenizer", ""), run_folder)
-            trained = _load_trained(path, config, mesh, records)
-            model = LanguageModel(config, {}, tokenizer, labels, int(os.path.basename(path)), path)
-            return join_base(model, trained, run_folder, partial(load, mesh=mesh), dtype, mesh)
-        params = _load_params(path, config, dtype, mesh, records)
+        has_base = bool(config.lora.rank)
+        saved = (
+            _load_trained(path, config, mesh, records)
+            if has_base
+            else _load_params(path, config, dtype, mesh, records)
+        )
         check_config_file(run_folder)  # after the shapes, whose error says more
         tokenizer.check_fingerprint(progress.get("tokenizer", ""), run_folder)
         check_labels(labels, progress.get("labels", ""), run_folder)
-        return LanguageModel(config, params, tokenizer, labels, int(os.path.basename(path)), path)
+        params = {} if has_base else saved
+        model = LanguageModel(config, params, tokenizer, labels, int(os.path.basename(path)), path)
+        if not has_base:
+            return model
+        return join_base(model, saved, run_folder, partial(load, mesh=mesh), dtype, mesh)
 
     names = configs.choose(CHECKPOINT_FOLDERS, checkpoint, "checkpoint")
     folders = [named] if named else [os.path.join(run_folder, name) for name in names]
