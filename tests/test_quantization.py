@@ -107,9 +107,10 @@ def test_a_product_in_blocks_is_the_product_with_the_weights(shape, axes, bits, 
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_a_product_in_blocks_never_holds_all_weights_and_has_a_gradient():
-    q = quantize_array(draw((2048, 1024)), 4, 32, 0, 1)
-    assert count_blocks(q.groups, q.size) == 4
+@pytest.mark.parametrize("group", [0, 32])
+def test_a_product_in_blocks_never_holds_all_weights_and_has_a_gradient(group):
+    q = quantize_array(draw((2048, 1024)), 4, group, 0, 1)
+    assert count_blocks(q.values.shape[0 if group else 1], q.size) == 4
 
     def multiply(x):
         return matmul_quantized(x, q, 1, MATMULS["plain"])

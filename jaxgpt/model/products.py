@@ -93,6 +93,7 @@ def matmul(x: jax.Array, w: jax.Array, axes: int) -> jax.Array:
 
 Matmul = Callable[[jax.Array, jax.Array, int], jax.Array]
 MAX_BLOCK_WEIGHTS = 2**19  # weights that are dequantized at once: 2 MiB of float32
+MAX_DECODED_ROWS = 64  # of a product inside the loop of decoding
 
 
 def matmul_quantized(x: jax.Array, w: QuantizedArray, axes: int, multiply: Matmul) -> jax.Array:
@@ -103,9 +104,11 @@ def matmul_quantized(x: jax.Array, w: QuantizedArray, axes: int, multiply: Matmu
     """
     rows = math.prod(x.shape[: x.ndim - axes])
     if rows <= get_backend().max_rows_of_blocks and multiply is matmul:
-        blocks = count_blocks(_count_slices(w), w.size)
+        blocks = count_blocks(w.values.shape[_find_block_axis(w)], w.size)
         if blocks > 1:
             return _matmul_in_blocks(x, w, axes, blocks)
+    if rows <= MAX_DECODED_ROWS:  # else the compiler would dequantize all weights before the loop
+        w = jax.lax.optimization_barrier(w)
     return multiply(x, w.astype(x.dtype), axes)
 
 
@@ -121,14 +124,9 @@ def count_blocks(length: int, weights: int) -> int:
     return next((n for n in range(wanted, 8 * wanted) if length % n == 0), 1)
 
 
-def _count_slices(w: QuantizedArray) -> int:
-    """Return the length of the dimension that blocks divide: groups, or the inputs of the only one.
-
-    Packed inputs of one group are not divided: a byte holds two that are far from each other.
-    """
-    if w.groups > 1:
-        return w.groups
-    return math.prod(w.inputs) if w.bits == 8 else 1
+def _find_block_axis(w: QuantizedArray) -> int:
+    """Return the dimension of `values` that blocks divide: groups, or inputs if there is one."""
+    return w.group_axis if w.groups > 1 else w.group_axis + 1
 
 
 def _matmul_in_blocks(x: jax.Array, w: QuantizedArray, axes: int, blocks: int) -> jax.Array:
@@ -139,7 +137,9 @@ def _matmul_in_blocks(x: jax.Array, w: QuantizedArray, axes: int, blocks: int) -
     a model whose layers are unrolled, XLA would hold all dequantized weights at the same time.
     """
     batch_shape, size = x.shape[: x.ndim - axes], math.prod(w.inputs) // blocks
-    flat = x.reshape(-1, blocks, size)
+    # A block of one packed group has inputs of its first half and, above them, of its second half.
+    halves = 2 if w.groups == 1 and w.bits == 4 else 1
+    flat = x.reshape(-1, halves, blocks, size // halves).swapaxes(1, 2).reshape(-1, blocks, size)
 
     def add_block(i, total):
         block = take_block(w, i, blocks).astype(x.dtype).reshape(size, -1)
@@ -154,7 +154,7 @@ def _matmul_in_blocks(x: jax.Array, w: QuantizedArray, axes: int, blocks: int) -
 
 def take_block(w: QuantizedArray, i: jax.Array, blocks: int) -> QuantizedArray:
     """Return the i-th of `blocks` equal parts of the inputs of w, which are one dimension then."""
-    axis = w.group_axis if w.groups > 1 else w.group_axis + 1
+    axis = _find_block_axis(w)
     size = w.values.shape[axis] // blocks
     values = jax.lax.dynamic_slice_in_dim(w.values, i * size, size, axis)
     scales = w.scales
