@@ -51,6 +51,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "DistillConfig",
+    "LoraConfig",
     "MeshConfig",
     "ModelConfig",
     "OnlineConfig",
@@ -239,6 +240,46 @@ class OptimizerConfig(Section):
     def count_warmup(self, steps: int) -> int:
         """Return the steps of warmup in a run of so many steps."""
         return steps // WARMUP_SHARE if self.warmup is None else self.warmup
+
+
+@dataclass(frozen=True)
+class LoraConfig(Section):
+    """Low-rank adapters (LoRA) on a frozen base, the model of train.start."""
+
+    section: ClassVar[str] = "lora"
+
+    rank: int = option(
+        0,
+        "rank of the adapters: every adapted map W becomes W + scale · A B, and only A and B are "
+        "trained; 0 = no adapters, all of the model is trained",
+        low=0,
+    )
+    alpha: float = option(
+        16.0, "numerator of the scale: alpha / rank, or with rslora alpha / √rank", above=0
+    )
+    rslora: bool = option(False, "scale by alpha / √rank in place of alpha / rank (rsLoRA)")
+    dropout: float = option(
+        0.0, "dropout of the inputs of adapters while training", low=0, high=0.99
+    )
+    targets: tuple[str, ...] = option(
+        (),
+        "maps to adapt, by name (q, k, v, o, gate, up, down, head, embed) or by path as in the "
+        "shell (stack.*.mixer.*); empty = all maps in layers",
+    )
+    base: str = option(
+        "float32",
+        "storage format of the frozen base",
+        table="jaxgpt.lora:BASE_FORMATS",
+    )
+
+    @property
+    def scale(self) -> float:
+        """What the product of both factors is multiplied by.
+
+        Source: Hu et al. 2021, arXiv:2106.09685, section 4.1; rsLoRA: Kalajdzievski 2023,
+        arXiv:2312.03732, theorem 3.2.
+        """
+        return self.alpha / (self.rank**0.5 if self.rslora else max(self.rank, 1))
 
 
 @dataclass(frozen=True)
@@ -578,6 +619,7 @@ class Config(Section):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)

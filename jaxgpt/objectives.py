@@ -210,6 +210,9 @@ def _lay_out_head(head: Head) -> Head:
         table = jnp.pad(table, [(0, padding), (0, 0)])
         bias = head.bias if head.bias is None else jnp.pad(head.bias, (0, padding))
         head = dataclasses.replace(head, bias=bias, vocab=V)
+        if head.adapter is not None:
+            b = jnp.pad(head.adapter.b, [(0, 0), (0, padding)])
+            head = dataclasses.replace(head, adapter=head.adapter.replace(b=b))
     if backend.use_transposed_copies:
         return dataclasses.replace(head, table=transpose_copy(table), letters="DV")
     return dataclasses.replace(head, table=table)

@@ -42,6 +42,7 @@ COMMANDS = {
     "context": "show the loss of a model by position, up to contexts longer than its own",
     "import": "make a run folder of a model of another library",
     "export": "write a model for transformers or llama.cpp",
+    "merge": "merge the adapters of a run into its base",
     "inspect": "show what a model is",
     "verify": "check that the files of a run are as they were saved",
     "autopsy": "show what a loss spike of a run was made of",

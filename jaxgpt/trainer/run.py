@@ -14,6 +14,7 @@ import jax
 from jaxgpt import config as configs
 from jaxgpt import hosts
 from jaxgpt import tokenizer as tokenizers
+from jaxgpt.adapters import BASE_FILE, Base, format_base
 from jaxgpt.config import Config
 from jaxgpt.data import Batch, Corpus, prepare
 from jaxgpt.data.chat import OnlineTask, PreferenceTask
@@ -22,8 +23,8 @@ from jaxgpt.data.work import print_line
 from jaxgpt.evaluate.run import read_benchmarks
 from jaxgpt.evaluate.tasks import Shown
 from jaxgpt.loading import LABELS, check_config_file, hash_labels, is_saved_model, read_config
+from jaxgpt.lora import check_lora
 from jaxgpt.model import abstract_params, build
-from jaxgpt.optimizer import build as build_optimizer
 from jaxgpt.optional import describe_missing
 from jaxgpt.predict import check_prompts
 from jaxgpt.rewards import find_reward
@@ -49,8 +50,17 @@ from jaxgpt.trainer.online import Rollouts
 from jaxgpt.trainer.report import format_header, format_lost_steps
 from jaxgpt.trainer.speed import Clock, peak_flops
 from jaxgpt.trainer.spikes import add_guard
-from jaxgpt.trainer.start import Start, find_start, match_start, take_params
-from jaxgpt.trainer.state import TrainState, abstract_state, make_state
+from jaxgpt.trainer.start import (
+    Start,
+    add_base,
+    describe_base,
+    find_base,
+    find_start,
+    make_adapter_start,
+    match_start,
+    take_params,
+)
+from jaxgpt.trainer.state import TrainState, make_abstract_state, make_state
 from jaxgpt.trainer.step import make_eval_step, make_train_step
 
 
@@ -89,7 +99,7 @@ class Run:
         """Put what a step trains on on the devices: a batch, or what the model makes of it."""
         if self.roll_out is None:
             return self.place_batch(batch)
-        answers = self.roll_out(state.params, batch, int(state.step))
+        answers = self.roll_out(state.model_params, batch, int(state.step))
         return hosts.place_batch(answers, self.mesh, len(answers.tokens))
 
     def make_eval_batches(self) -> Iterator[Batch]:
@@ -97,7 +107,7 @@ class Run:
         batches = self.task.make_eval_batches()
         if self.roll_out is None:
             return batches
-        return (self.roll_out.evaluate(self.state.params, batch) for batch in batches)
+        return (self.roll_out.evaluate(self.state.model_params, batch) for batch in batches)
 
     def drop_state(self):
         """Free the memory of the state, before another one is restored."""
@@ -167,15 +177,14 @@ def _open_locked(cfg: Config, lock: RunLock | None, hooks: Sequence[Hook], is_qu
     )
 
     saver = Checkpoints(cfg.run_folder, cfg.train.keep, not is_writable(cfg.run_folder))
-    _, letters = abstract_params(cfg.model)
-    optimizer, schedule = build_optimizer(cfg.optimizer, cfg.train.steps, letters)
-    abstract = abstract_state(cfg.model, optimizer, cfg.seed, mesh, cfg.optimizer.train)
+    optimizer, schedule, abstract = make_abstract_state(cfg, mesh)
 
     def restore_state() -> TrainState:
         if saver.latest_step() is None:
-            state, progress = _make_state(cfg, optimizer, abstract, start), Progress()
+            (state, _), progress = _make_state(cfg, optimizer, abstract, start), Progress()
         else:
             state, progress = hosts.run_on_all(lambda: saver.restore(abstract))
+            state = add_base(cfg, state, progress, abstract, start)
         return _add_guard(cfg, state, progress, abstract)
 
     def restore() -> tuple[TrainState, Progress]:
@@ -184,10 +193,11 @@ def _open_locked(cfg: Config, lock: RunLock | None, hooks: Sequence[Hook], is_qu
             progress.labels = hash_labels(task.labels)
         else:
             state, progress = hosts.run_on_all(lambda: _restore(cfg, corpus, task, saver, abstract))
+            state = add_base(cfg, state, progress, abstract, start)
         return _add_guard(cfg, state, progress, abstract), progress
 
     def make_first() -> Any:
-        return _make_state(cfg, optimizer, abstract, start).params
+        return _make_state(cfg, optimizer, abstract, start)[0].model_params
 
     log = (lambda line: None) if is_quiet else print_line
     frozen = load_frozen(cfg, corpus.tokenizer, mesh, make_first)
@@ -228,7 +238,7 @@ def _open_locked(cfg: Config, lock: RunLock | None, hooks: Sequence[Hook], is_qu
     note = saver.note or format_lost_steps(cfg, progress.step, read_metrics(cfg.run_folder))
     if not run.is_complete:  # a complete run is left as it is
         check_writable(cfg)
-        _write_run_files(cfg, corpus, task)
+        _write_run_files(cfg, corpus, task, describe_base(cfg, start, progress))
         run.hooks = (
             MetricsFile(cfg.run_folder, progress.step, console.log),
             console,
@@ -254,6 +264,7 @@ def _prepare_inputs(cfg: Config, is_quiet: bool) -> RunInputs:
     check_fits(cfg, mesh)
     select_letters(abstract_params(cfg.model)[1], cfg.optimizer.train)
     benchmarks = read_benchmarks(cfg)
+    check_lora(cfg)
     resume_step = latest_step(os.path.join(cfg.run_folder, "checkpoints"))
     if resume_step is not None:
         _check_same_config(cfg)
@@ -264,8 +275,11 @@ def _prepare_inputs(cfg: Config, is_quiet: bool) -> RunInputs:
         )
     if resume_step is None:
         check_writable(cfg)
-    has_start = cfg.train.start and (resume_step is None or needs_start(cfg))
-    start = find_start(cfg.train.start) if has_start else None
+    start = None
+    if cfg.lora.rank:
+        start = find_base(cfg, resume_step is not None)
+    elif cfg.train.start and (resume_step is None or needs_start(cfg)):
+        start = find_start(cfg.train.start)
     if cfg.train.objective == "online":
         find_reward(cfg.online.reward)
     if not is_quiet:  # the first pass over a large text takes a while
@@ -335,19 +349,24 @@ def _begin(
     cfg: Config, corpus: Corpus, saver: Checkpoints, optimizer, abstract, start: Start | None
 ) -> tuple[TrainState, Progress]:
     """Make the state of a new run, and its progress."""
-    state = _make_state(cfg, optimizer, abstract, start)
+    state, base = _make_state(cfg, optimizer, abstract, start)
     saver.delete_best()  # of a run that was killed before its first checkpoint
     evaluation = describe_evaluation(cfg, corpus.fingerprint)
     tokenizer = corpus.tokenizer.fingerprint
-    return state, Progress(data=corpus.fingerprint, tokenizer=tokenizer, evaluation=evaluation)
+    return state, Progress(
+        data=corpus.fingerprint, tokenizer=tokenizer, evaluation=evaluation, base=base
+    )
 
 
-def _make_state(cfg: Config, optimizer, abstract, start: Start | None) -> TrainState:
+def _make_state(cfg: Config, optimizer, abstract, start: Start | None) -> tuple[TrainState, str]:
+    """Make the first state, and return it with the fingerprint of the base of its adapters."""
     with describe_memory_errors(cfg, abstract):
+        if cfg.lora.rank:
+            return hosts.run_on_all(lambda: make_adapter_start(cfg, optimizer, abstract, start))
         state = make_state(cfg.model, optimizer, cfg.seed, abstract)
     if not start:
-        return state
-    return hosts.run_on_all(lambda: take_params(start, state, abstract))
+        return state, ""
+    return hosts.run_on_all(lambda: take_params(start, state, abstract)), ""
 
 
 def _add_guard(cfg: Config, state: TrainState, progress: Progress, abstract) -> TrainState:
@@ -417,7 +436,7 @@ def _renew_progress(
 
 
 @hosts.run_on_first
-def _write_run_files(cfg: Config, corpus: Corpus, task: Task):
+def _write_run_files(cfg: Config, corpus: Corpus, task: Task, base: Base | None):
     """Write the config of the run, its tokenizer and the names of its classes."""
     path = join_run_path(cfg, "tokenizer.json")
     try:
@@ -426,6 +445,8 @@ def _write_run_files(cfg: Config, corpus: Corpus, task: Task):
         if not _is_saved(corpus.tokenizer, path):
             raise
     files = {LABELS: json.dumps(task.labels) + "\n"} if task.labels else {}
+    if base is not None:
+        files[BASE_FILE] = format_base(base, cfg.run_folder)
     for name, text in (files | {"config.json": _to_saved_json(cfg)}).items():
         path = join_run_path(cfg, name)
         if not _has_text(path, text):

@@ -19,7 +19,7 @@ from jaxgpt.selection import merge, select, select_letters
 from jaxgpt.sharding import constrain
 from jaxgpt.trainer.norms import compute_layer_norms
 from jaxgpt.trainer.spikes import count_updates, guard_step
-from jaxgpt.trainer.state import TrainState
+from jaxgpt.trainer.state import FrozenBase, TrainState
 from jaxgpt.tuning_losses import Frozen
 
 # By name, float32 [] each:
@@ -45,6 +45,7 @@ def compute_gradient(
     rng: jax.Array | None,
     selection: Any = None,
     loss_fn: Loss | None = None,
+    base: FrozenBase | None = None,
 ):
     """Compute the gradient of the *summed* loss of a batch, and its sums.
 
@@ -53,6 +54,7 @@ def compute_gradient(
         rng: key for dropout, or None for no dropout.
         selection: the parameters to differentiate by (see `jaxgpt.selection`); None for all.
         loss_fn: of `Objective.bind`; None for that of the objective without settings.
+        base: what the parameters are adapters of, if they are.
 
     Returns:
         (gradient like the selected params, Sums).
@@ -62,6 +64,7 @@ def compute_gradient(
 
     def loss(selected):
         full = selected if selection is None else merge(selected, params)
+        full = full if base is None else base.attach(full)
         return compute_loss(model, full, batch, rngs, cfg)
 
     trained = select(params, selection)
@@ -88,13 +91,14 @@ def accumulate_gradient(
     rng: jax.Array | None,
     selection: Any = None,
     loss_fn: Loss | None = None,
+    base: FrozenBase | None = None,
 ):
     """Accumulate `compute_gradient` over microbatches in sequence, with the memory of one of them.
 
     Gradient accumulation gives the gradient of the whole batch.
     """
     if microbatch_count == 1:
-        return compute_gradient(model, cfg, params, batch, rng, selection, loss_fn)
+        return compute_gradient(model, cfg, params, batch, rng, selection, loss_fn, base)
 
     def split(x):  # microbatch i has rows i::microbatch_count, so each one spans all devices
         return x.reshape(-1, microbatch_count, *x.shape[1:]).swapaxes(0, 1)
@@ -103,7 +107,9 @@ def accumulate_gradient(
         index, microbatch = indexed_microbatch
         microbatch = jax.tree.map(lambda x: constrain(x, "BT"[: x.ndim]), microbatch)
         key = None if rng is None else jax.random.fold_in(rng, index)
-        grads, sums = compute_gradient(model, cfg, params, microbatch, key, selection, loss_fn)
+        grads, sums = compute_gradient(
+            model, cfg, params, microbatch, key, selection, loss_fn, base
+        )
         return jax.tree.map(jnp.add, total, grads), sums
 
     zeros = jax.tree.map(jnp.zeros_like, select(params, selection))
@@ -136,13 +142,15 @@ def make_update(
 
     def compute_update(state: TrainState, batch: Batch, frozen: Any = None) -> Update:
         loss_fn = bind_loss(cfg, frozen_model, frozen)
-        rng = jax.random.fold_in(state.rng, state.step) if cfg.model.has_dropout else None
+        has_dropout = cfg.model.has_dropout or cfg.lora.dropout > 0
+        rng = jax.random.fold_in(state.rng, state.step) if has_dropout else None
         microbatch_count = cfg.train.accumulate or choose_microbatch_count(
-            cfg, state.params, *batch.tokens.shape
+            cfg, (state.params, state.base), *batch.tokens.shape
         )
         grads, sums = accumulate_gradient(
-            microbatch_count, model, cfg.train, state.params, batch, rng, selection, loss_fn
-        )
+            microbatch_count, model, cfg.train, state.params, batch, rng, selection, loss_fn,
+            state.base,
+        )  # fmt: skip
         weight = jnp.maximum(sums["weight"], 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -158,8 +166,8 @@ def bind_loss(cfg: Config, frozen_model: nn.Module | None, frozen: Any) -> Loss:
 
 
 def select_trained(cfg: Config) -> Any:
-    """Return the selection of the parameters that are trained; None if all are."""
-    trained = cfg.optimizer.train
+    """Return the selection of the state's parameters that are trained; None if all are."""
+    trained = () if cfg.lora.rank else cfg.optimizer.train
     return select_letters(abstract_params(cfg.model)[1], trained) if trained else None
 
 
@@ -194,7 +202,7 @@ def make_train_step(
         )
         metrics |= compute_own_means(sums, weight)
         if cfg.train.log_norms:
-            groups = find_groups(state.params)
+            groups = find_groups(abstract_params(cfg.model)[0])
             norms = dict(grad=grads, param=state.params)
             metrics["norms"] = {k: compute_layer_norms(x, groups) for k, x in norms.items()}
         new = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
