@@ -20,6 +20,8 @@ from flax.traverse_util import flatten_dict
 
 from jaxgpt import generate, predict, score
 from jaxgpt.config import Config, SampleConfig
+from jaxgpt.engine import DraftModel, Size
+from jaxgpt.engine.worker import EngineWorker
 from jaxgpt.generate import Generation, Prompt, check_vocab
 from jaxgpt.hosts import fetch
 from jaxgpt.predict import DEFAULT_CANDIDATES, Classification, FilledMask
@@ -118,6 +120,50 @@ class LanguageModel:
         samples = self._make_samples(len(prompts), sample, settings)
         return generate.stream(
             self.config, self.params, self.tokenizer, prompts, samples, self.decode_params
+        )
+
+    def start_engine(
+        self,
+        rows: int = 8,
+        slots: int | None = None,
+        *,
+        source: int | None = None,
+        chunk: int = 256,
+        speculate: int = 0,
+        draft: "LanguageModel | None" = None,
+        max_waiting: int = 1024,
+    ) -> EngineWorker:
+        """Start a thread that decodes requests of many threads at once; see `EngineWorker`.
+
+            with model.start_engine(rows=8) as engine:
+                for piece in engine.submit("def main(", model.config.sample):
+                    print(piece.text)
+
+        Args:
+            rows: requests that decode at once.
+            slots: tokens of a row, prompt and output; None = the context of the model.
+            source: tokens of an encoder-decoder's source; None = the context.
+            chunk: tokens of a prompt that are read at once.
+            speculate: tokens that are guessed at once; 0 = none.
+            draft: a smaller model with the same tokenizer that guesses; None looks them up.
+            max_waiting: requests that may wait for a row.
+
+        Raises:
+            ConfigError: the model does not generate, or cannot do this.
+        """
+        self._check("generate", [])
+        cfg = self.config.model
+        has_source = cfg.family == "encoder_decoder"
+        size = Size(
+            rows,
+            min(slots or cfg.context, cfg.context),
+            (source or cfg.context) if has_source else 0,
+            chunk,
+            speculate,
+        )
+        guesser = None if draft is None else DraftModel(draft.config.model, draft.decode_params)
+        return generate.start_worker(
+            self.config, self.decode_params, self.tokenizer, size, guesser, max_waiting
         )
 
     def chat(

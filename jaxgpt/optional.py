@@ -20,6 +20,7 @@ EXTRAS = {
     "gguf": Extra("gguf", "gguf"),
     "grain": Extra("grain", "grain"),
     "huggingface_hub": Extra("huggingface_hub", "hub"),
+    "llguidance": Extra("llguidance", "constraints"),
     "jinja2": Extra("Jinja2", "chat"),
     "matplotlib": Extra("matplotlib", "plots"),
     "sacrebleu": Extra("sacrebleu", "measure"),

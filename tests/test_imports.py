@@ -22,6 +22,7 @@ LAYERS = [
     {"saved_arrays"},
     {"data", "model"},
     {"objectives", "optimizer", "sampling"},
+    {"engine"},
     {"generate"},
     {"score"},
     {"predict"},

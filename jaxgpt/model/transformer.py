@@ -30,7 +30,7 @@ from jaxgpt.model.layers import DTYPES, check_indices, prevent_cse
 from jaxgpt.model.masks import Coords
 from jaxgpt.model.mixers import MIXERS
 from jaxgpt.model.mixers.attention import Attention
-from jaxgpt.model.mixers.mixer import LayerContext, update_slots
+from jaxgpt.model.mixers.mixer import LayerContext, make_slot_coords, update_slots
 from jaxgpt.model.norms import NORMS
 from jaxgpt.model.pipeline import count_stages, run_pipeline
 from jaxgpt.model.positions import POSITION_ENCODINGS, PositionEncoding
@@ -51,7 +51,7 @@ class Cache:
 
     states: tuple[dict[str, Any], ...]  # per layer, by sublayer; each is updated in place
     coords: Coords  # [B S] each
-    cursor: jax.Array  # int32 [], the next free slot
+    cursor: jax.Array  # int32 [] or [B], the next free slot, of all rows or of each
     memory_coords: Coords | None = None  # of the encoder input, [B S] each
 
 
@@ -88,9 +88,15 @@ class Stack(nn.Module):
         if c.embed_norm:
             x = NORMS[c.norm](c, name="embed_norm")(x)
         x = tap(self, "embedding", constrain(Dropout(c.dropout)(x), "BTD"))
-        k_coords, cursor = coords, None
+        k_coords, cursor, lengths = coords, None, None
         if cache is not None:
-            k_coords, cursor = update_slots(cache.coords, coords, cache.cursor), cache.cursor
+            cursor = cache.cursor
+            if cursor.ndim:
+                lengths = cursor + (coords.segment_ids > 0).sum(axis=1)
+                slots = cache.coords.positions.shape[1]
+                k_coords = make_slot_coords(lengths, slots, coords.prefix)
+            else:
+                k_coords = update_slots(cache.coords, coords, cursor)
             memory_coords = cache.memory_coords if memory is None else memory_coords
         layer_context = LayerContext(
             coords,
@@ -99,6 +105,7 @@ class Stack(nn.Module):
             biases=tuple(e.make_bias() for e in encodings),
             query_scales=tuple(e.make_query_scale(coords.positions) for e in encodings),
             cursor=cursor,
+            lengths=lengths,
             memory=memory,
             memory_coords=memory_coords,
         )
@@ -107,7 +114,8 @@ class Stack(nn.Module):
             x = NORMS[c.norm](c, name="norm")(x)
         x = tap(self, "final_norm", x)
         if cache is not None and states is not None:
-            cache = Cache(states, k_coords, cache.cursor + x.shape[1], memory_coords)
+            end = cache.cursor + x.shape[1] if lengths is None else lengths
+            cache = Cache(states, k_coords, end, memory_coords)
         return x, cache
 
     def make_position_encodings(self) -> list[PositionEncoding]:
@@ -120,14 +128,19 @@ class Stack(nn.Module):
         return encodings
 
     @property
+    def has_unstacked_params(self) -> bool:
+        """Whether the parameters are those of `unstack_layers`."""
+        return "0" in self.variables.get("params", {}).get("layers", {})
+
+    @property
     def groups(self) -> list[tuple[str, tuple[LayerSpec, ...], int]]:
         """(name, specs, repeats) of the layers that repeat and, if the cycle leaves one, a tail."""
         cycle, repeats, tail = self.cfg.group_layers(self.layers or self.cfg.layers)
         return [("layers", cycle, repeats)] + ([("tail", tail, 1)] if tail else [])
 
     def apply_layers(self, x: jax.Array, states: tuple | None, layer_context: LayerContext):
-        """Apply all layers: see `apply_group`, or `decode_blocks` for one token."""
-        if states is not None and x.shape[1] == 1:
+        """Apply all layers: see `apply_group`, or `decode_blocks` with a cache."""
+        if states is not None and (x.shape[1] == 1 or self.has_unstacked_params):
             return self.decode_blocks(x, states, layer_context)
         new_states: tuple = ()
         for name, specs, repeats in self.groups:
@@ -177,7 +190,7 @@ class Stack(nn.Module):
         return x, stacked and _unstack_states(stacked)
 
     def decode_blocks(self, x: jax.Array, states: tuple, layer_context: LayerContext):
-        """As `apply_layers`, for one token: a scan would copy each layer's weights and state."""
+        """As `apply_layers`, for a few tokens: a scan would copy each layer's weights and state."""
         new_states: tuple = ()
         for name, specs, repeats in self.groups:
             group: Any = LayerGroup(self.cfg, specs, self.direction, parent=None)
@@ -426,21 +439,39 @@ def count_expert_params(cfg: ModelConfig) -> int:
     return sum(x.size for path, x in leaves if "experts" in [key.key for key in path])
 
 
-def init_cache(cfg: ModelConfig, batch: int, slots: int, source: int = 0) -> Cache:
-    """Return an empty cache for `batch` rows of `slots` tokens, with `source` encoder tokens."""
+def find_reach(cfg: ModelConfig, spec: LayerSpec) -> int | None:
+    """Return how many tokens a query of a layer attends to, itself among them; None = no limit."""
+    reaches = {"window": cfg.sparse.window, "chunked": cfg.sparse.chunk}
+    return reaches.get(spec.pattern) if spec.mixer == "attention" else None
+
+
+def init_cache(
+    cfg: ModelConfig, batch: int, slots: int, source: int = 0, chunk: int | None = None
+) -> Cache:
+    """Return an empty cache for `batch` rows of `slots` tokens, with `source` encoder tokens.
+
+    Args:
+        chunk: None for a cache with one cursor, which all rows share. Otherwise each row has its
+            own, token p of a row is in slot p, and a call has at most so many tokens. Then a layer
+            that attends to the last W tokens keeps a ring of W + chunk slots.
+    """
     chex.assert_scalar_positive(batch)
     chex.assert_scalar_positive(slots)
 
-    def init_layer(mixer: str) -> dict[str, Any]:
+    def count_slots(spec: LayerSpec) -> int:
+        reach = find_reach(cfg, spec)
+        return slots if chunk is None or reach is None else min(slots, reach + chunk)
+
+    def init_layer(spec: LayerSpec) -> dict[str, Any]:
         cross = {"cross": Attention.init_state(cfg, batch, source)} if source else {}
-        return {"mixer": MIXERS[mixer].init_state(cfg, batch, slots)} | cross
+        return {"mixer": MIXERS[spec.mixer].init_state(cfg, batch, count_slots(spec))} | cross
 
     no_tokens = jnp.zeros((batch, slots), jnp.int32)
     prefix = no_tokens if "prefix" in cfg.pattern else None
     no_source = jnp.zeros((batch, source), jnp.int32)
     return Cache(
-        states=tuple(init_layer(spec.mixer) for spec in cfg.list_layers(cfg.layers)),
+        states=tuple(init_layer(spec) for spec in cfg.list_layers(cfg.layers)),
         coords=Coords(no_tokens, no_tokens, prefix),
-        cursor=jnp.int32(0),
+        cursor=jnp.int32(0) if chunk is None else jnp.zeros(batch, jnp.int32),
         memory_coords=Coords(no_source, no_source) if source else None,
     )

@@ -1,0 +1,367 @@
+"""The compiled programs of the engine: pure functions from the state of all rows to the next.
+
+    prefill    run the model over a chunk of one row's prompt
+    insert     set the rules of a row, which then decodes
+    copy_row   copy the cache of a row to another
+    decode     draw tokens for all rows
+    verify     draw tokens, and take a draft of those after them as far as it agrees
+
+Shapes never change: a row is a number, and joins and leaves as data. Every row has its own cursor,
+and token p of a row is in slot p of its cache. So what a row can see follows from how many tokens
+it has, and neither a row that left nor a draft that was rejected has to be cleared. The bits of a
+row do not depend on the other rows.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jaxgpt.config import ModelConfig
+from jaxgpt.engine.processors import (
+    MAX_BANNED,
+    MAX_BANNED_TOKENS,
+    NO_TOKEN,
+    History,
+    Rules,
+    choose_tokens,
+)
+from jaxgpt.model import (
+    Cache,
+    Coords,
+    EncoderInput,
+    abstract_params,
+    build,
+    compute_logits,
+    init_cache,
+    unstack_layers,
+)
+from jaxgpt.sharding import constrain
+
+CHUNK_TOKENS = 16  # tokens decoded per call, at most: the granularity of streaming
+
+
+@struct.dataclass
+class DecodeState:
+    """The state of all rows between two calls."""
+
+    cache: Cache
+    scores: jax.Array  # float32 [B V] for the next token
+    history: History
+    left: jax.Array  # int32 [B], tokens that may still be drawn
+    active: jax.Array  # bool [B], whether the row decodes
+    prefix: jax.Array  # int32 [B], length of the prefix, for prefix language models
+    rules: Rules
+
+
+class Drawn(NamedTuple):
+    """What a call has drawn for every row."""
+
+    tokens: jax.Array  # int32 [B T]
+    logprobs: jax.Array  # float32 [B T], in the distribution of the model
+    count: jax.Array  # int32 [B], how many of them are drawn
+    top_tokens: jax.Array  # int32 [B T N], the likeliest tokens
+    top_logprobs: jax.Array  # float32 [B T N]
+
+
+@functools.partial(jax.jit, static_argnames=("cfg",))
+def prepare_decode_params(cfg: ModelConfig, params):
+    """Return parameters for `decode`: one tree a layer, each sharded as the stacked layers are.
+
+    They are copies. From stacked layers, every token would copy the parameters of each layer.
+    """
+    _, letters = abstract_params(cfg)
+    params = unstack_layers(params)
+    stack = dict(params["stack"])
+    for group in {"layers", "tail"} & stack.keys():
+        layer_letters = jax.tree.map(lambda x: x.removeprefix("L"), letters["stack"][group])
+        stack[group] = {
+            name: jax.tree.map(constrain, layer, layer_letters)
+            for name, layer in stack[group].items()
+        }
+    return params | {"stack": stack}
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "rows", "slots", "source", "chunk"))
+def init_state(
+    cfg: ModelConfig, rows: int, slots: int, chunk: int, source: int = 0
+) -> DecodeState:
+    """Return the state of empty rows.
+
+    Args:
+        rows: B.
+        slots: tokens that a row may have.
+        chunk: tokens of a call, at most.
+        source: tokens of an encoder-decoder's source, at most.
+    """
+    B, V = rows, cfg.vocab
+    zeros, floats = jnp.zeros(B, jnp.int32), jnp.zeros(B)
+    history = History(
+        jnp.zeros((B, V), bool),
+        jnp.zeros((B, V), jnp.int32),
+        jnp.full((B, MAX_BANNED_TOKENS - 1), NO_TOKEN),
+        zeros,
+    )
+    rules = Rules(
+        **dict.fromkeys(("temperature", "min_p", "presence_penalty", "frequency_penalty"), floats),
+        **dict.fromkeys(("top_p", "repetition_penalty"), floats + 1),
+        **dict.fromkeys(("top_k", "min_tokens"), zeros),
+        bias=jnp.zeros((B, V)),
+        banned=jnp.full((B, MAX_BANNED, MAX_BANNED_TOKENS), NO_TOKEN),
+        key_data=jax.random.key_data(jax.random.split(jax.random.key(0), B)),
+    )
+    cache = init_cache(cfg, B, slots, source, chunk)
+    state = DecodeState(cache, jnp.zeros((B, V)), history, zeros, zeros > 0, zeros, rules)
+    return _pin(cfg, state)
+
+
+def _pin(cfg: ModelConfig, state: DecodeState) -> DecodeState:
+    """Fix the sharding of a state, the same after every call: keys and values by their heads."""
+
+    def pin(x):
+        has_heads = x.ndim == 4 and x.shape[1] == cfg.sizes["G"]
+        return constrain(x, ".G.." if has_heads else "." * x.ndim)
+
+    return jax.tree.map(pin, state)
+
+
+def run_tokens(cfg: ModelConfig, params, tokens, is_token, cache: Cache, prefix, source=None):
+    """Run the model on the next tokens [B T] of rows. Return (hidden [B T D], cache)."""
+    T = tokens.shape[1]
+    positions = cache.cursor[:, None] + jnp.arange(T)
+    lengths = jnp.broadcast_to(prefix[:, None], positions.shape)
+    prefix = lengths if "prefix" in cfg.pattern else None
+    coords = Coords(positions, is_token.astype(jnp.int32), prefix)
+    more = {} if source is None else {"source": source}
+    return build(cfg).apply({"params": params}, tokens, coords, cache, **more)
+
+
+def _take_row(cache: Cache, row: jax.Array) -> Cache:
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1), cache)
+
+
+def _put_row(cache: Cache, one: Cache, row: jax.Array) -> Cache:
+    def put(x, new):
+        return jax.lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), row, 0)
+
+    return jax.tree.map(put, cache, one)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))
+def prefill(
+    cfg: ModelConfig, params, state: DecodeState, row, tokens, length, start, prefix, source=None
+) -> DecodeState:
+    """Run the model over a chunk of the prompt of one row, which does not decode meanwhile.
+
+    Args:
+        row: int32 [], which.
+        tokens: int32 [1 T], with padding at the end.
+        length: int32 [], how many of them are tokens.
+        start: int32 [], tokens of the row before the chunk: what its cache has beyond is forgotten.
+        prefix: int32 [], length of the prefix, for prefix language models.
+        source: (tokens int32 [1 S], length int32 []) of an encoder-decoder, with the first chunk.
+    """
+    cache = _take_row(state.cache, row).replace(cursor=start[None])
+    if source is not None:
+        is_real = jnp.arange(source[0].shape[1])[None] < source[1]
+        positions = jnp.broadcast_to(jnp.arange(source[0].shape[1]), is_real.shape)
+        source = EncoderInput(source[0], Coords(positions, is_real.astype(jnp.int32)))
+    is_token = jnp.arange(tokens.shape[1])[None] < length
+    hidden, cache = run_tokens(cfg, params, tokens, is_token, cache, prefix[None], source)
+    last = jax.lax.dynamic_index_in_dim(hidden, length - 1, 1, keepdims=False)
+    state = state.replace(
+        cache=_put_row(state.cache, cache, row),
+        scores=state.scores.at[row].set(compute_logits(cfg, params, last)[0]),
+        active=state.active.at[row].set(False),
+    )
+    return _pin(cfg, state)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))
+def insert(
+    cfg: ModelConfig, state: DecodeState, row, history: History, left, prefix, rules: Rules
+) -> DecodeState:
+    """Let a row decode whose prompt is in the cache: its history and rules have no B."""
+
+    def put(x, new):
+        return x.at[row].set(new)
+
+    state = state.replace(
+        history=jax.tree.map(put, state.history, history),
+        left=put(state.left, left),
+        active=put(state.active, True),
+        prefix=put(state.prefix, prefix),
+        rules=jax.tree.map(put, state.rules, rules),
+    )
+    return _pin(cfg, state)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))
+def copy_row(cfg: ModelConfig, state: DecodeState, source, row) -> DecodeState:
+    """Copy the cache and the scores of the row `source` to another."""
+    state = state.replace(
+        cache=_put_row(state.cache, _take_row(state.cache, source), row),
+        scores=state.scores.at[row].set(state.scores[source]),
+    )
+    return _pin(cfg, state)
+
+
+def _score_drawn(scores: jax.Array, token: jax.Array, top: int) -> tuple:
+    """Return the log-probability of tokens [B], and the likeliest ones [B top] with theirs."""
+    total = jax.nn.logsumexp(scores, axis=-1)
+    logprob = jnp.take_along_axis(scores, token[:, None], axis=-1)[:, 0] - total
+    if not top:
+        empty = scores[:, :0]
+        return logprob, empty.astype(jnp.int32), empty
+    values, tokens = jax.lax.top_k(scores, top)
+    return logprob, tokens, values - total[:, None]
+
+
+def _push(state: DecodeState, token: jax.Array, is_alive: jax.Array, ends) -> DecodeState:
+    """Append a token [B] to rows that are alive; it may end them."""
+    is_kept = is_alive & ~ends[token]
+    left = state.left - is_kept
+    return state.replace(
+        history=state.history.push(token, is_kept), left=left, active=is_kept & (left > 0)
+    )
+
+
+@functools.partial(
+    jax.jit, static_argnames=("cfg", "top", "limit"), donate_argnames=("state",)
+)
+def decode(
+    cfg: ModelConfig,
+    params,
+    state: DecodeState,
+    keep,
+    mask,
+    ends,
+    steps,
+    top: int = 0,
+    limit: int = CHUNK_TOKENS,
+) -> tuple[DecodeState, Drawn]:
+    """Draw up to `steps` tokens per row, fewer if all rows end before.
+
+    It is fastest with the parameters of `prepare_decode_params`.
+
+    Args:
+        keep: bool [B], rows that may go on.
+        mask: uint32 [B W], the tokens that may be drawn.
+        ends: bool [V], the tokens that end a row.
+        steps: int32 [], up to `limit`.
+        top: how many of the likeliest tokens to return at each place.
+    """
+    B = len(state.scores)
+    empty = [jnp.zeros((B, limit), jnp.int32), jnp.zeros((B, limit)), jnp.zeros(B, jnp.int32)]
+    empty += [jnp.zeros((B, limit, top), jnp.int32), jnp.zeros((B, limit, top))]
+    state = state.replace(active=state.active & keep)
+
+    def is_unfinished(carry):
+        i, state, _ = carry
+        return (i < steps) & state.active.any()
+
+    def decode_one(carry):
+        i, state, out = carry
+        token = choose_tokens(state.scores, state.history, state.rules, mask, ends)
+        logprob, top_tokens, top_logprobs = _score_drawn(state.scores, token, top)
+        out = Drawn(
+            out.tokens.at[:, i].set(token),
+            out.logprobs.at[:, i].set(logprob),
+            out.count + state.active,
+            out.top_tokens.at[:, i].set(top_tokens),
+            out.top_logprobs.at[:, i].set(top_logprobs),
+        )
+        state = _push(state, token, state.active, ends)
+        hidden, cache = run_tokens(
+            cfg, params, token[:, None], state.active[:, None], state.cache, state.prefix
+        )
+        scores = compute_logits(cfg, params, hidden[:, 0])
+        scores = jnp.where(state.active[:, None], scores, state.scores)
+        return i + 1, _pin(cfg, state.replace(cache=cache, scores=scores)), out
+
+    first = (jnp.int32(0), _pin(cfg, state), Drawn(*empty))
+    _, state, out = jax.lax.while_loop(is_unfinished, decode_one, first)
+    return state, out
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "top"), donate_argnames=("state",))
+def verify(
+    cfg: ModelConfig,
+    params,
+    state: DecodeState,
+    keep,
+    mask,
+    ends,
+    draft,
+    drafted,
+    forced,
+    top: int = 0,
+) -> tuple[DecodeState, Drawn]:
+    """Draw up to T tokens per row in one pass of the model over a draft of them.
+
+    The token at each place is drawn as `decode` draws it, with the same key, and the draft is only
+    compared with it: what follows a difference is dropped. So the tokens are those of `decode`. A
+    draft is taken with the probability that rejection sampling has for a draft of one token.
+
+    Args:
+        draft: int32 [B T], the next tokens as they are guessed.
+        drafted: int32 [B], how many of them there are.
+        forced: int32 [B], how many of them are taken whatever is drawn.
+        keep, mask, ends, top: as of `decode`.
+
+    Source: Leviathan et al. 2023, arXiv:2211.17192, algorithm 1, of which this is the coupling for
+    deterministic drafts; Daliri et al. 2024, arXiv:2408.07978, for drafts with shared randomness.
+    """
+    B, T = draft.shape
+    state = state.replace(active=state.active & keep)
+    is_active = state.active
+
+    def draw_next(state: DecodeState, i):
+        """Draw the token at place i: the state after it, and what is returned of it."""
+        token = choose_tokens(state.scores, state.history, state.rules, mask, ends)
+        token = jnp.where(i < forced, draft[:, i], token)
+        scored = _score_drawn(state.scores, token, top)
+        out = (token, scored[0], state.active, *scored[1:])
+        return _push(state, token, state.active, ends), out
+
+    state, first = draw_next(state, 0)
+    agrees = (first[0] == draft[:, 0]) & (drafted > 0)
+    places = jnp.arange(T)
+    is_token = (places == 0) | (agrees[:, None] & (places < drafted[:, None]))
+    tokens = draft.at[:, 0].set(first[0])
+    start = state.cache.cursor
+    hidden, cache = run_tokens(
+        cfg, params, tokens, is_token & state.active[:, None], state.cache, state.prefix
+    )
+    logits = compute_logits(cfg, params, hidden)  # [B T V]
+    state = state.replace(active=state.active & is_active)
+
+    def follow(carry, i):
+        """Take the scores after place i, if its token was kept, and draw the next if they agree."""
+        state, kept, agrees = carry
+        kept = kept + state.active
+        state = state.replace(
+            scores=jnp.where(state.active[:, None], logits[:, i], state.scores)
+        )
+        goes_on = state.active & agrees & (i + 1 < drafted)
+        paused = state.active & ~goes_on
+        state, out = draw_next(state.replace(active=goes_on), jnp.minimum(i + 1, T - 1))
+        agrees = goes_on & (out[0] == draft[:, jnp.minimum(i + 1, T - 1)])
+        return (state, kept, agrees, paused), out
+
+    def step(carry, i):
+        state, kept, agrees, paused = carry
+        (state, kept, agrees, now), out = follow((state, kept, agrees), i)
+        return (state, kept, agrees, paused | now), out
+
+    carry = (state, jnp.zeros(B, jnp.int32), agrees, jnp.zeros(B, bool))
+    (state, kept, _, paused), rest = jax.lax.scan(step, carry, places)
+    out = [jnp.concatenate([a[:, None], jnp.moveaxis(b, 0, 1)], 1)[:, :T]
+           for a, b in zip(first, rest, strict=True)]  # fmt: skip
+    state = state.replace(
+        cache=cache.replace(cursor=start + kept), active=state.active | paused
+    )
+    tokens, logprobs, is_drawn, *tops = out
+    return _pin(cfg, state), Drawn(tokens, logprobs, is_drawn.sum(axis=1), *tops)
