@@ -25,6 +25,7 @@ from jaxgpt.engine import (
 )
 from jaxgpt.engine.beam import search_beams
 from jaxgpt.engine.constraints import make_constraint
+from jaxgpt.engine.processors import make_rules
 from jaxgpt.engine.worker import EngineWorker
 from jaxgpt.prompts import shorten
 from jaxgpt.sampling import make_row_keys, sampleable_tokens
@@ -100,13 +101,16 @@ def stream(
     for request in requests:
         engine.submit(request)
     while not engine.is_idle:
-        pieces = {}
+        pieces: dict[int, list[Generation]] = {}
         for request, piece in engine.step():
             if request.error is not None:
                 raise request.error
-            pieces[requests[request]] = piece
+            pieces.setdefault(requests[request], []).append(piece)
         if pieces:
-            yield [pieces.get(i) or _make_empty_piece(row) for i, row in enumerate(rows)]
+            yield [
+                join_pieces(pieces[i]) if i in pieces else _make_empty_piece(row)
+                for i, row in enumerate(rows)
+            ]
 
 
 def _make_empty_piece(row: Row) -> Generation:
@@ -116,13 +120,16 @@ def _make_empty_piece(row: Row) -> Generation:
 def make_engine(config: Config, decode_params, tokenizer: Tokenizer, rows: Sequence[Row]) -> Engine:
     """Return an engine with room for these rows."""
     cfg, context = config.model, config.model.context
-    slots = max(
-        context if row.sample.slide else min(context, len(row.ids) + row.room) for row in rows
+    slots = sum(
+        round_up_to_bucket(max(counts))
+        for counts in ([len(row.ids) for row in rows], [row.room for row in rows])
     )
+    if any(row.sample.slide for row in rows):
+        slots = context
     source = max(len(row.source) for row in rows)
     size = Size(
         rows=min(MAX_ROWS, 1 << (len(rows) - 1).bit_length()),
-        slots=max(2, min(context, round_up_to_bucket(slots))),
+        slots=max(2, min(context, slots)),
         source=round_up_to_bucket(source) if source else 0,
     )
     allowed = sampleable_tokens(tokenizer, cfg.vocab, list_masks(config))
@@ -145,7 +152,7 @@ def make_request(
     vocab = config.model.vocab
     banned = [ids for word in row.sample.banned for ids in spell_word(tokenizer, word)]
     constraint = make_constraint(tokenizer, vocab, row.sample)
-    return Request(row, key, bias or {}, banned, constraint, top)
+    return Request(row, make_rules(row.sample, vocab, key, bias, banned), constraint, top)
 
 
 def spell_word(tokenizer: Tokenizer, word: str) -> list[list[int]]:

@@ -66,7 +66,7 @@ class Size:
         recurrent = list_recurrent_mixers(cfg)
         if self.speculate and recurrent:
             raise ConfigError(
-                f"speculation does not work with model.mixer={recurrent[0]}: its state cannot go "
+                f"speculation does not work with model.mixers={recurrent[0]}: its state cannot go "
                 "back to before a guess that was wrong. Leave speculate out."
             )
 
@@ -74,7 +74,7 @@ class Size:
 def explain_no_reuse(cfg: ModelConfig, size: Size) -> str | None:
     """Return why the cache of a prompt cannot serve another prompt, or None if it can."""
     if recurrent := list_recurrent_mixers(cfg):
-        return f"model.mixer={recurrent[0]} keeps a summary, not the tokens"
+        return f"model.mixers={recurrent[0]} keeps a summary, not the tokens"
     if cfg.family == "encoder_decoder":
         return "model.family=encoder_decoder keeps the source with the tokens"
     if "prefix" in cfg.pattern:
@@ -326,7 +326,6 @@ class Engine:
         row, vocab = request.row, self.cfg.vocab
         if not row.drawn:
             request.follow_constraint(())
-        rules = make_rules(row.sample, vocab, request.key, request.bias, request.banned)
         self.state = insert(
             self.cfg,
             self.state,
@@ -334,7 +333,7 @@ class Engine:
             count_occurrences(row.ids, row.drawn, vocab),
             np.int32(min(row.room, self.window - len(row.ids))),
             np.int32(_count_prefix(request)),
-            rules,
+            request.rules,
         )
 
     # --- decoding ---
@@ -429,7 +428,7 @@ class Engine:
                 continue
             n = slot.number
             if call.drafted is not None and request.constraint is None:
-                request.drafts.record(int(call.drafted[n]), int(count[n]))
+                request.drafts.record(int(call.drafted[n]) - 1, int(count[n]))
             new = zip(tokens[n].tolist(), logprobs[n].tolist(), strict=True)
             try:
                 piece = self._extend(request, list(new)[: count[n]])

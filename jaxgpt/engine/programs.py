@@ -101,7 +101,7 @@ def init_state(
     history = History(
         jnp.zeros((B, V), bool),
         jnp.zeros((B, V), jnp.int32),
-        jnp.full((B, MAX_BANNED_TOKENS - 1), NO_TOKEN),
+        jnp.full((B, MAX_BANNED_TOKENS - 1), NO_TOKEN, jnp.int32),
         zeros,
     )
     rules = Rules(
@@ -109,7 +109,7 @@ def init_state(
         **dict.fromkeys(("top_p", "repetition_penalty"), floats + 1),
         **dict.fromkeys(("top_k", "min_tokens"), zeros),
         bias=jnp.zeros((B, V)),
-        banned=jnp.full((B, MAX_BANNED, MAX_BANNED_TOKENS), NO_TOKEN),
+        banned=jnp.full((B, MAX_BANNED, MAX_BANNED_TOKENS), NO_TOKEN, jnp.int32),
         key_data=jax.random.key_data(jax.random.split(jax.random.key(0), B)),
     )
     cache = init_cache(cfg, B, slots, source, chunk)
@@ -302,8 +302,8 @@ def verify(
     """Draw up to T tokens per row in one pass of the model over a draft of them.
 
     The token at each place is drawn as `decode` draws it, with the same key, and the draft is only
-    compared with it: what follows a difference is dropped. So the tokens are those of `decode`. A
-    draft is taken with the probability that rejection sampling has for a draft of one token.
+    compared with it: from a difference on, it is dropped. So the tokens are those of `decode`. A
+    draft is taken with the probability that rejection sampling has for a deterministic draft.
 
     Args:
         draft: int32 [B T], the next tokens as they are guessed.
@@ -316,52 +316,51 @@ def verify(
     """
     B, T = draft.shape
     state = state.replace(active=state.active & keep)
-    is_active = state.active
+    places = jnp.arange(T)
 
-    def draw_next(state: DecodeState, i):
-        """Draw the token at place i: the state after it, and what is returned of it."""
+    def draw_next(state: DecodeState, i, is_alive):
+        """Draw the token at place i where it is guessed, or the first: (state, what is drawn)."""
         token = choose_tokens(state.scores, state.history, state.rules, mask, ends)
         token = jnp.where(i < forced, draft[:, i], token)
-        scored = _score_drawn(state.scores, token, top)
-        out = (token, scored[0], state.active, *scored[1:])
-        return _push(state, token, state.active, ends), out
+        is_drawn = is_alive & ((token == draft[:, i]) | (i == 0))
+        logprob, *tops = _score_drawn(state.scores, token, top)
+        return _push(state, token, is_drawn, ends), (token, logprob, is_drawn, *tops)
 
-    state, first = draw_next(state, 0)
-    agrees = (first[0] == draft[:, 0]) & (drafted > 0)
-    places = jnp.arange(T)
-    is_token = (places == 0) | (agrees[:, None] & (places < drafted[:, None]))
-    tokens = draft.at[:, 0].set(first[0])
-    start = state.cache.cursor
+    state, first = draw_next(state, 0, state.active)
+    is_guessed = (first[0] == draft[:, 0]) & (drafted > 0)
+    is_token = (places == 0) | (is_guessed[:, None] & (places < drafted[:, None]))
     hidden, cache = run_tokens(
-        cfg, params, tokens, is_token & state.active[:, None], state.cache, state.prefix
+        cfg,
+        params,
+        draft.at[:, 0].set(first[0]),
+        is_token & state.active[:, None],
+        state.cache,
+        state.prefix,
     )
     logits = compute_logits(cfg, params, hidden)  # [B T V]
-    state = state.replace(active=state.active & is_active)
 
     def follow(carry, i):
-        """Take the scores after place i, if its token was kept, and draw the next if they agree."""
-        state, kept, agrees = carry
-        kept = kept + state.active
-        state = state.replace(
-            scores=jnp.where(state.active[:, None], logits[:, i], state.scores)
-        )
-        goes_on = state.active & agrees & (i + 1 < drafted)
-        paused = state.active & ~goes_on
-        state, out = draw_next(state.replace(active=goes_on), jnp.minimum(i + 1, T - 1))
-        agrees = goes_on & (out[0] == draft[:, jnp.minimum(i + 1, T - 1)])
-        return (state, kept, agrees, paused), out
+        """Take the scores after place i - 1, if its token was drawn; draw place i if it agrees.
 
-    def step(carry, i):
-        state, kept, agrees, paused = carry
-        (state, kept, agrees, now), out = follow((state, kept, agrees), i)
-        return (state, kept, agrees, paused | now), out
+        A token that does not is not returned: the next call draws it, with the same key.
+        """
+        state, kept, paused = carry
+        scores = jnp.where(state.active[:, None], logits[:, i - 1], state.scores)
+        state, kept = state.replace(scores=scores), kept + state.active
+        goes_on = state.active & is_guessed & (i < drafted)
+        before = state.active
+        state, out = draw_next(state, i, goes_on)
+        return (state, kept, paused | (before & ~out[2])), out
 
-    carry = (state, jnp.zeros(B, jnp.int32), agrees, jnp.zeros(B, bool))
-    (state, kept, _, paused), rest = jax.lax.scan(step, carry, places)
-    out = [jnp.concatenate([a[:, None], jnp.moveaxis(b, 0, 1)], 1)[:, :T]
-           for a, b in zip(first, rest, strict=True)]  # fmt: skip
+    none = jnp.zeros(B, jnp.int32)
+    (state, kept, paused), rest = jax.lax.scan(follow, (state, none, none > 0), places[1:])
+    scores = jnp.where(state.active[:, None], logits[:, T - 1], state.scores)
+    cursor = state.cache.cursor + kept + state.active
     state = state.replace(
-        cache=cache.replace(cursor=start + kept), active=state.active | paused
+        scores=scores, cache=cache.replace(cursor=cursor), active=state.active | paused
     )
-    tokens, logprobs, is_drawn, *tops = out
+    tokens, logprobs, is_drawn, *tops = (
+        jnp.concatenate([a[:, None], jnp.moveaxis(b, 0, 1)], axis=1)
+        for a, b in zip(first, rest, strict=True)
+    )
     return _pin(cfg, state), Drawn(tokens, logprobs, is_drawn.sum(axis=1), *tops)

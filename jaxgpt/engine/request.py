@@ -1,12 +1,13 @@
 """A request: one prompt, its rules and what has become of it."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from jaxgpt.engine.processors import Rules
 from jaxgpt.engine.text import Row
 
 _numbers = itertools.count()
@@ -18,9 +19,7 @@ class Request:
 
     Attributes:
         row: the prompt and the sampling rules; it grows by what is drawn.
-        key: the random key of the row, see `sampling.make_row_keys`.
-        bias: what is added to the scores of tokens.
-        banned: sequences of tokens that are never completed.
+        rules: the rules of the row for the compiled programs, see `processors.make_rules`.
         constraint: a `constraints.Constraint`, or None.
         top: how many of the likeliest tokens to return at each place.
         error: what it has failed with; then its last piece has the ending "error".
@@ -31,9 +30,7 @@ class Request:
     """
 
     row: Row
-    key: Any
-    bias: Mapping[int, float] = field(default_factory=dict)
-    banned: Sequence[Sequence[int]] = ()
+    rules: Rules
     constraint: Any = None
     top: int = 0
     is_cancelled: bool = False

@@ -73,10 +73,10 @@ class Acceptance:
         return True
 
     def record(self, guessed: int, drawn: int):
-        """Record a call that drew so many tokens of which so many were guessed."""
-        if not guessed:
+        """Record a call that drew a token and guessed so many after it."""
+        if guessed <= 0:
             return
-        right = min(drawn - 1, guessed) / guessed
+        right = (drawn - 1) / guessed
         self.rate += self.WEIGHT * (right - self.rate)
         if self.rate < self.MIN_RATE:
             self.rate, self.paused = self.MIN_RATE + self.WEIGHT, self.PAUSE_CALLS
@@ -106,7 +106,7 @@ class DraftModel:
         if self.cfg.family != "decoder" or cfg.family != "decoder":
             raise ConfigError("a draft model and its model have model.family=decoder.")
         if recurrent := list_recurrent_mixers(self.cfg):
-            raise ConfigError(f"a draft model cannot have model.mixer={recurrent[0]}.")
+            raise ConfigError(f"a draft model cannot have model.mixers={recurrent[0]}.")
 
     def reset(self, rows: int, slots: int, chunk: int):
         """Allocate its state."""

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from engine_cases import (
+    ALLOWED,
     CFG,
     DRAWN,
     GREEDY,
@@ -67,7 +68,7 @@ EVENTS = st.one_of(
 )
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(EVENTS, min_size=5, max_size=20), st.booleans())
 def test_neighbors_that_join_leave_and_are_cancelled_change_no_bit_of_a_row(events, is_interactive):
     engine = get_engine()
@@ -159,10 +160,8 @@ def test_a_prompt_that_begins_alike_is_read_from_the_cache_without_changing_a_bi
         engine._admit()
         (slot,) = [slot for slot in engine.scheduler.slots if slot.request is request]
         assert slot.start == (0, 32, 16)[n]
-        (a,), (b,) = (
-            run_all(engine, []) or [[]],
-            run_all(plain, [expected := make_row_request(prompt, DRAWN)]),
-        )
+        expected = make_row_request(prompt, DRAWN)
+        run_all(plain, [expected])
         while not engine.is_idle:
             engine.step()
         assert request.row.drawn == expected.row.drawn
@@ -179,8 +178,8 @@ def test_a_prompt_that_begins_alike_is_read_from_the_cache_without_changing_a_bi
 
 
 def test_speculation_with_a_recurrent_mixer_is_refused_by_name():
-    cfg = tiny(vocab=270, mixer=("lstm",), position="none")
-    with pytest.raises(ConfigError, match="speculation.*model.mixer=lstm"):
+    cfg = tiny(vocab=270, mixers=("lstm",), position="none")
+    with pytest.raises(ConfigError, match="speculation.*model.mixers=lstm"):
         Engine(cfg, {}, Size(1, 8, speculate=2), [1], np.ones(270, bool))
 
 
@@ -202,16 +201,16 @@ def test_a_bad_request_is_refused_and_leaves_the_engine_as_it_was():
     ]:
         with pytest.raises(ConfigError, match=message):
             engine.submit(make_row_request(prompt, sample))
+    for token in (-1, 270):
+        request = make_row_request("a")
+        request.row.ids[0] = token
+        with pytest.raises(ValueError, match=f"token id {token} is outside"):
+            engine.submit(request)
     with pytest.raises(ConfigError, match="top=21"):
         engine.submit(make_row_request("a", top=21))
     assert engine.is_idle
     with pytest.raises(ConfigError, match="token 270"):
-        make_row_request("a", bias={270: 1.0}) and engine._insert  # checked when it is inserted
-        request = make_row_request("a", bias={270: 1.0})
-        engine.submit(request)
-        run_all(engine, [])
-        assert request.row.ending == ""
-        raise request.error
+        make_row_request("a", bias={270: 1.0})
 
 
 # --- programs ---
@@ -235,8 +234,7 @@ def test_nothing_compiles_after_the_warm_up(count_compilations):
 
 
 def test_alternatives_are_the_likeliest_tokens_of_the_model():
-    engine = get_engine()
-    engine.drop_all()
+    engine = make_engine()
     request = make_row_request("hello", dataclasses.replace(GREEDY, tokens=3), top=4)
     engine.submit(request)
     pieces = []
@@ -251,7 +249,7 @@ def test_alternatives_are_the_likeliest_tokens_of_the_model():
 
 @pytest.mark.parametrize("devices", [2, 4])
 def test_a_mesh_gives_the_same_tokens(devices):
-    cfg = tiny(vocab=272, context=64, heads=4, kv_heads=4)
+    cfg = tiny(vocab=270, context=64, heads=4, kv_heads=4)
     params = random_params(cfg, std=0.3)
     found = []
     for count in (1, devices):
@@ -259,7 +257,7 @@ def test_a_mesh_gives_the_same_tokens(devices):
         placed = jax.device_put(params, make_shardings(*abstract_params(cfg), mesh))
         with jax.set_mesh(mesh):
             decode_params = prepare_decode_params(cfg, placed)
-        allowed = np.arange(272) > 3
+        allowed = ALLOWED
         engine = Engine(cfg, decode_params, Size(2, 64, chunk=16), TOKENIZER.ends, allowed)
         requests = [make_row_request(text, DRAWN, n) for n, text in enumerate(["hello", "x" * 20])]
         run_all(engine, requests)
