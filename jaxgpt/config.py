@@ -460,9 +460,7 @@ class SampleConfig(Section):
         0, "minimum number of tokens before a text may end", low=0, is_runtime=True
     )
     banned: tuple[str, ...] = option((), "words that are never generated", is_runtime=True)
-    json_schema: str = option(
-        "", "JSON schema that the text follows, as JSON", is_runtime=True
-    )
+    json_schema: str = option("", "JSON schema that the text follows, as JSON", is_runtime=True)
     regex: str = option("", "regular expression that the text matches", is_runtime=True)
     grammar: str = option("", "Lark grammar that the text follows", is_runtime=True)
     beams: int = option(
@@ -504,7 +502,13 @@ class SampleConfig(Section):
 
 CONSTRAINTS = ("json_schema", "regex", "grammar")  # settings of a sample, one at most
 # Settings that beam search does not have. It ignores those of the sampler, which has defaults.
-NO_BEAM_SETTINGS = ("presence_penalty", "frequency_penalty", "repetition_penalty", "banned", "slide")
+NO_BEAM_SETTINGS = (
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "banned",
+    "slide",
+)
 
 
 @dataclass(frozen=True)

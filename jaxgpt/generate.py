@@ -39,7 +39,14 @@ MAX_ROWS = 32  # that decode at once: more prompts wait
 
 Prompt = str | Sequence[int] | np.ndarray  # a text, or token ids
 
-__all__ = ["CHUNK_TOKENS", "Generation", "Row", "check_scores", "join_pieces", "prepare_decode_params"]
+__all__ = [
+    "CHUNK_TOKENS",
+    "Generation",
+    "Row",
+    "check_scores",
+    "join_pieces",
+    "prepare_decode_params",
+]
 
 
 # --- rows of text ----------------------------------------------------------------------------

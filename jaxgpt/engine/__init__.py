@@ -8,9 +8,11 @@
 `generate` makes requests of prompts; `worker.EngineWorker` serves them from many threads.
 """
 
-from jaxgpt.engine.engine import Engine, Size, check_scores
+from jaxgpt.engine.engine import Engine
+from jaxgpt.engine.processors import check_scores
 from jaxgpt.engine.programs import CHUNK_TOKENS, prepare_decode_params
 from jaxgpt.engine.request import Request
+from jaxgpt.engine.size import Size
 from jaxgpt.engine.speculation import DraftModel
 from jaxgpt.engine.text import Generation, Row, join_pieces
 

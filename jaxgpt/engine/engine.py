@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jaxgpt.config import ModelConfig, SampleConfig
-from jaxgpt.engine.processors import count_occurrences, make_rules, pack_mask
+from jaxgpt.engine.processors import check_scores, count_occurrences, make_rules, pack_mask
 from jaxgpt.engine.programs import (
     CHUNK_TOKENS,
     DecodeState,
@@ -18,71 +18,20 @@ from jaxgpt.engine.programs import (
     init_state,
     insert,
     prefill,
-    prepare_decode_params,
     verify,
 )
 from jaxgpt.engine.request import Request
 from jaxgpt.engine.scheduler import MIN_CHUNK_TOKENS, Chunk, Scheduler, Slot, round_up
-from jaxgpt.engine.speculation import Acceptance, DraftModel, find_draft, list_recurrent_mixers
+from jaxgpt.engine.size import Size, explain_no_reuse
+from jaxgpt.engine.speculation import Acceptance, DraftModel, find_draft
 from jaxgpt.engine.text import Generation
 from jaxgpt.hosts import fetch
 from jaxgpt.model.layers import check_indices
-from jaxgpt.model.transformer import find_reach
 from jaxgpt.settings import ConfigError
 from jaxgpt.sharding import use_mesh_of
 
 FORCED_TOKENS = 8  # that are read in one pass
 MAX_TOP = 20  # likeliest tokens at a place, at most
-
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """The fixed shapes of an engine.
-
-    Attributes:
-        rows: requests that decode at once.
-        slots: tokens of a row, prompt and output; at most the context of the model.
-        source: tokens of an encoder-decoder's source.
-        chunk: tokens of a prompt that are read at once, MIN_CHUNK_TOKENS times a power of two.
-        speculate: tokens that are guessed at once; 0 = none.
-    """
-
-    rows: int
-    slots: int
-    source: int = 0
-    chunk: int = 256
-    speculate: int = 0
-
-    def check(self, cfg: ModelConfig):
-        """Raise ConfigError if a model cannot decode in this shape."""
-        if self.rows < 1 or self.slots < 2:
-            raise ConfigError(
-                f"an engine of rows={self.rows} and slots={self.slots}: it has one row of two "
-                "slots at least."
-            )
-        if self.chunk < MIN_CHUNK_TOKENS or round_up(self.chunk) != self.chunk:
-            raise ConfigError(
-                f"chunk={self.chunk}: expected {MIN_CHUNK_TOKENS} times a power of two."
-            )
-        recurrent = list_recurrent_mixers(cfg)
-        if self.speculate and recurrent:
-            raise ConfigError(
-                f"speculation does not work with model.mixers={recurrent[0]}: its state cannot go "
-                "back to before a guess that was wrong. Leave speculate out."
-            )
-
-
-def explain_no_reuse(cfg: ModelConfig, size: Size) -> str | None:
-    """Return why the cache of a prompt cannot serve another prompt, or None if it can."""
-    if recurrent := list_recurrent_mixers(cfg):
-        return f"model.mixers={recurrent[0]} keeps a summary, not the tokens"
-    if cfg.family == "encoder_decoder":
-        return "model.family=encoder_decoder keeps the source with the tokens"
-    if "prefix" in cfg.pattern:
-        return "model.pattern=prefix attends to the whole prompt"
-    reaches = [find_reach(cfg, spec) for spec in cfg.list_layers(cfg.layers)]
-    if any(reach is not None and reach + size.chunk < size.slots for reach in reaches):
-        return "layers with a window keep the last tokens only"
-    return None
 
 
 class Call(NamedTuple):
@@ -148,9 +97,7 @@ class Engine:
         self.in_flight = None
         self.scheduler.forget()
         with use_mesh_of(self.params):
-            self.state: DecodeState = init_state(
-                cfg, size.rows, size.slots, chunk, size.source
-            )
+            self.state: DecodeState = init_state(cfg, size.rows, size.slots, chunk, size.source)
             if self.draft is not None:
                 self.draft.reset(size.rows, size.slots, chunk)
 
@@ -241,11 +188,12 @@ class Engine:
             keep = np.zeros(self.size.rows, bool)
             shared = (keep, np.tile(self.no_mask, (self.size.rows, 1)), self.is_end)
             T = self.size.speculate + 1 if self.size.speculate else FORCED_TOKENS
-            draft = np.zeros((self.size.rows, T), np.int32), *np.zeros((2, self.size.rows), np.int32)
+            draft = (
+                np.zeros((self.size.rows, T), np.int32),
+                *np.zeros((2, self.size.rows), np.int32),
+            )
             for top in (0, MAX_TOP):
-                self.state, _ = decode(
-                    cfg, self.params, self.state, *shared, np.int32(1), top=top
-                )
+                self.state, _ = decode(cfg, self.params, self.state, *shared, np.int32(1), top=top)
                 self.state, _ = verify(cfg, self.params, self.state, *shared, *draft, top=top)
                 if self.draft is not None and self.size.speculate:
                     self.draft.copy_row(number, number)
@@ -345,13 +293,26 @@ class Engine:
             return self._collect_in_flight()
         if any(_needs_host(slot.request) for slot in slots) or self.size.speculate:
             pieces = self._collect_in_flight()
-            slots = self.scheduler.decoding  # some may have ended
-            return pieces + (self._collect(self._call(slots, has_started)) if slots else [])
+            for group in self._group_by_forced(self.scheduler.decoding):  # some may have ended
+                pieces += self._collect(self._call(group, has_started))
+            return pieces
         call = self._call(slots, has_started)
         pieces = self._collect_in_flight()
         self.in_flight = call
         is_busy = self.scheduler.waiting or any(slot.is_reading for slot in self.scheduler.slots)
         return pieces + (self._collect_in_flight() if is_busy or has_started else [])
+
+    def _group_by_forced(self, slots: list[Slot]) -> list[list[Slot]]:
+        """Return the rows with forced text and the others, which no longer pass may change.
+
+        Products of other sizes are rounded differently. Where the engine guesses, it takes that
+        into account for all rows, and reads them together.
+        """
+        if self.size.speculate:
+            return [slots] if slots else []
+        forced = [slot for slot in slots if slot.request is not None and slot.request.forced]
+        rest = [slot for slot in slots if slot not in forced]
+        return [group for group in (forced, rest) if group]
 
     def _collect_in_flight(self) -> list[tuple[Request, Generation]]:
         call, self.in_flight = self.in_flight, None
@@ -371,9 +332,7 @@ class Engine:
         draft = self._make_draft(requests)
         if draft is not None:
             self._leave_draft_behind(requests)
-            self.state, drawn = verify(
-                self.cfg, self.params, self.state, *shared, *draft, top=top
-            )
+            self.state, drawn = verify(self.cfg, self.params, self.state, *shared, *draft, top=top)
             return Call(drawn, requests, draft[1])
         guesses = self._list_guessing(requests)
         if guesses.any():
@@ -436,9 +395,8 @@ class Engine:
                 pieces.append((request, self._fail(slot, request, error)))
                 continue
             if request.top:
-                piece = dataclasses.replace(
-                    piece, alternatives=_list_alternatives(request.top, len(piece.tokens),
-                                                           *(each[n] for each in tops)))  # fmt: skip
+                places = [each[n, : len(piece.tokens), : request.top].tolist() for each in tops]
+                piece = dataclasses.replace(piece, alternatives=_zip_places(*places))
             if piece.ending:
                 self.scheduler.free(slot)
             elif len(request.row.ids) >= self.window:
@@ -472,9 +430,7 @@ class Engine:
 
 def _needs_host(request: Request | None) -> bool:
     """Whether what a row draws next depends on what the host makes of its last tokens."""
-    return request is not None and (
-        request.constraint is not None or bool(request.row.sample.stop)
-    )
+    return request is not None and (request.constraint is not None or bool(request.row.sample.stop))
 
 
 def _count_prefix(request: Request) -> int:
@@ -482,18 +438,7 @@ def _count_prefix(request: Request) -> int:
     return max(len(request.row.ids) - len(request.row.drawn), 0)
 
 
-def _list_alternatives(count: int, places: int, tokens, logprobs):
-    """Return (token, log-probability) of the likeliest tokens at the first places."""
-    return tuple(
-        tuple(zip(tokens[i, :count].tolist(), logprobs[i, :count].tolist(), strict=True))
-        for i in range(places)
-    )
-
-
-def check_scores(values):
-    """Raise ConfigError unless what a model has computed is finite, an array of any shape."""
-    if not np.isfinite(values).all():
-        raise ConfigError(
-            "the model computed scores that are not finite (NaN or infinite), and no text has a "
-            "meaning then: its parameters are not finite, or a value overflows in model.dtype."
-        )
+def _zip_places(tokens, logprobs) -> tuple:
+    """Return (token, log-probability) of the likeliest tokens at every place."""
+    places = zip(tokens, logprobs, strict=True)
+    return tuple(tuple(zip(*place, strict=True)) for place in places)

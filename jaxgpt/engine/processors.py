@@ -179,3 +179,12 @@ def choose_tokens(scores, history: History, rules: Rules, mask: jax.Array, ends)
     keys = jax.vmap(jax.random.fold_in)(rules.keys, history.drawn)
     allowed = unpack_mask(mask, scores.shape[-1])
     return draw(scores, history.seen, rules.make_sampling_params(allowed), keys)
+
+
+def check_scores(values):
+    """Raise ConfigError unless what a model has computed is finite, an array of any shape."""
+    if not np.isfinite(values).all():
+        raise ConfigError(
+            "the model computed scores that are not finite (NaN or infinite), and no text has a "
+            "meaning then: its parameters are not finite, or a value overflows in model.dtype."
+        )

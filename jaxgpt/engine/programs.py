@@ -85,9 +85,7 @@ def prepare_decode_params(cfg: ModelConfig, params):
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "rows", "slots", "source", "chunk"))
-def init_state(
-    cfg: ModelConfig, rows: int, slots: int, chunk: int, source: int = 0
-) -> DecodeState:
+def init_state(cfg: ModelConfig, rows: int, slots: int, chunk: int, source: int = 0) -> DecodeState:
     """Return the state of empty rows.
 
     Args:
@@ -228,9 +226,7 @@ def _push(state: DecodeState, token: jax.Array, is_alive: jax.Array, ends) -> De
     )
 
 
-@functools.partial(
-    jax.jit, static_argnames=("cfg", "top", "limit"), donate_argnames=("state",)
-)
+@functools.partial(jax.jit, static_argnames=("cfg", "top", "limit"), donate_argnames=("state",))
 def decode(
     cfg: ModelConfig,
     params,
@@ -247,7 +243,7 @@ def decode(
     It is fastest with the parameters of `prepare_decode_params`.
 
     Args:
-        keep: bool [B], rows that may go on.
+        keep: bool [B], rows that take part.
         mask: uint32 [B W], the tokens that may be drawn.
         ends: bool [V], the tokens that end a row.
         steps: int32 [], up to `limit`.
@@ -256,6 +252,7 @@ def decode(
     B = len(state.scores)
     empty = [jnp.zeros((B, limit), jnp.int32), jnp.zeros((B, limit)), jnp.zeros(B, jnp.int32)]
     empty += [jnp.zeros((B, limit, top), jnp.int32), jnp.zeros((B, limit, top))]
+    resting = state.active & ~keep
     state = state.replace(active=state.active & keep)
 
     def is_unfinished(carry):
@@ -283,7 +280,7 @@ def decode(
 
     first = (jnp.int32(0), _pin(cfg, state), Drawn(*empty))
     _, state, out = jax.lax.while_loop(is_unfinished, decode_one, first)
-    return state, out
+    return state.replace(active=state.active | resting), out
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "top"), donate_argnames=("state",))
@@ -315,6 +312,7 @@ def verify(
     deterministic drafts; Daliri et al. 2024, arXiv:2408.07978, for drafts with shared randomness.
     """
     B, T = draft.shape
+    resting = state.active & ~keep
     state = state.replace(active=state.active & keep)
     places = jnp.arange(T)
 
@@ -357,7 +355,7 @@ def verify(
     scores = jnp.where(state.active[:, None], logits[:, T - 1], state.scores)
     cursor = state.cache.cursor + kept + state.active
     state = state.replace(
-        scores=scores, cache=cache.replace(cursor=cursor), active=state.active | paused
+        scores=scores, cache=cache.replace(cursor=cursor), active=state.active | paused | resting
     )
     tokens, logprobs, is_drawn, *tops = (
         jnp.concatenate([a[:, None], jnp.moveaxis(b, 0, 1)], axis=1)

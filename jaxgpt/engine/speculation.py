@@ -13,9 +13,17 @@ import numpy as np
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.engine.processors import choose_tokens
-from jaxgpt.engine.programs import DecodeState, Drawn, copy_row, init_state, prefill, run_tokens, verify
+from jaxgpt.engine.programs import (
+    DecodeState,
+    Drawn,
+    copy_row,
+    init_state,
+    prefill,
+    run_tokens,
+    verify,
+)
+from jaxgpt.engine.size import list_recurrent_mixers
 from jaxgpt.model import compute_logits
-from jaxgpt.model.mixers import MIXERS
 from jaxgpt.settings import ConfigError
 
 LONGEST_MATCH = 4  # tokens at the end of a row that are looked up in it
@@ -41,12 +49,6 @@ def find_draft(ids: list[int], count: int) -> list[int]:
             start = found[-1] + size
             return row[start : start + count].tolist()
     return []
-
-
-def list_recurrent_mixers(cfg: ModelConfig) -> list[str]:
-    """Return the mixers of a model whose state summarizes its tokens: none can be taken back."""
-    mixers = dict.fromkeys(spec.mixer for spec in cfg.list_layers(cfg.layers))
-    return [mixer for mixer in mixers if not MIXERS[mixer].HAS_TOKEN_STATE]
 
 
 @dataclass
@@ -165,7 +167,9 @@ def propose(
     def step(carry, _):
         cache, scores, history = carry
         token = choose_tokens(scores, history, state.rules, mask, ends)
-        hidden, cache = run_tokens(cfg, params, token[:, None], active[:, None], cache, state.prefix)
+        hidden, cache = run_tokens(
+            cfg, params, token[:, None], active[:, None], cache, state.prefix
+        )
         carry = cache, compute_logits(cfg, params, hidden[:, 0]), history.push(token, active)
         return carry, token
 

@@ -14,22 +14,19 @@ import functools
 import math
 from typing import Any, ClassVar, NamedTuple
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from jaxgpt.architecture import LayerSpec
 from jaxgpt.backend import get_backend
 from jaxgpt.config import ModelConfig
 from jaxgpt.dims import declare_param, split
 from jaxgpt.model.block import REMAT_POLICIES, WIRINGS_WITHOUT_FINAL_NORM, Dropout, LayerGroup
+from jaxgpt.model.cache import Cache
 from jaxgpt.model.heads import HEADS, ClassifierHead, make_head
 from jaxgpt.model.layers import DTYPES, check_indices, prevent_cse
 from jaxgpt.model.masks import Coords
-from jaxgpt.model.mixers import MIXERS
-from jaxgpt.model.mixers.attention import Attention
 from jaxgpt.model.mixers.mixer import LayerContext, make_slot_coords, update_slots
 from jaxgpt.model.norms import NORMS
 from jaxgpt.model.pipeline import count_stages, run_pipeline
@@ -43,16 +40,6 @@ class EncoderInput(NamedTuple):
 
     tokens: jax.Array  # int32 [B S]
     coords: Coords  # [B S]
-
-
-@struct.dataclass
-class Cache:
-    """Decoding cache, or KV cache. Empty slots have segment id 0: no query attends to them."""
-
-    states: tuple[dict[str, Any], ...]  # per layer, by sublayer; each is updated in place
-    coords: Coords  # [B S] each
-    cursor: jax.Array  # int32 [] or [B], the next free slot, of all rows or of each
-    memory_coords: Coords | None = None  # of the encoder input, [B S] each
 
 
 def count_unrolled(cfg: ModelConfig, repeats: int) -> int:
@@ -437,41 +424,3 @@ def count_expert_params(cfg: ModelConfig) -> int:
     """Return the number of parameters of all experts that tokens are routed to."""
     leaves = jax.tree.leaves_with_path(abstract_params(cfg)[0])
     return sum(x.size for path, x in leaves if "experts" in [key.key for key in path])
-
-
-def find_reach(cfg: ModelConfig, spec: LayerSpec) -> int | None:
-    """Return how many tokens a query of a layer attends to, itself among them; None = no limit."""
-    reaches = {"window": cfg.sparse.window, "chunked": cfg.sparse.chunk}
-    return reaches.get(spec.pattern) if spec.mixer == "attention" else None
-
-
-def init_cache(
-    cfg: ModelConfig, batch: int, slots: int, source: int = 0, chunk: int | None = None
-) -> Cache:
-    """Return an empty cache for `batch` rows of `slots` tokens, with `source` encoder tokens.
-
-    Args:
-        chunk: None for a cache with one cursor, which all rows share. Otherwise each row has its
-            own, token p of a row is in slot p, and a call has at most so many tokens. Then a layer
-            that attends to the last W tokens keeps a ring of W + chunk slots.
-    """
-    chex.assert_scalar_positive(batch)
-    chex.assert_scalar_positive(slots)
-
-    def count_slots(spec: LayerSpec) -> int:
-        reach = find_reach(cfg, spec)
-        return slots if chunk is None or reach is None else min(slots, reach + chunk)
-
-    def init_layer(spec: LayerSpec) -> dict[str, Any]:
-        cross = {"cross": Attention.init_state(cfg, batch, source)} if source else {}
-        return {"mixer": MIXERS[spec.mixer].init_state(cfg, batch, count_slots(spec))} | cross
-
-    no_tokens = jnp.zeros((batch, slots), jnp.int32)
-    prefix = no_tokens if "prefix" in cfg.pattern else None
-    no_source = jnp.zeros((batch, source), jnp.int32)
-    return Cache(
-        states=tuple(init_layer(spec) for spec in cfg.list_layers(cfg.layers)),
-        coords=Coords(no_tokens, no_tokens, prefix),
-        cursor=jnp.int32(0) if chunk is None else jnp.zeros(batch, jnp.int32),
-        memory_coords=Coords(no_source, no_source) if source else None,
-    )

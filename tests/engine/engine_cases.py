@@ -4,13 +4,12 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from helpers import compute_logits, random_params, single_document_coords, tiny
 
 from jaxgpt.config import Config, SampleConfig
 from jaxgpt.engine import Engine, Request, Row, Size, prepare_decode_params
-from jaxgpt.engine.engine import check_scores
+from jaxgpt.engine.processors import check_scores
 from jaxgpt.generate import make_request
 from jaxgpt.sampling import SamplingParams, draw, sampleable_tokens
 from jaxgpt.tokenizer import StreamDecoder, make_byte_tokenizer
@@ -85,7 +84,3 @@ def recompute(prompt: str | list[int], sample, index=0, cfg=CFG, params=PARAMS) 
         ids.append(token)
         out.append(token)
     return out
-
-
-def copy_params(params):
-    return jax.tree.map(jnp.array, params)

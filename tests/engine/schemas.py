@@ -1,6 +1,6 @@
 """JSON schemas at random, and how a model of random weights writes what they allow.
 
-    python -m tests.engine.schemas --count 200
+python -m tests.engine.schemas --count 200
 """
 
 import argparse

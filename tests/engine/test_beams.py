@@ -79,9 +79,9 @@ def test_generate_returns_the_best_beam_beside_rows_that_sample():
 
 
 def test_beams_refuse_what_they_do_not_have():
-    with pytest.raises(ConfigError, match="sample.beams=2.*sample.regex"):
+    with pytest.raises(ConfigError, match=r"sample.beams=2.*sample.regex"):
         SampleConfig(beams=2, regex="a+")
-    with pytest.raises(ConfigError, match="sample.beams=2.*sample.slide"):
+    with pytest.raises(ConfigError, match=r"sample.beams=2.*sample.slide"):
         SampleConfig(beams=2, slide=True)
     with pytest.raises(ConfigError, match="beams=200 need 400 tokens"):
         search_beams(tiny(), {}, [1], beams=200, tokens=2, ends=[0])

@@ -179,7 +179,7 @@ def test_a_prompt_that_begins_alike_is_read_from_the_cache_without_changing_a_bi
 
 def test_speculation_with_a_recurrent_mixer_is_refused_by_name():
     cfg = tiny(vocab=270, mixers=("lstm",), position="none")
-    with pytest.raises(ConfigError, match="speculation.*model.mixers=lstm"):
+    with pytest.raises(ConfigError, match=r"speculation.*model.mixers=lstm"):
         Engine(cfg, {}, Size(1, 8, speculate=2), [1], np.ones(270, bool))
 
 

@@ -85,7 +85,7 @@ def test_what_does_not_fit_is_refused():
         p.make_rules(SampleConfig(), V, key, banned=[[1]] * 65)
     with pytest.raises(ConfigError, match="1 to 8 tokens, not 9"):
         p.make_rules(SampleConfig(), V, key, banned=[[1] * 9])
-    with pytest.raises(ConfigError, match="sample.banned.*empty"):
+    with pytest.raises(ConfigError, match=r"sample.banned.*empty"):
         SampleConfig(banned=("",))
 
 

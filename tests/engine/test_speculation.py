@@ -10,9 +10,8 @@ from engine_cases import CFG, DRAWN, GREEDY, make_engine, make_row_request, prep
 from helpers import random_params, tiny
 
 from jaxgpt.config import ConfigError, SampleConfig
-from jaxgpt.engine import DraftModel, prepare_decode_params
+from jaxgpt.engine import DraftModel, prepare_decode_params, programs
 from jaxgpt.engine import engine as engine_module
-from jaxgpt.engine import programs
 from jaxgpt.engine.processors import count_occurrences, make_rules, pack_mask
 from jaxgpt.engine.speculation import Acceptance, find_draft
 
@@ -71,7 +70,9 @@ def test_two_tokens_of_a_pass_have_the_exact_distribution():
     state = programs.insert(
         cfg, state, np.int32(0), count_occurrences(prompt[0, :4], [], 9), 8, 0, rules
     )
-    rules = state.rules.replace(key_data=jax.random.key_data(jax.random.split(jax.random.key(5), n)))
+    rules = state.rules.replace(
+        key_data=jax.random.key_data(jax.random.split(jax.random.key(5), n))
+    )
     state = jax.tree.map(lambda x: np.repeat(x, n, 0), state.replace(rules=None))
     tile = lambda x: np.repeat(np.asarray(x), n, 0)  # noqa: E731
     rules = rules.replace(
@@ -83,9 +84,7 @@ def test_two_tokens_of_a_pass_have_the_exact_distribution():
     first_scores = np.asarray(state.scores[0], np.float64)
     draft = [int(first_scores.argmax()), 4]
     drafts = np.tile(np.array(draft, np.int32), (n, 1))
-    state, drawn = programs.verify(
-        cfg, params, state, keep, mask, ends, drafts, zeros + 2, zeros
-    )
+    state, drawn = programs.verify(cfg, params, state, keep, mask, ends, drafts, zeros + 2, zeros)
     tokens, count = np.asarray(drawn.tokens), np.asarray(drawn.count)
     p = np.exp(first_scores / 1.3)
     p /= p.sum()
@@ -123,10 +122,11 @@ def test_guesses_that_are_wrong_pause():
     good = Acceptance()
     for _ in range(30):
         good.record(4, 5)  # the first is not a guess
-    assert good.is_worthwhile and good.rate == 1
+    assert good.is_worthwhile
+    assert good.rate == 1
 
 
 def test_a_draft_model_with_another_vocabulary_is_refused():
     other = tiny(vocab=99)
-    with pytest.raises(ConfigError, match="model.vocab=99"):
+    with pytest.raises(ConfigError, match=r"model.vocab=99"):
         make_engine(draft=DraftModel(other, {}), speculate=2)

@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 
+import engine_soak
 import pytest
 from engine_cases import CFG, DRAWN, GREEDY, PARAMS, TOKENIZER, make_engine, recompute
 
@@ -30,7 +31,8 @@ def test_requests_of_many_threads_get_the_tokens_of_a_row_alone(worker):
         handle = worker.submit(PROMPTS[n % 4], DRAWN, index=n)
         pieces = list(handle)
         results[n] = tuple(token for piece in pieces for token in piece.tokens)
-        assert pieces[-1].ending and not any(piece.ending for piece in pieces[:-1])
+        assert pieces[-1].ending
+        assert not any(piece.ending for piece in pieces[:-1])
 
     threads = [threading.Thread(target=run, args=(n,)) for n in range(8)]
     for thread in threads:
@@ -95,12 +97,12 @@ def test_a_worker_that_closes_cancels_what_it_has():
 
 def test_no_more_requests_wait_than_allowed():
     worker = make_worker(max_waiting=2)
-    try:
-        with pytest.raises(EngineBusyError, match="2 requests wait"):
-            for _ in range(50):
-                worker.submit("hello", LONG)
-    finally:
-        worker.close()
+    def submit_many():
+        for _ in range(50):
+            worker.submit("hello", LONG)
+
+    with worker, pytest.raises(EngineBusyError, match="2 requests wait"):
+        submit_many()
 
 
 def test_an_engine_that_cannot_be_made_raises_in_the_caller():
@@ -109,3 +111,8 @@ def test_an_engine_that_cannot_be_made_raises_in_the_caller():
 
     with pytest.raises(ConfigError, match="no such shape"):
         EngineWorker(fail, lambda: None)
+
+
+def test_a_short_soak_leaves_nothing_behind():
+    counts = engine_soak.run(count=60, seed=2)
+    assert min(counts.values()) > 0

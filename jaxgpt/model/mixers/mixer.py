@@ -158,9 +158,7 @@ def update_slots(old, new, cursor: jax.Array, axis: int = 1, is_ring: bool = Fal
     return jax.tree.map(write, old, new)
 
 
-def update_kv_cache(
-    state: KV, new: KV, cursor: jax.Array, is_ring: bool = False
-) -> tuple[KV, KV]:
+def update_kv_cache(state: KV, new: KV, cursor: jax.Array, is_ring: bool = False) -> tuple[KV, KV]:
     """Write new keys and values [B T G K] into the state [B G S K]; see `update_slots`.
 
     Returns:
