@@ -19,6 +19,14 @@ def test_every_finished_text_is_what_its_schema_allows():
     assert schemas.run(10, seed=1) >= 6
 
 
+def test_json_has_no_free_whitespace():
+    sample = SampleConfig(json_schema='{"type": "array", "items": {"type": "boolean"}}')
+    for text, is_allowed in (("[true, false]", True), ("[true,  false]", False), (" [", False)):
+        matcher = make_constraint(TOKENIZER, CFG.vocab, sample).matcher
+        ids = TOKENIZER.encode(text).tolist()
+        assert (matcher.try_consume_tokens(ids) == len(ids)) == is_allowed, text
+
+
 @pytest.mark.parametrize(
     ("rule", "pattern"),
     [

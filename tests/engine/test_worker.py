@@ -97,6 +97,7 @@ def test_a_worker_that_closes_cancels_what_it_has():
 
 def test_no_more_requests_wait_than_allowed():
     worker = make_worker(max_waiting=2)
+
     def submit_many():
         for _ in range(50):
             worker.submit("hello", LONG)
