@@ -27,9 +27,11 @@ from jaxgpt.engine.speculation import Acceptance, DraftModel, find_draft
 from jaxgpt.engine.text import Generation
 from jaxgpt.hosts import fetch
 from jaxgpt.model.layers import check_indices
+from jaxgpt.optional import is_installed
 from jaxgpt.settings import ConfigError
 from jaxgpt.sharding import use_mesh_of
 
+INTERACTIVE_TOKENS = 4  # that are decoded per call where somebody waits for each piece
 FORCED_TOKENS = 8  # that are read in one pass
 MAX_TOP = 20  # likeliest tokens at a place, at most
 
@@ -194,7 +196,8 @@ class Engine:
             )
             for top in (0, MAX_TOP):
                 self.state, _ = decode(cfg, self.params, self.state, *shared, np.int32(1), top=top)
-                self.state, _ = verify(cfg, self.params, self.state, *shared, *draft, top=top)
+                if self.size.speculate or is_installed("llguidance"):
+                    self.state, _ = verify(cfg, self.params, self.state, *shared, *draft, top=top)
                 if self.draft is not None and self.size.speculate:
                     self.draft.copy_row(number, number)
                     self.state, _ = self.draft.speculate(
@@ -345,7 +348,8 @@ class Engine:
         self._leave_draft_behind(requests)
         is_slow = any(request.constraint is not None for _, request in requests)
         is_first = self.is_interactive and has_started
-        steps = np.int32(1 if is_slow or is_first else CHUNK_TOKENS)
+        most = INTERACTIVE_TOKENS if self.is_interactive else CHUNK_TOKENS
+        steps = np.int32(1 if is_slow or is_first else most)
         self.state, drawn = decode(self.cfg, self.params, self.state, *shared, steps, top=top)
         return Call(drawn, requests)
 
