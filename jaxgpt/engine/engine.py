@@ -21,7 +21,7 @@ from jaxgpt.engine.programs import (
     verify,
 )
 from jaxgpt.engine.request import Request
-from jaxgpt.engine.scheduler import MIN_CHUNK_TOKENS, Chunk, Scheduler, Slot, round_up
+from jaxgpt.engine.scheduler import Chunk, Scheduler, Slot, list_sizes, round_up
 from jaxgpt.engine.size import Size, explain_no_reuse
 from jaxgpt.engine.speculation import Acceptance, DraftModel, find_draft
 from jaxgpt.engine.text import Generation
@@ -173,15 +173,13 @@ class Engine:
         last = max(self.size.chunk, whole)
         key = jax.random.key(0)
         with use_mesh_of(self.params):
-            size = MIN_CHUNK_TOKENS
-            while size <= last:
+            for size in list_sizes(last):
                 args = (number, np.zeros((1, size), np.int32), *map(np.int32, (1, 0, 1)))
                 padded = np.zeros((1, self.size.source), np.int32)
                 for source in [None] + [(padded, np.int32(1))] * bool(self.size.source):
                     self.state = prefill(cfg, self.params, self.state, *args, source)
                 if self.draft is not None:
                     self.draft.prefill(*args)
-                size *= 2
             rules = make_rules(SampleConfig(), cfg.vocab, key)
             history = count_occurrences([0], [], cfg.vocab)
             ones = np.int32(1), np.int32(1)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.engine.scheduler import MIN_CHUNK_TOKENS, round_up
+from jaxgpt.engine.scheduler import list_sizes, round_up
 from jaxgpt.model.cache import find_reach
 from jaxgpt.model.mixers import MIXERS
 from jaxgpt.settings import ConfigError
@@ -17,7 +17,7 @@ class Size:
         rows: requests that decode at once.
         slots: tokens of a row, prompt and output; at most the context of the model.
         source: tokens of an encoder-decoder's source.
-        chunk: tokens of a prompt that are read at once, MIN_CHUNK_TOKENS times a power of two.
+        chunk: tokens of a prompt that are read at once: 16, 32, 48, 64, 96, 128, 192, 256, ...
         speculate: tokens that are guessed at once; 0 = none.
     """
 
@@ -34,10 +34,8 @@ class Size:
                 f"an engine of rows={self.rows} and slots={self.slots}: it has one row of two "
                 "slots at least."
             )
-        if self.chunk < MIN_CHUNK_TOKENS or round_up(self.chunk) != self.chunk:
-            raise ConfigError(
-                f"chunk={self.chunk}: expected {MIN_CHUNK_TOKENS} times a power of two."
-            )
+        if round_up(self.chunk) != self.chunk:
+            raise ConfigError(f"chunk={self.chunk}: expected one of {list_sizes(self.chunk + 64)}.")
         recurrent = list_recurrent_mixers(cfg)
         if self.speculate and recurrent:
             raise ConfigError(
