@@ -86,8 +86,9 @@ class Engine:
         self.is_end = np.isin(np.arange(cfg.vocab), self.ends)
         self.no_mask = pack_mask(np.asarray(allowed))
         self.is_interactive = is_interactive
-        reason = explain_no_reuse(cfg, size)
-        self.scheduler = Scheduler(size.rows, size.chunk, has_reuse and reason is None)
+        configs = [cfg] if draft is None else [cfg, draft.cfg]
+        can_reuse = all(explain_no_reuse(each, size) is None for each in configs)
+        self.scheduler = Scheduler(size.rows, size.chunk, has_reuse and can_reuse)
         self.in_flight: Call | None = None
         self.reset()
 
@@ -304,10 +305,10 @@ class Engine:
         return pieces + (self._collect_in_flight() if is_busy or has_started else [])
 
     def _group_by_forced(self, slots: list[Slot]) -> list[list[Slot]]:
-        """Return the rows with forced text and the others, which no longer pass may change.
+        """Return the rows with forced text, and the others: forced text is read in a longer pass.
 
-        Products of other sizes are rounded differently. Where the engine guesses, it takes that
-        into account for all rows, and reads them together.
+        Products of other sizes are rounded differently, which no other row may notice. An engine
+        that guesses does not promise that, and has one pass for all.
         """
         if self.size.speculate:
             return [slots] if slots else []

@@ -171,6 +171,19 @@ class EngineWorker:
             self._started.put(error)
             return
         self._started.put(None)
+        last: Generation | BaseException = Generation("", (), (), "cancelled")
+        try:
+            self._serve()
+        except BaseException as error:  # no empty state can be made: nothing can go on
+            last = error
+        with self._condition:
+            self._is_closing = True
+            self._handles |= {handle.request: handle for handle in self._inbox}
+        for request in list(self._handles):
+            self._deliver(request, last)
+
+    def _serve(self):
+        """Run the engine until the worker closes."""
         while self._take_messages():
             try:
                 pieces = self._engine.step()
@@ -179,8 +192,6 @@ class EngineWorker:
                 continue
             for request, piece in pieces:
                 self._deliver(request, piece)
-        for request in list(self._handles):
-            self._deliver(request, Generation("", (), (), "cancelled"))
 
     def _deliver(self, request: Request, piece: Generation | BaseException):
         handle = self._handles.get(request)
@@ -204,7 +215,7 @@ class EngineWorker:
             inbox, self._inbox = self._inbox, []
             cancelled, self._cancelled = self._cancelled, []
             if self._is_closing:
-                self._handles |= {handle.request: handle for handle in inbox}
+                self._inbox = inbox
                 return False
         for handle in inbox:
             self._handles[handle.request] = handle

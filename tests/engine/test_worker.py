@@ -71,6 +71,22 @@ def test_an_error_of_a_program_fails_its_requests_and_not_the_thread(worker, mon
     assert list(worker.submit("hello", GREEDY).result().tokens) == recompute("hello", GREEDY)
 
 
+def test_an_engine_that_cannot_go_on_fails_its_requests_and_takes_no_more(monkeypatch):
+    worker = make_worker()
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("the device is lost")
+
+    monkeypatch.setattr(engine_module, "decode", fail)
+    monkeypatch.setattr(engine_module, "init_state", fail)
+    with pytest.raises(RuntimeError, match="the device is lost"):
+        worker.submit("hello", GREEDY).result()
+    worker._thread.join(60)
+    assert not worker.is_alive
+    with pytest.raises(EngineBusyError):
+        worker.submit("hello", GREEDY)
+
+
 def make_worker(max_waiting=9):
     from engine_cases import make_row_request
 
