@@ -12,14 +12,12 @@ import numpy as np
 
 from jaxgpt.config import Config, ModelConfig, SampleConfig
 from jaxgpt.engine import (
-    CHUNK_TOKENS,
     DraftModel,
     Engine,
     Generation,
     Request,
     Row,
     Size,
-    check_scores,
     join_pieces,
     prepare_decode_params,
 )
@@ -38,16 +36,6 @@ MIN_BUCKET_TOKENS = 32  # rows have this times a power of two of slots
 MAX_ROWS = 32  # that decode at once: more prompts wait
 
 Prompt = str | Sequence[int] | np.ndarray  # a text, or token ids
-
-__all__ = [
-    "CHUNK_TOKENS",
-    "Generation",
-    "Row",
-    "check_scores",
-    "join_pieces",
-    "prepare_decode_params",
-]
-
 
 # --- rows of text ----------------------------------------------------------------------------
 
