@@ -55,7 +55,7 @@ def run(seconds: float = 0, count: int = 0, seed: int = 0, log=None) -> dict[str
     counts = dict.fromkeys(("finished", "cancelled", "refused"), 0)
     expected: dict[tuple, tuple] = {}
     first_memory = None
-    with model.start_engine(rows=4, chunk=16, speculate=3) as worker:
+    with model.start_engine(rows=3, chunk=16, speculate=3) as worker:
         pending: list = []
         start = time.monotonic()
 

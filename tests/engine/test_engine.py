@@ -221,7 +221,9 @@ PROGRAMS = (programs.prefill, programs.insert, programs.copy_row, programs.decod
 
 
 def test_nothing_compiles_after_the_warm_up(count_compilations):
-    engine = make_engine(rows=2, slots=48, chunk=32, has_reuse=True, is_interactive=True)
+    for program in PROGRAMS:
+        program.clear_cache()
+    engine = make_engine(rows=2, slots=48, has_reuse=True, is_interactive=True)
     engine.warm_up()
     before = count_compilations(*PROGRAMS)
     rules = SampleConfig(temperature=0.7, top_p=0.5, min_p=0.1, presence_penalty=1.0, tokens=9)

@@ -147,12 +147,12 @@ def test_decoding_prompts_padded_on_the_left_equals_one_pass(name):
 
 @every_causal_mixer
 def test_decoding_rows_with_cursors_of_their_own_equals_one_pass(name):
-    """Prompts of 7 and 4 tokens in one chunk, then both or one row at a time, in a used cache."""
+    """Prompts of 7 and 4 tokens in chunks, then both or one row at a time, in a used cache."""
     cfg, params, _ = random_model(name, "causal")
     tokens = random_tokens(cfg, 1, 2, T)
     used, lengths = np.zeros(2, int), np.zeros(2, int)
-    cache, outputs = init_cache(cfg, batch=2, slots=17, chunk=8), [[], []]
-    steps = [(8, 3, 5), (8, 7, 4), (3, 3, 1), (1, 1, 0), (1, 0, 1), (1, 1, 1), (3, 0, 2)]
+    cache, outputs = init_cache(cfg, batch=2, slots=17, chunk=4), [[], []]
+    steps = [(4, 3, 4), (4, 4, 4), (4, 3, 0), (1, 1, 0), (1, 0, 1), (1, 1, 1), (4, 0, 2)]
     for n, (size, *counts) in enumerate(steps):
         if n == 1:  # what other texts have left is not seen
             used, outputs = lengths * 0, [[], []]
