@@ -126,9 +126,22 @@ def make_engine(config: Config, decode_params, tokenizer: Tokenizer, rows: Seque
         rows=min(MAX_ROWS, 1 << (len(rows) - 1).bit_length()),
         slots=max(2, min(context, slots)),
         source=round_up_to_bucket(source) if source else 0,
+        cache=choose_cache([row.sample for row in rows]),
     )
     allowed = sampleable_tokens(tokenizer, cfg.vocab, list_masks(config))
     return Engine(cfg, decode_params, size, tokenizer.ends, allowed)
+
+
+def choose_cache(samples: Sequence[SampleConfig]) -> str:
+    """Return the `sample.cache` of rows that are decoded together.
+
+    Raises:
+        ConfigError: they have several.
+    """
+    kinds = {sample.cache for sample in samples}
+    if len(kinds) > 1:
+        raise ConfigError(f"rows of one batch share a cache: sample.cache is {sorted(kinds)}.")
+    return kinds.pop()
 
 
 def make_request(
@@ -214,6 +227,7 @@ def _search_beams(config: Config, decode_params, tokenizer: Tokenizer, row: Row)
         allowed=allowed,
         length_penalty=sample.length_penalty,
         min_tokens=sample.min_tokens,
+        cache=sample.cache,
     )[0]
     text, logprobs = "", []
     for token, logprob in zip(found.tokens, found.logprobs, strict=True):

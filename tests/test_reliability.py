@@ -1,13 +1,11 @@
 """A small dose of what tests/reliability does: `python -m tests.reliability` has the large one."""
 
-import contextlib
-import pathlib
 import signal
-import subprocess
 import sys
 
 import pytest
 from reliability import Commands, damage, disks, kills, readers
+from reliability import __main__ as large_dose
 
 from jaxgpt.saved_arrays import list_steps
 from jaxgpt.verification import verify
@@ -86,14 +84,10 @@ def test_a_disk_that_is_full_ends_in_one_line(tmp_path):
         assert all(finding.state == "good" for finding in verify(str(folder / "run")))
 
 
-def test_the_large_dose_is_one_command(tmp_path):
-    command = [sys.executable, "-m", "tests.reliability", "--only", "flips", "--flips", "5"]
+def test_the_large_dose_is_one_command(tmp_path, monkeypatch, capsys):
     path = tmp_path / "results.json"
-    done = subprocess.run(
-        [*command, "--json", str(path)], capture_output=True, text=True,
-        cwd=pathlib.Path(__file__).parent.parent,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    with contextlib.suppress(ValueError):
-        assert "| one flipped bit | 5 | 0 |" in done.stdout
+    arguments = ["--only", "flips", "--flips", "5", "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", ["tests.reliability", *arguments])
+    assert large_dose.main() == 0
+    assert "| one flipped bit | 5 | 0 |" in capsys.readouterr().out
     assert path.read_text().count('"scenario"') == 4

@@ -132,6 +132,25 @@ def test_a_saved_model_is_verified(saved, tmp_path):
         jaxgpt.load(tmp_path / "model")
 
 
+def test_the_class_names_of_a_model_are_verified(saved, tmp_path):
+    folder = tmp_path / "model"
+    jaxgpt.save(LanguageModel(config(), saved[1].params, TOKENIZER, ("bad", "good")), folder)
+    assert find_states(folder)["labels.json"] == find_states(folder)["best/0"] == GOOD
+    assert jaxgpt.load(folder).labels == ("bad", "good")
+    (folder / "labels.json").write_text('["good", "bad"]')
+    finding = next(finding for finding in verify(str(folder)) if finding.path == "best/0")
+    assert finding.state == DAMAGED
+    assert "labels.json does not hold the class names" in finding.problems[0]
+    with pytest.raises(ConfigError, match=r"labels\.json does not hold the class names that"):
+        jaxgpt.load(folder)
+    (folder / "labels.json").write_text('["good", 1]')
+    assert find_states(folder)["labels.json"] == DAMAGED
+    with pytest.raises(ConfigError, match="is not a list of class names"):
+        jaxgpt.load(folder)
+    (folder / "labels.json").unlink()
+    assert find_states(folder)["best/0"] == DAMAGED
+
+
 # --- the command ---
 
 

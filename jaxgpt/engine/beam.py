@@ -69,11 +69,13 @@ def extend_beams(cfg: ModelConfig, params, cache: Cache, prefix, parents, tokens
     return cache, compute_logits(cfg, params, hidden[:, 0])
 
 
-def _read_prompt(cfg: ModelConfig, params, ids, source, beams: int, tokens: int) -> DecodeState:
+def _read_prompt(
+    cfg: ModelConfig, params, ids, source, beams: int, tokens: int, kind: str
+) -> DecodeState:
     """Return a state whose rows have all read the prompt."""
     is_whole = "prefix" in cfg.pattern
     slots, sources = round_up(len(ids) + tokens), round_up(len(source)) if source else 0
-    state = init_state(cfg, beams, slots, max(CHUNK, slots if is_whole else 0), sources)
+    state = init_state(cfg, beams, slots, max(CHUNK, slots if is_whole else 0), sources, kind)
     whole = [(len(ids), round_up(len(ids)))]
     start = 0
     for count, size in whole if is_whole else split_prompt(len(ids), 0, CHUNK):
@@ -104,6 +106,7 @@ def search_beams(
     allowed: np.ndarray | None = None,
     length_penalty: float = 1.0,
     min_tokens: int = 0,
+    cache: str = "model",
 ) -> list[Beam]:
     """Return the continuations of a prompt that beam search finds, the best first.
 
@@ -117,6 +120,7 @@ def search_beams(
         allowed: bool [V], the tokens that may occur.
         length_penalty: scores are divided by length ** length_penalty.
         min_tokens: minimum length of a continuation.
+        cache: how keys and values are stored, a value of `sample.cache`.
 
     Raises:
         ConfigError: the vocabulary is too small for so many beams.
@@ -129,8 +133,8 @@ def search_beams(
         raise ConfigError(f"beams={beams} need {count} tokens that can be generated.")
     without_ends = allowed & ~np.isin(np.arange(cfg.vocab), list(ends))
     with use_mesh_of(params):
-        state = _read_prompt(cfg, params, list(ids), list(source), beams, tokens)
-        cache, scores = state.cache, state.scores
+        state = _read_prompt(cfg, params, list(ids), list(source), beams, tokens, cache)
+        kept, scores = state.cache, state.scores
         prefix = np.full(beams, len(ids), np.int32)
         # All rows are alike at first: candidates come from one of them.
         running = [Running(0.0 if n == 0 else -1e9, (), ()) for n in range(beams)]
@@ -145,7 +149,7 @@ def search_beams(
             if is_last or _is_hopeless(running, finished, beams, length, length_penalty):
                 break
             last = np.array([beam.tokens[-1] for beam in running], np.int32)
-            cache, scores = extend_beams(cfg, params, cache, prefix, parents, last)
+            kept, scores = extend_beams(cfg, params, kept, prefix, parents, last)
     return finished
 
 

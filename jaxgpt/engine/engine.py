@@ -100,7 +100,9 @@ class Engine:
         self.in_flight = None
         self.scheduler.forget()
         with use_mesh_of(self.params):
-            self.state: DecodeState = init_state(cfg, size.rows, size.slots, chunk, size.source)
+            self.state: DecodeState = init_state(
+                cfg, size.rows, size.slots, chunk, size.source, size.cache
+            )
             if self.draft is not None:
                 self.draft.reset(size.rows, size.slots, chunk)
 

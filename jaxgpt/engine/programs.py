@@ -38,6 +38,7 @@ from jaxgpt.model import (
     init_cache,
     unstack_layers,
 )
+from jaxgpt.quantization import constrain_param
 from jaxgpt.sharding import constrain
 
 CHUNK_TOKENS = 16  # tokens decoded per call, at most: the granularity of streaming
@@ -78,14 +79,16 @@ def prepare_decode_params(cfg: ModelConfig, params):
     for group in {"layers", "tail"} & stack.keys():
         layer_letters = jax.tree.map(lambda x: x.removeprefix("L"), letters["stack"][group])
         stack[group] = {
-            name: jax.tree.map(constrain, layer, layer_letters)
+            name: jax.tree.map(lambda d, x: constrain_param(x, d), layer_letters, layer)
             for name, layer in stack[group].items()
         }
     return params | {"stack": stack}
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "rows", "slots", "source", "chunk"))
-def init_state(cfg: ModelConfig, rows: int, slots: int, chunk: int, source: int = 0) -> DecodeState:
+@functools.partial(jax.jit, static_argnames=("cfg", "rows", "slots", "chunk", "source", "kind"))
+def init_state(
+    cfg: ModelConfig, rows: int, slots: int, chunk: int, source: int = 0, kind: str = "model"
+) -> DecodeState:
     """Return the state of empty rows.
 
     Args:
@@ -93,6 +96,7 @@ def init_state(cfg: ModelConfig, rows: int, slots: int, chunk: int, source: int 
         slots: tokens that a row may have.
         chunk: tokens of a call, at most.
         source: tokens of an encoder-decoder's source, at most.
+        kind: of the cache, a value of `sample.cache`.
     """
     B, V = rows, cfg.vocab
     zeros, floats = jnp.zeros(B, jnp.int32), jnp.zeros(B)
@@ -110,7 +114,7 @@ def init_state(cfg: ModelConfig, rows: int, slots: int, chunk: int, source: int 
         banned=jnp.full((B, MAX_BANNED, MAX_BANNED_TOKENS), NO_TOKEN, jnp.int32),
         key_data=jax.random.key_data(jax.random.split(jax.random.key(0), B)),
     )
-    cache = init_cache(cfg, B, slots, source, chunk)
+    cache = init_cache(cfg, B, slots, source, kind, chunk)
     state = DecodeState(cache, jnp.zeros((B, V)), history, zeros, zeros > 0, zeros, rules)
     return _pin(cfg, state)
 

@@ -19,6 +19,7 @@ class Size:
         source: tokens of an encoder-decoder's source.
         chunk: tokens of a prompt that are read at once: 16, 32, 48, 64, 96, 128, 192, 256, ...
         speculate: tokens that are guessed at once; 0 = none.
+        cache: how keys and values are stored, a value of `sample.cache`.
     """
 
     rows: int
@@ -26,6 +27,7 @@ class Size:
     source: int = 0
     chunk: int = 256
     speculate: int = 0
+    cache: str = "model"
 
     def check(self, cfg: ModelConfig):
         """Raise ConfigError if a model cannot decode in this shape."""

@@ -13,7 +13,7 @@ import numpy as np
 from jaxgpt.config import ModelConfig
 from jaxgpt.hosts import fetch
 from jaxgpt.inspect.activations import Activations, EncodedText, capture, encode, in_float32
-from jaxgpt.inspect.lens import require_vocab_scores
+from jaxgpt.inspect.lens import require_next_tokens, require_vocab_scores
 from jaxgpt.language_model import LanguageModel
 from jaxgpt.model import capture as capture_batch
 from jaxgpt.model import list_activations, make_head
@@ -212,6 +212,8 @@ def decompose_residual(
         weights = get_layer_params(params, n)
         sites = [s for s in SUBLAYERS if f"{s}.out" in layer]
         for site in sites:
+            if cfg.wiring == "no_residual":  # what came before is not in the stream
+                names, parts = [], []
             out = layer[f"{site}.out"]
             label = f"layers.{n}.{site}"
             new = _split_heads(weights.get(site, {}), layer.get(f"{site}.z"), out)
@@ -311,3 +313,65 @@ def integrated_gradients(
             )
             total += np.asarray(fetch(gradient), np.float64)[0] / len(points)
     return (total * found["embedding"]).sum(-1).astype(np.float32)
+
+
+# --- how far back a loss reaches -------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnums=0)
+def _compute_loss_gradient(cfg: ModelConfig, params, batch, inputs, embedding, position, target):
+    """Return the gradient of -log p(target) at a position by the embedding [1 T D]."""
+    tokens, coords = batch
+
+    def compute_loss(x):
+        hidden, _ = capture_batch(
+            cfg, params, tokens, coords, [], patches={"embedding": lambda _: x}, **inputs
+        )
+        return -jax.nn.log_softmax(make_head(cfg, params)(hidden[0, position]))[target]
+
+    return jax.grad(compute_loss)(embedding)
+
+
+def gradient_by_position(
+    model: LanguageModel,
+    text: str | EncodedText,
+    position: int = -1,
+    *,
+    source: str | None = None,
+) -> np.ndarray:
+    """Return how much each token moves the loss of a later one: gradient norms, float32 [T].
+
+    The norm at t is |d loss / d x_t|, with x_t the embedding of token t as the first block takes
+    it, and the loss -log p of the token at `position` given those before it. Through attention it
+    hardly depends on the distance; through the state of a recurrent mixer it shrinks with every
+    step, the vanishing gradient.
+
+    Args:
+        text: two tokens or more.
+        position: of the token whose loss it is, the last by default. The gradient is 0 from it on.
+
+    Raises:
+        ConfigError: the model does not predict a next token, nothing precedes the position, or
+            see `encode`.
+
+    Source: Bengio et al. 1994, IEEE Trans. Neural Networks 5(2), section III; Pascanu et al. 2013,
+    arXiv:1211.5063, section 2.
+    """
+    require_next_tokens(model)
+    model = in_float32(model)
+    cfg = model.config.model
+    text = text if isinstance(text, EncodedText) else encode(model, text, source)
+    T = len(text.tokens)
+    if not (1 <= position < T or 1 - T <= position < 0):
+        raise ConfigError(
+            f"position={position} of {T} tokens: the loss is of a token with another before it, "
+            f"1 to {T - 1}, or counted from the end, -1 to {1 - T}."
+        )
+    embedding = jnp.asarray(capture(model, text, ["embedding"])["embedding"])[None]
+    position %= T
+    with use_mesh_of(model.params):
+        gradient = _compute_loss_gradient(
+            cfg, model.params, text.make_batch(cfg), text.make_inputs(cfg), embedding,
+            position - 1, int(text.tokens[position]),
+        )  # fmt: skip
+        return np.asarray(jnp.linalg.norm(fetch(gradient)[0], axis=-1))

@@ -120,6 +120,13 @@ def require_vocab_scores(model: LanguageModel):
         )
 
 
+def require_next_tokens(model: LanguageModel):
+    """Raise ConfigError if the tokens of a text have no loss given those before them."""
+    require_vocab_scores(model)
+    if model.config.model.family == "encoder":
+        raise ConfigError("an encoder reads a text from both sides: its tokens have no loss.")
+
+
 @dataclass(frozen=True)
 class NextToken:
     """A token that may come next."""
@@ -156,9 +163,7 @@ def token_losses(
     Raises:
         ConfigError: the model does not predict a next token; see `encode`.
     """
-    require_vocab_scores(model)
-    if model.config.model.family == "encoder":
-        raise ConfigError("an encoder reads a text from both sides: its tokens have no loss.")
+    require_next_tokens(model)
     found = capture(model, text, [], source=source)
     logp = np.asarray(jax.nn.log_softmax(found.logits[:-1], axis=-1))
     losses = np.full(len(found.tokens), np.nan, np.float32)

@@ -74,12 +74,27 @@ def apply_parallel(
     return x + sum(sublayer(norm(site, "in")(x)) for site, sublayer in sublayers.items())
 
 
+def apply_no_residual(
+    x: jax.Array, sublayers: Sublayers, norm: MakeNorm, tap: TapResidual
+) -> jax.Array:
+    """sublayer(x): no residual connections, whose gradient vanishes with depth; to learn from.
+
+    It has no norms either: they scale each sublayer's input up again, and the gradient with it.
+    Source: He et al. 2015, arXiv:1512.03385, section 4.1 (plain networks), where batch
+    normalization prevents what is to be seen here.
+    """
+    for site, sublayer in sublayers.items():
+        x = sublayer(tap(site, x))
+    return x
+
+
 WIRINGS = {
     "pre": apply_pre_norm,
     "post": apply_post_norm,
     "sandwich": apply_sandwich_norm,
     "reordered": apply_reordered_norm,
     "parallel": apply_parallel,
+    "no_residual": apply_no_residual,
 }
 WIRINGS_WITHOUT_FINAL_NORM = {"post"}
 

@@ -12,6 +12,7 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.model.masks import Coords
 from jaxgpt.model.mixers import MIXERS
 from jaxgpt.model.mixers.attention import Attention
+from jaxgpt.model.mixers.mixer import init_mixer_state
 
 
 @struct.dataclass
@@ -31,11 +32,17 @@ def find_reach(cfg: ModelConfig, spec: LayerSpec) -> int | None:
 
 
 def init_cache(
-    cfg: ModelConfig, batch: int, slots: int, source: int = 0, chunk: int | None = None
+    cfg: ModelConfig,
+    batch: int,
+    slots: int,
+    source: int = 0,
+    kind: str = "model",
+    chunk: int | None = None,
 ) -> Cache:
     """Return an empty cache for `batch` rows of `slots` tokens, with `source` encoder tokens.
 
     Args:
+        kind: a value of `sample.cache`; see `init_mixer_state`.
         chunk: None for a cache with one cursor, which all rows share. Otherwise each row has its
             own, token p of a row is in slot p, and a call has at most so many tokens. Then a layer
             that attends to the last W tokens keeps a ring of W + chunk slots.
@@ -48,8 +55,12 @@ def init_cache(
         return slots if chunk is None or reach is None else min(slots, reach + chunk)
 
     def init_layer(spec: LayerSpec) -> dict[str, Any]:
-        cross = {"cross": Attention.init_state(cfg, batch, source)} if source else {}
-        return {"mixer": MIXERS[spec.mixer].init_state(cfg, batch, count_slots(spec))} | cross
+        cross = {}
+        if source:
+            cross["cross"] = init_mixer_state("attention", Attention, cfg, batch, source, kind)
+        mixer = MIXERS[spec.mixer]
+        state = init_mixer_state(spec.mixer, mixer, cfg, batch, count_slots(spec), kind)
+        return {"mixer": state} | cross
 
     no_tokens = jnp.zeros((batch, slots), jnp.int32)
     prefix = no_tokens if "prefix" in cfg.pattern else None

@@ -32,6 +32,7 @@ from jaxgpt.model.norms import NORMS
 from jaxgpt.model.pipeline import count_stages, run_pipeline
 from jaxgpt.model.positions import POSITION_ENCODINGS, PositionEncoding
 from jaxgpt.model.taps import CAPTURED, LAYER_INDEX, is_capturing, tap
+from jaxgpt.quantized_array import is_quantized
 from jaxgpt.sharding import constrain, gather_param
 
 
@@ -239,6 +240,8 @@ class Embedding(nn.Module):
         check_indices(
             tokens, table.shape[0], "token id" if self.letters[0] == "V" else "token type"
         )
+        if is_quantized(table):
+            return constrain(table.take_rows(tokens, DTYPES[self.cfg.dtype]), "BTD")
         # All-gather the width before the lookup, else the partitioner replicates the lookup.
         table = gather_param(table.astype(DTYPES[self.cfg.dtype]), self.letters)
         table = constrain(table, f"{self.letters[0]}.")

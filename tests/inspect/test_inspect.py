@@ -16,7 +16,7 @@ from jaxgpt.inspect.attribution import get_layer_params
 from jaxgpt.tokenizer import train
 
 CLOSE = dict(atol=1e-5, rtol=1e-5)
-WIRINGS = ["pre", "post", "sandwich", "reordered", "parallel"]
+WIRINGS = ["pre", "post", "sandwich", "reordered", "parallel", "no_residual"]
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_attribution_sums_to_the_logit(wiring, settings):
     found = inspect.attribute_logit(model, TEXT, position=4)
     assert found.logit == pytest.approx(logits[4].max(), abs=1e-4)
     assert found.values.sum() == pytest.approx(found.logit, abs=1e-4)
-    assert found.by_head().shape == (2, 4)
+    assert found.by_head().shape == ((0, 0) if wiring == "no_residual" else (2, 4))
     other = inspect.attribute_logit(model, TEXT, 70, 80)
     assert other.logit == pytest.approx(logits[-1, 70] - logits[-1, 80], abs=1e-4)
 
@@ -160,6 +160,11 @@ def test_attribution_of_recurrent_mixers_and_pairs():
     logits = inspect.capture(pair, TEXT, [], source="the source").logits
     assert found.logit == pytest.approx(logits[-1].max(), abs=1e-4)
     assert "layers.1.cross.head.3" in found.names
+
+
+def test_without_residual_only_the_last_sublayer_writes_into_the_logit():
+    found = inspect.attribute_logit(make_model(wiring="no_residual"), TEXT)
+    assert found.names == ("layers.1.ffn", "final_norm.bias")
 
 
 def test_a_head_that_is_not_linear_has_no_attribution():
@@ -196,6 +201,56 @@ def scale_row(value, t, factor):
     scaled = value.copy()
     scaled[t] *= factor
     return scaled
+
+
+def step_lstm(p, state, x):
+    h, c = state
+    i, f, g, o = (x @ p[f"w_{k}"] + p[f"b_{k}"] + h @ p[f"u_{k}"] for k in "ifgo")
+    c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+    return jax.nn.sigmoid(o) * jnp.tanh(c), c
+
+
+def step_gru(p, state, x):
+    h = state[0]
+    r, z = (jax.nn.sigmoid(x @ p[f"w_{k}"] + p[f"b_{k}"] + h @ p[f"u_{k}"]) for k in "rz")
+    n = jnp.tanh(x @ p["w_n"] + p["b_n"] + r * (h @ p["u_n"] + p["c_n"]))
+    return (1 - z) * n + z * h, None
+
+
+@pytest.mark.parametrize(("mixer", "step"), [("lstm", step_lstm), ("gru", step_gru)])
+def test_gradients_by_position_are_those_of_a_plain_loop_over_tokens(mixer, step):
+    model = make_model(mixers=(mixer,), position="none", feedforward="none", layers=1)
+    text = inspect.encode(model, TEXT)
+    params = jax.tree.map(jnp.asarray, model.params)
+    layer = get_layer_params(params, 0)
+
+    def norm(p, x):
+        return x / jnp.sqrt(jnp.mean(x**2) + model.config.model.norm_eps) * p["scale"]
+
+    def compute_loss(embedding):
+        state = jnp.zeros(16), jnp.zeros(16)
+        for x in embedding[:5]:  # the loss of token 5, after token 4
+            state = step(layer["mixer"], state, norm(layer["mixer_norm_in"], x))
+        x = x + state[0] @ layer["mixer"]["o"]["w"]
+        logits = norm(params["stack"]["norm"], x) @ params["embed"]["table"].T
+        return -jax.nn.log_softmax(logits)[text.tokens[5]]
+
+    expected = jax.grad(compute_loss)(params["embed"]["table"][text.tokens])
+    found = inspect.gradient_by_position(model, text, 5)
+    np.testing.assert_allclose(found, jnp.linalg.norm(expected, axis=-1), rtol=1e-4, atol=1e-7)
+    assert (found[:5] > 0).all()
+    assert not found[5:].any()
+
+
+def test_gradients_by_position_reach_every_token_before_the_last(model):
+    found = inspect.gradient_by_position(model, TEXT)
+    assert found.shape == (10,)
+    assert found[-1] == 0
+    assert (found[:-1] > 0).all()
+    with pytest.raises(ConfigError, match=r"position=0 of 10 tokens.*1 to 9"):
+        inspect.gradient_by_position(model, TEXT, 0)
+    with pytest.raises(ConfigError, match="no loss"):
+        inspect.gradient_by_position(make_model("masked", family="encoder"), TEXT)
 
 
 # --- attention -------------------------------------------------------------------------------

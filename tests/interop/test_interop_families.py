@@ -162,6 +162,7 @@ def test_rope_is_written_for_both_versions_of_transformers():
     (dict(mixers=("performer",)), "performer"),
     (dict(mixers=("s4",), position="none"), "s4"),
     (dict(sinks=True), "model.sinks=True"),
+    (dict(wiring="no_residual"), "model.wiring='no_residual'"),
     (dict(norm="layer"), "no counterpart in transformers"),
     (dict(pattern=("strided",)), "strided"),
     (dict(feedforward="moe_gated", moe=ExpertsConfig(4, 2, capacity=1.0)), "capacity=1.0"),

@@ -24,6 +24,7 @@ from jaxgpt.model import (
     Head,
     abstract_params,
     build,
+    capture,
     count_params,
     init_cache,
     init_params,
@@ -501,4 +502,37 @@ def test_wirings_have_the_norms_of_their_names():
     assert names["post"] == {"mixer", "ffn", "mixer_norm_out", "ffn_norm_out"}
     assert names["sandwich"] == names["pre"] | names["post"]
     assert names["parallel"] == names["pre"]
+    assert names["no_residual"] == {"mixer", "ffn"}
     assert {w for w, stack in stacks.items() if "norm" not in stack} == {"post"}
+
+
+def test_without_residual_a_block_is_its_sublayers_applied_to_each_other():
+    cfg = tiny(wiring="no_residual")
+    params, tokens = random_params(cfg), random_tokens(cfg, 0, 2, 7)
+    _, found = capture(cfg, params, tokens, single_document_coords(tokens))
+    x = found["embedding"]
+    for n in range(2):
+        for site in ("mixer", "ffn"):
+            np.testing.assert_array_equal(found[f"layers.{n}.{site}.in"], x)
+            x = found[f"layers.{n}.{site}.out"]
+        np.testing.assert_array_equal(found[f"layers.{n}.residual_post"], x)
+
+
+def test_without_residual_the_gradient_vanishes_with_depth():
+    """Of what the first layer reads over that of what the last one reads: else about 1."""
+    ratios = {}
+    for wiring in ("pre", "no_residual"):
+        cfg = tiny(wiring=wiring, layers=4, feedforward="plain", activation="relu")
+        params, tokens = random_params(cfg, std=0.1), random_tokens(cfg, 0, 2, 7)
+        at = single_document_coords(tokens)
+
+        def loss(shifts, cfg=cfg, params=params, tokens=tokens, at=at):
+            patches = {f"layers.{n}.residual_pre": lambda x, n=n: x + shifts[n] for n in range(4)}
+            hidden, _ = capture(cfg, params, tokens, at, [], patches=patches)
+            return jnp.sum(hidden[..., 0])
+
+        gradient = jax.grad(loss)(jnp.zeros((4, 2, 7, cfg.width)))
+        norms = jnp.linalg.norm(gradient.reshape(4, -1), axis=-1)
+        ratios[wiring] = float(norms[0] / norms[-1])
+    assert ratios["pre"] > 0.3
+    assert ratios["no_residual"] < 0.01
