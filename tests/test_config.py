@@ -196,6 +196,8 @@ UPPER_BOUNDS = {
     "lora.dropout": 0.99,
     "sample.top_p": 1.0,
     "sample.min_p": 1.0,
+    "preference.label_smoothing": 0.49,
+    "distill.weight": 1.0,
 }
 
 

@@ -59,7 +59,7 @@ def make_diagnosis(
 
     def examine_row(state: TrainState, row: Any):  # a Batch of jax.Array
         row = jax.tree.map(lambda x: x[None], row)
-        _, sums = cfg.objective.loss(model, state.model_params, row, {}, cfg.train)
+        _, sums = cfg.objective.bind(cfg)(model, state.model_params, row, {}, cfg.train)
         loss = sums["nats"] / jnp.maximum(sums["weight"], 1.0)
         coords = Coords(row.positions, row.segment_ids, row.prefix)
         inputs: dict[str, Any] = {}

@@ -256,8 +256,10 @@ def format_summary(cfg: Config, progress: Progress, signal_name: str) -> str:
 
 
 def format_next_commands(cfg: Config) -> str:
-    """Format three commands to go on with after training."""
+    """Format commands to go on with after training."""
     folder = shlex.quote(cfg.run_folder) + _format_plugins(cfg)
+    if cfg.objective.is_chat:
+        return f"Next, talk with this model:\n  jaxgpt chat {folder}"
     text = shlex.quote(cfg.sample.prompt or "Once")
     more = f"--prompt {text}" + (" temperature=0.5 top_p=0.95" if cfg.objective.is_text else "")
     return "\n".join([

@@ -13,13 +13,14 @@ from jaxgpt.config import Config, TrainConfig
 from jaxgpt.data.loader import Batch
 from jaxgpt.model import abstract_params
 from jaxgpt.model.capture import find_groups
-from jaxgpt.objectives import OBJECTIVES, Sums, compute_own_means
+from jaxgpt.objectives import OBJECTIVES, Loss, Sums, compute_own_means
 from jaxgpt.quantization import check_unquantized
 from jaxgpt.selection import merge, select, select_letters
 from jaxgpt.sharding import constrain
 from jaxgpt.trainer.norms import compute_layer_norms
 from jaxgpt.trainer.spikes import count_updates, guard_step
 from jaxgpt.trainer.state import FrozenBase, TrainState
+from jaxgpt.tuning_losses import Frozen
 
 # By name, float32 [] each:
 #
@@ -43,6 +44,7 @@ def compute_gradient(
     batch: Batch,
     rng: jax.Array | None,
     selection: Any = None,
+    loss_fn: Loss | None = None,
     base: FrozenBase | None = None,
 ):
     """Compute the gradient of the *summed* loss of a batch, and its sums.
@@ -51,17 +53,19 @@ def compute_gradient(
         batch: arrays [B T].
         rng: key for dropout, or None for no dropout.
         selection: the parameters to differentiate by (see `jaxgpt.selection`); None for all.
+        loss_fn: of `Objective.bind`; None for that of the objective without settings.
         base: what the parameters are adapters of, if they are.
 
     Returns:
         (gradient like the selected params, Sums).
     """
     rngs = {} if rng is None else {"dropout": rng}
+    compute_loss = OBJECTIVES[cfg.objective].loss if loss_fn is None else loss_fn
 
     def loss(selected):
         full = selected if selection is None else merge(selected, params)
         full = full if base is None else base.attach(full)
-        return OBJECTIVES[cfg.objective].loss(model, full, batch, rngs, cfg)
+        return compute_loss(model, full, batch, rngs, cfg)
 
     trained = select(params, selection)
     check_unquantized(trained, "training")
@@ -86,6 +90,7 @@ def accumulate_gradient(
     batch: Batch,
     rng: jax.Array | None,
     selection: Any = None,
+    loss_fn: Loss | None = None,
     base: FrozenBase | None = None,
 ):
     """Accumulate `compute_gradient` over microbatches in sequence, with the memory of one of them.
@@ -93,7 +98,7 @@ def accumulate_gradient(
     Gradient accumulation gives the gradient of the whole batch.
     """
     if microbatch_count == 1:
-        return compute_gradient(model, cfg, params, batch, rng, selection, base)
+        return compute_gradient(model, cfg, params, batch, rng, selection, loss_fn, base)
 
     def split(x):  # microbatch i has rows i::microbatch_count, so each one spans all devices
         return x.reshape(-1, microbatch_count, *x.shape[1:]).swapaxes(0, 1)
@@ -102,7 +107,9 @@ def accumulate_gradient(
         index, microbatch = indexed_microbatch
         microbatch = jax.tree.map(lambda x: constrain(x, "BT"[: x.ndim]), microbatch)
         key = None if rng is None else jax.random.fold_in(rng, index)
-        grads, sums = compute_gradient(model, cfg, params, microbatch, key, selection, base)
+        grads, sums = compute_gradient(
+            model, cfg, params, microbatch, key, selection, loss_fn, base
+        )
         return jax.tree.map(jnp.add, total, grads), sums
 
     zeros = jax.tree.map(jnp.zeros_like, select(params, selection))
@@ -122,25 +129,40 @@ class Update(NamedTuple):
 
 
 def make_update(
-    cfg: Config, model: nn.Module, optimizer: optax.GradientTransformation, selection: Any = None
-) -> Callable[[TrainState, Batch], Update]:
-    """Return the pure function (state, batch [B T]) -> Update."""
+    cfg: Config,
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    selection: Any = None,
+    frozen_model: nn.Module | None = None,
+) -> Callable[..., Update]:
+    """Return the pure function (state, batch [B T], frozen=None) -> Update.
 
-    def compute_update(state: TrainState, batch: Batch) -> Update:
+    `frozen` are the parameters of `frozen_model`, a teacher or a reference that the loss reads.
+    """
+
+    def compute_update(state: TrainState, batch: Batch, frozen: Any = None) -> Update:
+        loss_fn = bind_loss(cfg, frozen_model, frozen)
         has_dropout = cfg.model.has_dropout or cfg.lora.dropout > 0
         rng = jax.random.fold_in(state.rng, state.step) if has_dropout else None
         microbatch_count = cfg.train.accumulate or choose_microbatch_count(
             cfg, (state.params, state.base), *batch.tokens.shape
         )
         grads, sums = accumulate_gradient(
-            microbatch_count, model, cfg.train, state.params, batch, rng, selection, state.base
-        )
+            microbatch_count, model, cfg.train, state.params, batch, rng, selection, loss_fn,
+            state.base,
+        )  # fmt: skip
         weight = jnp.maximum(sums["weight"], 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         return Update(grads, sums, weight, updates, opt_state)
 
     return compute_update
+
+
+def bind_loss(cfg: Config, frozen_model: nn.Module | None, frozen: Any) -> Loss:
+    """Return the loss of a config, which may read a frozen model with these parameters."""
+    other = None if frozen_model is None or frozen is None else Frozen(frozen_model, frozen)
+    return cfg.objective.bind(cfg, other)
 
 
 def select_trained(cfg: Config) -> Any:
@@ -154,16 +176,19 @@ def make_train_step(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
     schedule: Callable[[Any], Any],
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    frozen_model: nn.Module | None = None,
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """Return the training step: a pure function (state, batch [B T]) -> (state, metrics).
+
+    With a frozen model (see `make_update`), its parameters are a third argument.
 
     Donate the state. If it has a guard (see `jaxgpt.trainer.spikes`), a spike leaves it as it is.
     """
     selection = select_trained(cfg)
-    compute_update = make_update(cfg, model, optimizer, selection)
+    compute_update = make_update(cfg, model, optimizer, selection, frozen_model)
 
-    def train_step(state: TrainState, batch: Batch):
-        grads, sums, weight, updates, opt_state = compute_update(state, batch)
+    def train_step(state: TrainState, batch: Batch, frozen: Any = None):
+        grads, sums, weight, updates, opt_state = compute_update(state, batch, frozen)
         params = optax.apply_updates(select(state.params, selection), updates)
         if selection is not None:
             params = merge(params, state.params)
@@ -188,10 +213,13 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(cfg: Config, model: nn.Module) -> Callable[[Any, Batch], Sums]:
-    """Return the pure function (params, batch [B T]) -> Sums, without dropout."""
+def make_eval_step(
+    cfg: Config, model: nn.Module, frozen_model: nn.Module | None = None
+) -> Callable[..., Sums]:
+    """Return the pure function (params, batch [B T], frozen=None) -> Sums, without dropout."""
 
-    def eval_step(params, batch: Batch) -> Sums:
-        return cfg.objective.loss(model, params, batch, {}, cfg.train)[1]
+    def eval_step(params, batch: Batch, frozen: Any = None) -> Sums:
+        loss_fn = bind_loss(cfg, frozen_model, frozen)
+        return loss_fn(model, params, batch, {}, cfg.train)[1]
 
     return eval_step
