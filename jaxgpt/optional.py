@@ -19,6 +19,7 @@ EXTRAS = {
     "datasets": Extra("datasets", "hub"),
     "gguf": Extra("gguf", "gguf"),
     "grain": Extra("grain", "grain"),
+    "lm_eval": Extra("lm-eval", "eval"),
     "huggingface_hub": Extra("huggingface_hub", "hub"),
     "jinja2": Extra("Jinja2", "chat"),
     "matplotlib": Extra("matplotlib", "plots"),
