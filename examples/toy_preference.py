@@ -1,4 +1,4 @@
-"""SmolLM2-135M prefers one format of answers to another, by DPO: about five minutes on two cores.
+"""SmolLM2-135M prefers one format of answers to another, by DPO.
 
 python examples/toy.py write toy
 jaxgpt train --config examples/toy_preference.py
@@ -16,7 +16,7 @@ config = dataclasses.replace(
     optimizer=OptimizerConfig(lr=2e-5, weight_decay=0.0, warmup=2),
     preference=PreferenceConfig(loss="dpo", beta=0.1),
     train=dataclasses.replace(
-        base.train, objective="preference", steps=16, eval_every=8, log_every=2, save_every=16,
+        base.train, objective="preference", steps=8, eval_every=8, log_every=1, save_every=8,
         eval_batches=5, sample_every=0,
     ),
 )  # fmt: skip

@@ -95,6 +95,15 @@ def test_preferences_begin_at_log_2_and_are_learned(preference_run):
     assert last["chosen_logprob"] < 0
 
 
+def test_adapters_learn_preferences_from_log_2_on(preference_run):
+    settings = ["name=adapted", "lora.rank=2", "train.steps=4", "train.eval_every=4"]
+    cfg = override(preference_run, settings)
+    train(cfg, is_quiet=True)
+    first, last = (read(cfg, "train")[n] for n in (0, -1))
+    assert abs(first["loss"] - np.log(2)) < 1e-5
+    assert last["loss"] < first["loss"]
+
+
 def test_a_preference_run_resumes_bit_for_bit_without_its_cache(preference_run, folder):
     elsewhere = folder / "elsewhere"
     again = resume_a_copy(preference_run, "again", f"data.cache={elsewhere}")
