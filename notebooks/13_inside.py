@@ -43,6 +43,7 @@ plt.rcParams.update({"grid.alpha": 0.3, "font.size": 9, "axes.axisbelow": True})
 import dataclasses
 import os
 import pathlib
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +80,7 @@ cfg = ModelConfig(
 )  # fmt: skip
 T, B = cfg.context, 32
 BYTES = np.flatnonzero(tokenizer.lengths)  # the ids of the 256 bytes
+assert (tokenizer.encode("cat") == BYTES[list(b"cat")]).all()
 
 library = sorted(pathlib.Path(os.__file__).parent.glob("*.py"))[:40]  # Python's own modules
 text = BYTES[np.frombuffer(b"".join(path.read_bytes() for path in library), np.uint8)]
@@ -492,5 +494,5 @@ print("right: layer {}, head {}".format(*carrier))
 
 # %%
 page = visualize.look(trained, half + half)
-page.save(os.path.join(os.environ.get("TMPDIR", "/tmp"), "look.html"))
+page.save(pathlib.Path(tempfile.mkdtemp(), "page.html"))
 print(f"{len(page._repr_html_()) / 1000:.0f} kB")
