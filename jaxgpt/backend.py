@@ -48,6 +48,10 @@ class Backend:
     # layer; it does not fuse out of a loop.
     use_loop_to_compute_once: bool = False
 
+    # Rows up to which a product with quantized weights dequantizes some inputs at a time; see
+    # `products.matmul_quantized`. Elsewhere the compiler fuses it into the product.
+    max_rows_of_blocks: int = 0
+
     # Whether products of bfloat16 are computed, and kept, in float32.
     widens_bfloat16: bool = False
 
@@ -106,6 +110,7 @@ ONE_CPU = Backend(
     use_flat_products=True,
     use_transposed_copies=True,
     use_loop_to_compute_once=True,
+    max_rows_of_blocks=64,
     widens_bfloat16=True,
     has_attention_kernel=False,
     min_strip_queries=32,
@@ -121,6 +126,7 @@ BACKENDS = {
     "cpus": replace(  # a mesh of them
         ONE_CPU,
         max_unrolled_layers=0,
+        max_rows_of_blocks=0,
         min_microbatch_tokens=None,
         min_small_model_microbatch_tokens=None,
     ),

@@ -458,6 +458,13 @@ class SampleConfig(Section):
         is_runtime=True,
     )
 
+    cache: str = option(
+        "model",
+        "numbers of the KV cache: model (those of model.dtype) or int8, half the bytes of bfloat16",
+        table="jaxgpt.config:CACHES",
+        is_runtime=True,
+    )
+
     def check(self):
         if "" in self.stop:
             raise ConfigError(
@@ -588,6 +595,7 @@ SPIKE_ACTIONS = {
 BEST_BY = {"auto": "by objective", "loss": "the lowest loss", "accuracy": "the highest accuracy"}
 RESUME_MODES = {"auto": "resume if the config agrees", "force": "resume with the new config"}
 ON_SAVE_ERROR = {"continue": "train on to the next save", "stop": "end the run with an error"}
+CACHES = {"model": "in model.dtype", "int8": "integers, with a scale for each token and head"}
 START_MISSING = {"refuse": "name them and stop", "init": "initialize them as in a new run"}
 
 # Renamed keys and values, old -> new. Old ones are still accepted on the command line and in the

@@ -24,13 +24,18 @@ ENDING_MESSAGES = {
 }
 
 
-def load_model(run_folder: str, checkpoint: str, settings: Sequence[str]) -> LanguageModel:
+def load_model(
+    run_folder: str, checkpoint: str, settings: Sequence[str], **quantization
+) -> LanguageModel:
     """Load the model of a run, with `path=value` assignments on top of its config.
+
+    Args:
+        quantization: `quantize` and `group` of `load`.
 
     Raises:
         ConfigError: a setting or the run is invalid.
     """
-    model = load(run_folder, checkpoint=checkpoint, plugins=parse_plugins(settings))
+    model = load(run_folder, checkpoint=checkpoint, plugins=parse_plugins(settings), **quantization)
     return dataclasses.replace(model, config=override(model.config, settings))
 
 
@@ -41,6 +46,7 @@ def sample_cli(
     file: str | None,
     settings: Sequence[str],
     out: str | None = None,
+    **quantization,
 ):
     """Generate from prompts with the model of a run, and print the text as it is generated.
 
@@ -53,6 +59,7 @@ def sample_cli(
             plugins=..., in place of those that the run names.
         out: a file for the answers as JSON lines, with ids from 1: the number of the prompt, or of
             its line in `file`.
+        quantization: see `load_model`.
 
     Raises:
         ConfigError: a setting, the run, the file or a text is invalid.
@@ -61,10 +68,11 @@ def sample_cli(
         check_output(out)
     lines: list[str | None] = [*map(decode_argument, prompts or ())]
     lines += read_prompts(file) if file else []
-    model = load_model(run_folder, checkpoint, settings)
+    model = load_model(run_folder, checkpoint, settings, **quantization)
     sample = model.config.sample
     lines = lines or [sample.prompt]
-    print_note(f"[{run_folder}, step {model.step}, seed {sample.seed}]")
+    kind = f", {model.quantized}" if model.quantized else ""
+    print_note(f"[{run_folder}, step {model.step}{kind}, seed {sample.seed}]")
     numbers = [number for number, line in enumerate(lines, 1) if line is not None]
     texts = [line for line in lines if line is not None]
     try:

@@ -12,11 +12,14 @@ and the parameter table depend on these letters only, not on the model.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
 from flax import struct
 from flax.core import meta
+
+from jaxgpt.quantized_array import is_quantized
 
 Letters = str
 
@@ -46,7 +49,14 @@ def declare_param(module: nn.Module, name: str, letters: Letters, sizes: Mapping
     Args:
         letters: such as "D>HK"; the shape follows from `sizes`, the size of every letter.
         init: (key, shape) -> array.
+
+    Returns:
+        The array, or the `QuantizedArray` that stands in its place.
     """
+    if module.has_variable("params", name):
+        stored: Any = module.get_variable("params", name)
+        if is_quantized(stored):  # Flax would compare its parts with the shape
+            return stored
     shape = tuple(sizes[letter] for letter in letters if letter != ">")
     return module.param(name, lambda key: LabeledParam(init(key, shape), letters))
 

@@ -14,6 +14,7 @@ from jaxgpt.data import Corpus, prepare, prepare_evaluation
 from jaxgpt.data.work import LogFn, print_line
 from jaxgpt.language_model import LanguageModel
 from jaxgpt.model import build
+from jaxgpt.quantization import check_kind, count_bytes
 from jaxgpt.settings import ConfigError
 from jaxgpt.sharding import use_mesh_of
 from jaxgpt.trainer.evaluate import evaluate
@@ -65,6 +66,44 @@ def measure(model: LanguageModel, setting: str = "", log: LogFn = print_line) ->
         )
     text = f"{_name_text(cfg, setting)}: {corpus.held_out_bytes / 1e6:,.2f} MB"
     return Measurement(text, values, cfg.objective.loss_unit, tuple(task.labels))
+
+
+def measure_quantized(
+    model: LanguageModel, found: Measurement, kind: str, group: int | None, setting: str
+) -> dict[str, Any]:
+    """Measure what quantization costs on a text.
+
+    Args:
+        model, setting: as of `measure`.
+        found: what the model scores as it is.
+        kind, group: as of `LanguageModel.quantize`.
+
+    Returns:
+        {"quantized": the metrics of the quantized model, its kind and group, what its loss adds,
+        and the bytes of the parameters of both}.
+    """
+    small = model.quantize(kind, group)
+    values = measure(small, setting, lambda line: None).values
+    values.pop("confusion", None)
+    facts = {
+        "kind": kind,
+        "group": check_kind(kind, group),
+        "loss_added": values["loss"] - found.values["loss"],
+        "bytes": count_bytes(small.params),
+        "bytes_before": count_bytes(model.params),
+    }
+    return {"quantized": values | facts}
+
+
+def format_quantized(found: Measurement, cost: dict[str, Any]) -> str:
+    """Format what quantization costs: the loss of both, and the memory of both."""
+    group = f"groups of {cost['group']} inputs" if cost["group"] else "one scale per output channel"
+    before, after = cost["bytes_before"] / 1e6, cost["bytes"] / 1e6
+    return (
+        f"\n{cost['kind']}, {group}\n"
+        f"loss           {cost['loss']:.4f} nats/{found.unit}, {cost['loss_added']:+.4f}\n"
+        f"parameters     {after:,.2f} MB in place of {before:,.2f} MB"
+    )
 
 
 def _prepare(model: LanguageModel, setting: str, log: LogFn) -> Corpus:

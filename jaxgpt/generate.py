@@ -34,9 +34,10 @@ from jaxgpt.model import (
 )
 from jaxgpt.model.layers import check_token_ids
 from jaxgpt.prompts import shorten
+from jaxgpt.quantization import constrain_param
 from jaxgpt.sampling import SamplingParams, draw, make_row_keys, sampleable_tokens
 from jaxgpt.settings import ConfigError
-from jaxgpt.sharding import constrain, use_mesh_of
+from jaxgpt.sharding import use_mesh_of
 from jaxgpt.tokenizer import StreamDecoder, Tokenizer
 
 CHUNK_TOKENS = 16  # tokens decoded per call: the granularity of streaming
@@ -92,16 +93,16 @@ def prepare_decode_params(cfg: ModelConfig, params):
     for group in {"layers", "tail"} & stack.keys():
         layer_letters = jax.tree.map(lambda x: x.removeprefix("L"), letters["stack"][group])
         stack[group] = {
-            name: jax.tree.map(constrain, layer, layer_letters)
+            name: jax.tree.map(lambda d, x: constrain_param(x, d), layer_letters, layer)
             for name, layer in stack[group].items()
         }
     return params | {"stack": stack}
 
 
 @check_token_ids
-@functools.partial(jax.jit, static_argnames=("cfg", "slots"))
+@functools.partial(jax.jit, static_argnames=("cfg", "slots", "kind"))
 def prefill(
-    cfg: ModelConfig, params, tokens, lengths, drawn, slots: int, source=None
+    cfg: ModelConfig, params, tokens, lengths, drawn, slots: int, source=None, kind: str = "model"
 ) -> DecodeState:
     """Run the model over the prompts in one forward pass and fill the cache.
 
@@ -111,6 +112,7 @@ def prefill(
         drawn: int32 [B], how many of them were generated.
         slots: size of the cache; at least T plus the tokens to generate.
         source: (tokens int32 [B S], lengths int32 [B]) of an encoder-decoder, or None.
+        kind: of the cache, a value of `sample.cache`.
     """
     B, T = tokens.shape
     chex.assert_shape([lengths, drawn], (B,))
@@ -118,7 +120,7 @@ def prefill(
     prefix = jnp.maximum(lengths - drawn, 0) if "prefix" in cfg.pattern else None
     if prefix is not None:
         coords = coords._replace(prefix=jnp.broadcast_to(prefix[:, None], (B, T)))
-    cache = init_cache(cfg, B, slots, 0 if source is None else source[0].shape[1])
+    cache = init_cache(cfg, B, slots, 0 if source is None else source[0].shape[1], kind)
     more = {}
     if source is not None:
         more["source"] = EncoderInput(
@@ -475,7 +477,20 @@ def _prefill_rows(cfg: ModelConfig, params, rows: list[Row]) -> tuple[DecodeStat
     drawn = np.array([len(row.drawn) for row in rows], np.int32)
     source = _pad_left([row.source for row in rows]) if rows[0].source else None
     window = _pad_left([row.ids for row in rows])
-    return prefill(cfg, params, *window, drawn, length + room, source), room
+    kind = choose_cache([row.sample for row in rows])
+    return prefill(cfg, params, *window, drawn, length + room, source, kind), room
+
+
+def choose_cache(samples: Sequence[SampleConfig]) -> str:
+    """Return the `sample.cache` of rows that are decoded together.
+
+    Raises:
+        ConfigError: they have several.
+    """
+    kinds = {sample.cache for sample in samples}
+    if len(kinds) > 1:
+        raise ConfigError(f"rows of one batch share a cache: sample.cache is {sorted(kinds)}.")
+    return kinds.pop()
 
 
 def _pad_left(texts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -311,13 +311,14 @@ def run_on_first(function: Callable[..., Any]) -> Callable[..., Any]:
 _use_counts: collections.Counter[str] = collections.Counter()
 
 
-def _make_unique_key(name: str) -> str:
+def make_unique_key(name: str) -> str:
     """Return a key that differs for every use of a name, and is the same in all processes."""
     _use_counts[name] += 1
     return f"jaxgpt/{name}/{_use_counts[name]}"
 
 
-def _get_client() -> Any:
+def get_client() -> Any:
+    """Return JAX's client of the coordinator, whose key-value store all processes share."""
     return _get_global_state().client
 
 
@@ -325,7 +326,7 @@ def all_gather_text(name: str, text: str) -> list[str]:
     """All-gather a string, in the order of processes. Blocks until every process has called it."""
     if process_count() == 1:
         return [text]
-    key, client = _make_unique_key(name), _get_client()
+    key, client = make_unique_key(name), get_client()
     client.key_value_set(f"{key}/{process_index():06}", text)
     client.wait_at_barrier(key, MAX_WAIT_MILLISECONDS)
     return [value for _, value in sorted(client.key_value_dir_get(f"{key}/"))]
@@ -335,16 +336,16 @@ class Broadcast:
     """One message to all processes: the first one that any of them sends."""
 
     def __init__(self, name: str):
-        self._key = _make_unique_key(name)
+        self._key = make_unique_key(name)
 
     def send(self, message: str):
         """Send a message, unless one has been sent before."""
         with _ignore_if_already_sent():
-            _get_client().key_value_set(self._key, message)
+            get_client().key_value_set(self._key, message)
 
     def wait(self) -> str:
         """Block until a message has been sent, and return it."""
-        return _get_client().blocking_key_value_get(self._key, MAX_WAIT_MILLISECONDS)
+        return get_client().blocking_key_value_get(self._key, MAX_WAIT_MILLISECONDS)
 
 
 @contextmanager

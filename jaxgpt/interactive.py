@@ -17,9 +17,9 @@ KEYS = {key: kind for key, kind in list_types(SampleConfig).items() if key != "p
 COMMANDS = {"help": "list the commands", "settings": "show the settings", "quit": "leave (Ctrl-D)"}
 
 
-def run_cli(run_folder: str, checkpoint: str, settings: Sequence[str]):
+def run_cli(run_folder: str, checkpoint: str, settings: Sequence[str], **quantization):
     """Load the model of a run and answer prompts until the input ends; see `sample_cli`."""
-    model = load_model(run_folder, checkpoint, settings)
+    model = load_model(run_folder, checkpoint, settings, **quantization)
     with contextlib.suppress(ImportError):  # line editing and a history; Windows has its own
         import readline  # noqa: F401
     print_note(f"[{run_folder}, step {model.step}; /help lists commands, Ctrl-D leaves]")

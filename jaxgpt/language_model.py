@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from jaxgpt import generate, predict, score
+from jaxgpt import generate, predict, quantization, score
 from jaxgpt.config import Config, SampleConfig
 from jaxgpt.generate import Generation, Prompt, check_vocab
 from jaxgpt.hosts import fetch
@@ -43,8 +43,8 @@ class LanguageModel:
 
     Attributes:
         config: of the experiment that trained it; `config.sample` has the default sampling rules.
-        params: the parameters, float32 or bfloat16, on one device or sharded over a mesh. The
-            methods activate that mesh themselves.
+        params: the parameters, float32 or bfloat16, of which `quantize` makes integers; on one
+            device or sharded over a mesh. The methods activate that mesh themselves.
         tokenizer: from text to tokens and back.
         labels: names of the classes of a classifier.
         step: training steps that the parameters have had.
@@ -65,8 +65,14 @@ class LanguageModel:
         check_vocab(self.config, self.tokenizer)
 
     def __repr__(self) -> str:
-        size = sum(x.size for x in jax.tree.leaves(self.params))
-        return f"LanguageModel({self.config.name!r}, {size:,} parameters, step {self.step})"
+        size, kind = quantization.count_weights(self.params), self.quantized
+        kind = f" in {kind}" if kind else ""
+        return f"LanguageModel({self.config.name!r}, {size:,} parameters{kind}, step {self.step})"
+
+    @property
+    def quantized(self) -> str:
+        """How the parameters are quantized: "int8", "int4", or "" if they are not."""
+        return quantization.find_kind(self.params)
 
     @functools.cached_property
     def decode_params(self) -> Any:
@@ -87,6 +93,25 @@ class LanguageModel:
         """The names of the methods that this model supports."""
         by_family = FAMILY_ABILITIES[self.config.model.family]
         return ABILITIES.get(self.config.train.objective, by_family)
+
+    def quantize(
+        self, kind: str, group: int | None = None, embeddings: bool = False
+    ) -> "LanguageModel":
+        """Return this model with quantized kernels, for inference in less memory.
+
+        Args:
+            kind: "int8" or "int4".
+            group: inputs that share a scale; see `quantization.quantize_params`.
+            embeddings: quantize the token embeddings, and so the head, to int8 as well.
+
+        Raises:
+            ConfigError: the kind or group is not known, or the model is quantized already.
+        """
+        self.check_finite()
+        params = quantization.quantize_params(
+            self.config.model, self.params, kind, group, embeddings
+        )
+        return dataclasses.replace(self, params=params)
 
     def generate(
         self,
@@ -212,6 +237,10 @@ class LanguageModel:
 
 
 @jax.jit
-def _are_finite(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Return whether all values of each array are finite."""
-    return {path: jnp.isfinite(array).all() for path, array in arrays.items()}
+def _are_finite(arrays: dict[str, Any]) -> dict[str, jax.Array]:
+    """Return whether all values of each array, or of the parts of a quantized one, are finite."""
+
+    def is_finite(array) -> jax.Array:
+        return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(array)]).all()
+
+    return {path: is_finite(array) for path, array in arrays.items()}

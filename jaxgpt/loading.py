@@ -26,13 +26,14 @@ import orbax.checkpoint as ocp
 from jaxgpt import config as configs
 from jaxgpt import hosts
 from jaxgpt import tokenizer as tokenizers
-from jaxgpt.checksums import Record, read_arrays, seal, sum_arrays
+from jaxgpt.checksums import Record, hash_json, read_arrays, seal, sum_arrays
 from jaxgpt.config import Config
 from jaxgpt.config_files import find_run_config
 from jaxgpt.interop.formats import FORMATS
 from jaxgpt.language_model import LanguageModel
 from jaxgpt.model import abstract_params
 from jaxgpt.model.layers import DTYPES
+from jaxgpt.quantization import check_kind, check_unquantized
 from jaxgpt.saved_arrays import (
     check_shapes,
     describe_read_errors,
@@ -53,6 +54,8 @@ CHECKPOINT_FOLDERS: dict[str, tuple[str, ...]] = {
     "latest": ("checkpoints", "best"),
 }
 
+LABELS = "labels.json"  # of a run, the names of its classes
+
 
 def load(
     path: str | os.PathLike,
@@ -61,6 +64,8 @@ def load(
     mesh: jax.sharding.Mesh | None = None,
     checkpoint: str = "best",
     plugins: Sequence[str] | None = None,
+    quantize: str | None = None,
+    group: int | None = None,
 ) -> LanguageModel:
     """Load a model for inference, whatever kind of path holds it (see LOADERS).
 
@@ -76,6 +81,8 @@ def load(
             is none. Every array is checked; in place of a damaged checkpoint the latest good one is
             loaded, with a warning on standard error.
         plugins: of a run, see `read_config`.
+        quantize, group: "int8" or "int4" for kernels of integers, and the inputs that share a
+            scale; see `LanguageModel.quantize`. The whole model is read first.
 
     Raises:
         ConfigError: there is no model at this path, it cannot be read, or an argument is invalid.
@@ -83,6 +90,8 @@ def load(
     path = os.fspath(path)
     if dtype is not None:
         configs.choose(DTYPES, dtype, "dtype")
+    if quantize is not None or group is not None:
+        check_kind(quantize, group)
     if mesh is not None and mesh.axis_names != MESH_AXES:
         raise ConfigError(
             f"mesh has the axes {', '.join(map(str, mesh.axis_names))}, not {', '.join(MESH_AXES)}:"
@@ -91,7 +100,8 @@ def load(
     fits = (loader for loader in LOADERS.values() if loader.is_for(path))
     loader = next(fits, LOADERS["run"])
     read: Any = resolve_table(loader.function)
-    return read(path, dtype=dtype, mesh=mesh, checkpoint=checkpoint, plugins=plugins)
+    model = read(path, dtype=dtype, mesh=mesh, checkpoint=checkpoint, plugins=plugins)
+    return model if quantize is None else model.quantize(quantize, group)
 
 
 def load_run(
@@ -116,6 +126,7 @@ def load_run(
         params = _load_params(path, config, dtype, mesh, records)
         check_config_file(run_folder)  # after the shapes, whose error says more
         tokenizer.check_fingerprint(progress.get("tokenizer", ""), run_folder)
+        check_labels(labels, progress.get("labels", ""), run_folder)
         return LanguageModel(config, params, tokenizer, labels, int(os.path.basename(path)), path)
 
     names = configs.choose(CHECKPOINT_FOLDERS, checkpoint, "checkpoint")
@@ -186,6 +197,7 @@ def save(model: LanguageModel, folder: str | os.PathLike):
     Raises:
         ConfigError: the folder exists and is not empty.
     """
+    check_unquantized(model.params, "jaxgpt.save")
     folder = os.path.abspath(os.fspath(folder))
     partial = f"{folder}.partial"
     if os.path.exists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
@@ -193,6 +205,7 @@ def save(model: LanguageModel, folder: str | os.PathLike):
     hosts.run_on_all(lambda: _write_files(model, partial))
     with make_manager(os.path.join(partial, "best")) as manager:
         facts = {"step": model.step, "tokenizer": model.tokenizer.fingerprint}
+        facts["labels"] = hash_labels(model.labels)
         progress = ocp.args.JsonSave(seal(facts, sum_arrays(params=model.params)))
         params = ocp.args.StandardSave(model.params)
         manager.save(model.step, args=ocp.args.Composite(params=params, progress=progress))
@@ -207,7 +220,7 @@ def _write_files(model: LanguageModel, folder: str):
     model.tokenizer.save(os.path.join(folder, "tokenizer.json"))
     files = {"config.json": configs.to_json(model.config)}
     if model.labels:
-        files["labels.json"] = json.dumps(list(model.labels)) + "\n"
+        files[LABELS] = json.dumps(list(model.labels)) + "\n"
     for name, text in files.items():
         with open(os.path.join(folder, name), "w") as file:
             file.write(text)
@@ -255,12 +268,46 @@ def count_dtypes(run_folder: str) -> dict[str, int]:
 
 
 def read_labels(run_folder: str) -> list[str]:
-    """Read the class names of a run; none if it is not a classifier."""
-    path = os.path.join(run_folder, "labels.json")
+    """Read the class names of a run; none if it is not a classifier.
+
+    Raises:
+        ConfigError: the file is not a list of names.
+    """
+    path = os.path.join(run_folder, LABELS)
     if not os.path.isfile(path):
         return []
-    with open(path) as file:
-        return json.load(file)
+    try:
+        with open(path, encoding="utf-8") as file:
+            labels = json.load(file)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}.") from error
+    if not isinstance(labels, list) or not all(isinstance(x, str) for x in labels):
+        raise ConfigError(f"{path} is not a list of class names.")
+    return labels
+
+
+def hash_labels(labels: Sequence[str]) -> str:
+    """Return the checksum of class names, which belongs to the progress of a run; "" of none."""
+    return hash_json(list(labels)) if labels else ""
+
+
+def check_labels(labels: Sequence[str], expected: str, run_folder: str):
+    """Check that the class names are those that a run was trained with.
+
+    Args:
+        labels: as `read_labels` returns them.
+        expected: their checksum; "" if the run is no classifier, or older than that.
+        run_folder: names the run in the error.
+
+    Raises:
+        ConfigError: they are others, or there are none.
+    """
+    if expected and expected != hash_labels(labels):
+        path = os.path.join(run_folder, LABELS)
+        raise ConfigError(
+            f"{path} does not hold the class names that the run was trained with: put its own "
+            "labels.json back."
+        )
 
 
 def check_config_file(run_folder: str):

@@ -24,6 +24,7 @@ from jaxgpt.data import Batch, tasks
 from jaxgpt.model import Coords, EncoderInput, Head, make_head
 from jaxgpt.model.kernels.score import MASKED_LOGIT
 from jaxgpt.model.products import transpose_copy
+from jaxgpt.quantized_array import is_quantized
 from jaxgpt.sharding import (
     constrain,
     get_active_mesh,
@@ -193,6 +194,8 @@ def vocabulary_loss(
     chex.assert_axis_dimension(head.table, 1, D)
     chex.assert_shape([targets, weights], (B, T))
     chunk = chunk or max(1, get_backend().max_chunk_scores // head.table.shape[0])
+    if is_quantized(head.table):
+        head = dataclasses.replace(head, table=head.table.astype(hidden.dtype))
     loss = functools.partial(chunk_loss, smoothing=smoothing, z_loss=z_loss)
     return _sum_over_chunks(loss, chunk, hidden, _lay_out_head(head), targets, weights)
 
@@ -200,7 +203,8 @@ def vocabulary_loss(
 def _lay_out_head(head: Head) -> Head:
     """Return the head with its table [V D] padded and transposed as the platform multiplies it."""
     backend, V = get_backend(), head.table.shape[0]
-    table = constrain(head.table, "V.")
+    table: Any = head.table  # plain: see `vocabulary_loss`
+    table = constrain(table, "V.")
     if padding := -V % backend.vocab_alignment:
         table = jnp.pad(table, [(0, padding), (0, 0)])
         bias = head.bias if head.bias is None else jnp.pad(head.bias, (0, padding))

@@ -64,15 +64,26 @@ def latest_step(folder: str) -> int | None:
     return next(iter(list_steps(folder)), None)
 
 
-def make_manager(folder: str, is_read_only: bool = False) -> ocp.CheckpointManager:
-    """Return the writer and reader of the checkpoints in a folder. It deletes none by itself."""
+def make_manager(
+    folder: str, is_read_only: bool = False, barrier: Callable[..., None] | None = None
+) -> ocp.CheckpointManager:
+    """Return the writer and reader of the checkpoints in a folder. It deletes none by itself.
+
+    Args:
+        folder: of the checkpoints.
+        is_read_only: whether nothing is saved.
+        barrier: where the processes wait for each other's writes; Orbax's by default.
+    """
     folder = os.path.abspath(folder)
     match_literally(folder)
     silence_save_errors()
     options = (
         ocp.CheckpointManagerOptions(read_only=True)
         if is_read_only
-        else ocp.CheckpointManagerOptions(cleanup_tmp_directories=True)
+        else ocp.CheckpointManagerOptions(
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(barrier_sync_fn=barrier),
+        )
     )
     arrays = {part: ocp.StandardCheckpointHandler() for part in PARTS}
     handlers = {**arrays, PROGRESS: ocp.JsonCheckpointHandler()}

@@ -19,6 +19,7 @@ from jaxgpt.checksums import (
     parse_box,
 )
 from jaxgpt.config_files import find_run_config
+from jaxgpt.loading import LABELS, check_labels, read_labels
 from jaxgpt.saved_arrays import (
     FOLDERS,
     PARTS,
@@ -56,11 +57,11 @@ def verify(run_folder: str) -> list[Finding]:
         ConfigError: the folder is not a run.
     """
     find_run_config(run_folder)
-    found, fingerprint = _verify_files(run_folder)
+    found, fingerprint, labels = _verify_files(run_folder)
     for folder in FOLDERS:
         for step in list_steps(os.path.join(run_folder, folder)):
             path = os.path.join(folder, str(step))
-            finding = _verify_checkpoint(run_folder, path, fingerprint)
+            finding = _verify_checkpoint(run_folder, path, fingerprint, labels)
             if os.path.isdir(os.path.join(run_folder, path)):  # not deleted meanwhile by the run
                 found.append(finding)
     return found
@@ -71,9 +72,15 @@ def is_usable(found: list[Finding]) -> bool:
     return all(finding.state != DAMAGED for finding in found)
 
 
-def _verify_files(run_folder: str) -> tuple[list[Finding], str]:
-    """Check config.json and tokenizer.json; return also the fingerprint of the tokenizer."""
+def _verify_files(run_folder: str) -> tuple[list[Finding], str, list[str] | None]:
+    """Check the files of a run.
+
+    Returns:
+        What was found, the fingerprint of the tokenizer, and the class names; None if they cannot
+        be read.
+    """
     findings, fingerprint = [], ""
+    labels: list[str] | None = None
     path = os.path.join(run_folder, "config.json")
     try:
         with open(path, encoding="utf-8") as file:
@@ -86,10 +93,17 @@ def _verify_files(run_folder: str) -> tuple[list[Finding], str]:
         findings.append(Finding("tokenizer.json", GOOD))
     except (ConfigError, OSError, ValueError) as error:
         findings.append(Finding("tokenizer.json", DAMAGED, problems=(_shorten(error),)))
-    return findings, fingerprint
+    try:
+        labels = read_labels(run_folder)
+        findings += [Finding(LABELS, GOOD)] if labels else []
+    except ConfigError as error:
+        findings.append(Finding(LABELS, DAMAGED, problems=(_shorten(error),)))
+    return findings, fingerprint, labels
 
 
-def _verify_checkpoint(run_folder: str, path: str, fingerprint: str) -> Finding:
+def _verify_checkpoint(
+    run_folder: str, path: str, fingerprint: str, labels: list[str] | None
+) -> Finding:
     folder = os.path.abspath(os.path.join(run_folder, path))
     arrays = size = 0
     problems = []
@@ -100,6 +114,8 @@ def _verify_checkpoint(run_folder: str, path: str, fingerprint: str) -> Finding:
         expected = progress.get("tokenizer", "")
         if expected and fingerprint and expected != fingerprint:
             problems.append("tokenizer.json is not the tokenizer that it was trained with")
+        if labels is not None:
+            problems += _check_labels(run_folder, labels, progress.get("labels", ""))
         for part in (part for part in PARTS if part in shapes):
             opener = make_opener(folder, part)
             for name, x in name_arrays(part, shapes[part]):
@@ -117,6 +133,15 @@ def _verify_checkpoint(run_folder: str, path: str, fingerprint: str) -> Finding:
         problems.append(describe_error(error))
     state = DAMAGED if problems else UNKNOWN if records is None else GOOD
     return Finding(path, state, arrays, size, tuple(problems))
+
+
+def _check_labels(run_folder: str, labels: list[str], expected: str) -> list[str]:
+    """Return what is wrong with the class names, in one line, or nothing."""
+    try:
+        check_labels(labels, expected, run_folder)
+    except ConfigError as error:
+        return [_shorten(error)]
+    return []
 
 
 def _read_array(store: Any, name: str, records: dict[str, Record] | None) -> int:

@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import tempfile
 from importlib.metadata import version
 
 # Before jax is imported, which reads these once. Tests compile much and compute little, so machine
@@ -17,10 +18,29 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 # A shell that starts this in the background ignores SIGINT; tests of Ctrl-C need the handler.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once():
+    """Compile each program once: many tests train a model of one shape. Return the folder.
+
+    JAX_COMPILATION_CACHE_DIR keeps the programs between runs of the tests.
+    """
+    before = jax.config.jax_compilation_cache_dir
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = before or temporary
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        compilation_cache.reset_cache()  # what was imported may have opened another one
+        yield folder
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module", autouse=True)

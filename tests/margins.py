@@ -17,6 +17,7 @@ import math
 import pathlib
 import re
 import sys
+import tempfile
 from collections import defaultdict
 
 import jax
@@ -148,6 +149,8 @@ def main() -> int:
     args, arguments = parser.parse_known_args()
     values: dict[str, list[float]] = defaultdict(list)
     failures: dict[str, int] = defaultdict(int)
+    folder = tempfile.TemporaryDirectory()
+    jax.config.update("jax_compilation_cache_dir", folder.name)  # the same programs every time
     for shift in range(args.seeds):  # the first one has the tests' own seeds
         recorder = run_tests(arguments, shift)
         for place, nearness in recorder.found.items():

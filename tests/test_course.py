@@ -4,6 +4,7 @@ import pathlib
 import runpy
 import shutil
 
+import nbformat
 import pytest
 
 from notebooks import build
@@ -59,6 +60,75 @@ def test_french_prose_that_drifts_is_found(copied, old, new, message):
     replace_once(build.find_french(copied), old, new)
     with pytest.raises(build.DriftError, match=message):
         build.check(copied)
+
+
+def spoil(path: pathlib.Path, change):
+    """Apply a change to the first code cell with an output of a notebook file."""
+    notebook = nbformat.read(path, as_version=4)
+    change(next(cell for cell in notebook.cells if cell.get("outputs")))
+    nbformat.write(notebook, path)
+
+
+def drop_outputs(cell):
+    cell.outputs = []
+
+
+def drop_count(cell):
+    cell.execution_count = None
+
+
+def add_error(cell):
+    cell.outputs.append(nbformat.v4.new_output("error", ename="E", evalue="", traceback=[]))
+
+
+def change_key(cell):
+    cell.id = "another"
+
+
+@pytest.mark.parametrize(
+    ("language", "change", "message"),
+    [
+        ("fr", drop_outputs, "different outputs"),
+        ("en", drop_count, "was not executed"),
+        ("en", add_error, "ended with"),
+        ("fr", change_key, "is not that of its source"),
+    ],
+)
+def test_a_notebook_file_that_drifts_is_found(copied, language, change, message):
+    spoil(build.find_notebook(copied, language), change)
+    with pytest.raises(build.DriftError, match=message):
+        build.check(copied)
+
+
+def test_a_picture_that_is_not_there_is_found(copied):
+    path = build.find_notebook(copied, "en")
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if any("image/png" in output.get("data", {}) for output in cell.get("outputs", [])):
+            cell.outputs = []
+    nbformat.write(notebook, path)
+    with pytest.raises(build.DriftError, match="shows no picture"):
+        build.check(copied)
+
+
+@pytest.mark.parametrize("language", ["en", "fr"])
+def test_a_list_without_one_of_the_cells_is_found(tmp_path, monkeypatch, language):
+    lists = {}
+    for name, path in build.LISTS.items():
+        lists[name] = tmp_path / path.name
+        shutil.copy(path, lists[name])
+    lines = lists[language].read_text(encoding="utf-8").splitlines(keepends=True)
+    lines.pop(next(n for n, line in enumerate(lines) if "softmax" in line))
+    lists[language].write_text("".join(lines), encoding="utf-8")
+    monkeypatch.setattr(build, "LISTS", lists)
+    with pytest.raises(build.DriftError, match="is not that of the notebooks"):
+        build.check_lists()
+
+
+def test_keeping_outputs_of_other_code_is_refused(copied):
+    replace_once(copied, "import numpy as np", "import numpy")
+    with pytest.raises(build.DriftError, match="execute it"):
+        build.write(copied, keep_outputs=True)
 
 
 def test_an_exercise_without_its_solution_is_refused(copied):

@@ -15,17 +15,18 @@ import ast
 import importlib
 import inspect
 import json
+import os
 import pathlib
 import re
 import runpy
 import shlex
-import subprocess
-import sys
+import traceback
 from typing import NamedTuple
 
 import pytest
+from reliability import FORKS, Command, prepare_fork
 from test_imports import MODULES
-from tiny_runs import single_device_env, write_text
+from tiny_runs import write_text
 
 from jaxgpt.config import Config, ConfigError, load, override
 from jaxgpt.interop.formats import FORMATS
@@ -46,17 +47,10 @@ SMALL = [
     *("train.eval_every=2", "train.eval_batches=1", "train.save_every=2", "train.sample_every=0"),
     *("train.log_every=1", "optimizer.warmup=1", "sample.tokens=4", "data.workers=1"),
 ]
-# Runs each item in order: a block of Python in one namespace, or a command.
-DRIVER = """
-import json, subprocess, sys
-namespace = {"__name__": "__main__"}
-for page, line, item in json.load(open(sys.argv[1])):
-    print(f"{page}:{line}", flush=True)
-    if isinstance(item, str):
-        exec(compile(chr(10) * line + item, page, "exec"), namespace)
-    else:
-        subprocess.run(item, check=True)
-"""
+# Of what the pages run: one device, and programs that compile fast.
+ENVIRONMENT = {
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=1"
+}
 
 
 class Block(NamedTuple):
@@ -122,7 +116,7 @@ def split_script(words: list[str]) -> tuple[str, list[str]]:
 
 def parse_arguments(script: str, words: list[str]) -> tuple[dict[str, str], list[str]]:
     """Return the flags, which the script must have, and the other arguments."""
-    source = read(f"jaxgpt/cli/{script}.py")
+    source = read(f"jaxgpt/cli/{script}.py") + read("jaxgpt/cli/__init__.py")
     flags, rest, words = {}, [], list(words)
     while words:
         word = words.pop(0)
@@ -188,7 +182,7 @@ CHECKS = {
 
 def check_flags(command: str, arguments: list[str]):
     """Check a subcommand without settings of a run: it is there and has the flags."""
-    source = (ROOT / "jaxgpt" / "cli" / f"{command}.py").read_text()
+    source = read(f"jaxgpt/cli/{command}.py") + read("jaxgpt/cli/__init__.py")
     for word in arguments:
         assert not word.startswith("--") or f'"{word}"' in source, f"{command} has no flag {word}"
 
@@ -271,15 +265,15 @@ def make_page_folder(folder: pathlib.Path, page: str):
             (folder / block.title).write_text(block.text)
 
 
-def make_small(words: list[str]) -> list[str]:
-    """Return a command of the scripts with small settings, as a list for `subprocess`."""
+def make_small(words: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Return a command of the scripts with small settings: variables, arguments of `jaxgpt`."""
     variables, words = split_environment(words)
     script, arguments = split_script(words)
     assert script, f"cannot run {words}"
     if script == "train":
         text = [] if any("data.source" in x for x in arguments) else ["data.source=my_texts/"]
         arguments = [*arguments, *SMALL, *text]
-    return ["env", *variables, sys.executable, "-m", "jaxgpt", script, *arguments]
+    return dict(variable.split("=", 1) for variable in variables), [script, *arguments]
 
 
 def list_items(page: str) -> list[tuple]:
@@ -294,16 +288,59 @@ def list_items(page: str) -> list[tuple]:
     return items
 
 
-def run_items(folder: pathlib.Path, items: list[tuple], cache: pathlib.Path):
-    (folder / "items.json").write_text(json.dumps(items))
-    (folder / "driver.py").write_text(DRIVER)
-    environment = single_device_env() | {
-        "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-    }
-    command = [sys.executable, "driver.py", "items.json"]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+def run_items(folder: pathlib.Path, items: list[tuple], compiled: pathlib.Path):
+    """Run what a page has, in order: its Python in one process, each command in one of its own."""
+    python = None
+    for page, line, item in items:
+        if isinstance(item, str):
+            python = python or PythonProcess(folder, compiled)
+            python.run(page, line, item)
+        else:
+            variables, arguments = item
+            command = Command(arguments, ENVIRONMENT | variables, str(compiled), str(folder))
+            out = command.stdout.read()
+            assert command.wait() == 0, f"{page}:{line}: {out[-4000:]}"
+    if python:
+        python.end()
+
+
+class PythonProcess:
+    """A process for the Python of a page, whose blocks share their variables."""
+
+    def __init__(self, folder: pathlib.Path, compiled: pathlib.Path):
+        self._output = folder / "output.txt"
+        self._pipe, pipe = FORKS.Pipe()
+        arguments = (pipe, str(self._output), str(compiled), str(folder))
+        self._process = FORKS.Process(target=run_blocks, args=arguments, daemon=True)
+        self._process.start()
+        pipe.close()
+
+    def run(self, page: str, line: int, text: str):
+        """Run a block."""
+        self._pipe.send((page, line, text))
+        error = self._pipe.recv()
+        assert not error, f"{self._output.read_text()[-2000:]}\n{error[-4000:]}"
+
+    def end(self):
+        """End the process."""
+        self._pipe.send(None)
+        self._process.join()
+
+
+def run_blocks(pipe, output: str, compiled: str, folder: str):
+    """Run the blocks that a pipe delivers, and send the traceback of each, or nothing."""
+    file = os.open(output, os.O_WRONLY | os.O_CREAT)
+    for number in (1, 2):
+        os.dup2(file, number)
+    prepare_fork(ENVIRONMENT, compiled, folder)
+    namespace = {"__name__": "__main__"}
+    while block := pipe.recv():
+        page, line, text = block
+        try:
+            exec(compile("\n" * line + text, page, "exec"), namespace)
+            pipe.send("")
+        except BaseException:
+            pipe.send(traceback.format_exc())
 
 
 @pytest.fixture(scope="module")
@@ -313,8 +350,7 @@ def cache(tmp_path_factory):
     make_page_folder(folder, "README.md")
     commands = ["python train.py", "python train.py name=mine"]
     items = [("", 0, make_small(shlex.split(command))) for command in commands]
-    done = run_items(folder, items, folder / "compiled")
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_items(folder, items, folder / "compiled")
     return folder
 
 
@@ -360,8 +396,7 @@ def test_blocks_run(page, tmp_path, cache):
         made_by_page = any(f"name={name}" in str(item) for *_, item in list_items(page))
         if not made_by_page:
             (tmp_path / "runs" / name).symlink_to(cache / "runs" / name)
-    done = run_items(tmp_path, list_items(page), cache / "compiled")
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    run_items(tmp_path, list_items(page), cache / "compiled")
 
 
 # --- pages ---

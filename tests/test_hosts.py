@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from contextlib import suppress
+from functools import partial
 
 import jax
 import numpy as np
@@ -20,12 +21,16 @@ from tiny_runs import assert_same_bits, restore_latest, write_text
 from jaxgpt import config as configs
 from jaxgpt import hosts
 from jaxgpt.config import MeshConfig, override
+from jaxgpt.data.tasks import CausalTask
 from jaxgpt.saved_arrays import latest_step
 from jaxgpt.settings import ConfigError
 from jaxgpt.sharding import make_mesh
 from jaxgpt.trainer import loop, train
 from jaxgpt.trainer import run as run_module
+from jaxgpt.trainer.autopsy import list_autopsies
+from jaxgpt.trainer.barrier import Barrier, BrokenBarrierError
 from jaxgpt.trainer.logging import read_metrics
+from jaxgpt.verification import is_usable, verify
 
 ROOT = pathlib.Path(__file__).parent.parent
 DEADLINE = 240  # seconds until a process that hangs is killed, and its test fails
@@ -178,6 +183,69 @@ def statuses(monkeypatch):
     token = hosts._end_process.set(recorded.append)
     yield recorded
     hosts._end_process.reset(token)
+
+
+class Store(dict):
+    """Stands for JAX's client of the coordinator."""
+
+    def key_value_set(self, key, value):
+        assert key not in self, "ALREADY_EXISTS"
+        self[key] = value
+
+    def key_value_delete(self, prefix):
+        for key in [key for key in self if key.startswith(prefix)]:
+            del self[key]
+
+    def key_value_dir_get(self, prefix):
+        return [(key, value) for key, value in self.items() if key.startswith(prefix)]
+
+
+@pytest.fixture
+def barriers(monkeypatch):
+    """Barriers of two processes, as functions that wait there for a moment."""
+    monkeypatch.setattr(hosts, "process_count", lambda: 2)
+    store, made = Store(), []
+
+    def call(barrier, index, name, **arguments):
+        monkeypatch.setattr(hosts, "process_index", lambda: index)
+        return getattr(barrier, name)(**arguments)
+
+    for index in range(2):
+        barrier = Barrier("checkpoints", store)
+        barrier._key = "one of both"
+        call(barrier, index, "begin")
+        made.append(partial(call, barrier, index))
+    return made
+
+
+def test_a_barrier_opens_when_all_have_come(barriers):
+    first, second = barriers
+    with pytest.raises(TimeoutError, match="1 of 2 processes have come"):
+        first("wait", key="start", timeout_ms=1)
+    second("wait", key="start", timeout_ms=1)
+    with pytest.raises(TimeoutError):  # the key again is another place
+        second("wait", key="start", timeout_ms=1)
+
+
+def test_a_process_that_has_failed_breaks_the_barrier_of_this_save(barriers):
+    first, second = barriers
+    second("break_it")
+    second("break_it")  # a mark cannot be left twice
+    with pytest.raises(BrokenBarrierError):
+        first("wait", key="start", timeout_ms=60_000)
+    first("begin")
+    with pytest.raises(TimeoutError):
+        first("wait", key="start", timeout_ms=1)
+
+
+def test_a_process_that_passes_by_a_place_has_failed(barriers):
+    """It could not write, and waits at the end of the save, where the others have to come."""
+    first, second = barriers
+    with pytest.raises(TimeoutError):
+        second("wait", key="end", timeout_ms=1)
+    with pytest.raises(BrokenBarrierError):
+        first("wait", key="async_write_complete.6", timeout_ms=60_000)
+    first("wait", key="end", timeout_ms=60_000)
 
 
 @pytest.mark.parametrize(("error", "status"), [(KeyError("x"), 1), (KeyboardInterrupt(), 130)])
@@ -335,9 +403,16 @@ def test_a_process_without_peers_times_out_with_the_address():
 
 CONFIG = """
 import os
+import resource
+import sys
+import numpy as np
 from jaxgpt import hosts
 from jaxgpt.config import *
+from jaxgpt.data.tasks import CausalTask
 from jaxgpt.trainer import loop, run as run_module
+
+if "--process" in sys.argv:
+    sys.modules["torch"] = None  # tensorboardX would import it, which takes seconds
 
 config = Config(
     name="straight",
@@ -360,6 +435,26 @@ def log_and_act(run, step, metrics):
 
 
 loop.log_metrics = log_and_act
+make_batch, save = CausalTask.make_batch, loop.save
+
+
+def make_poisoned_batch(task, number, rows=slice(None)):
+    # Spoils the first row of a batch, which one process places.
+    batch = make_batch(task, number, rows)
+    is_spoilt = (np.arange(8)[rows] == 0) & (str(number) == os.environ.get("POISON"))
+    return batch._replace(weights=np.where(is_spoilt[:, None], np.nan, batch.weights))
+
+
+def save_on_small_disk(run):
+    # From step 6 on, process 1 cannot write a file of more than 1,000 bytes.
+    if run.progress.step >= 6 and hosts.process_index() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    save(run)
+
+
+CausalTask.make_batch = make_poisoned_batch
+if "SMALL_DISK" in os.environ:
+    loop.save = save_on_small_disk
 if "LOG_SAMPLE" not in os.environ:
     loop.log_sample = lambda run: None
 """
@@ -391,14 +486,16 @@ class Launcher:
     def config(self, *settings):
         with pytest.MonkeyPatch.context() as patch:  # the config file patches the loop
             patch.setattr(run_module, "peak_flops", run_module.peak_flops)
-            for name in ("log_metrics", "log_sample"):
+            patch.setattr(CausalTask, "make_batch", CausalTask.make_batch)
+            for name in ("log_metrics", "log_sample", "save"):
                 patch.setattr(loop, name, getattr(loop, name))
             return configs.load(str(self.file), settings)
 
 
 def read_records(cfg):
     """Return the records of metrics.jsonl, without times."""
-    return [(r["kind"], r["step"], r["loss"], r["accuracy"]) for r in read_metrics(cfg.run_folder)]
+    found = (r for r in read_metrics(cfg.run_folder) if "loss" in r)
+    return [(r["kind"], r["step"], r["loss"], r["accuracy"]) for r in found]
 
 
 def get_statuses(results):
@@ -518,3 +615,46 @@ def test_another_number_of_processes_resumes_and_stops_at_one_step(
         patch.setattr(loop, "log_sample", lambda run: None)
         train(cfg, is_quiet=True)
     assert_near(single_process_run, cfg)
+
+
+@pytest.mark.slow
+def test_a_spike_in_the_rows_of_one_process_is_rolled_back_by_both(launcher):
+    settings = ["train.on_spike=rollback", "train.steps=8"]
+    results = launcher.run(2, 2, "name=spike", *settings, *PAIR, POISON="4")
+    assert get_statuses(results) == [0, 0], results
+    cfg = launcher.config("name=spike", *settings, *PAIR)
+    [spike] = [r for r in read_metrics(cfg.run_folder) if r["kind"] == "spike"]
+    assert (spike["step"], spike["batch"], spike["action"]) == (5, 4, "rollback")
+    assert [step for step, _ in list_autopsies(cfg.run_folder)] == [5]
+    progress = restore_latest(cfg)[1]
+    assert (progress.step, progress.passed, progress.spikes) == (8, 2, [4])
+    alone = launcher.config("name=spike_alone", *settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "peak_flops", lambda devices: (1e12, "a guess"))
+        patch.setattr(run_module, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))
+        make_batch = CausalTask.make_batch
+
+        def make(task, number, rows=slice(None)):
+            batch = make_batch(task, number, rows)
+            return batch._replace(weights=batch.weights * (np.nan if number == 4 else 1))
+
+        patch.setattr(CausalTask, "make_batch", make)
+        train(alone, is_quiet=True)
+    assert_near(cfg, alone)
+
+
+@pytest.mark.slow
+def test_a_save_that_fails_in_one_process_fails_in_both(launcher):
+    results = launcher.run(2, 2, "name=small_disk", *PAIR, SMALL_DISK="1")
+    assert get_statuses(results) == [1, 1], results
+    (_, out, err), (_, quiet_out, quiet_err) = results
+    folder = launcher.config("name=small_disk").run_folder
+    for step in (6, 9):
+        message = f"{folder}/checkpoints/{step} could not be saved (File too large); "
+        message += "the last good checkpoint is of step 3. Training goes on to the next save"
+        assert (out + err).count(message) == 1, out + err
+    assert "checkpoints/10 could not be saved (File too large)" in err
+    assert "Traceback" not in out + err + quiet_out + quiet_err
+    assert "could not be saved" not in quiet_out
+    assert os.listdir(os.path.join(folder, "checkpoints")) == ["3"]
+    assert is_usable(verify(folder))

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 from tiny_runs import config, single_device_env
 
 import jaxgpt
@@ -296,6 +297,33 @@ def test_only_a_whole_3d_torus_gathers_in_stages():
 
 
 HAS_LIBTPU = tpu.is_available()
+
+
+def test_the_cores_of_a_v4_are_one_device(monkeypatch):
+    asked = []
+
+    def describe(**arguments):
+        asked.append(arguments.get("chip_config_name"))
+        return SimpleNamespace(devices=[])
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr(topologies, "get_topology_desc", describe)
+    assert [tpu.get_devices(name) for name in ("v4:2x2x1", "v5p:2x2x1")] == [[], []]
+    assert asked == ["megacore", None]
+
+
+@pytest.mark.skipif(not HAS_LIBTPU, reason=f"needs libtpu ({tpu.PYTHON_VARIABLE})")
+def test_a_slice_has_as_many_devices_as_chips():
+    """The two cores of a v4 and of a v5p are one device."""
+    names = ["v4:1x1x1", "v4:2x2x1", "v4:2x2x4", "v5p:2x2x1", "v5e:1x1", "v5e:2x4", "v6e:2x2"]
+    code = "import sys; from jaxgpt.planning.tpu import get_devices\n"
+    code += "print(*(len(get_devices(name)) for name in sys.argv[1:]))"
+    done = subprocess.run(
+        [tpu.find_python(), "-c", code, *names], env=os.environ | tpu.ENVIRONMENT,
+        cwd=pathlib.Path(__file__).parent.parent, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    counts = list(map(int, done.stdout.split()))
+    assert counts == [parse_topology(name).count for name in names] == [1, 4, 16, 4, 1, 8, 4]
 
 
 @pytest.mark.slow

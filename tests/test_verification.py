@@ -8,7 +8,8 @@ import sys
 
 import jax
 import pytest
-from tiny_runs import config, make_training, single_device_env
+from reliability.damage import flip_value
+from tiny_runs import config, fill, make_training, single_device_env
 
 import jaxgpt
 from jaxgpt import config as configs
@@ -28,7 +29,7 @@ TOKENIZER = tokenizers.make_byte_tokenizer()
 def saved(tmp_path_factory):
     """A run with checkpoints 2, 3 and best 2, whose arrays are divided among eight devices."""
     folder = tmp_path_factory.mktemp("verified")
-    state = make_training(config(mesh=MeshConfig(data=2, fsdp=4)), devices=8).make_state()
+    state = fill(make_training(config(mesh=MeshConfig(data=2, fsdp=4)), devices=8).make_state())
     checkpoints = Checkpoints(str(folder), keep=2)
     progress = {"tokenizer": TOKENIZER.fingerprint}
     checkpoints.save_best(state, Progress(step=2, **progress))
@@ -49,14 +50,6 @@ def find_states(folder) -> dict[str, str]:
     return {finding.path: finding.state for finding in verify(str(folder))}
 
 
-def flip_largest(folder: pathlib.Path):
-    """Flip a bit in the middle of the largest file."""
-    path = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 16
-    path.write_bytes(data)
-
-
 def test_a_whole_run_is_good(saved):
     folder, state = saved
     found = {finding.path: finding for finding in verify(str(folder))}
@@ -72,10 +65,12 @@ def test_a_whole_run_is_good(saved):
 
 @pytest.mark.parametrize("part", ["checkpoints/3/params", "checkpoints/2/rest", "best/2/params"])
 def test_a_flipped_bit_is_found_in_its_checkpoint_alone(part, run):
-    flip_largest(run / part)
+    name = flip_value(run / part)
     damaged = str(pathlib.PurePath(part).parent)
-    for path, state in find_states(run).items():
-        assert state == (DAMAGED if path == damaged else GOOD), path
+    for finding in verify(str(run)):
+        assert finding.state == (DAMAGED if finding.path == damaged else GOOD), finding.path
+        if finding.path == damaged:
+            assert any(name in text for text in finding.problems), finding.problems
 
 
 @pytest.mark.parametrize(
@@ -131,10 +126,29 @@ def test_a_saved_model_is_verified(saved, tmp_path):
     assert find_states(tmp_path / "model") == {
         "config.json": GOOD, "tokenizer.json": GOOD, "best/0": GOOD,
     }  # fmt: skip
-    flip_largest(tmp_path / "model" / "best")
+    flip_value(tmp_path / "model/best/0/params")
     assert find_states(tmp_path / "model")["best/0"] == DAMAGED
     with pytest.raises(ConfigError, match=r"best/0 (is damaged|cannot be read) \(.+\)"):
         jaxgpt.load(tmp_path / "model")
+
+
+def test_the_class_names_of_a_model_are_verified(saved, tmp_path):
+    folder = tmp_path / "model"
+    jaxgpt.save(LanguageModel(config(), saved[1].params, TOKENIZER, ("bad", "good")), folder)
+    assert find_states(folder)["labels.json"] == find_states(folder)["best/0"] == GOOD
+    assert jaxgpt.load(folder).labels == ("bad", "good")
+    (folder / "labels.json").write_text('["good", "bad"]')
+    finding = next(finding for finding in verify(str(folder)) if finding.path == "best/0")
+    assert finding.state == DAMAGED
+    assert "labels.json does not hold the class names" in finding.problems[0]
+    with pytest.raises(ConfigError, match=r"labels\.json does not hold the class names that"):
+        jaxgpt.load(folder)
+    (folder / "labels.json").write_text('["good", 1]')
+    assert find_states(folder)["labels.json"] == DAMAGED
+    with pytest.raises(ConfigError, match="is not a list of class names"):
+        jaxgpt.load(folder)
+    (folder / "labels.json").unlink()
+    assert find_states(folder)["best/0"] == DAMAGED
 
 
 # --- the command ---
@@ -143,7 +157,7 @@ def test_a_saved_model_is_verified(saved, tmp_path):
 def test_the_command_prints_a_table_and_exits_with_0_or_1(run, capsys):
     assert main([str(run)], "jaxgpt verify") == 0
     assert f"{run} is as it was saved." in capsys.readouterr().out
-    flip_largest(run / "checkpoints/3/rest")
+    flip_value(run / "checkpoints/3/rest")
     assert main([str(run)], "jaxgpt verify") == 1
     out = capsys.readouterr().out
     assert f"{run} is damaged: checkpoints/3. Training resumes from checkpoints/2. " in out
@@ -151,7 +165,7 @@ def test_the_command_prints_a_table_and_exits_with_0_or_1(run, capsys):
 
 
 def test_the_command_prints_json(run, capsys):
-    flip_largest(run / "best/2")
+    flip_value(run / "best/2/params")
     assert main([str(run), "--json"], "jaxgpt verify") == 1
     found = json.loads(capsys.readouterr().out)
     assert (found["run"], found["is_good"]) == (str(run), False)

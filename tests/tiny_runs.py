@@ -6,6 +6,7 @@ import random
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 
@@ -60,6 +61,21 @@ def run_config(folder, *assignments: str) -> Config:
     sample = SampleConfig(prompt="the ", tokens=4)
     cfg = config(f"folder={folder / 'runs'}", "train.sample_every=0", data=data, sample=sample)
     return override(cfg, assignments)
+
+
+def fill(state, seed=0):
+    """Return a state with a random number in every place of every float and code."""
+    leaves, tree = jax.tree.flatten(state)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+
+    def random(x, key):
+        if x.dtype.itemsize == 1:
+            return jax.device_put(jax.random.randint(key, x.shape, 0, 127, x.dtype), x.sharding)
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        return jax.device_put(jax.random.normal(key, x.shape), x.sharding)
+
+    return jax.tree.unflatten(tree, [random(x, k) for x, k in zip(leaves, keys, strict=True)])
 
 
 def random_batch(seed=0, weighted_fraction=0.7) -> Batch:

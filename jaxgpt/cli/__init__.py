@@ -29,11 +29,13 @@ COMMANDS = {
     "sample": "generate text from a trained model",
     "evaluate": "measure a trained model on any text",
     "look": "write a page that shows the inside of a model on a text",
+    "report": "write a report of a run: one page to hand in",
     "compare": "show the curves, settings and samples of runs side by side",
     "next": "show the likeliest next tokens after a text",
     "tokenize": "show the tokens of a text, and how they are merged",
     "neighbours": "show the tokens whose embeddings are nearest to that of a word",
     "positions": "draw a position encoding",
+    "context": "show the loss of a model by position, up to contexts longer than its own",
     "import": "make a run folder of a model of another library",
     "export": "write a model for transformers or llama.cpp",
     "inspect": "show what a model is",
@@ -123,6 +125,24 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that name a model: a run, and which of its checkpoints."""
     parser.add_argument("run", nargs="?", help="a run folder of `jaxgpt train`, or any model")
     parser.add_argument("--checkpoint", default="best", help="best (the default) or latest")
+
+
+def add_quantize(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that quantize a model as it is loaded; see `get_quantization`."""
+    parser.add_argument(
+        "--quantize", metavar="KIND", help="round the weights to int8 or int4 as they are loaded"
+    )
+    parser.add_argument(
+        "--group",
+        type=int,
+        help="inputs that share a scale: 32, 64, 128, or 0 for one per output channel, which int8 "
+        "has by default (int4: 32)",
+    )
+
+
+def get_quantization(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `add_quantize` by the names that `jaxgpt.load` gives them."""
+    return {"quantize": args.quantize, "group": args.group}
 
 
 def _run_option(name: str) -> int:

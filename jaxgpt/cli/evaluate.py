@@ -3,16 +3,18 @@
     jaxgpt evaluate runs/stdlib                                the text that training held out
     jaxgpt evaluate runs/stdlib data.source=other_texts/       all of another text
     jaxgpt evaluate runs/sentiment data.test=test.csv --json
+    jaxgpt evaluate runs/stdlib --quantize int4                what quantization costs
 
 The numbers are computed as those of the evaluations during training. The settings are the `data.*`
 ones of the run's config, train.batch and train.eval_batches; any of them is set with path=value.
 """
 
 import json
+from typing import Any
 
 from jaxgpt import config as configs
 from jaxgpt import interrupts
-from jaxgpt.cli import check_checkpoint, check_model, make_parser
+from jaxgpt.cli import add_quantize, check_checkpoint, check_model, make_parser
 from jaxgpt.script import print_text
 from jaxgpt.suggestions import check_data_settings, check_options
 
@@ -31,6 +33,7 @@ def main(argv: list[str], program: str) -> int:
     parser.add_argument("settings", nargs="*", metavar="path=value", help="data.source=..., ...")
     parser.add_argument("--checkpoint", default="best", help="best (the default) or latest")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_quantize(parser)
     check_options(argv, parser, list_keys())
     args, more = parser.parse_known_intermixed_args(argv)
     if args.help or not args.run:
@@ -49,20 +52,27 @@ def main(argv: list[str], program: str) -> int:
     check_data_settings(values)
     setting = choose_setting(values)
 
-    from jaxgpt import console, evaluation
+    from jaxgpt import console, evaluation, quantization
 
+    if args.quantize is not None or args.group is not None:
+        quantization.check_kind(args.quantize, args.group, "--quantize")
     interrupts.raise_keyboard_interrupt()
     model = console.load_model(args.run, args.checkpoint, settings)
     if not setting and model.config.data.test:
         setting = "test"
     found = evaluation.measure(model, setting, console.print_note)
     console.print_note(f"[{args.run}, step {model.step}, {found.text}]")
+    cost: dict[str, Any] = {}
+    if args.quantize:
+        cost = evaluation.measure_quantized(model, found, args.quantize, args.group, setting)
     if args.json:
         labels = {"labels": found.labels} if "confusion" in found.values else {}
         facts = {"run": args.run, "step": model.step, "text": found.text, "unit": found.unit}
-        print(json.dumps(facts | found.values | labels))
+        print(json.dumps(facts | found.values | labels | cost))
     else:
         print_text(evaluation.format_measurement(found))
+        if cost:
+            print_text(evaluation.format_quantized(found, cost["quantized"]))
     return 0
 
 

@@ -7,7 +7,15 @@ jaxgpt next runs/stdlib "Le chat mange la" --count 20 --json
 import dataclasses
 import json
 
-from jaxgpt.cli import add_run, check_checkpoint, check_model, make_parser, parse
+from jaxgpt.cli import (
+    add_quantize,
+    add_run,
+    check_checkpoint,
+    check_model,
+    get_quantization,
+    make_parser,
+    parse,
+)
 from jaxgpt.prompts import decode_argument
 from jaxgpt.script import print_text
 
@@ -27,6 +35,7 @@ def main(argv: list[str], program: str) -> int:
     parser.add_argument("--source", help="the source of an encoder_decoder")
     parser.add_argument("--count", type=int, default=10, help="how many tokens (10)")
     parser.add_argument("--json", action="store_true", help="print one JSON list")
+    add_quantize(parser)
     args = parse(argv, parser, "run")
     if isinstance(args, int):
         return args
@@ -35,7 +44,7 @@ def main(argv: list[str], program: str) -> int:
 
     from jaxgpt import console, inspect
 
-    model = console.load_model(args.run, args.checkpoint, [])
+    model = console.load_model(args.run, args.checkpoint, [], **get_quantization(args))
     source = None if args.source is None else decode_argument(args.source)
     text = decode_argument(args.text or "")
     found = inspect.next_tokens(model, text, args.count, source=source)

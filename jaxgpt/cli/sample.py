@@ -4,13 +4,14 @@
     jaxgpt sample runs/stdlib --prompt "def main(" --prompt "import" tokens=300 temperature=0.7
     jaxgpt sample runs/stdlib --file prompts.txt --out answers.jsonl
     jaxgpt sample runs/stdlib --interactive
+    jaxgpt sample runs/stdlib --quantize int4 cache=int8
 
 The defaults are the `sample.*` settings of the run's config; any of them is set with key=value.
 """
 
 from jaxgpt import config as configs
 from jaxgpt import interrupts
-from jaxgpt.cli import check_checkpoint, check_model, make_parser
+from jaxgpt.cli import add_quantize, check_checkpoint, check_model, get_quantization, make_parser
 from jaxgpt.suggestions import check_options, check_sample_arguments
 
 
@@ -33,6 +34,7 @@ def main(argv: list[str], program: str) -> int:
         "--interactive", action="store_true", help="read prompts from the terminal until Ctrl-D"
     )
     parser.add_argument("--checkpoint", default="best", help="best (the default) or latest")
+    add_quantize(parser)
     check_options(argv, parser, list_keys())
     args, more = parser.parse_known_intermixed_args(argv)
     if args.help or not args.run:
@@ -52,9 +54,12 @@ def main(argv: list[str], program: str) -> int:
 
     interrupts.raise_keyboard_interrupt()
     if args.interactive:
-        interactive.run_cli(args.run, args.checkpoint, settings)
+        interactive.run_cli(args.run, args.checkpoint, settings, **get_quantization(args))
     else:
-        console.sample_cli(args.run, args.checkpoint, args.prompt, args.file, settings, args.out)
+        console.sample_cli(
+            args.run, args.checkpoint, args.prompt, args.file, settings, args.out,
+            **get_quantization(args),
+        )  # fmt: skip
     return 0
 
 

@@ -5,6 +5,7 @@
     jaxgpt scaling fit sweep/ --bootstrap 200
     jaxgpt scaling predict sweep/ --parameters 5e6 --tokens 1e8
     jaxgpt scaling predict sweep/ --flops 1e18                      the best size and budget
+    jaxgpt scaling study study/ --out docs/scaling_laws.md          all of it, in 1 to 2 hours
     jaxgpt scaling plot sweep/ --leave-out 192x6-2000 --out scaling.png
 
 A sweep is resumed by the same command. `fit`, `predict` and `plot` also take a table (.csv with
@@ -13,6 +14,7 @@ parameters, tokens, loss, or parameters, flops, loss), or the name of a publishe
 """
 
 import csv
+import dataclasses
 import json
 import os
 
@@ -23,7 +25,7 @@ from jaxgpt.script import print_text
 from jaxgpt.settings import ConfigError, choose
 from jaxgpt.suggestions import check_options
 
-ACTIONS = ("sweep", "fit", "predict", "plot", "tune")
+ACTIONS = ("sweep", "fit", "predict", "plot", "tune", "study")
 
 
 def main(argv: list[str], program: str) -> int:
@@ -49,7 +51,10 @@ def main(argv: list[str], program: str) -> int:
     parser.add_argument("--bootstrap", type=int, default=100, help="resamples for errors (100)")
     parser.add_argument("--leave-out", default="", help="runs that are predicted, not fitted")
     parser.add_argument("--isoflop", action="store_true", help="fit: also by approach 2")
-    parser.add_argument("--out", default="scaling.png", help="of plot")
+    parser.add_argument("--out", default="", help="of plot (scaling.png); the report of study")
+    parser.add_argument("--held-out", default="", help="of study: the predicted size (256x6)")
+    parser.add_argument("--held-out-tokens", type=float, default=0, help="and its tokens (8e6)")
+    parser.add_argument("--tune-tokens", type=float, default=0, help="of study's rates (5e5)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     check_options(argv, parser, configs.list_fields(configs.Config))
     args, more = parser.parse_known_intermixed_args(argv)
@@ -58,9 +63,9 @@ def main(argv: list[str], program: str) -> int:
         return 0 if args.help else 2
     choose(dict.fromkeys(ACTIONS), args.action, "the action")
     args.settings += more
-    {"sweep": _sweep, "tune": _tune, "fit": _fit, "predict": _predict, "plot": _plot}[args.action](
-        args
-    )
+    run = {"sweep": _sweep, "tune": _tune, "fit": _fit, "predict": _predict, "plot": _plot,
+           "study": _study}[args.action]  # fmt: skip
+    run(args)
     return 0
 
 
@@ -97,6 +102,27 @@ def _tune(args) -> None:
     base, sizes = _read_sweep(args)
     law = sweep.tune(base, sizes, _parse_numbers(args.tokens, "--tokens")[0], args.folder)
     print_text(f"best learning rate: {law.coefficient:.3g} * width^{law.exponent:.2f}")
+
+
+def _study(args) -> None:
+    if args.out:
+        check_output(args.out)
+
+    from jaxgpt.scaling import study
+
+    plan = study.Plan()
+    changes = {
+        "sizes": tuple(part for part in args.sizes.split(",") if part),
+        "budgets": tuple(_parse_numbers(args.tokens, "--tokens")) if args.tokens else (),
+        "held_out": args.held_out,
+        "held_out_tokens": args.held_out_tokens,
+        "tune_tokens": args.tune_tokens,
+        "settings": (*plan.settings, *args.settings),
+    }
+    if sizes := changes["sizes"]:  # the three smallest
+        changes["tuned"] = tuple(sorted(sizes, key=lambda x: study.Size.parse(x).width)[:3])
+    plan = dataclasses.replace(plan, **{key: value for key, value in changes.items() if value})
+    print_text(study.run_study(configs.load(args.config), args.folder, plan, args.out))
 
 
 def read_table(path: str):
@@ -209,6 +235,7 @@ def _predict(args) -> None:
 def _plot(args) -> None:
     from jaxgpt import scaling
 
+    args.out = args.out or "scaling.png"
     check_output(args.out)
     law, kept, held_out = _read_law(args, args.bootstrap)
     if not kept:

@@ -23,6 +23,7 @@ from jaxgpt.interop.formats import FORMATS
 from jaxgpt.interop.model_card import write_model_card
 from jaxgpt.language_model import LanguageModel
 from jaxgpt.model import EncoderInput, build, compute_logits
+from jaxgpt.quantization import check_unquantized
 from jaxgpt.score import make_whole_coords
 from jaxgpt.settings import ConfigError, choose, resolve_table
 
@@ -64,6 +65,7 @@ def export(
     row = choose({n: f for n, f in FORMATS.items() if f.write}, format, "--format")
     if dtype is not None:
         choose(dict.fromkeys(EXPORT_DTYPES), dtype, "--dtype")
+    check_unquantized(model.params, "an export")
     path = os.path.normpath(os.path.expanduser(path))
     _check_new(path, row.is_folder)
     archive = convert.to_archive(model, dtype)

@@ -24,6 +24,7 @@ from jaxgpt.dims import Letters, declare_param, split
 from jaxgpt.model.layers import normal
 from jaxgpt.model.masks import Coords
 from jaxgpt.model.taps import tap
+from jaxgpt.quantized_array import is_quantized
 from jaxgpt.sharding import constrain, get_active_mesh, get_axis_names, make_spec, map_shards
 
 MAX_BLOCK_TOKENS = 64  # tokens that an expert computes at once
@@ -69,7 +70,7 @@ class Experts(nn.Module):
             return x
         # Cast before the all-gather: half the bytes if the compute dtype is half as wide.
         weights = self.variables["params"]["experts"]
-        weights = jax.tree.map(lambda w: w.astype(x.dtype), weights)
+        weights = jax.tree.map(lambda w: w.astype(x.dtype), weights, is_leaf=is_quantized)
         letters = self.expert_letters(x)
         sizes = c.sizes | dict(B=x.shape[0], T=x.shape[1])
         axes = {d: get_axis_names(mesh and make_spec((sizes[d],), d, mesh)[0]) for d in "BTEDF"}

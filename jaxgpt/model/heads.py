@@ -18,14 +18,15 @@ from jaxgpt.model.feedforward import ACTIVATIONS
 from jaxgpt.model.kernels.score import MASKED_LOGIT
 from jaxgpt.model.layers import Linear, zeros
 from jaxgpt.model.norms import NORMS
-from jaxgpt.model.products import einsum_float32
+from jaxgpt.model.products import einsum_float32, score_quantized
+from jaxgpt.quantized_array import QuantizedArray, is_quantized
 
 
 @struct.dataclass
 class Head:
     """Output projection: softcap(scale * h · table + bias)."""
 
-    table: jax.Array  # float32 [V D], or in the order of `letters`
+    table: jax.Array | QuantizedArray  # float32 [V D], or in the order of `letters`
     bias: jax.Array | None = None  # float32 [V]
     scale: float | None = struct.field(pytree_node=False, default=None)
     softcap: float | None = struct.field(pytree_node=False, default=None)
@@ -36,7 +37,10 @@ class Head:
         """Return the logits, float32 [... V], of hidden states [... D]; padding is MASKED_LOGIT."""
         chex.assert_axis_dimension(hidden, -1, self.table.shape[self.letters.index("D")])
         lead = "BT"[: hidden.ndim - 1]
-        scores = einsum_float32(f"{lead}D,{self.letters}->{lead}V", hidden, self.table)
+        if is_quantized(self.table):
+            scores = score_quantized(hidden, self.table)
+        else:
+            scores = einsum_float32(f"{lead}D,{self.letters}->{lead}V", hidden, self.table)
         if self.scale is not None:
             scores = scores * self.scale
         if self.bias is not None:

@@ -15,7 +15,8 @@ from jaxgpt.backend import get_backend
 from jaxgpt.config import ModelConfig
 from jaxgpt.dims import declare_param
 from jaxgpt.model import fp8
-from jaxgpt.model.products import MATMULS
+from jaxgpt.model.products import MATMULS, matmul_quantized
+from jaxgpt.quantized_array import is_quantized
 from jaxgpt.sharding import gather_param
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -129,8 +130,10 @@ class Linear(nn.Module):
 
         @recompute
         def apply_matmul(w, *inputs):
-            x, w = input_fn(*inputs), gather_param(w.astype(inputs[0].dtype), self.letters)
-            axes = len(in_letters)
+            x, axes = input_fn(*inputs), len(in_letters)
+            if is_quantized(w):
+                return matmul_quantized(x, w, axes, multiply)
+            w = gather_param(w.astype(inputs[0].dtype), self.letters)
             chex.assert_shape(x, (*x.shape[: x.ndim - axes], *w.shape[:axes]))
             return multiply(x, w, axes)
 

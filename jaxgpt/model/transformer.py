@@ -30,11 +30,12 @@ from jaxgpt.model.layers import DTYPES, check_indices, prevent_cse
 from jaxgpt.model.masks import Coords
 from jaxgpt.model.mixers import MIXERS
 from jaxgpt.model.mixers.attention import Attention
-from jaxgpt.model.mixers.mixer import LayerContext, update_slots
+from jaxgpt.model.mixers.mixer import LayerContext, init_mixer_state, update_slots
 from jaxgpt.model.norms import NORMS
 from jaxgpt.model.pipeline import count_stages, run_pipeline
 from jaxgpt.model.positions import POSITION_ENCODINGS, PositionEncoding
 from jaxgpt.model.taps import CAPTURED, LAYER_INDEX, is_capturing, tap
+from jaxgpt.quantized_array import is_quantized
 from jaxgpt.sharding import constrain, gather_param
 
 
@@ -239,6 +240,8 @@ class Embedding(nn.Module):
         check_indices(
             tokens, table.shape[0], "token id" if self.letters[0] == "V" else "token type"
         )
+        if is_quantized(table):
+            return constrain(table.take_rows(tokens, DTYPES[self.cfg.dtype]), "BTD")
         # All-gather the width before the lookup, else the partitioner replicates the lookup.
         table = gather_param(table.astype(DTYPES[self.cfg.dtype]), self.letters)
         table = constrain(table, f"{self.letters[0]}.")
@@ -426,14 +429,21 @@ def count_expert_params(cfg: ModelConfig) -> int:
     return sum(x.size for path, x in leaves if "experts" in [key.key for key in path])
 
 
-def init_cache(cfg: ModelConfig, batch: int, slots: int, source: int = 0) -> Cache:
-    """Return an empty cache for `batch` rows of `slots` tokens, with `source` encoder tokens."""
+def init_cache(
+    cfg: ModelConfig, batch: int, slots: int, source: int = 0, kind: str = "model"
+) -> Cache:
+    """Return an empty cache for `batch` rows of `slots` tokens, with `source` encoder tokens.
+
+    `kind` is a value of `sample.cache`; see `init_mixer_state`.
+    """
     chex.assert_scalar_positive(batch)
     chex.assert_scalar_positive(slots)
 
-    def init_layer(mixer: str) -> dict[str, Any]:
-        cross = {"cross": Attention.init_state(cfg, batch, source)} if source else {}
-        return {"mixer": MIXERS[mixer].init_state(cfg, batch, slots)} | cross
+    def init_layer(name: str) -> dict[str, Any]:
+        mixer, cross = MIXERS[name], {}
+        if source:
+            cross["cross"] = init_mixer_state("attention", Attention, cfg, batch, source, kind)
+        return {"mixer": init_mixer_state(name, mixer, cfg, batch, slots, kind)} | cross
 
     no_tokens = jnp.zeros((batch, slots), jnp.int32)
     prefix = no_tokens if "prefix" in cfg.pattern else None

@@ -109,10 +109,14 @@ def get_devices(topology: str) -> list:
     import jax
     from jax.experimental import topologies
 
+    # Both cores of a v4 are one device, as in JAX on such a chip; otherwise they would be two.
+    chip: dict[str, Any] = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
     # Slices smaller than a host's 2 x 2 chips are a part of it.
     for bounds in ({}, {"chips_per_host_bounds": (1, 1, 1)}):
         try:
-            found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **bounds)
+            found = topologies.get_topology_desc(
+                platform="tpu", topology_name=topology, **chip, **bounds
+            )
             return list(found.devices)
         except jax.errors.JaxRuntimeError as error:
             message = str(error).splitlines()[0]

@@ -20,6 +20,7 @@ from jaxgpt.scaling.laws import (
     leave_out,
     predict_loss,
 )
+from jaxgpt.scaling.study import Plan, run_study
 from jaxgpt.scaling.sweep import Size, make_config, read_runs, run_sweep, tune
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "IsoFlopFit",
     "KaplanLaw",
     "Law",
+    "Plan",
     "PowerLaw",
     "Run",
     "Size",
@@ -38,6 +40,7 @@ __all__ = [
     "plot_law",
     "predict_loss",
     "read_runs",
+    "run_study",
     "run_sweep",
     "tune",
 ]

@@ -22,7 +22,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TypeVar, cast
 
 import jax
 import numpy as np
@@ -43,7 +43,10 @@ from jaxgpt.saved_arrays import (
     read_progress,
 )
 from jaxgpt.settings import ConfigError
+from jaxgpt.trainer.barrier import Barrier, BrokenBarrierError
 from jaxgpt.trainer.state import TrainState
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -59,6 +62,7 @@ class Progress:
     stale: int = 0  # evaluations since the best one
     data: str = ""  # fingerprint of the tokens trained on
     tokenizer: str = ""  # fingerprint of the tokenizer, "" in older runs
+    labels: str = ""  # hash of the names of the classes, "" in older runs and without classes
     evaluation: str = ""  # what `best_loss` was measured on (see `run.describe_evaluation`)
     is_done: bool = False  # it has stopped early
     stop_reason: str = ""
@@ -91,7 +95,9 @@ class _Folder:
 
     def __init__(self, folder: str, keep: int, is_read_only: bool):
         self.path, self._keep, self._is_read_only = os.path.abspath(folder), keep, is_read_only
-        self.manager = make_manager(folder, is_read_only)
+        self._barrier = Barrier(os.path.basename(folder))
+        several = hosts.process_count() > 1
+        self.manager = make_manager(folder, is_read_only, self._barrier.wait if several else None)
         self._has_failed = False
         self.damaged: set[int] = set()  # steps that cannot be restored, under their names so far
         self._saving: tuple[int, dict[str, dict[str, list[int]]]] | None = None
@@ -112,8 +118,10 @@ class _Folder:
                 raise FileNotFoundError(
                     2, "No such file or directory, is its disk gone?", self.path
                 )
+        with self._describe_errors(step):
             if self.damaged:
                 self._rename(sorted(self.damaged), "")
+            self._barrier.begin()
             records = sum_arrays(**trees)
             arrays = {part: ocp.args.StandardSave(tree) for part, tree in trees.items()}
             saved_progress = ocp.args.JsonSave(seal(dataclasses.asdict(progress), records))
@@ -143,10 +151,12 @@ class _Folder:
             yield
         except Exception as found:  # Orbax raises all kinds of errors
             cause = found
+            self._barrier.break_it()
         reason = describe_error(cause) if cause else ""
-        reason = next(filter(None, hosts.all_gather_text("save", reason)), "")
-        if not reason:
+        reasons = list(filter(None, hosts.all_gather_text("save", reason)))
+        if not reasons:
             return
+        reason = next((x for x in reasons if BrokenBarrierError.__name__ not in x), reasons[0])
         self._remove_unfinished()
         if step in list_steps(self.path):  # complete, but it could not be read back
             self.damaged.add(step)
@@ -254,9 +264,10 @@ class Checkpoints:
         first = None
         for step in self._latest.list_steps():
             folder = os.path.join(self._latest.path, str(step))
-            restored = _read_on_all(partial(_read_state, folder, abstract))
-            if isinstance(restored, DamagedError):
-                first = first or restored
+            try:
+                restored = read_on_all(partial(_read_state, folder, abstract))
+            except DamagedError as error:
+                first = first or error
                 self._latest.damaged.add(step)
                 continue
             if first:
@@ -301,13 +312,15 @@ def _read_state(folder: str, abstract: TrainState) -> tuple[TrainState, Progress
     return TrainState(count, arrays["params"], rest["opt_state"], key), progress
 
 
-def _read_on_all(read: Callable[[], Any]) -> Any:
-    """Call `read` in every process; return its result, or the DamagedError of any of them.
+def read_on_all(read: Callable[[], Result]) -> Result:
+    """Call `read` in every process; all must call it.
 
     Raises:
+        DamagedError: `read` has raised it, in any process.
         ConfigError: another error, of any process.
     """
-    result, kind = None, ""
+    result: Result | None = None
+    kind = ""
     error: ConfigError | None = None
     try:
         result = read()
@@ -320,10 +333,8 @@ def _read_on_all(read: Callable[[], Any]) -> Any:
             if other_kind != wanted:
                 continue
             raised = error if kind == wanted else error_type(f"process {index}: {other_text}")
-            if isinstance(raised, DamagedError):
-                return raised
             raise raised or error_type(other_text)
-    return result
+    return cast(Result, result)
 
 
 def _describe_loss(error: DamagedError, step: int, damaged: Collection[int]) -> str:

@@ -32,7 +32,7 @@ class MetricsFile(Hook):
     def __init__(self, run_folder: str, step: int, log: LogFn = print_text):
         self._folder, self._log, self._pending = run_folder, log, b""
         self.path = os.path.join(run_folder, "metrics.jsonl")
-        self._open(step)
+        self._open(step or -1)  # a run without a checkpoint begins with its untrained model again
 
     def _open(self, step: int, kept_kinds: Sequence[str] = ()):
         """Open the files without the records after a step, but those of `kept_kinds`."""
@@ -46,7 +46,7 @@ class MetricsFile(Hook):
             from tensorboardX import SummaryWriter
 
             board = os.path.join(self._folder, "tensorboard")
-            is_purged = bool(step or kept_kinds)
+            is_purged = os.path.isdir(board)
             with warn_on_file_errors(self._log, board):
                 self._board = SummaryWriter(board, purge_step=step + 1 if is_purged else None)
                 _guard_board(self._board, self._log, board)

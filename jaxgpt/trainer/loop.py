@@ -28,7 +28,13 @@ from jaxgpt.trainer.hooks import Hook
 from jaxgpt.trainer.logging import warn_on_file_errors, write_text_atomically
 from jaxgpt.trainer.memory import describe_step_memory_errors
 from jaxgpt.trainer.norms import list_layers
-from jaxgpt.trainer.recovery import DivergedError, Spike, find_spike, recover
+from jaxgpt.trainer.recovery import (
+    DivergedError,
+    Spike,
+    find_spike,
+    go_on_without_save,
+    recover,
+)
 from jaxgpt.trainer.report import format_complete, format_duration, format_samples, format_summary
 from jaxgpt.trainer.run import Run, can_sample, join_run_path, open_run
 from jaxgpt.trainer.speed import flops_per_token
@@ -341,32 +347,6 @@ def finish_saving(run: Run):
     if run.saver.latest_step() != run.progress.step:
         run.saver.save(run.state, run.progress)
         run.saver.wait()
-
-
-@contextmanager
-def go_on_without_save(run: Run, is_last: bool = False) -> Iterator[None]:
-    """Log that a checkpoint could not be saved, unless `train.on_save_error` is stop.
-
-    If that was the best one, the progress returns to the one on disk, so that a later evaluation is
-    compared with what can be sampled from.
-
-    Args:
-        is_last: of a run, which tries it again, and ends with the error if that fails.
-    """
-    try:
-        yield
-    except SaveError as error:
-        if run.cfg.train.on_save_error == "stop":
-            raise
-        if error.is_best or not is_last:
-            run.console.log(
-                f"warning: {error}. Training goes on to the next save "
-                "(train.on_save_error=continue)."
-            )
-        if error.is_best:
-            best, progress = run.saver.read_best_progress(), run.progress
-            progress.best_loss, progress.best_accuracy = best.best_loss, best.best_accuracy
-            progress.best_step = best.best_step
 
 
 class LostLockError(RunError):

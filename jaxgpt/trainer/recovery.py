@@ -1,13 +1,14 @@
-"""What the loop does about a loss spike: `train.on_spike`, its limit, and the autopsy.
+"""What the loop does about a failed save, `train.on_save_error`, and about a loss spike.
 
-The loop raises `Spike` when it reads metrics that are no good. `recover` writes the autopsy and
-then ends the run, skips the step, or rolls the run back; the loop goes on from there. All of it
-follows from the metrics alone, so that all processes do the same, and a run that is killed and
-resumed comes to the same state.
+For a spike there are `train.on_spike`, its limit, and the autopsy. The loop raises `Spike` when it
+reads metrics that are no good. `recover` writes the autopsy and then ends the run, skips the step,
+or rolls the run back; the loop goes on from there. All of it follows from the metrics alone, so
+that all processes do the same, and a run that is killed and resumed comes to the same state.
 """
 
 import shlex
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ import numpy as np
 
 from jaxgpt import hosts
 from jaxgpt.trainer.autopsy import save_record
-from jaxgpt.trainer.checkpoint import RunError, describe_last_step
+from jaxgpt.trainer.checkpoint import RunError, SaveError, describe_last_step
 from jaxgpt.trainer.report import SPIKE_BATCHES
 from jaxgpt.trainer.run import Run
 from jaxgpt.trainer.spikes import describe_spike, read_guard, skip_step
@@ -57,10 +58,11 @@ def recover(run: Run, spike: Spike, stop: StopSignal) -> bool:
 
     Raises:
         DivergedError: the run ends here.
+        SaveError: the checkpoint before could not be saved, and `train.on_save_error` is stop.
     """
     progress = run.progress
     progress.seconds += run.clock.pause()
-    with suppress(RunError):
+    with go_on_without_save(run):
         run.saver.wait()  # the last one may still be being saved
     batch = spike.step - 1 + progress.passed
     recent = [number for number in progress.spikes if number > batch - SPIKE_BATCHES] + [batch]
@@ -113,6 +115,32 @@ def format_end(run: Run, spike: Spike, recent: int, autopsy: int) -> str:
     if autopsy:
         text += f" See `jaxgpt autopsy {shlex.quote(run.cfg.run_folder)} {autopsy}`."
     return text
+
+
+@contextmanager
+def go_on_without_save(run: Run, is_last: bool = False) -> Iterator[None]:
+    """Log that a checkpoint could not be saved, unless `train.on_save_error` is stop.
+
+    If that was the best one, the progress returns to the one on disk, so that a later evaluation is
+    compared with what can be sampled from.
+
+    Args:
+        is_last: of a run, which tries it again, and ends with the error if that fails.
+    """
+    try:
+        yield
+    except SaveError as error:
+        if run.cfg.train.on_save_error == "stop":
+            raise
+        if error.is_best or not is_last:
+            run.console.log(
+                f"warning: {error}. Training goes on to the next save "
+                "(train.on_save_error=continue)."
+            )
+        if error.is_best:
+            best, progress = run.saver.read_best_progress(), run.progress
+            progress.best_loss, progress.best_accuracy = best.best_loss, best.best_accuracy
+            progress.best_step = best.best_step
 
 
 # --- the autopsy ---

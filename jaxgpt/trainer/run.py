@@ -17,7 +17,13 @@ from jaxgpt.config import Config
 from jaxgpt.data import Batch, Corpus, prepare
 from jaxgpt.data.tasks import Task
 from jaxgpt.data.work import print_line
-from jaxgpt.loading import check_config_file, is_saved_model, read_config
+from jaxgpt.loading import (
+    LABELS,
+    check_config_file,
+    hash_labels,
+    is_saved_model,
+    read_config,
+)
 from jaxgpt.model import abstract_params, build
 from jaxgpt.optimizer import build as build_optimizer
 from jaxgpt.optional import describe_missing
@@ -157,8 +163,9 @@ def _open_locked(cfg: Config, lock: RunLock | None, hooks: Sequence[Hook], is_qu
     def restore() -> tuple[TrainState, Progress]:
         if saver.latest_step() is None:
             state, progress = _begin(cfg, corpus, saver, optimizer, abstract, start)
+            progress.labels = hash_labels(task.labels)
         else:
-            state, progress = hosts.run_on_all(lambda: _restore(cfg, corpus, saver, abstract))
+            state, progress = hosts.run_on_all(lambda: _restore(cfg, corpus, task, saver, abstract))
         return _add_guard(cfg, state, progress, abstract), progress
 
     state, progress = restore()
@@ -313,7 +320,7 @@ def _add_guard(cfg: Config, state: TrainState, progress: Progress, abstract) -> 
 
 
 def _restore(
-    cfg: Config, corpus: Corpus, saver: Checkpoints, abstract: TrainState
+    cfg: Config, corpus: Corpus, task: Task, saver: Checkpoints, abstract: TrainState
 ) -> tuple[TrainState, Progress]:
     """Restore the state of the latest checkpoint."""
     try:
@@ -339,11 +346,13 @@ def _restore(
             "its position in the data is no longer valid. Give the new run its own name=..., or "
             "continue with the new data by resume=force."
         )
-    _renew_progress(cfg, corpus, saver, progress)
+    _renew_progress(cfg, corpus, task, saver, progress)
     return state, progress
 
 
-def _renew_progress(cfg: Config, corpus: Corpus, saver: Checkpoints, progress: Progress):
+def _renew_progress(
+    cfg: Config, corpus: Corpus, task: Task, saver: Checkpoints, progress: Progress
+):
     """Drop from the progress what the settings of this run make invalid.
 
     A best loss on another text, or of another objective, cannot be compared with those to come,
@@ -359,6 +368,7 @@ def _renew_progress(cfg: Config, corpus: Corpus, saver: Checkpoints, progress: P
     if progress.is_done or progress.step >= cfg.train.steps:
         return  # nothing is trained with the new settings
     progress.data, progress.evaluation = corpus.fingerprint, new
+    progress.labels = hash_labels(task.labels)  # of the text, so that others have another best
     if old != new:
         new_run = Progress()
         progress.best_loss, progress.best_accuracy = new_run.best_loss, new_run.best_accuracy
@@ -378,7 +388,7 @@ def _write_run_files(cfg: Config, corpus: Corpus, task: Task):
     except OSError:  # a run resumes on a disk that is full
         if not _is_saved(corpus.tokenizer, path):
             raise
-    files = {"labels.json": json.dumps(task.labels) + "\n"} if task.labels else {}
+    files = {LABELS: json.dumps(task.labels) + "\n"} if task.labels else {}
     for name, text in (files | {"config.json": _to_saved_json(cfg)}).items():
         path = join_run_path(cfg, name)
         if not _has_text(path, text):

@@ -7,14 +7,17 @@ it has a checkpoint of its own, the run that it started from is not read again.
 
 import dataclasses
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxgpt import config as configs
+from jaxgpt import hosts
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.config import Config
 from jaxgpt.interop import convert, loaders
@@ -29,11 +32,15 @@ from jaxgpt.loading import (
     split_checkpoint_path,
 )
 from jaxgpt.model import abstract_params
-from jaxgpt.saved_arrays import latest_step
+from jaxgpt.saved_arrays import DamagedError, list_steps
+from jaxgpt.script import print_text
 from jaxgpt.selection import merge, select
 from jaxgpt.settings import ConfigError
 from jaxgpt.tokenizer import Tokenizer
+from jaxgpt.trainer.checkpoint import read_on_all
 from jaxgpt.trainer.state import TrainState
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,7 @@ class Start:
         taken: the parameters that fit the new run, as a selection (see `jaxgpt.selection`).
         differences: a line for each parameter that does not fit, and for each setting of the model
             that differs.
+        others: checkpoints in place of one that is damaged, the best choice first.
     """
 
     folder: str
@@ -55,6 +63,7 @@ class Start:
     plan: convert.Plan | None = None
     taken: Any = None
     differences: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
     @property
     def note(self) -> str:
@@ -69,7 +78,8 @@ def find_start(path: str) -> Start:
     Args:
         path: a run folder or saved model (its best checkpoint, or the latest if there is no best;
             with "@latest" the latest), a run's `best` or `checkpoints`, or one checkpoint in it; or
-            a model of another library, as `jaxgpt.load` takes it.
+            a model of another library, as `jaxgpt.load` takes it. In place of a damaged checkpoint,
+            unless the path is that of one, the latest good one is taken, with a warning.
 
     Raises:
         ConfigError: there is none.
@@ -77,11 +87,12 @@ def find_start(path: str) -> Start:
     try:
         if find_format(os.path.expanduser(path)):
             return _find_foreign(os.path.expanduser(path))
-        run_folder, folder = _find_checkpoint(path)
+        run_folder, folders = _list_checkpoints(path)
         check_config_file(run_folder)
         tokenizer = tokenizers.load(os.path.join(run_folder, "tokenizer.json"))
-        tokenizer.check_fingerprint(read_facts(folder).get("tokenizer", ""), run_folder)
-        return Start(folder, read_config(run_folder), tokenizer)
+        facts = _read_first_good(folders, read_facts)
+        tokenizer.check_fingerprint(facts.get("tokenizer", ""), run_folder)
+        return Start(folders[0], read_config(run_folder), tokenizer, others=tuple(folders[1:]))
     except ConfigError as error:
         raise ConfigError(f"train.start={path!r}: {error}") from error
 
@@ -116,20 +127,52 @@ def load_config(settings: Sequence[str]) -> Config:
     return configs.override(dataclasses.replace(default, model=other.model, train=train), settings)
 
 
-def _find_checkpoint(path: str) -> tuple[str, str]:
-    """Return the folders of the run and of the checkpoint that a path names."""
+def _list_checkpoints(path: str) -> tuple[str, list[str]]:
+    """Return the folder of the run that a path names, and its checkpoints, the best choice first.
+
+    If the path is that of one checkpoint, there is no other choice.
+    """
     which = path.rpartition("@")[2] if path.endswith(("@best", "@latest")) else ""
     path = os.path.normpath(os.path.expanduser(path.removesuffix(f"@{which}")))
     run_folder, named = split_checkpoint_path(path)
     if is_checkpoint(named):
-        return run_folder, named
+        return run_folder, [named]
     names = (os.path.basename(named),) if named else CHECKPOINT_FOLDERS[which or "best"]
     read_config(run_folder)  # the error of a folder that is no run is clearer than the one below
-    for name in names:
-        step = latest_step(os.path.join(run_folder, name))
-        if step is not None:
-            return run_folder, os.path.join(run_folder, name, str(step))
-    raise ConfigError(f"{run_folder} has no checkpoint in {' or '.join(names)}.")
+    folders = [os.path.join(run_folder, name) for name in names]
+    found = [os.path.join(folder, str(step)) for folder in folders for step in list_steps(folder)]
+    if not found:
+        raise ConfigError(f"{run_folder} has no checkpoint in {' or '.join(names)}.")
+    return run_folder, found
+
+
+def _read_first_good(
+    folders: Sequence[str],
+    read: Callable[[str], Result],
+    warn: Callable[[str], object] = lambda line: None,
+) -> Result:
+    """Read the first of some checkpoints that is not damaged.
+
+    Args:
+        folders: of the checkpoints.
+        read: reads one, and raises DamagedError.
+        warn: receives a line if a damaged one was passed over.
+
+    Raises:
+        DamagedError: all of them are damaged; of the first.
+    """
+    damaged: list[DamagedError] = []
+    for folder in folders:
+        try:
+            result = read(folder)
+        except DamagedError as error:
+            damaged.append(error)
+            continue
+        if damaged:
+            names = "; ".join(error.what for error in damaged)
+            warn(f"warning: {names}. {folder} is used in its place.")
+        return result
+    raise damaged[0]
 
 
 def match_start(start: Start, cfg: Config, tokenizer: Tokenizer) -> Start:
@@ -165,14 +208,13 @@ def match_start(start: Start, cfg: Config, tokenizer: Tokenizer) -> Start:
     changed = [
         line for line in configs.list_differences(start.config, cfg) if line.startswith("model.")
     ]
-    return Start(
-        start.folder, start.config, start.tokenizer, start.plan, unflatten_dict(taken, sep="."),
-        tuple([f"not taken: {line}" for line in unfit] + [f"settings: {line}" for line in changed]),
-    )  # fmt: skip
+    notes = [f"not taken: {line}" for line in unfit] + [f"settings: {line}" for line in changed]
+    selection = unflatten_dict(taken, sep=".")
+    return dataclasses.replace(start, taken=selection, differences=tuple(notes))
 
 
 def take_params(start: Start, state: TrainState, abstract: TrainState) -> TrainState:
-    """Return a new state with the parameters that are taken from `start`.
+    """Return a new state with the parameters that are taken from `start`. All processes call it.
 
     Args:
         state: as initialized.
@@ -189,5 +231,14 @@ def take_params(start: Start, state: TrainState, abstract: TrainState) -> TrainS
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), there
     )
     there = merge(select(abstract.params, start.taken), there)
-    params = read_params(os.path.abspath(start.folder), there)
+
+    def read(folder: str) -> Any:
+        return read_on_all(partial(read_params, os.path.abspath(folder), there))
+
+    params = _read_first_good([start.folder, *start.others], read, _warn)
     return state.replace(params=merge(select(params, start.taken), state.params))
+
+
+@hosts.run_on_first
+def _warn(line: str):
+    print_text(line, sys.stderr)

@@ -14,6 +14,7 @@ from jaxgpt.data.loader import Batch
 from jaxgpt.model import abstract_params
 from jaxgpt.model.capture import find_groups
 from jaxgpt.objectives import OBJECTIVES, Sums, compute_own_means
+from jaxgpt.quantization import check_unquantized
 from jaxgpt.selection import merge, select, select_letters
 from jaxgpt.sharding import constrain
 from jaxgpt.trainer.norms import compute_layer_norms
@@ -59,7 +60,9 @@ def compute_gradient(
         full = selected if selection is None else merge(selected, params)
         return OBJECTIVES[cfg.objective].loss(model, full, batch, rngs, cfg)
 
-    grads, sums = jax.grad(loss, has_aux=True)(select(params, selection))
+    trained = select(params, selection)
+    check_unquantized(trained, "training")
+    grads, sums = jax.grad(loss, has_aux=True)(trained)
     return grads, sums
 
 

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+import jax
+
 from jaxgpt import hosts
 
 
@@ -94,7 +96,7 @@ class SyncedStopSignal(StopSignal):
 
     def __init__(self, step: int, log: Callable[[str], None] = print):
         super().__init__(log)
-        self._received = ""
+        self._received, self._has_ended = "", False
         self._step, self._last_step, self._agreed_name = step, -1, ""
         self._lock = threading.Lock()
         self._broadcast = hosts.Broadcast("stop")
@@ -106,6 +108,7 @@ class SyncedStopSignal(StopSignal):
 
     def __exit__(self, kind, *_):
         super().__exit__()
+        self._has_ended = True
         if kind is None:  # after an error, the peers may never reach this point
             self._broadcast.send("")
             self._thread.join()
@@ -124,7 +127,12 @@ class SyncedStopSignal(StopSignal):
         return bool(self.name)
 
     def _agree_on_last_step(self):
-        name = self._broadcast.wait()
+        try:
+            name = self._broadcast.wait()
+        except jax.errors.JaxRuntimeError:
+            if self._has_ended:  # by an error, so that nothing was sent
+                return
+            raise
         with self._lock:
             steps = hosts.all_gather_text("stop after", str(self._step))
             self._last_step, self._agreed_name = max(map(int, steps)) + 1, name

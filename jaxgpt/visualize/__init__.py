@@ -9,6 +9,7 @@ visualize.draw_lens(inspect.logit_lens(model, "The cat sat")).savefig("lens.png"
 from jaxgpt.visualize.figures import (
     draw_attention,
     draw_attribution,
+    draw_context,
     draw_curves,
     draw_heads,
     draw_lens,
@@ -24,6 +25,7 @@ __all__ = [
     "describe_model",
     "draw_attention",
     "draw_attribution",
+    "draw_context",
     "draw_curves",
     "draw_heads",
     "draw_lens",

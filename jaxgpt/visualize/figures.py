@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxgpt.inspect import Attribution, Lens, PositionPicture
+from jaxgpt.inspect import Attribution, Lens, LossByPosition, PositionPicture
 from jaxgpt.optional import require
 
 if TYPE_CHECKING:
@@ -192,6 +192,27 @@ def draw_curves(
     axis.set_xlabel("step")
     axis.set_ylabel(ylabel)
     axis.set_title(title or ylabel)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return figure
+
+
+def draw_context(found: Mapping[str, LossByPosition], title: str = "") -> "Figure":
+    """Draw the loss by position of models, on the same rows; a dotted line ends a context."""
+    figure, axes = _make_figure(8, 4.5)
+    axis = axes[0, 0]
+    for i, (name, one) in enumerate(found.items()):
+        bins, color = one.bins, f"C{i}"
+        middles = [(x.first + x.end) / 2 for x in bins]
+        losses, errors = np.array([(x.loss, x.error) for x in bins]).T
+        axis.plot(middles, losses, marker="o", markersize=3, color=color, label=name)
+        axis.fill_between(middles, losses - errors, losses + errors, color=color, alpha=0.2)
+        axis.axvline(one.context, color=color, linestyle=":", linewidth=1)
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_xlabel("position in the row, tokens")
+    axis.set_ylabel("loss, nats")
+    axis.set_title(title or "Loss by position (dotted: the context of the model)")
     axis.grid(alpha=0.3)
     axis.legend()
     return figure

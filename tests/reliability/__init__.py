@@ -76,6 +76,15 @@ class Commands:
         return process.wait(), out
 
 
+FORKS = multiprocessing.get_context("forkserver")  # processes that have imported jax
+FORKS.set_forkserver_preload(
+    [
+        *("jaxgpt.trainer.loop", "jaxgpt.cli.train", "jaxgpt.cli.sample", "jaxgpt.console"),
+        *("matplotlib.figure", "matplotlib.backends.backend_agg", "tensorboardX"),
+    ]
+)
+
+
 class Command:
     """A `jaxgpt` command in a process of its own, forked from one that has imported jax.
 
@@ -83,15 +92,15 @@ class Command:
         arguments: after `jaxgpt`.
         environment: variables to set.
         compiled: folder of compiled programs.
+        folder: to run in.
     """
 
-    _context = multiprocessing.get_context("forkserver")
-    _context.set_forkserver_preload(["jaxgpt.trainer.loop", "jaxgpt.cli.train", "jaxgpt.console"])
-
-    def __init__(self, arguments: list[str], environment: dict[str, str], compiled: str):
-        read, write = self._context.Pipe(duplex=False)
-        self._process = self._context.Process(
-            target=_run, args=(arguments, environment, compiled, write), daemon=True
+    def __init__(
+        self, arguments: list[str], environment: dict[str, str], compiled: str, folder: str = "."
+    ):
+        read, write = FORKS.Pipe(duplex=False)
+        self._process = FORKS.Process(
+            target=_run, args=(arguments, environment, compiled, folder, write), daemon=True
         )
         self._process.start()
         write.close()
@@ -115,24 +124,31 @@ class Command:
         return self._process.exitcode
 
 
-def _run(arguments: list[str], environment: dict[str, str], compiled: str, write):
+def _run(arguments: list[str], environment: dict[str, str], compiled: str, folder: str, write):
     """Run a command in a forked process."""
-    import jax
-
     from jaxgpt import cli
 
-    os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
     for number in (1, 2):
         os.dup2(write.fileno(), number)
     write.close()
+    prepare_fork(environment, compiled, folder)
+    sys.argv = ["jaxgpt", *arguments]
+    cli.main()
+
+
+def prepare_fork(environment: dict[str, str], compiled: str, folder: str):
+    """Make a forked process one that was started in a folder with an environment."""
+    import jax
+
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.path.insert(0, os.getcwd())
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # those before had a file
     jax.config.update("jax_compilation_cache_dir", compiled)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    sys.argv = ["jaxgpt", *arguments]
-    cli.main()
 
 
 def shorten(text: str, lines: int = 3) -> str:

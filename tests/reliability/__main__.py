@@ -12,7 +12,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 import jax
 
-from . import Commands, Outcome, cost, damage, disks, elastic, kills, readers, soak
+from . import Commands, Outcome, cost, damage, disks, elastic, kills, readers, soak, spikes
 
 SCENARIOS = (
     "flips",
@@ -22,6 +22,7 @@ SCENARIOS = (
     "signals",
     "two_runs",
     "processes",
+    "spikes",
     "soak",
     "cost",
 )
@@ -48,6 +49,7 @@ def list_scenarios(args: argparse.Namespace, folder: pathlib.Path):
             yield "disks", lambda how=how: disks.lose(commands, how)
     yield "readers", lambda: readers.read_beside_writer(folder / "read", args.reads)
     yield "processes", lambda: elastic.shrink(commands)
+    yield "spikes", lambda: spikes.spoil(folder / "spikes", 2 * few)
     yield "cost", lambda: cost.measure(folder / "cost")
     if args.minutes:
         yield "soak", lambda: soak.soak(folder / "soak", args.minutes)

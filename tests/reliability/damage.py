@@ -1,4 +1,8 @@
-"""Damage to files: single bits, cut and zeroed and missing files. Nothing wrong may be used."""
+"""Damage to files: single bits, cut and zeroed and missing files. Nothing wrong may be used.
+
+A file of arrays also holds bytes that nothing reads, such as those of superseded indices. Where the
+damage must be found, `flip_value` and `change_number` hit what is read.
+"""
 
 import collections
 import os
@@ -11,6 +15,7 @@ from io import StringIO
 
 import jax
 import numpy as np
+import tensorstore as ts
 from tiny_runs import config, make_training, to_numpy
 
 from jaxgpt import config as configs
@@ -134,6 +139,38 @@ def zero(path: pathlib.Path, dice: random.Random):
 def remove(path: pathlib.Path, dice: random.Random):
     """Delete a file."""
     path.unlink()
+
+
+def flip_value(part: pathlib.Path) -> str:
+    """Flip a bit in the largest stored value of a part of a checkpoint; return its array's name.
+
+    Args:
+        part: folder of the part, such as checkpoints/3/params.
+    """
+    base = {"driver": "file", "path": f"{part}/"}
+    database = ts.KvStore.open({"driver": "ocdbt", "base": base}).result()
+    keys = [key for key in database.list().result() if not key.endswith(b".zarray")]
+    values = {key.decode(): database.read(key).result().value for key in keys}
+    key = max(values, key=lambda key: (len(values[key]), key))  # short ones are in an index
+    value, is_found = values[key], False
+    for path in part.rglob("d/*"):
+        data = bytearray(path.read_bytes())
+        start = data.find(value)
+        while start >= 0:  # it may have been copied
+            data[start + len(value) // 2] ^= 16
+            is_found, start = True, data.find(value, start + len(value))
+        path.write_bytes(data)
+    assert is_found, f"{key} is in no file of {part}"
+    return key.rpartition("/")[0]
+
+
+def change_number(part: pathlib.Path, name: str):
+    """Write another number into an array of a checkpoint, so that no file is broken."""
+    base = {"driver": "file", "path": f"{part}/"}
+    kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+    array = ts.open({"driver": "zarr", "kvstore": kvstore}, open=True).result()
+    first = (0,) * array.rank
+    array[first].write(array[first].read().result() + 1).result()
 
 
 USES = ("resume", "sample latest", "sample best", "verify")

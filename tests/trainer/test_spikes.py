@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
+from reliability.spikes import (
+    SETTINGS,
+    KillAt,
+    KilledError,
+    assert_same_end,
+    poison,
+    spoil,
+)
 from tiny_runs import (
     B,
     assert_same_bits,
@@ -31,36 +38,15 @@ from jaxgpt.model import Coords, abstract_params, build
 from jaxgpt.model.capture import capture, find_groups
 from jaxgpt.optimizer import build as build_optimizer
 from jaxgpt.settings import ConfigError
-from jaxgpt.trainer import DivergedError, Hook, loop, recovery, train
+from jaxgpt.trainer import DivergedError, loop, recovery, train
 from jaxgpt.trainer import run as run_module
 from jaxgpt.trainer.autopsy import FOLDER, list_autopsies, read_autopsy
+from jaxgpt.trainer.checkpoint import Checkpoints, SaveError
 from jaxgpt.trainer.logging import read_metrics
 from jaxgpt.trainer.norms import compute_layer_norms, list_layers
 from jaxgpt.trainer.spikes import add_guard, guard_step
 from jaxgpt.trainer.state import TrainState
 from jaxgpt.trainer.step import compute_gradient
-
-SETTINGS = [
-    *("train.steps=12", "train.eval_every=4", "train.save_every=4", "train.log_every=3"),
-    *("model.dropout=0.1", "seed=3"),
-]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Share the compilation cache between the runs of this file."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(autouse=True)
@@ -71,17 +57,6 @@ def known_peak(monkeypatch):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("spikes")
-
-
-def poison(monkeypatch, *numbers, value=math.nan):
-    """Multiply the weights of these batches, counted from 0, and with them the loss."""
-    make_batch = CausalTask.make_batch
-
-    def make(self, step, rows=slice(None)):
-        batch = make_batch(self, step, rows)
-        return batch._replace(weights=batch.weights * value) if step in numbers else batch
-
-    monkeypatch.setattr(CausalTask, "make_batch", make)
 
 
 def guard_training(training):
@@ -138,36 +113,6 @@ def assert_same_state(cfg, state):
 
 def find_records(cfg, kind):
     return [r for r in read_metrics(cfg.run_folder) if r["kind"] == kind]
-
-
-class KilledError(Exception):
-    """Stands for the end of the process."""
-
-
-class KillAt(Hook):
-    """End the process when a step is dispatched for the n-th time."""
-
-    def __init__(self, step, times=1):
-        self.step, self.times = step, times
-
-    def on_step(self, view):
-        self.times -= view.step == self.step
-        if not self.times:
-            raise KilledError
-
-
-def assert_same_end(a, b):
-    """Assert that two runs have the same state, progress and records."""
-    (state_a, progress_a), (state_b, progress_b) = restore_latest(a), restore_latest(b)
-    assert_same_bits(state_a, state_b)
-    progress_a.seconds = progress_b.seconds = 0.0
-    assert progress_a == progress_b
-    timed = ("tokens_per_second", "mfu", "eta_seconds")
-    records = [
-        [{k: v for k, v in r.items() if k not in timed} for r in read_metrics(cfg.run_folder)]
-        for cfg in (a, b)
-    ]
-    assert sorted(records[0], key=str) == sorted(records[1], key=str)
 
 
 # --- the guard of the step ---
@@ -566,6 +511,35 @@ def test_an_exploding_update_is_rolled_back(folder, monkeypatch):
     monkeypatch.setattr(loop, "measure", explode)
     progress = train(cfg, is_quiet=True)
     assert (progress.step, progress.passed, calls) == (12, 4, [0, 4, 8, 8, 12])
+
+
+def test_the_scenario_of_spikes_and_kills_finds_nothing(folder):
+    outcome = spoil(folder, 2)
+    assert outcome.failures == []
+    assert all(outcome.facts.values())
+
+
+def test_a_save_that_failed_before_a_spike_is_named(folder, monkeypatch, capsys):
+    cfg = run_config(folder, "name=unsaved", "train.on_spike=rollback", *SETTINGS)
+    poison(monkeypatch, 5)
+    wait = Checkpoints.wait
+
+    def fail(self):
+        wait(self)
+        monkeypatch.setattr(Checkpoints, "wait", wait)
+        raise SaveError("the checkpoint 4 could not be saved (No space left on device)")
+
+    def fail_at_the_spike(run, spike, stop, before=recovery.recover):
+        monkeypatch.setattr(Checkpoints, "wait", fail)
+        return before(run, spike, stop)
+
+    monkeypatch.setattr(loop, "recover", fail_at_the_spike)
+    assert train(cfg).passed == 2
+    message = "warning: the checkpoint 4 could not be saved (No space left on device). Training"
+    assert message in capsys.readouterr().out
+    monkeypatch.setattr(loop, "recover", fail_at_the_spike)
+    with pytest.raises(SaveError, match="No space left"):
+        train(override(cfg, ["name=unsaved_stop", "train.on_save_error=stop"]))
 
 
 # --- norms by layer ---

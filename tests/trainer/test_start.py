@@ -8,11 +8,12 @@ import sys
 import jax
 import numpy as np
 import pytest
+from reliability.damage import change_number
 from tiny_runs import assert_same_bits, make_training, restore_latest, run_config, write_text
 
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.config import override
-from jaxgpt.loading import load
+from jaxgpt.loading import hash_labels, load
 from jaxgpt.settings import ConfigError
 from jaxgpt.trainer import Hook, evaluate, loop, read_config, train
 from jaxgpt.trainer import run as run_module
@@ -109,6 +110,22 @@ def test_a_run_continues_with_another_text_and_its_own_schedule_and_best(decoder
     assert read_config(cfg.run_folder).train.start == moved
 
 
+def test_a_damaged_checkpoint_to_start_from_is_passed_over(decoder, folder, capsys):
+    moved = shutil.copytree(decoder.run_folder, folder / "damaged")
+    change_number(moved / "best/2/params", "embed.table")
+    cfg = override(decoder, ["name=after_damage", f"train.start={moved}"])
+    assert_same_bits(begin(cfg), load(f"{moved}/checkpoints/4").params)
+    warning = (
+        "best/2 is damaged (params.embed.table has another checksum than when it was saved). "
+        f"{moved}/checkpoints/4 is used in its place."
+    )
+    assert warning in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"best/2 is damaged \(params.embed.table has"):
+        begin(cfg, "name=after_named", f"train.start={moved}/best/2")
+    os.truncate(moved / "checkpoints/4/progress/metadata", 3)
+    assert_same_bits(begin(cfg, "name=after_two"), load(f"{moved}/checkpoints/2").params)
+
+
 def test_a_masked_encoder_becomes_a_classifier(folder, capsys):
     masked = run_config(folder, "name=masked", *SETTINGS, *ENCODER)
     train(masked, is_quiet=True)
@@ -141,6 +158,15 @@ def test_a_masked_encoder_becomes_a_classifier(folder, capsys):
     out = capsys.readouterr().out
     assert "not taken: " in out
     assert "settings: model.classes: 0 -> 2" in out
+
+    # The names of the classes belong to the run.
+    assert restore_latest(classifier)[1].labels == hash_labels(["animals", "trees"])
+    (folder / "classes" / "trees").rename(folder / "classes" / "plants")
+    renamed = override(classifier, ["train.start_missing=init", "train.steps=5"])
+    with pytest.raises(ConfigError, match="has changed since"):
+        train(override(renamed, ["train.steps=4"]), is_quiet=True)
+    assert train(override(renamed, ["resume=force"]), is_quiet=True).best_step == 5
+    assert load(classifier.run_folder).labels == ("animals", "plants")
 
 
 def test_parameters_of_other_shapes_are_named_with_both(decoder):

@@ -13,7 +13,15 @@ from jaxgpt.model.kernels import ScoreMod, attend
 from jaxgpt.model.kernels.dense import apply_weights, compute_logits
 from jaxgpt.model.layers import DTYPES, Linear, make_residual_init, zeros
 from jaxgpt.model.masks import Coords, SameSegment, make_layer_mask
-from jaxgpt.model.mixers.mixer import KV, LayerContext, Mixer, update_kv_cache
+from jaxgpt.model.mixers.mixer import (
+    KV,
+    LayerContext,
+    Mixer,
+    QuantizedKV,
+    load_kv,
+    store_kv,
+    update_kv_cache,
+)
 from jaxgpt.model.norms import NORMS, apply_rms_norm
 from jaxgpt.model.taps import is_patched, is_tapped, tap, tap_input
 from jaxgpt.sharding import constrain
@@ -42,6 +50,7 @@ class Attention(Mixer):
         "attention_dropout",
     )
     HAS_SEQUENCE_SHARDING = True
+    HAS_QUANTIZED_CACHE = True
 
     @staticmethod
     def init_state(cfg: ModelConfig, batch: int, slots: int) -> KV:
@@ -49,7 +58,7 @@ class Attention(Mixer):
         return KV(*(jnp.zeros(shape, DTYPES[cfg.dtype]) for _ in KV._fields))
 
     @nn.compact
-    def __call__(self, x: jax.Array, layer_context: LayerContext, state: KV | None):
+    def __call__(self, x: jax.Array, layer_context: LayerContext, state: KV | QuantizedKV | None):
         c = self.cfg
         q = Linear(c, "D>HK", site="qkv", name="q")(x)
         k = Linear(c, "D>GK", site="qkv", name="k")(x)
@@ -99,17 +108,16 @@ class CrossAttention(nn.Module):
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, layer_context: LayerContext, state: KV | None):
+    def __call__(self, x: jax.Array, layer_context: LayerContext, state: KV | QuantizedKV | None):
         c = self.cfg
         q = Linear(c, "D>HK", site="qkv", name="q")(x)
         if layer_context.memory is not None:
             k = Linear(c, "D>GK", site="qkv", name="k")(layer_context.memory)
             v = Linear(c, "D>GK", site="qkv", name="v")(layer_context.memory)
-            new = KV(k, v).transposed()
-            state = state and KV(*(x.astype(old.dtype) for x, old in zip(new, state, strict=True)))
+            state = state and store_kv(state, KV(k, v).transposed())
         else:
             assert state is not None, "without a memory, `state` must hold keys and values"
-            k, v = state.transposed()
+            k, v = load_kv(state, x.dtype)
         assert layer_context.memory_coords is not None
         score = ScoreMod(SameSegment(), scale=c.attention_scale, **make_dropout(self))
         q, k, v = constrain(q, "BTHK"), constrain(k, "BTGK"), constrain(v, "BTGK")
