@@ -363,7 +363,7 @@ assert known["la"] > 0.9
 # ```
 
 # %%
-config = make_config("t5", "encoder_decoder", "pairs", 500, "pairs.jsonl", position="t5")
+config = make_config("t5", "encoder_decoder", "pairs", 350, "pairs.jsonl", position="t5")
 corpus = data.prepare(config.data, config.tokenizer_vocab, is_paired=True)
 batch = OBJECTIVES["pairs"].task(config, corpus).make_batch(0)
 
