@@ -187,7 +187,7 @@ def train(config):
 
 
 curves = {}
-gpt, curves["GPT: next token"] = train(make_config("gpt", "decoder", "causal", 250, "french.txt"))
+gpt, curves["GPT: next token"] = train(make_config("gpt", "decoder", "causal", 150, "french.txt"))
 
 # %% [markdown] key="next-token" tags=["lab"]
 # ## GPT: what comes next
@@ -299,7 +299,7 @@ print("right: a change at 5 is seen at", changed(tokens, 5))
 # (notebook 2): so `mange<mask> souris`.
 
 # %%
-config = make_config("bert", "encoder", "masked", 400, "french.txt", position="learned", head="mlm")
+config = make_config("bert", "encoder", "masked", 250, "french.txt", position="learned", head="mlm")
 corpus = data.prepare(config.data, config.tokenizer_vocab)
 task = OBJECTIVES["masked"].task(config, corpus)
 batches = [task.make_batch(step) for step in range(20)]
@@ -363,7 +363,7 @@ assert known["la"] > 0.9
 # ```
 
 # %%
-config = make_config("t5", "encoder_decoder", "pairs", 350, "pairs.jsonl", position="t5")
+config = make_config("t5", "encoder_decoder", "pairs", 200, "pairs.jsonl", position="t5")
 corpus = data.prepare(config.data, config.tokenizer_vocab, is_paired=True)
 batch = OBJECTIVES["pairs"].task(config, corpus).make_batch(0)
 

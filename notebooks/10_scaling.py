@@ -343,17 +343,17 @@ assert exact_match[20][-1] > 0.7
 # the "sudden" ability turns out to have grown all along.
 
 # %%
-figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3))
+figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.3))
 for k, values in exact_match.items():
-    left.semilogx(sizes, values, label=f"{k} tokens right")
+    left.semilogx(sizes, values, label=f"{k} token{'s' * (k > 1)} right")
     right.loglog(sizes, values)
 left.plot(sizes, seen, "k.", label="20 tokens, 100 questions")
 right.set_ylim(1e-6, 2)
 left.set_ylabel("exact match")
-left.legend(fontsize=7)
+figure.legend(fontsize=7, ncol=4, loc="upper center")
 for axis in (left, right):
     axis.set_xlabel("parameters N")
-figure.tight_layout()
+figure.tight_layout(rect=(0, 0, 1, 0.93))
 plt.show()
 
 # %% [markdown] key="smooth" tags=["exercise"]

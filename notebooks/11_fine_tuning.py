@@ -174,7 +174,7 @@ for name, losses in results.items():
     print(f"{name:14} old {losses['old']:.2f}  new {losses['new']:.2f}")
 assert results["all weights"]["new"] < results["base"]["new"] - 1
 assert results["all weights"]["new"] < results["from scratch"]["new"] - 0.5
-assert results["all weights"]["old"] > results["base"]["old"] + 0.3  # it forgets
+assert results["all weights"]["old"] > results["base"]["old"] + 0.1  # it forgets
 
 # %% [markdown] key="partial" tags=["concept"]
 # ## A few of them
@@ -281,9 +281,10 @@ print(path, f"W {weight.size:,} numbers, A and B {a.size + b.size:,}")
 # %% [markdown] key="results" tags=["picture"]
 # ### Figure: learned and forgotten
 #
-# On the left what was to be learned, on the right what should not be lost. All of them forget the
-# present tense, because nothing in the new text asks for it. But with LoRA the base is still there,
-# untouched: leave the adapters out, and every old number is as it was, bit for bit.
+# On the left what was to be learned, on the right what should not be lost. Whatever learns the past
+# forgets some of the present, because nothing in the new text asks for it; the norms alone forget
+# nothing and learn little. But with LoRA the base is still there, untouched: leave the adapters
+# out, and every old number is as it was, bit for bit.
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(9, 3), sharey=True)
@@ -300,7 +301,7 @@ assert measure_losses(base) == results["base"]
 # ### Figure: is the change of low rank?
 #
 # The singular values of what full fine-tuning has changed in one matrix, and of the matrix itself.
-# The change is concentrated in few directions, the weights are not.
+# The change is concentrated in fewer directions than the weights.
 
 # %%
 change = [
@@ -388,8 +389,9 @@ assert errors[256] > 3 * errors[32]
 # %% [markdown] key="bits" tags=["picture"]
 # ### Figure: how many bits does this model need?
 #
-# All linear maps quantized, the loss on the old sentences. Down to 5 bits or so nothing happens;
-# then small groups are worth their price.
+# All linear maps quantized, the loss on the old sentences. Down to 3 bits nothing happens to this
+# little model, whose task is easy; with 2, which leave only −1, 0 and 1, small groups are worth
+# their price. Large models need 4.
 
 
 # %%
@@ -425,11 +427,11 @@ assert quantized[16][-1] < quantized[None][-1]
 #
 # QLoRA (Dettmers et al. 2023): keep the base in few bits, frozen, and train adapters in full
 # precision on top. The adapters learn the task and, on the way, repair what rounding has broken.
-# Here the base is rounded to 2 bits, and the adapters are trained on the *old* sentences, so that
-# all they can do is repair.
+# Here the base is rounded to 2 bits, with one scale for each output, and the adapters are trained
+# on the *old* sentences, so that all they can do is repair.
 
 # %%
-rounded = quantize_params(base, 2, 16)
+rounded = quantize_params(base, 2, None)
 repaired, _ = fit(init_adapters(R), lambda a: add_adapters(a, rounded, R), ids["old"], 100, 3e-3)
 losses = {
     "float32": results["base"]["old"],
