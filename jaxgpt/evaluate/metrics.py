@@ -128,7 +128,7 @@ def estimate_calibration(confidences: Sequence[float], is_correct: Sequence[floa
     return Estimate(float(gap) / c.size, math.sqrt(variance) / c.size)
 
 
-def softmax(logprobs: Sequence[float]) -> np.ndarray:
+def softmax(logprobs: Sequence[float] | np.ndarray) -> np.ndarray:
     """Return the probabilities of choices with these log-likelihoods, which add up to 1."""
     x = np.asarray(logprobs, np.float64)
     weights = np.exp(x - x.max())
