@@ -27,7 +27,7 @@ from jaxgpt.planning.step import lower_step
 from jaxgpt.sampling import SamplingParams
 from jaxgpt.sharding import make_batch_sharding
 from jaxgpt.trainer.memory import retain_freed_memory
-from jaxgpt.trainer.state import make_state
+from jaxgpt.trainer.state import make_adapter_state, make_first_base, make_state
 from jaxgpt.trainer.step import make_eval_step
 
 
@@ -69,6 +69,25 @@ def make_step(case: Case, settings: tuple[str, ...] = ()) -> Contestant:
                          make_batch(case))  # fmt: skip
     compiled = lowered.compile()
     state = make_state(cfg.model, optimizer, cfg.seed, abstract)
+
+    def run():
+        nonlocal state
+        state, metrics = compiled(state, batch)
+        return metrics
+
+    return Contestant(run, optax.tree.size(state.params), count_peak_bytes(compiled))
+
+
+def make_lora_step(case: Case, settings: tuple[str, ...] = ()) -> Contestant:
+    """A step of adapters on a frozen base."""
+    cfg = configs.override(make_config(case), settings)
+    mesh, optimizer, abstract, lowered = lower_step(cfg, jax.devices()[:1])
+    batch = jax.tree.map(lambda x: jax.device_put(x, make_batch_sharding(mesh, x.shape)),
+                         make_batch(case))  # fmt: skip
+    compiled = lowered.compile()
+    params = make_first_base(cfg, abstract.base.params)
+    state = make_adapter_state(cfg, optimizer, abstract)
+    state = state.replace(base=abstract.base.replace(params=params))
 
     def run():
         nonlocal state
@@ -273,6 +292,7 @@ def make_side() -> Side:
             "matmul, [N D] x [D F]": {"jax": make_matmul},
             "copy": {"jax": partial(make_copy, numbers=numbers)},
             "step": {"jaxgpt": make_step},
+            "lora step": {"jaxgpt": make_lora_step},
             "step, other settings": {
                 "jaxgpt, layers unrolled": lambda case: make_step(
                     case, (f"model.unroll={case.L}",)

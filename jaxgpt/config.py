@@ -50,9 +50,13 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
+    "DistillConfig",
+    "LoraConfig",
     "MeshConfig",
     "ModelConfig",
+    "OnlineConfig",
     "OptimizerConfig",
+    "PreferenceConfig",
     "SampleConfig",
     "TrainConfig",
     "choose",
@@ -111,6 +115,11 @@ class DataConfig(Section):
         "",
         "text between the documents of a .txt, .md or .py file, such as '<|endoftext|>' or "
         "'\\n\\n'; line breaks beside it are dropped; none = a file is one document",
+    )
+    chat_template: str = option(
+        "",
+        "how conversations are written (chat, preference, online): chatml, llama3, gemma, mistral, "
+        "plain, or the path of a file with Jinja source; empty = the tokenizer's own",
     )
     encoding: str = option(
         "auto",
@@ -231,6 +240,46 @@ class OptimizerConfig(Section):
     def count_warmup(self, steps: int) -> int:
         """Return the steps of warmup in a run of so many steps."""
         return steps // WARMUP_SHARE if self.warmup is None else self.warmup
+
+
+@dataclass(frozen=True)
+class LoraConfig(Section):
+    """Low-rank adapters (LoRA) on a frozen base, the model of train.start."""
+
+    section: ClassVar[str] = "lora"
+
+    rank: int = option(
+        0,
+        "rank of the adapters: every adapted map W becomes W + scale · A B, and only A and B are "
+        "trained; 0 = no adapters, all of the model is trained",
+        low=0,
+    )
+    alpha: float = option(
+        16.0, "numerator of the scale: alpha / rank, or with rslora alpha / √rank", above=0
+    )
+    rslora: bool = option(False, "scale by alpha / √rank in place of alpha / rank (rsLoRA)")
+    dropout: float = option(
+        0.0, "dropout of the inputs of adapters while training", low=0, high=0.99
+    )
+    targets: tuple[str, ...] = option(
+        (),
+        "maps to adapt, by name (q, k, v, o, gate, up, down, head, embed) or by path as in the "
+        "shell (stack.*.mixer.*); empty = all maps in layers",
+    )
+    base: str = option(
+        "float32",
+        "storage format of the frozen base",
+        table="jaxgpt.lora:BASE_FORMATS",
+    )
+
+    @property
+    def scale(self) -> float:
+        """What the product of both factors is multiplied by.
+
+        Source: Hu et al. 2021, arXiv:2106.09685, section 4.1; rsLoRA: Kalajdzievski 2023,
+        arXiv:2312.03732, theorem 3.2.
+        """
+        return self.alpha / (self.rank**0.5 if self.rslora else max(self.rank, 1))
 
 
 @dataclass(frozen=True)
@@ -450,6 +499,51 @@ class TrainConfig(Section):
 
 
 @dataclass(frozen=True)
+class PreferenceConfig(Section):
+    """How `train.objective=preference` learns from pairs of completions."""
+
+    section: ClassVar[str] = "preference"
+
+    loss: str = option("dpo", "loss of a pair", table="jaxgpt.tuning_losses:PREFERENCE_LOSSES")
+    beta: float = option(0.1, "strength of the tie to the reference model", above=0)
+    label_smoothing: float = option(
+        0.0, "fraction of the pairs taken to be swapped by mistake", low=0, high=0.49
+    )
+
+
+@dataclass(frozen=True)
+class DistillConfig(Section):
+    """A teacher whose distribution is learned, besides the text (causal, prefix, chat)."""
+
+    section: ClassVar[str] = "distill"
+
+    teacher: str = option(
+        "", "any model with the same tokenizer, as `jaxgpt.load` takes it; empty = none"
+    )
+    temperature: float = option(1.0, "softens both distributions", above=0)
+    weight: float = option(
+        0.5, "of the divergence from the teacher; the rest is that of the text", low=0, high=1
+    )
+
+
+@dataclass(frozen=True)
+class OnlineConfig(Section):
+    """How `train.objective=online` learns from rewards of what the model itself writes."""
+
+    section: ClassVar[str] = "online"
+
+    reward: str = option(
+        "",
+        "function (record, answer) -> number: module:function, file.py:function, or a row of "
+        "jaxgpt.rewards:REWARDS",
+    )
+    group: int = option(8, "answers to each prompt, whose mean reward is the baseline", low=2)
+    answer_tokens: int = option(64, "maximum number of tokens of an answer", low=1)
+    temperature: float = option(1.0, "of sampling answers", above=0)
+    kl: float = option(0.0, "weight of the divergence from the model at the start", low=0)
+
+
+@dataclass(frozen=True)
 class SampleConfig(Section):
     """How text is sampled from a model."""
 
@@ -525,7 +619,11 @@ class Config(Section):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    online: OnlineConfig = field(default_factory=OnlineConfig)
 
     @property
     def run_folder(self) -> str:
@@ -601,6 +699,7 @@ class Config(Section):
                 f"data.packing={self.data.packing!r} with train.objective='classify', which "
                 "predicts one class per row: use data.packing=stream, one text per row."
             )
+        self._check_tuning()
         if model.documents == "joined" and self.data.packing != "stream":
             raise ConfigError(
                 f"data.packing={self.data.packing!r} keeps documents separate, and model.documents="
@@ -611,6 +710,29 @@ class Config(Section):
                 f"train.objective={name!r} with model.pattern={','.join(model.pattern)}: "
                 "the objective prefix and the pattern prefix must be used together."
             )
+
+    def _check_tuning(self):
+        name, train, row = self.train.objective, self.train, self.objective
+        if name in ("preference", "online") and self.data.packing != "stream":
+            raise ConfigError(
+                f"data.packing={self.data.packing!r} with train.objective={name!r}, whose rows are "
+                "one record each: use data.packing=stream."
+            )
+        if self.distill.teacher and not row.can_distill:
+            suitable = [
+                name for name, row in resolve_table("jaxgpt.objectives:OBJECTIVES").items()
+                if row.can_distill
+            ]  # fmt: skip
+            raise ConfigError(
+                f"distill.teacher={self.distill.teacher!r} with train.objective={name!r}, which "
+                f"does not predict the next token: use {', '.join(suitable)}."
+            )
+        owner = "distill.teacher" if self.distill.teacher else f"train.objective={name}"
+        for key in ("label_smoothing", "z_loss"):
+            if getattr(train, key) and (row.settings or self.distill.teacher):
+                raise ConfigError(
+                    f"train.{key}={getattr(train, key):g} has no effect with {owner}: leave it out."
+                )
 
 
 SPIKE_ACTIONS = {
@@ -892,7 +1014,7 @@ def list_differences(old: Config, new: Config) -> list[str]:
 
 
 DATA_KEY = "data.source"
-PATH_KEYS = ("data.tokenizer", "train.start")
+PATH_KEYS = ("data.tokenizer", "train.start", "distill.teacher")
 
 
 def _resolve(config: Config, key: str) -> Any:

@@ -91,12 +91,21 @@ def prepare_decode_params(cfg: ModelConfig, params):
     params = unstack_layers(params)
     stack = dict(params["stack"])
     for group in {"layers", "tail"} & stack.keys():
-        layer_letters = jax.tree.map(lambda x: x.removeprefix("L"), letters["stack"][group])
         stack[group] = {
-            name: jax.tree.map(lambda d, x: constrain_param(x, d), layer_letters, layer)
+            name: _constrain_layer(layer, letters["stack"][group])
             for name, layer in stack[group].items()
         }
     return params | {"stack": stack}
+
+
+def _constrain_layer(layer, letters):
+    """Constrain the arrays of one layer that `letters`, of stacked layers, has; not adapters."""
+    if isinstance(letters, str):
+        return constrain_param(layer, letters.removeprefix("L"))
+    return {
+        key: _constrain_layer(value, letters[key]) if key in letters else value
+        for key, value in layer.items()
+    }
 
 
 @check_token_ids

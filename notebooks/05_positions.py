@@ -357,7 +357,7 @@ def measure_by_position(cfg, params):
     return np.asarray(evaluate(params))
 
 
-steps = max(250, round(600 * scale))
+steps = max(250, round(400 * scale))
 schemes = ["sinusoidal", "learned", "rope", "alibi", "t5", "none"]
 trained, curves = {}, {}
 for scheme in schemes:

@@ -298,7 +298,7 @@ def train_to_repeat(wiring, steps, lr=2e-3):
     return np.array(losses)
 
 
-steps = max(300, round(600 * scale))
+steps = max(300, round(400 * scale))
 repeated = {wiring: train_to_repeat(wiring, steps) for wiring in gradient_norms}
 for wiring, losses in repeated.items():
     print(f"{wiring:12} loss {losses[-20:].mean():.3f}")

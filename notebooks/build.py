@@ -41,7 +41,7 @@ FRENCH_CELL = re.compile(r"^<!-- cell: ([\w-]+) -->\n", re.M)
 FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
 HEADING = re.compile(r"^(#{1,4}) (.+)$", re.M)
 MAX_BYTES = 400_000  # of a notebook file
-MAX_COLORS = 64  # of a figure
+MAX_COLORS = 128  # of a figure
 DEADLINE = 900  # seconds for a cell
 SETUP = """import importlib.util
 import os

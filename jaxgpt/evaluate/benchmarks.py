@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 
 from jaxgpt.evaluate.likelihood import Likelihood
-from jaxgpt.evaluate.metrics import softmax
 from jaxgpt.evaluate.tasks import Question, Task
+from jaxgpt.measure import softmax
 
 # --- multiple choice -------------------------------------------------------------------------
 

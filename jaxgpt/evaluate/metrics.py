@@ -126,10 +126,3 @@ def estimate_calibration(confidences: Sequence[float], is_correct: Sequence[floa
         gap += abs(d.sum())
         variance += d.size * float(np.var(d, ddof=1)) if d.size > 1 else 0.25
     return Estimate(float(gap) / c.size, math.sqrt(variance) / c.size)
-
-
-def softmax(logprobs: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Return the probabilities of choices with these log-likelihoods, which add up to 1."""
-    x = np.asarray(logprobs, np.float64)
-    weights = np.exp(x - x.max())
-    return weights / weights.sum()

@@ -27,6 +27,7 @@ from jaxgpt.dims import declare_param, split
 from jaxgpt.model.block import REMAT_POLICIES, WIRINGS_WITHOUT_FINAL_NORM, Dropout, LayerGroup
 from jaxgpt.model.heads import HEADS, ClassifierHead, make_head
 from jaxgpt.model.layers import DTYPES, check_indices, prevent_cse
+from jaxgpt.model.lowrank import find_adapter
 from jaxgpt.model.masks import Coords
 from jaxgpt.model.mixers import MIXERS
 from jaxgpt.model.mixers.attention import Attention
@@ -240,12 +241,16 @@ class Embedding(nn.Module):
         check_indices(
             tokens, table.shape[0], "token id" if self.letters[0] == "V" else "token type"
         )
+        adapter, dtype = find_adapter(self), DTYPES[self.cfg.dtype]
         if is_quantized(table):
-            return constrain(table.take_rows(tokens, DTYPES[self.cfg.dtype]), "BTD")
-        # All-gather the width before the lookup, else the partitioner replicates the lookup.
-        table = gather_param(table.astype(DTYPES[self.cfg.dtype]), self.letters)
-        table = constrain(table, f"{self.letters[0]}.")
-        return constrain(table[tokens], "BTD")
+            x = table.take_rows(tokens, dtype)
+        else:
+            # All-gather the width before the lookup, else the partitioner replicates the lookup.
+            table = gather_param(table.astype(dtype), self.letters)
+            x = constrain(table, f"{self.letters[0]}.")[tokens]
+        if adapter is not None:
+            x = x + adapter.look_up(tokens).astype(x.dtype)
+        return constrain(x, "BTD")
 
 
 class Family(nn.Module):

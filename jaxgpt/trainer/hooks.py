@@ -71,8 +71,8 @@ class RunView:
 
     @property
     def params(self) -> Any:
-        """The parameters: valid until the next step, which takes their memory."""
-        return self._run.state.params
+        """The model's parameters: valid until the next step, which takes their memory."""
+        return self._run.state.model_params
 
     def log(self, text: str):
         """Print a text, above the progress bar."""

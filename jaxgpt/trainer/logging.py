@@ -295,8 +295,7 @@ def plot_task(run_folder: str, title: str, task: str):
     errors = [r[f"{name}/error"] for r in records if is_number(r[name])]
     errors = [x if is_number(x) else 0.0 for x in errors]
     axes.errorbar(steps, values, errors, color="black", lw=2, capsize=2, label="all")
-    chance: Any = records[-1].get(f"{name}/chance")
-    if is_number(chance):
+    if (chance := records[-1].get(f"{name}/chance")) is not None and is_number(chance):
         axes.axhline(chance, color="gray", ls=":", label="chance")
     metric = name.partition("/")[2].replace("_", " ")
     axes.set(xlabel="step", ylabel=metric, title=f"{title}: {task}")

@@ -20,6 +20,7 @@ from jaxgpt.console import format_sample
 from jaxgpt.data import prefetch_batches
 from jaxgpt.evaluate.run import ask
 from jaxgpt.language_model import LanguageModel
+from jaxgpt.model import abstract_params
 from jaxgpt.model.capture import find_groups
 from jaxgpt.selection import select
 from jaxgpt.settings import ConfigError
@@ -38,7 +39,7 @@ from jaxgpt.trainer.recovery import (
 )
 from jaxgpt.trainer.report import format_complete, format_duration, format_samples, format_summary
 from jaxgpt.trainer.run import Run, can_sample, join_run_path, open_run
-from jaxgpt.trainer.speed import flops_per_token
+from jaxgpt.trainer.speed import count_step_flops
 from jaxgpt.trainer.spikes import read_guard
 from jaxgpt.trainer.step import Metrics, select_trained
 from jaxgpt.trainer.stop import StopSignal, make_stop_signal
@@ -135,7 +136,7 @@ def run_until_spike(run: Run, stop: StopSignal, timer: "StepTimer | None"):
     with closing(batches):
         while not run.is_complete and not stop.name:
             with jax.profiler.StepTraceAnnotation("train", step_num=progress.step + 1):
-                run.state, metrics = run.train_step(run.state, run.place_batch(next(batches)))
+                run.state, metrics = run.train_step(run.state, run.feed(run.state, next(batches)))
             progress.step += 1
             progress.tokens += run.task.tokens_per_batch
             step = progress.step
@@ -260,7 +261,7 @@ def log_metrics(run: Run, step: int, metrics: Metrics):
         rate = run.task.tokens_per_batch / seconds
         values |= {
             "tokens_per_second": rate,
-            "mfu": rate * flops_per_token(cfg.model, cfg.optimizer.train) / run.peak_flops,
+            "mfu": rate * count_step_flops(cfg) / run.peak_flops,
             "eta_seconds": (cfg.train.steps - step) * seconds,
         }
     run.notify("on_metrics", step, values)
@@ -269,7 +270,7 @@ def log_metrics(run: Run, step: int, metrics: Metrics):
 def fetch_norms(run: Run, norms: Any) -> dict[str, float]:
     """Fetch the norms of a step by layer, as "grad_norm/layers.0"."""
     trees = {"grad": select(run.state.params, select_trained(run.cfg)), "param": run.state.params}
-    groups = find_groups(run.state.params)
+    groups = find_groups(abstract_params(run.cfg.model)[0])
     return {
         f"{kind}_norm/{name}": float(value)
         for kind, values in hosts.fetch(norms).items()
@@ -298,9 +299,8 @@ def run_eval(run: Run):
 def measure(run: Run) -> dict[str, Any]:
     """Return the metrics of the current model on the held-out text."""
     lengths = run.corpus.tokenizer.lengths if run.cfg.objective.is_text else None
-    return evaluate(
-        run.eval_step, run.state.params, run.task.make_eval_batches(), lengths, run.place_batch
-    )
+    params, batches = run.state.model_params, run.make_eval_batches()
+    return evaluate(run.eval_step, params, batches, lengths, run.place_batch)
 
 
 def run_tasks(run: Run):
@@ -312,7 +312,8 @@ def run_tasks(run: Run):
 
 def make_model(run: Run) -> LanguageModel:
     """Return the current model: valid until the next step, which takes its memory."""
-    return LanguageModel(run.cfg, run.state.params, run.corpus.tokenizer, tuple(run.task.labels))
+    params, labels = run.state.model_params, tuple(run.task.labels)
+    return LanguageModel(run.cfg, params, run.corpus.tokenizer, labels)
 
 
 def is_better(cfg: Config, values: Mapping[str, float], best: Progress) -> bool:

@@ -22,7 +22,10 @@ def _make_figure(width: float, height: float, rows: int = 1, columns: int = 1) -
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.grid(False)  # whatever the user's style: lines over an image hide it
+    return figure, axes
 
 
 def _show_piece(piece: str) -> str:

@@ -12,7 +12,6 @@ from jaxgpt.evaluate.metrics import (
     estimate_calibration,
     estimate_mean,
     estimate_perplexity,
-    softmax,
 )
 from jaxgpt.evaluate.tasks import Question
 from jaxgpt.settings import ConfigError
@@ -75,10 +74,6 @@ def test_calibration_compares_confidence_and_accuracy_by_bins():
     confidence = rng.random(20_000)
     calibrated = estimate_calibration(confidence, (rng.random(20_000) < confidence).astype(float))
     assert calibrated.value < 5 * calibrated.error
-
-
-def test_softmax_does_not_overflow():
-    assert softmax([-1e4, -1e4 - math.log(3)]) == pytest.approx([0.75, 0.25])
 
 
 # --- perplexity of texts ---------------------------------------------------------------------

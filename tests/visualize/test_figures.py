@@ -1,5 +1,6 @@
 """Figures show the numbers that they are given."""
 
+import matplotlib
 import numpy as np
 import pytest
 from inspected import TEXT, make_model
@@ -26,6 +27,12 @@ def test_attention_of_each_head(model):
     assert labels == list(pieces)
     single = visualize.draw_attention(weights[2], pieces, title="one")
     np.testing.assert_array_equal(read_image(single.axes[0]), weights[2])
+
+
+def test_no_grid_hides_an_image_whatever_the_style_of_the_user():
+    with matplotlib.rc_context({"axes.grid": True}):
+        figure = visualize.draw_attention(np.eye(3), ["a", "b", "c"])
+    assert not [line for line in figure.axes[0].get_xgridlines() if line.get_visible()]
 
 
 def test_the_lens_has_a_cell_for_each_layer_and_token(model):
