@@ -4,6 +4,7 @@ They come between the model and the sampler. Log-probabilities are those of the 
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -96,25 +97,25 @@ def make_rules(
         if not 0 <= token < vocab:
             raise ConfigError(f"logit bias of token {token}: the model has 0 to {vocab - 1}.")
         values[token] = value
-    floats = ("temperature", "top_p", "min_p", "repetition_penalty")
-    floats += ("presence_penalty", "frequency_penalty")
-    return Rules(
-        **{name: np.float32(getattr(sample, name)) for name in floats},
-        **{name: np.int32(getattr(sample, name)) for name in ("top_k", "min_tokens")},
-        bias=values,
-        banned=table,
-        key_data=np.asarray(jax.random.key_data(key)),
+    given: dict[str, Any] = dict(
+        bias=values, banned=table, key_data=np.asarray(jax.random.key_data(key))
     )
+    for name in Rules.__annotations__.keys() - given.keys():
+        make = np.int32 if name in ("top_k", "min_tokens") else np.float32
+        given[name] = make(getattr(sample, name))
+    return Rules(**given)
 
 
 def count_occurrences(ids: Sequence[int], drawn: Sequence[int], vocab: int) -> History:
     """Return the history of one row: its tokens, and which of them were generated."""
-    seen, recent = np.zeros(vocab, bool), np.full(MAX_BANNED_TOKENS - 1, NO_TOKEN, np.int32)
+    seen: Any = np.zeros(vocab, bool)
+    recent: Any = np.full(MAX_BANNED_TOKENS - 1, NO_TOKEN, np.int32)
     seen[np.asarray(ids, int)] = True
     last = list(ids)[-len(recent) :]
     recent[len(recent) - len(last) :] = last
-    counts = np.bincount(np.asarray(drawn, int), minlength=vocab).astype(np.int32)
-    return History(seen, counts, recent, np.int32(len(drawn)))
+    counts: Any = np.bincount(np.asarray(drawn, int), minlength=vocab).astype(np.int32)
+    total: Any = np.int32(len(drawn))
+    return History(seen, counts, recent, total)
 
 
 # --- the processors, in the order in which they are applied ------------------------------------

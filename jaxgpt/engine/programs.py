@@ -45,8 +45,7 @@ from jaxgpt.sharding import constrain
 CHUNK_TOKENS = 16  # tokens decoded per call, at most: the granularity of streaming
 
 
-@struct.dataclass
-class DecodeState:
+class DecodeState(struct.PyTreeNode):
     """The state of all rows between two calls."""
 
     cache: Cache
@@ -64,7 +63,7 @@ class Drawn(NamedTuple):
 
     tokens: jax.Array  # int32 [B T]
     logprobs: jax.Array  # float32 [B T], in the distribution of the model
-    count: jax.Array  # int32 [B], how many of them are drawn
+    counts: jax.Array  # int32 [B], how many of them are drawn
     top_tokens: jax.Array  # int32 [B T N], the likeliest tokens
     top_logprobs: jax.Array  # float32 [B T N]
 
@@ -294,7 +293,7 @@ def decode(
         out = Drawn(
             out.tokens.at[:, i].set(token),
             out.logprobs.at[:, i].set(logprob),
-            out.count + state.active,
+            out.counts + state.active,
             out.top_tokens.at[:, i].set(top_tokens),
             out.top_logprobs.at[:, i].set(top_logprobs),
         )

@@ -15,8 +15,7 @@ from jaxgpt.model.mixers.attention import Attention
 from jaxgpt.model.mixers.mixer import init_mixer_state
 
 
-@struct.dataclass
-class Cache:
+class Cache(struct.PyTreeNode):
     """Decoding cache, or KV cache. Empty slots have segment id 0: no query attends to them."""
 
     states: tuple[dict[str, Any], ...]  # per layer, by sublayer; each is updated in place

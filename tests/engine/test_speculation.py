@@ -85,7 +85,7 @@ def test_two_tokens_of_a_pass_have_the_exact_distribution():
     draft = [int(first_scores.argmax()), 4]
     drafts = np.tile(np.array(draft, np.int32), (n, 1))
     state, drawn = programs.verify(cfg, params, state, keep, mask, ends, drafts, zeros + 2, zeros)
-    tokens, count = np.asarray(drawn.tokens), np.asarray(drawn.count)
+    tokens, count = np.asarray(drawn.tokens), np.asarray(drawn.counts)
     p = np.exp(first_scores / 1.3)
     p /= p.sum()
     assert scipy.stats.chisquare(np.bincount(tokens[:, 0], minlength=9), n * p).pvalue > 1e-6
