@@ -260,8 +260,8 @@ print("previous token:", previous.max().round(2), " induction:", induction.max()
 # %% [markdown] key="scores-picture" tags=["picture"]
 # #### Figure: the previous-token score of every head
 #
-# A head that spread its weight evenly would score about .1 on this sentence. Some do far more: nobody
-# asked them to.
+# The title has the score of a head that spreads its weight evenly. Some do far better, and nobody asked
+# them to.
 
 # %%
 even = np.mean([1 / (t + 1) for t in range(1, weights.shape[-1])])
@@ -277,7 +277,7 @@ figure
 layer = int(previous.max(-1).argmax())
 pieces = inspect.encode(model, text).pieces
 figure = visualize.draw_attention(weights[layer], pieces, title=f"layer {layer}")
-figure.set_dpi(45)
+figure.set_dpi(70)
 figure
 
 # %% [markdown] key="ablation" tags=["example"]
