@@ -263,7 +263,7 @@ plt.show()
 # ### Lab: and so, do they learn?
 #
 # The task is to repeat: rows of random digits, of which the second half is the first half once more.
-# The loss counts the second half only. We train the four wirings with eight layers, and without any
+# The loss counts the second half only. We train the four wirings with six layers, and without any
 # warmup, so that their temper shows.
 
 # %%
