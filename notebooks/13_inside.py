@@ -147,6 +147,10 @@ for step in range(STEPS + 1):
     repeated_losses.append(float(loss))
 trained = as_model(params)
 print(f"loss on the second half of repeated noise: {np.mean(repeated_losses[-20:]):.2f} nats")
+plt.plot(repeated_losses, color="black", linewidth=1)
+plt.xlabel("step")
+plt.ylabel("loss on repeated noise, nats")
+plt.show()
 
 # %% [markdown] key="induction" tags=["concept"]
 # ## What an induction head does
