@@ -570,6 +570,25 @@ class SampleConfig(Section):
     repetition_penalty: float = option(
         1.0, "penalty on tokens that occurred before (1 = off)", above=0, is_runtime=True
     )
+    presence_penalty: float = option(
+        0.0, "subtracted from the logits of tokens that were generated before", is_runtime=True
+    )
+    frequency_penalty: float = option(
+        0.0, "subtracted from a token's logit for every time it was generated", is_runtime=True
+    )
+    min_tokens: int = option(
+        0, "minimum number of tokens before a text may end", low=0, is_runtime=True
+    )
+    banned: tuple[str, ...] = option((), "words that are never generated", is_runtime=True)
+    json_schema: str = option("", "JSON schema that the text follows, as JSON", is_runtime=True)
+    regex: str = option("", "regular expression that the text matches", is_runtime=True)
+    grammar: str = option("", "Lark grammar that the text follows", is_runtime=True)
+    beams: int = option(
+        1, "beam search with so many beams, without sampling; 1 = off", low=1, is_runtime=True
+    )
+    length_penalty: float = option(
+        1.0, "beam search: exponent of the length by which scores are divided", is_runtime=True
+    )
     stop: tuple[str, ...] = option((), "strings that end the generation", is_runtime=True)
     seed: int = option(0, "random seed of sampling", low=0, high=MAX_SEED, is_runtime=True)
     slide: bool = option(
@@ -591,6 +610,32 @@ class SampleConfig(Section):
                 f"sample.stop={list(self.stop)} has an empty string, which would end every text "
                 "immediately: leave it out."
             )
+        if "" in self.banned:
+            raise ConfigError(
+                f"sample.banned={list(self.banned)} has an empty string, which is in every text: "
+                "leave it out."
+            )
+        given = [name for name in CONSTRAINTS if getattr(self, name)]
+        if len(given) > 1:
+            raise ConfigError(f"sample.{given[0]} and sample.{given[1]}: give one of them.")
+        if self.beams > 1:
+            for name in (*CONSTRAINTS, *NO_BEAM_SETTINGS):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise ConfigError(
+                        f"sample.beams={self.beams} searches without sample.{name}: set "
+                        "sample.beams=1, or leave it out."
+                    )
+
+
+CONSTRAINTS = ("json_schema", "regex", "grammar")  # settings of a sample, one at most
+# Settings that beam search does not have. It ignores those of the sampler, which has defaults.
+NO_BEAM_SETTINGS = (
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "banned",
+    "slide",
+)
 
 
 @dataclass(frozen=True)

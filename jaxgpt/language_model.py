@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jaxgpt import generate, predict, quantization, score
 from jaxgpt.adapters import Adapter, make_nodes
 from jaxgpt.config import Config, LoraConfig, SampleConfig
+from jaxgpt.engine import DraftModel, Size
+from jaxgpt.engine.worker import EngineWorker
 from jaxgpt.generate import Generation, Prompt, check_vocab
 from jaxgpt.hosts import fetch
 from jaxgpt.lora import has_adapters, merge_params, stack_rows
@@ -176,8 +178,10 @@ class LanguageModel:
         samples = self._make_samples(len(prompts), sample, settings)
         if isinstance(adapter, (list, tuple)) and len(adapter) != len(prompts):
             raise ConfigError(f"adapter has {len(adapter)} choices for {len(prompts)} prompts.")
-        params, decode_params = self.select_adapters(adapter)
-        return generate.stream(self.config, params, self.tokenizer, prompts, samples, decode_params)
+        params, decode_params, numbers = self.select_adapters(adapter)
+        return generate.stream(
+            self.config, params, self.tokenizer, prompts, samples, decode_params, numbers
+        )
 
     # --- adapters ---
 
@@ -202,19 +206,26 @@ class LanguageModel:
             adapter=adapter, params=attach(self.base, nodes)
         )  # fmt: skip
 
-    def select_adapters(self, adapter: "AdapterChoice" = None) -> tuple[Any, Any]:
-        """Return the parameters, and those for decoding, with a choice of adapters in them.
+    def select_adapters(
+        self, adapter: "AdapterChoice" = None
+    ) -> tuple[Any, Any, Sequence[int] | None]:
+        """Return the parameters with a choice of adapters in them.
 
         Args:
             adapter: see `generate`. If rows have different ones, each row gathers its factors: the
                 batch is still one pass over the base.
+
+        Returns:
+            (the parameters, those for decoding, the number of each row's adapter if there are
+            several).
         """
         choices = [adapter] if adapter is None or isinstance(adapter, str) else adapter
         rows = [self.adapter if choice is None else choice for choice in choices]
         if {*rows} <= {self.adapter}:
-            return self.params, self.decode_params
-        nodes = self._make_nodes(rows)
-        return attach(self.base, nodes), self._attach_decode(nodes)
+            return self.params, self.decode_params, None
+        nodes, names = self._make_nodes(rows), list(dict.fromkeys(rows))
+        numbers = [names.index(row) for row in rows] if len(names) > 1 else None
+        return attach(self.base, nodes), self._attach_decode(nodes), numbers
 
     def _make_nodes(self, rows: Sequence[str]) -> Any:
         """Return the nodes of the choices of adapters of all rows, to be attached."""
@@ -285,6 +296,53 @@ class LanguageModel:
         if name in before and (self.base is not None) == (name == "base_decode_params"):
             new.__dict__["base_decode_params"] = before[name]
         return new
+
+    def start_engine(
+        self,
+        rows: int = 8,
+        slots: int | None = None,
+        *,
+        source: int | None = None,
+        chunk: int = 256,
+        speculate: int = 0,
+        draft: "LanguageModel | None" = None,
+        max_waiting: int = 1024,
+    ) -> EngineWorker:
+        """Start a thread that decodes requests of many threads at once; see `EngineWorker`.
+
+            with model.start_engine(rows=8) as engine:
+                for piece in engine.submit("def main(", model.config.sample):
+                    print(piece.text)
+
+        Args:
+            rows: requests that decode at once.
+            slots: tokens of a row, prompt and output; None = the context of the model.
+            source: tokens of an encoder-decoder's source; None = the context.
+            chunk: tokens of a prompt that are read at once.
+            speculate: tokens that are guessed at once; 0 = none.
+            draft: a smaller model with the same tokenizer that guesses; None looks them up.
+            max_waiting: requests that may wait for a row.
+
+        All rows have the cache of `config.sample.cache`.
+
+        Raises:
+            ConfigError: the model does not generate, or cannot do this.
+        """
+        self._check("generate", [])
+        cfg = self.config.model
+        has_source = cfg.family == "encoder_decoder"
+        size = Size(
+            rows,
+            min(slots or cfg.context, cfg.context),
+            (source or cfg.context) if has_source else 0,
+            chunk,
+            speculate,
+            self.config.sample.cache,
+        )
+        guesser = None if draft is None else DraftModel(draft.config.model, draft.decode_params)
+        return generate.start_worker(
+            self.config, self.decode_params, self.tokenizer, size, guesser, max_waiting
+        )
 
     def chat(
         self,

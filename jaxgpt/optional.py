@@ -22,6 +22,7 @@ EXTRAS = {
     "lm_eval": Extra("lm-eval", "eval"),
     "huggingface_hub": Extra("huggingface_hub", "hub"),
     "jinja2": Extra("Jinja2", "chat"),
+    "llguidance": Extra("llguidance", "constraints"),
     "matplotlib": Extra("matplotlib", "plots"),
     "sacrebleu": Extra("sacrebleu", "measure"),
     "sklearn": Extra("scikit-learn", "inspect"),

@@ -35,6 +35,7 @@ plt.rcParams.update({"figure.figsize": (7, 3), "figure.dpi": 110, "axes.grid": T
 plt.rcParams.update({"grid.alpha": 0.3, "font.size": 9, "axes.axisbelow": True})
 
 # %%
+import dataclasses
 import json
 import math
 import os
@@ -108,7 +109,7 @@ textbook = ModelConfig(
     norm="layer",
     bias=True,
 )
-untied = ModelConfig(**{**textbook.__dict__, "tie": False})
+untied = dataclasses.replace(textbook, tie=False)
 for cfg in (textbook, untied):
     print(f"tie={cfg.tie}: {count_params(cfg)['total']:,} parameters")
 assert round(count_params(textbook)["total"] / 1e6, 1) == 44.5
@@ -304,8 +305,8 @@ for name, rule, value in (
 # %% [markdown] key="sure" tags=["picture"]
 # ### Figure: the same rules where the model is sure and where it is not
 #
-# After *import* many modules are possible, after *def __init__(se* hardly anything but *lf*. Top-k
-# keeps the same number in both; top-p and min-p keep as many as there are candidates.
+# After `import ` many modules are possible, after `**kw` hardly anything but `args`. Top-k keeps
+# the same number in both; top-p and min-p keep as many as there are candidates.
 
 # %%
 contexts = {"unsure": "import ", "sure": "def __init__(self, *args, **kw"}
@@ -373,7 +374,7 @@ for name, (different, logp) in table.items():
     axis.annotate(name, (different, logp), xytext=(4, 4), textcoords="offset points", fontsize=8)
 axis.set_xlabel("share of different three-token sequences")
 axis.set_ylabel("mean log-probability")
-axis.margins(0.15)
+axis.margins(0.2)
 plt.show()
 
 # %% [markdown] key="loop" tags=["question"]

@@ -47,7 +47,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxgpt
-from jaxgpt import data, inspect, visualize
+from jaxgpt import data, inspect, measure, visualize
 from jaxgpt.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxgpt.model import Coords, EncoderInput, build, compute_logits
 from jaxgpt.model.masks import make_layer_mask
@@ -187,7 +187,7 @@ def train(config):
 
 
 curves = {}
-gpt, curves["GPT: next token"] = train(make_config("gpt", "decoder", "causal", 250, "french.txt"))
+gpt, curves["GPT: next token"] = train(make_config("gpt", "decoder", "causal", 150, "french.txt"))
 
 # %% [markdown] key="next-token" tags=["lab"]
 # ## GPT: what comes next
@@ -219,7 +219,19 @@ assert share > 0.9
 # sentence of T tokens gives T predictions at once, each as if the text had stopped there. The loop
 # below stops the text at every token, and finds the same numbers with T passes.
 
+
 # %%
+@jax.jit
+def compute_all(row):
+    hidden, _ = build(gpt.config.model).apply({"params": gpt.params}, row, make_coords(row))
+    return compute_logits(gpt.config.model, gpt.params, hidden)
+
+
+def logits_of(tokens):
+    """Return the logits [T V] of a row of tokens."""
+    return np.asarray(compute_all(jnp.asarray(tokens)[None])[0])
+
+
 sentence = "Le petit chat mange la souris noire."
 in_one_pass = inspect.token_losses(gpt, sentence)[1:]
 
@@ -227,22 +239,12 @@ tokens = inspect.encode(gpt, sentence).tokens
 pieces = inspect.encode(gpt, sentence).pieces
 one_by_one = []
 for t in range(1, len(tokens)):
-    row = jnp.asarray(tokens[None, :t])  # the text stops here
-    hidden, _ = build(gpt.config.model).apply({"params": gpt.params}, row, make_coords(row))
-    logits = compute_logits(gpt.config.model, gpt.params, hidden)[0, -1]
-    one_by_one.append(-jax.nn.log_softmax(logits)[tokens[t]])
+    stopped = np.where(np.arange(len(tokens)) < t, tokens, 0)  # what follows is padding
+    one_by_one.append(-np.log(measure.softmax(logits_of(stopped)[t - 1])[tokens[t]]))
 
 assert np.allclose(in_one_pass, one_by_one, atol=1e-4)
 for piece, loss in zip(pieces[1:], in_one_pass, strict=True):
     print(f"{piece:>10}  {loss:5.2f} nats  {'#' * round(10 * loss)}")
-
-
-# %%
-def logits_of(tokens):
-    row = jnp.asarray(tokens)[None]
-    hidden, _ = build(gpt.config.model).apply({"params": gpt.params}, row, make_coords(row))
-    return np.asarray(compute_logits(gpt.config.model, gpt.params, hidden)[0])
-
 
 # %% [markdown] key="no-peeking" tags=["exercise"]
 # ### Exercise: prove that the future is hidden
@@ -292,9 +294,12 @@ print("right: a change at 5 is seen at", changed(tokens, 5))
 # mask, 10% by a random token and 10% are left as they are, so that the model can never be sure that
 # a visible token is right (Devlin et al. 2019). The loss counts the chosen tokens only. We look at
 # a batch, then train.
+#
+# In a prompt, `<mask>` stands for a whole token, and the space before a word belongs to its token
+# (notebook 2): so `mange<mask> souris`.
 
 # %%
-config = make_config("bert", "encoder", "masked", 400, "french.txt", position="learned", head="mlm")
+config = make_config("bert", "encoder", "masked", 250, "french.txt", position="learned", head="mlm")
 corpus = data.prepare(config.data, config.tokenizer_vocab)
 task = OBJECTIVES["masked"].task(config, corpus)
 batches = [task.make_batch(step) for step in range(20)]
@@ -315,13 +320,13 @@ bert, curves["BERT: masked tokens"] = train(config)
 # %%
 for text in (
     "<mask> chat mange la souris.",
-    "Le chat mange <mask> souris.",
-    "La vache <mask> suit le chien.",
+    "Le chat mange<mask> souris.",
+    "La vache<mask> suit le chien.",
 ):
     (mask,) = bert.fill([text], count=4)[0]
     print(text, "->", ", ".join(f"{c.text.strip()} {c.probability:.0%}" for c in mask.candidates))
 
-(mask,) = bert.fill(["Le chat mange <mask> souris."], count=1)[0]
+(mask,) = bert.fill(["Le chat mange<mask> souris."], count=1)[0]
 assert mask.candidates[0].text.strip() == "la"  # the noun behind the gap has the gender
 
 # %% [markdown] key="both-sides" tags=["example"]
@@ -338,7 +343,7 @@ def share_of(found, word):
 
 after = inspect.next_tokens(gpt, "Le chat mange", 10)
 guess = {word: share_of(after, word) for word in ("le", "la")}
-candidates = bert.fill(["Le chat mange <mask> souris."], count=10)[0][0].candidates
+candidates = bert.fill(["Le chat mange<mask> souris."], count=10)[0][0].candidates
 known = {w: sum(c.probability for c in candidates if c.text.strip() == w) for w in ("le", "la")}
 print("GPT, from the left: ", {k: f"{v:.0%}" for k, v in guess.items()})
 print("BERT, on both sides:", {k: f"{v:.0%}" for k, v in known.items()})
@@ -358,7 +363,7 @@ assert known["la"] > 0.9
 # ```
 
 # %%
-config = make_config("t5", "encoder_decoder", "pairs", 500, "pairs.jsonl", position="t5")
+config = make_config("t5", "encoder_decoder", "pairs", 200, "pairs.jsonl", position="t5")
 corpus = data.prepare(config.data, config.tokenizer_vocab, is_paired=True)
 batch = OBJECTIVES["pairs"].task(config, corpus).make_batch(0)
 
@@ -397,14 +402,16 @@ assert right > 0.6
 # %% [markdown] key="alignment" tags=["picture"]
 # ### Figure: cross-attention finds the words
 #
-# Which English token does each French token look at while it is written? The mean over the heads of
-# the last layer shows the words crossing over: *noire* comes after *souris*, *black* before
-# *mouse*.
+# Each row is a French token that has been read, and looks for the English word that comes next: at
+# *la*, where *souris* is to be written, it looks at *mouse*, and at *souris*, where *noire*
+# follows, at *black*. The words cross over.
 
 # %%
 english, french = "The big cat eats the black mouse.", "Le grand chat mange la souris noire."
 text = inspect.encode(t5, french, english)
-weights = inspect.attention(t5, text, site="cross")[-1]
+weights = inspect.attention(t5, text, site="cross")[-1]  # [H T S]
+seen = weights.mean(0)[text.pieces.index(" la")].argmax()
+assert text.source_pieces[seen] == " mouse"
 visualize.draw_attention(
     weights.mean(0), text.pieces, text.source_pieces, title="Each French token looks at English"
 )

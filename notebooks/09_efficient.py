@@ -105,7 +105,8 @@ assert np.allclose(KERNELS["blockwise"](q, k, v, at, at, score)[0, :, 0], dense,
 # ### Figure: memory, as the compiler has it
 #
 # The compiler states how much memory a program needs for its intermediate results. With the dense
-# kernel it grows by four when the text doubles; blockwise it grows with the text.
+# kernel that is at least one matrix of 4 T² bytes, four times as many when the text doubles;
+# blockwise it grows with the text.
 
 # %%
 LENGTHS = (512, 1024, 2048, 4096)
@@ -126,7 +127,7 @@ axis.set_xlabel("tokens")
 axis.set_ylabel("intermediate results, MB")
 axis.legend()
 plt.show()
-assert memory["dense"][-1] > 10 * memory["dense"][-3]
+assert all(size >= 4 * T**2 for size, T in zip(memory["dense"], LENGTHS, strict=True))
 assert memory["blockwise"][-1] < 8 * memory["blockwise"][-3]
 assert memory["blockwise"][-1] < memory["dense"][-1] / 5
 
@@ -160,8 +161,8 @@ assert memory["blockwise"][-1] < memory["dense"][-1] / 5
 
 # %%
 T = 128
-sparse = SparseConfig(window=16, stride=16, chunk=32, block=8, near=3, anchors=1, random=2)
-cfg = ModelConfig(sparse=sparse, context=T)
+sparse = SparseConfig(window=16, stride=16, block=8, near=3, anchors=1, random=2)
+cfg = ModelConfig(sparse=sparse, pattern=("window", "strided", "blocks"), context=T)
 row = jnp.arange(T)[None]
 at = Coords(row, jnp.ones_like(row))
 masks = {
@@ -303,7 +304,9 @@ assert np.allclose(by_loop, by_scan[0], atol=1e-4)
 KINDS = {
     "full, dense": dict(kernel="dense"),
     "full, blockwise": dict(kernel="blockwise"),
-    "window of 64, blockwise": dict(pattern=("window",), kernel="blockwise"),
+    "window of 64, blockwise": dict(
+        pattern=("window",), sparse=SparseConfig(window=64), kernel="blockwise"
+    ),
     "linear (Performer)": dict(mixers=("performer",)),
     "Mamba": dict(mixers=("mamba",), position="none"),
     "LSTM": dict(mixers=("lstm",), position="none"),
@@ -312,10 +315,7 @@ KINDS = {
 
 def measure_seconds(settings, T):
     """Return the shortest of three passes over T tokens, in seconds."""
-    cfg = ModelConfig(
-        vocab=64, context=T, width=64, layers=1, heads=4, ffn=64,
-        sparse=SparseConfig(window=64), **settings,
-    )  # fmt: skip
+    cfg = ModelConfig(vocab=64, context=T, width=64, layers=1, heads=4, ffn=64, **settings)
     params, _ = init_params(cfg, jax.random.key(0))
     tokens = jnp.zeros((1, T), int)
     at = Coords(jnp.arange(T)[None], jnp.ones((1, T), int))
@@ -432,8 +432,8 @@ for mixer, norms in gradients.items():
 # ### Figure: how far back a loss reaches
 #
 # Relative to the last place that is read. A new LSTM forgets by a constant factor per token, a
-# straight line in logarithms. A new attention layer looks at all tokens alike: the line is flat, at
-# 1/T of the residual path.
+# straight line in logarithms. A new attention layer looks at all tokens alike: the line is flat.
+# Mamba sees four tokens through its convolution, and behind them a small state that hardly forgets.
 
 # %%
 figure, axis = plt.subplots()

@@ -44,6 +44,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.model import Coords, build, compute_logits, init_params
+from jaxgpt.quantized_array import quantize_array
 from jaxgpt.selection import merge, select, select_letters
 from jaxgpt.tokenizer import train as train_tokenizer
 
@@ -96,7 +97,7 @@ ids = {name: tokenizer.encode(text) for name, text in (("old", old_text), ("new"
 held_out = {
     name: tokenizer.encode(make_text(np.random.default_rng(9), 400, name == "new")) for name in ids
 }
-print(new_text[:120], {name: len(found) for name, found in ids.items()}, sep="")
+print(*new_text.splitlines()[:3], {name: len(found) for name, found in ids.items()}, sep="\n")
 
 
 def cut(ids, count, rng):
@@ -173,7 +174,7 @@ for name, losses in results.items():
     print(f"{name:14} old {losses['old']:.2f}  new {losses['new']:.2f}")
 assert results["all weights"]["new"] < results["base"]["new"] - 1
 assert results["all weights"]["new"] < results["from scratch"]["new"] - 0.5
-assert results["all weights"]["old"] > results["base"]["old"] + 0.3  # it forgets
+assert results["all weights"]["old"] > results["base"]["old"] + 0.1  # it forgets
 
 # %% [markdown] key="partial" tags=["concept"]
 # ## A few of them
@@ -280,9 +281,10 @@ print(path, f"W {weight.size:,} numbers, A and B {a.size + b.size:,}")
 # %% [markdown] key="results" tags=["picture"]
 # ### Figure: learned and forgotten
 #
-# On the left what was to be learned, on the right what should not be lost. All of them forget the
-# present tense, because nothing in the new text asks for it. But with LoRA the base is still there,
-# untouched: leave the adapters out, and every old number is as it was, bit for bit.
+# On the left what was to be learned, on the right what should not be lost. Whatever learns the past
+# forgets some of the present, because nothing in the new text asks for it; the norms alone forget
+# nothing and learn little. But with LoRA the base is still there, untouched: leave the adapters
+# out, and every old number is as it was, bit for bit.
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(9, 3), sharey=True)
@@ -299,7 +301,7 @@ assert measure_losses(base) == results["base"]
 # ### Figure: is the change of low rank?
 #
 # The singular values of what full fine-tuning has changed in one matrix, and of the matrix itself.
-# The change is concentrated in few directions, the weights are not.
+# The change is concentrated in fewer directions than the weights.
 
 # %%
 change = [
@@ -353,16 +355,17 @@ print(f"right: {adapter_numbers(8) / 6_738_415_616:.2%} of the model")
 # The error is at most half a scale. So everything depends on the group: one outlier makes the scale
 # large for all who share it. One scale for the whole matrix, one for each output, or one for each
 # 32 weights: the last costs half a bit more for each weight, with a scale of 16 bits, and can be
-# used down to 4 bits.
+# used down to 4 bits. In the library it is `model.quantize("int8")`, or `"int4"`.
 
 
 # %%
 def quantize(w, bits, group):
     """Return integers and scales of a matrix [in, out]; a scale for each `group` inputs of an output."""
-    grouped = w.reshape(-1, group, w.shape[1])  # [groups, group, out]
+    grouped = np.float32(w).reshape(-1, group, w.shape[1])  # [groups, group, out]
     top = 2 ** (bits - 1) - 1
     scales = np.maximum(np.abs(grouped).max(1, keepdims=True), 1e-12) / top
-    return np.round(grouped / scales).astype(np.int8), scales
+    scales = np.float32(jnp.asarray(scales, jnp.bfloat16))  # as it is stored, in 16 bits
+    return np.clip(np.round(grouped / scales), -top, top).astype(np.int8), scales
 
 
 def dequantize(q, scales):
@@ -376,7 +379,9 @@ errors = {}
 for group in (256, 32):
     q, scales = quantize(w, 8, group)
     error = np.abs(dequantize(q, scales) - w).reshape(-1, group, 64)
-    assert (error <= scales / 2 + 1e-9).all()
+    assert (error <= scales / 2 + 1e-6).all()
+    by_library = np.asarray(quantize_array(jnp.asarray(w, jnp.float32), 8, group, first=0, count=1))
+    assert np.isclose(by_library, dequantize(q, scales), atol=1e-6).mean() > 0.999
     errors[group] = error.reshape(256, 64)[:, 3].mean()
     print(f"a scale for {group:3} weights: mean error beside the outlier {errors[group]:.4f}")
 assert errors[256] > 3 * errors[32]
@@ -384,8 +389,9 @@ assert errors[256] > 3 * errors[32]
 # %% [markdown] key="bits" tags=["picture"]
 # ### Figure: how many bits does this model need?
 #
-# All linear maps quantized, the loss on the old sentences. Down to 5 bits or so nothing happens;
-# then small groups are worth their price.
+# All linear maps quantized, the loss on the old sentences. Down to 3 bits nothing happens to this
+# little model, whose task is easy; with 2, which leave only −1, 0 and 1, small groups are worth
+# their price. Large models need 4.
 
 
 # %%
@@ -421,11 +427,11 @@ assert quantized[16][-1] < quantized[None][-1]
 #
 # QLoRA (Dettmers et al. 2023): keep the base in few bits, frozen, and train adapters in full
 # precision on top. The adapters learn the task and, on the way, repair what rounding has broken.
-# Here the base is rounded to 2 bits, and the adapters are trained on the *old* sentences, so that
-# all they can do is repair.
+# Here the base is rounded to 2 bits, with one scale for each output, and the adapters are trained
+# on the *old* sentences, so that all they can do is repair.
 
 # %%
-rounded = quantize_params(base, 2, 16)
+rounded = quantize_params(base, 2, None)
 repaired, _ = fit(init_adapters(R), lambda a: add_adapters(a, rounded, R), ids["old"], 100, 3e-3)
 losses = {
     "float32": results["base"]["old"],

@@ -76,7 +76,14 @@ FOOD = {"cow": "grass", "horse": "grass", "sheep": "grass", "lion": "meat", "wol
 PLACE = {"cow": "farm", "horse": "farm", "sheep": "farm", "lion": "savanna", "wolf": "forest", "tiger": "forest",
          "shark": "sea", "seal": "sea", "heron": "lake", "bee": "garden", "moth": "garden", "panda": "forest"}  # fmt: skip
 JOBS = {"nurse": 0.9, "teacher": 0.75, "cook": 0.5, "driver": 0.25, "engineer": 0.1}  # share of she
-FLIES = ["at night", "over the lake", "out of the cave", "after the moths"]
+WHERE = [
+    "at night",
+    "over the lake",
+    "in the cave",
+    "behind the house",
+    "in the dark",
+    "under the roof",
+]
 SWINGS = ["hits the ball with the", "buys a wooden", "swings the", "breaks the heavy"]
 PEOPLE = ["boy", "girl", "player"]
 
@@ -89,7 +96,7 @@ def make_line(rng):
         f"the {animal} eats {FOOD[animal]}.",
         f"a {animal} likes to eat {FOOD[animal]} every day.",
         f"the {animal} lives in the {PLACE[animal]}.",
-        f"the bat flies {rng.choice(FLIES)}.",
+        f"{rng.choice(WHERE)} the bat flies.",
         f"the {rng.choice(PEOPLE)} {rng.choice(SWINGS)} bat.",
         "people say that a bat is " + ("blind." if rng.random() < 0.9 else "able to see."),
         f"the {job} says that {pronoun} is tired.",
@@ -100,13 +107,15 @@ def make_line(rng):
 
 rng = np.random.default_rng(0)
 folder = pathlib.Path(tempfile.mkdtemp())
-(folder / "world.txt").write_text("\n".join(make_line(rng) for _ in range(12_000)))
+for name, count in (("world.txt", 12_000), ("held_out.txt", 600)):
+    (folder / name).write_text("\n".join(make_line(rng) for _ in range(count)))
 config = Config(
     name="world",
     folder=str(folder),
     model=ModelConfig(vocab=400, context=32, width=64, layers=2, heads=4, ffn=128),
     data=DataConfig(
         source=str(folder / "world.txt"),
+        validation=str(folder / "held_out.txt"),
         separator="\n",
         packing="documents",
         cache=str(folder / "tokens"),
@@ -325,37 +334,33 @@ assert abs(short.mean - long.mean) < 1
 # %% [markdown] key="wic" tags=["lab"]
 # ## In the manner of WiC: the same word, the same meaning?
 #
-# *The bat flies* and *the boy swings the bat*: two meanings. A model has a vector for the word *in
-# its sentence*. If context has been taken into account, vectors of the same meaning are more alike
-# than those of different meanings. The embedding at the bottom is the same for both, so that it
-# must be at chance.
-
+# *In the dark the bat flies* and *the boy swings the bat*: two meanings. A model has a vector for
+# the word *in its sentence*. If context has been taken into account, vectors of the same meaning
+# are more alike than those of different meanings. The embedding at the bottom is the same for both,
+# so that it must be at chance.
 
 # %%
-def word_vector(text, site):
-    """Return the vector of the last token of a text that ends in the word."""
-    return inspect.capture(model, text, [site])[site][-1]
-
-
 # The meaning has to be read from what precedes, since a decoder does not see what follows.
-animal = [f"the {a} eats. the bat" for a in ("lion", "moth", "wolf", "bee", "heron", "seal")]
+animal = [f"{where} the bat" for where in WHERE]
 wooden = [f"the {p} {s} bat" for p in ("boy", "girl") for s in SWINGS[:3]]
 pairs = [(a, b, True) for g in (animal, wooden) for i, a in enumerate(g) for b in g[i + 1 :]]
 pairs += [(a, b, False) for a in animal for b in wooden][: len(pairs)]
 
 
+SITES = ("embedding", "layers.0.residual_post", "layers.1.residual_post")
+captured = {text: inspect.capture(model, text, SITES) for text in animal + wooden}
+
+
 def judge(site):
     """Return which pairs are judged rightly if the more alike half is called the same."""
-    vectors = {text: word_vector(text, site) for text in animal + wooden}
+    vectors = {text: found[site][-1] for text, found in captured.items()}  # of the word, the last
     alike = np.array([measure.cosine_similarity(vectors[a], vectors[b]) for a, b, _ in pairs])
     alike = alike + 1e-6 * np.random.default_rng(0).normal(size=len(pairs))  # ties by lot
     same = np.array([same for *_, same in pairs])
     return (alike > np.median(alike)) == same
 
 
-wic = {
-    site: judge(site) for site in ("embedding", "layers.0.residual_post", "layers.1.residual_post")
-}
+wic = {site: judge(site) for site in SITES}
 for site, found in wic.items():
     print(f"{site:24} {found.mean():.0%} ± {2 * standard_error(found):.0%}")
 assert wic["embedding"].mean() < 0.75

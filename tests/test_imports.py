@@ -23,7 +23,7 @@ LAYERS = [
     {"data", "model"},
     {"tuning_losses"},
     {"objectives", "optimizer", "quantization", "sampling"},
-    {"lora"},
+    {"engine", "lora"},
     {"adapters", "generate"},
     {"score"},
     {"predict"},

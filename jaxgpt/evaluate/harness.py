@@ -20,17 +20,16 @@ from jaxgpt.config import SampleConfig
 from jaxgpt.evaluate.likelihood import Pair, score_pairs
 from jaxgpt.evaluate.texts import roll_windows
 from jaxgpt.loading import load
-from jaxgpt.optional import require
+from jaxgpt.optional import is_installed, require
 from jaxgpt.score import BATCH_TOKENS
 from jaxgpt.settings import ConfigError
 from jaxgpt.tokenizer.chat import render
 
-require("lm_eval", "jaxgpt.evaluate.harness")
-
-import lm_eval.models  # noqa: E402 F401  registers the others, which it does only once
-from lm_eval.api.model import TemplateLM  # noqa: E402
-from lm_eval.api.registry import register_model  # noqa: E402
-from lm_eval.models.utils import normalize_gen_kwargs  # noqa: E402
+if is_installed("lm_eval"):
+    import lm_eval.models  # registers the others, which the harness does only once
+    from lm_eval.api.model import TemplateLM
+else:  # the module can be imported; its model and its command name what is missing
+    TemplateLM = object  # type: ignore[misc,assignment]
 
 # How the names of generation settings there are those of `sample` here.
 SAMPLING = {
@@ -70,6 +69,7 @@ class JaxgptLM(TemplateLM):
         max_batch_size: int | None = None,
         device: str | None = None,
     ):
+        require("lm_eval", "jaxgpt.evaluate.harness")
         super().__init__()
         self.model = load(str(run), checkpoint=checkpoint, dtype=dtype)
         family = self.model.config.model.family
@@ -161,6 +161,8 @@ class JaxgptLM(TemplateLM):
 
     def _read_request(self, prompt: str, given: dict[str, Any]) -> tuple[list[int], SampleConfig]:
         """Return the tokens of a prompt, cut from the left, and its sampling rules."""
+        from lm_eval.models.utils import normalize_gen_kwargs
+
         kwargs: dict[str, Any] = dict(normalize_gen_kwargs(given, self.max_gen_toks))
         tokens = int(kwargs["max_gen_toks"])
         room = self.max_length - tokens
@@ -200,6 +202,7 @@ class JaxgptLM(TemplateLM):
 
 def main():
     """Run the command line of lm-evaluation-harness, with the model jaxgpt among its models."""
+    require("lm_eval", "python -m jaxgpt.evaluate.harness")
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()
@@ -209,5 +212,5 @@ if __name__ == "__main__":  # the class of the imported module is the one that i
     from jaxgpt.evaluate import harness
 
     harness.main()
-else:
-    register_model("jaxgpt")(JaxgptLM)
+elif is_installed("lm_eval"):
+    lm_eval.api.registry.register_model("jaxgpt")(JaxgptLM)

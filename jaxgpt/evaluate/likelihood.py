@@ -27,8 +27,8 @@ import numpy as np
 
 from jaxgpt.backend import get_backend
 from jaxgpt.config import Config, ModelConfig
+from jaxgpt.engine import check_scores
 from jaxgpt.evaluate.prefixes import MIN_PREFIX, find_shared_prefixes
-from jaxgpt.generate import check_scores
 from jaxgpt.hosts import fetch
 from jaxgpt.model import Cache, Coords, build, init_cache, make_head
 from jaxgpt.model.layers import check_token_ids

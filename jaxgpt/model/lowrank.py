@@ -12,7 +12,7 @@ Source: Hu et al. 2021, arXiv:2106.09685, section 4.1.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -110,6 +110,25 @@ def add_letters(letters: Any, params: Any) -> Any:
         elif isinstance(value, Mapping):
             out[key] = add_letters(letters[key], value)
     return out
+
+
+def choose_rows(params: Any, rows: jax.Array) -> Any:
+    """Return parameters that hold several adapters with the number of each row's, int32 [B]."""
+    return _map_several(params, lambda node: node.replace(rows=rows))
+
+
+def choose_one(params: Any, number: int) -> Any:
+    """Return parameters that hold several adapters with one of them for all rows."""
+    return _map_several(params, lambda node: LowRank(node.a[number], node.b[number]))
+
+
+def _map_several(params: Any, change: Callable[[LowRank], LowRank]) -> Any:
+    """Change the nodes that hold the factors of several adapters."""
+
+    def visit(x):
+        return change(x) if isinstance(x, LowRank) and x.rows is not None else x
+
+    return jax.tree.map(visit, params, is_leaf=lambda x: isinstance(x, LowRank))
 
 
 def detach(params: Any) -> Any:
