@@ -268,8 +268,7 @@ plt.show()
 # ### Lab: and so, do they learn?
 #
 # The task is to repeat: rows of random digits, of which the second half is the first half once more.
-# The loss counts the second half only. We train the four wirings with six layers, and without any
-# warmup, so that their temper shows.
+# The loss counts the second half only. We train the four wirings with six layers.
 
 # %%
 HALF, VOCAB = 8, 16
@@ -304,7 +303,7 @@ def train_to_repeat(wiring, steps, lr=2e-3):
     return np.array(losses)
 
 
-steps = max(300, round(400 * scale))
+steps = max(200, round(250 * scale))
 repeated = {wiring: train_to_repeat(wiring, steps) for wiring in gradient_norms}
 for wiring, losses in repeated.items():
     print(f"{wiring:12} loss {losses[-20:].mean():.3f}")
@@ -314,7 +313,8 @@ assert repeated["pre"][-20:].mean() < 0.8 * np.log(VOCAB)
 # %% [markdown] key="training-picture" tags=["picture"]
 # #### Figure: the loss of the four wirings
 #
-# The dashed line is guessing, ln 16.
+# The dashed line is guessing, ln 16. With residuals all three learn; between pre and post the difference
+# shows in deeper models and with larger steps.
 
 # %%
 figure, axis = plt.subplots()
