@@ -14,20 +14,22 @@ import optax
 
 from benchmarks.worker import DATA_TOKENS, Case, Contestant, Side, serve_pipe
 from jaxgpt import config as configs
-from jaxgpt import generate, objectives
+from jaxgpt import objectives
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.config import Config, SampleConfig
 from jaxgpt.data import Batch, prefetch_batches
+from jaxgpt.engine import Engine, Request, Size
+from jaxgpt.engine import Row as TextRow
+from jaxgpt.engine.processors import make_rules
 from jaxgpt.model import Coords, Head, build, init_params, unstack_layers
 from jaxgpt.model.kernels import ACCELERATED, ScoreMod, attend
 from jaxgpt.model.layers import DTYPES
 from jaxgpt.model.masks import make_layer_mask
 from jaxgpt.optimizer import build as build_optimizer
 from jaxgpt.planning.step import lower_step
-from jaxgpt.sampling import SamplingParams
 from jaxgpt.sharding import make_batch_sharding
 from jaxgpt.trainer.memory import retain_freed_memory
-from jaxgpt.trainer.state import make_state
+from jaxgpt.trainer.state import make_adapter_state, make_first_base, make_state
 from jaxgpt.trainer.step import make_eval_step
 
 
@@ -69,6 +71,25 @@ def make_step(case: Case, settings: tuple[str, ...] = ()) -> Contestant:
                          make_batch(case))  # fmt: skip
     compiled = lowered.compile()
     state = make_state(cfg.model, optimizer, cfg.seed, abstract)
+
+    def run():
+        nonlocal state
+        state, metrics = compiled(state, batch)
+        return metrics
+
+    return Contestant(run, optax.tree.size(state.params), count_peak_bytes(compiled))
+
+
+def make_lora_step(case: Case, settings: tuple[str, ...] = ()) -> Contestant:
+    """A step of adapters on a frozen base."""
+    cfg = configs.override(make_config(case), settings)
+    mesh, optimizer, abstract, lowered = lower_step(cfg, jax.devices()[:1])
+    batch = jax.tree.map(lambda x: jax.device_put(x, make_batch_sharding(mesh, x.shape)),
+                         make_batch(case))  # fmt: skip
+    compiled = lowered.compile()
+    params = make_first_base(cfg, abstract.base.params)
+    state = make_adapter_state(cfg, optimizer, abstract)
+    state = state.replace(base=abstract.base.replace(params=params))
 
     def run():
         nonlocal state
@@ -198,24 +219,22 @@ def make_loss(case: Case, is_chunked: bool) -> Contestant:
 
 def make_decode(case: Case, rows: int) -> Contestant:
     """Reads prompts and continues them, without text."""
+    from benchmarks.decode import NoText
+
     cfg = make_config(case).model
     params, _ = init_params(cfg, jax.random.key(0))
-    decode_params = unstack_layers(params)
-    rules = SamplingParams.from_configs([SampleConfig(temperature=0)], np.ones(case.V, bool))
+    sample = SampleConfig(temperature=0, tokens=case.new)
+    rules = make_rules(sample, case.V, jax.random.key(0))
     tokens = np.random.default_rng(0).integers(0, case.V, (rows, case.prompt), np.int32)
-    lengths, drawn = np.full(rows, case.prompt, np.int32), np.zeros(rows, np.int32)
-    keys = jax.random.split(jax.random.key(0), rows)
+    size = Size(rows, case.prompt + case.new)
+    engine = Engine(cfg, unstack_layers(params), size, (), np.ones(case.V, bool))
 
     def run():
-        slots = case.prompt + case.new
-        state = generate.prefill(cfg, params, tokens, lengths, drawn, slots)
-        out = []
-        for _ in range(case.new // generate.CHUNK_TOKENS):
-            new, _, state = generate.decode(
-                cfg, decode_params, rules, keys, state, generate.CHUNK_TOKENS
-            )
-            out.append(new)
-        return out
+        for ids in tokens.tolist():
+            engine.submit(Request(TextRow(sample, [], ids, NoText()), rules))
+        while not engine.is_idle:
+            engine.step()
+        return engine.state.scores
 
     return Contestant(run, optax.tree.size(params))
 
@@ -273,6 +292,7 @@ def make_side() -> Side:
             "matmul, [N D] x [D F]": {"jax": make_matmul},
             "copy": {"jax": partial(make_copy, numbers=numbers)},
             "step": {"jaxgpt": make_step},
+            "lora step": {"jaxgpt": make_lora_step},
             "step, other settings": {
                 "jaxgpt, layers unrolled": lambda case: make_step(
                     case, (f"model.unroll={case.L}",)

@@ -107,6 +107,32 @@ def make_step(case: Case, is_compiled: bool) -> Contestant:
     return Contestant(run, count_parameters(model))
 
 
+def make_lora_step(case: Case) -> Contestant:
+    """A step of peft on the modules that the case's `lora` settings name."""
+    import peft
+
+    lora = case.config["lora"]
+    names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+    targets = [names.get(x, f"{x}_proj") for x in lora["targets"]]
+    config = peft.LoraConfig(r=lora["rank"], lora_alpha=lora["alpha"], target_modules=targets)
+    model = peft.get_peft_model(make_model(case), config).train()
+    loss, tokens_and_targets = make_loss_fn(model, case, False), make_batch(case)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    more = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True}
+    optimizer = torch.optim.AdamW(trained, **more)
+
+    def run():
+        with autocast(case):
+            value = loss(*tokens_and_targets)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return value
+
+    return Contestant(run, sum(p.numel() for p in trained))
+
+
 def make_forward(case: Case, is_compiled: bool) -> Contestant:
     model = make_model(case).eval()
     loss = make_loss_fn(model, case, is_compiled)
@@ -257,6 +283,7 @@ def make_side() -> Side:
             "matmul, [N D] x [D F]": {"torch eager": make_matmul},
             "copy": {"torch eager": partial(make_copy, numbers=numbers)},
             "step": both(make_step),
+            "lora step": {"peft": make_lora_step},
             "forward": both(make_forward),
             "dense of a block": {"torch eager": make_dense_products},
             "attention forward": {"torch eager": partial(make_attention, is_gradient=False)},

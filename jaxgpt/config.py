@@ -50,9 +50,13 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
+    "DistillConfig",
+    "LoraConfig",
     "MeshConfig",
     "ModelConfig",
+    "OnlineConfig",
     "OptimizerConfig",
+    "PreferenceConfig",
     "SampleConfig",
     "TrainConfig",
     "choose",
@@ -112,6 +116,11 @@ class DataConfig(Section):
         "text between the documents of a .txt, .md or .py file, such as '<|endoftext|>' or "
         "'\\n\\n'; line breaks beside it are dropped; none = a file is one document",
     )
+    chat_template: str = option(
+        "",
+        "how conversations are written (chat, preference, online): chatml, llama3, gemma, mistral, "
+        "plain, or the path of a file with Jinja source; empty = the tokenizer's own",
+    )
     encoding: str = option(
         "auto",
         "encoding of text files: auto (UTF-8, or what is recognized, which is printed), utf-8 (any "
@@ -140,6 +149,12 @@ class DataConfig(Section):
     )
     verify: bool = option(
         True, "verify the checksums of token files at startup; false for terabytes", is_runtime=True
+    )
+    benchmarks: str = option(
+        "",
+        "folder of the files of benchmarks (blimp/, mmlu/, ...); empty = $JAXGPT_BENCHMARKS, or "
+        "data/benchmarks",
+        is_runtime=True,
     )
     workers: int = option(
         0, "processes that tokenize a large source, 0 = one per core", low=0, is_runtime=True
@@ -225,6 +240,46 @@ class OptimizerConfig(Section):
     def count_warmup(self, steps: int) -> int:
         """Return the steps of warmup in a run of so many steps."""
         return steps // WARMUP_SHARE if self.warmup is None else self.warmup
+
+
+@dataclass(frozen=True)
+class LoraConfig(Section):
+    """Low-rank adapters (LoRA) on a frozen base, the model of train.start."""
+
+    section: ClassVar[str] = "lora"
+
+    rank: int = option(
+        0,
+        "rank of the adapters: every adapted map W becomes W + scale · A B, and only A and B are "
+        "trained; 0 = no adapters, all of the model is trained",
+        low=0,
+    )
+    alpha: float = option(
+        16.0, "numerator of the scale: alpha / rank, or with rslora alpha / √rank", above=0
+    )
+    rslora: bool = option(False, "scale by alpha / √rank in place of alpha / rank (rsLoRA)")
+    dropout: float = option(
+        0.0, "dropout of the inputs of adapters while training", low=0, high=0.99
+    )
+    targets: tuple[str, ...] = option(
+        (),
+        "maps to adapt, by name (q, k, v, o, gate, up, down, head, embed) or by path as in the "
+        "shell (stack.*.mixer.*); empty = all maps in layers",
+    )
+    base: str = option(
+        "float32",
+        "storage format of the frozen base",
+        table="jaxgpt.lora:BASE_FORMATS",
+    )
+
+    @property
+    def scale(self) -> float:
+        """What the product of both factors is multiplied by.
+
+        Source: Hu et al. 2021, arXiv:2106.09685, section 4.1; rsLoRA: Kalajdzievski 2023,
+        arXiv:2312.03732, theorem 3.2.
+        """
+        return self.alpha / (self.rank**0.5 if self.rslora else max(self.rank, 1))
 
 
 @dataclass(frozen=True)
@@ -322,6 +377,21 @@ class TrainConfig(Section):
         "auto (accuracy with train.objective=classify, otherwise loss)",
         table="jaxgpt.config:BEST_BY",
     )
+    eval_tasks: tuple[str, ...] = option(
+        (),
+        "benchmarks that are evaluated during training; their files are in data.benchmarks",
+        table="jaxgpt.evaluate.tasks:TASKS",
+        is_runtime=True,
+    )
+    eval_tasks_every: int = option(
+        0, "steps between evaluations of eval_tasks, 0 = eval_every", low=0, is_runtime=True
+    )
+    eval_tasks_limit: int = option(
+        10,
+        "questions of each group (paradigm, subject) of eval_tasks, the first ones, 0 = all",
+        low=0,
+        is_runtime=True,
+    )
     log_every: int = option(10, "steps between logged metrics", low=1, is_runtime=True)
     save_every: int = option(250, "steps between checkpoints", low=1, is_runtime=True)
     keep: int = option(
@@ -394,6 +464,11 @@ class TrainConfig(Section):
         self.parse_profile()
 
     @property
+    def task_interval(self) -> int:
+        """Steps between evaluations of `eval_tasks`."""
+        return self.eval_tasks_every or self.eval_every
+
+    @property
     def spike_multiple(self) -> float:
         """`spike_threshold`, or what it is if it is not set."""
         if self.spike_threshold is not None:
@@ -424,6 +499,51 @@ class TrainConfig(Section):
 
 
 @dataclass(frozen=True)
+class PreferenceConfig(Section):
+    """How `train.objective=preference` learns from pairs of completions."""
+
+    section: ClassVar[str] = "preference"
+
+    loss: str = option("dpo", "loss of a pair", table="jaxgpt.tuning_losses:PREFERENCE_LOSSES")
+    beta: float = option(0.1, "strength of the tie to the reference model", above=0)
+    label_smoothing: float = option(
+        0.0, "fraction of the pairs taken to be swapped by mistake", low=0, high=0.49
+    )
+
+
+@dataclass(frozen=True)
+class DistillConfig(Section):
+    """A teacher whose distribution is learned, besides the text (causal, prefix, chat)."""
+
+    section: ClassVar[str] = "distill"
+
+    teacher: str = option(
+        "", "any model with the same tokenizer, as `jaxgpt.load` takes it; empty = none"
+    )
+    temperature: float = option(1.0, "softens both distributions", above=0)
+    weight: float = option(
+        0.5, "of the divergence from the teacher; the rest is that of the text", low=0, high=1
+    )
+
+
+@dataclass(frozen=True)
+class OnlineConfig(Section):
+    """How `train.objective=online` learns from rewards of what the model itself writes."""
+
+    section: ClassVar[str] = "online"
+
+    reward: str = option(
+        "",
+        "function (record, answer) -> number: module:function, file.py:function, or a row of "
+        "jaxgpt.rewards:REWARDS",
+    )
+    group: int = option(8, "answers to each prompt, whose mean reward is the baseline", low=2)
+    answer_tokens: int = option(64, "maximum number of tokens of an answer", low=1)
+    temperature: float = option(1.0, "of sampling answers", above=0)
+    kl: float = option(0.0, "weight of the divergence from the model at the start", low=0)
+
+
+@dataclass(frozen=True)
 class SampleConfig(Section):
     """How text is sampled from a model."""
 
@@ -450,6 +570,25 @@ class SampleConfig(Section):
     repetition_penalty: float = option(
         1.0, "penalty on tokens that occurred before (1 = off)", above=0, is_runtime=True
     )
+    presence_penalty: float = option(
+        0.0, "subtracted from the logits of tokens that were generated before", is_runtime=True
+    )
+    frequency_penalty: float = option(
+        0.0, "subtracted from a token's logit for every time it was generated", is_runtime=True
+    )
+    min_tokens: int = option(
+        0, "minimum number of tokens before a text may end", low=0, is_runtime=True
+    )
+    banned: tuple[str, ...] = option((), "words that are never generated", is_runtime=True)
+    json_schema: str = option("", "JSON schema that the text follows, as JSON", is_runtime=True)
+    regex: str = option("", "regular expression that the text matches", is_runtime=True)
+    grammar: str = option("", "Lark grammar that the text follows", is_runtime=True)
+    beams: int = option(
+        1, "beam search with so many beams, without sampling; 1 = off", low=1, is_runtime=True
+    )
+    length_penalty: float = option(
+        1.0, "beam search: exponent of the length by which scores are divided", is_runtime=True
+    )
     stop: tuple[str, ...] = option((), "strings that end the generation", is_runtime=True)
     seed: int = option(0, "random seed of sampling", low=0, high=MAX_SEED, is_runtime=True)
     slide: bool = option(
@@ -471,6 +610,32 @@ class SampleConfig(Section):
                 f"sample.stop={list(self.stop)} has an empty string, which would end every text "
                 "immediately: leave it out."
             )
+        if "" in self.banned:
+            raise ConfigError(
+                f"sample.banned={list(self.banned)} has an empty string, which is in every text: "
+                "leave it out."
+            )
+        given = [name for name in CONSTRAINTS if getattr(self, name)]
+        if len(given) > 1:
+            raise ConfigError(f"sample.{given[0]} and sample.{given[1]}: give one of them.")
+        if self.beams > 1:
+            for name in (*CONSTRAINTS, *NO_BEAM_SETTINGS):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise ConfigError(
+                        f"sample.beams={self.beams} searches without sample.{name}: set "
+                        "sample.beams=1, or leave it out."
+                    )
+
+
+CONSTRAINTS = ("json_schema", "regex", "grammar")  # settings of a sample, one at most
+# Settings that beam search does not have. It ignores those of the sampler, which has defaults.
+NO_BEAM_SETTINGS = (
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "banned",
+    "slide",
+)
 
 
 @dataclass(frozen=True)
@@ -499,7 +664,11 @@ class Config(Section):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    online: OnlineConfig = field(default_factory=OnlineConfig)
 
     @property
     def run_folder(self) -> str:
@@ -575,6 +744,7 @@ class Config(Section):
                 f"data.packing={self.data.packing!r} with train.objective='classify', which "
                 "predicts one class per row: use data.packing=stream, one text per row."
             )
+        self._check_tuning()
         if model.documents == "joined" and self.data.packing != "stream":
             raise ConfigError(
                 f"data.packing={self.data.packing!r} keeps documents separate, and model.documents="
@@ -585,6 +755,29 @@ class Config(Section):
                 f"train.objective={name!r} with model.pattern={','.join(model.pattern)}: "
                 "the objective prefix and the pattern prefix must be used together."
             )
+
+    def _check_tuning(self):
+        name, train, row = self.train.objective, self.train, self.objective
+        if name in ("preference", "online") and self.data.packing != "stream":
+            raise ConfigError(
+                f"data.packing={self.data.packing!r} with train.objective={name!r}, whose rows are "
+                "one record each: use data.packing=stream."
+            )
+        if self.distill.teacher and not row.can_distill:
+            suitable = [
+                name for name, row in resolve_table("jaxgpt.objectives:OBJECTIVES").items()
+                if row.can_distill
+            ]  # fmt: skip
+            raise ConfigError(
+                f"distill.teacher={self.distill.teacher!r} with train.objective={name!r}, which "
+                f"does not predict the next token: use {', '.join(suitable)}."
+            )
+        owner = "distill.teacher" if self.distill.teacher else f"train.objective={name}"
+        for key in ("label_smoothing", "z_loss"):
+            if getattr(train, key) and (row.settings or self.distill.teacher):
+                raise ConfigError(
+                    f"train.{key}={getattr(train, key):g} has no effect with {owner}: leave it out."
+                )
 
 
 SPIKE_ACTIONS = {
@@ -866,7 +1059,7 @@ def list_differences(old: Config, new: Config) -> list[str]:
 
 
 DATA_KEY = "data.source"
-PATH_KEYS = ("data.tokenizer", "train.start")
+PATH_KEYS = ("data.tokenizer", "train.start", "distill.teacher")
 
 
 def _resolve(config: Config, key: str) -> Any:

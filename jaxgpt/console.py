@@ -153,6 +153,8 @@ def format_sample(model: LanguageModel, prompt: str) -> str:
     """Return what a model makes of a prompt: its continuation, its target, or a prediction."""
     if "generate" not in model.abilities:
         return f"{prompt}\n{format_predictions(model, [prompt])[0]}"
+    if prompt and model.config.objective.is_chat:
+        return f"{prompt}\n> {model.chat(prompt).text}"
     return format_prompt(model, prompt) + model.generate([prompt])[0].text
 
 

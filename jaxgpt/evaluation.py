@@ -53,6 +53,12 @@ def measure(model: LanguageModel, setting: str = "", log: LogFn = print_line) ->
     """
     model.check_finite()
     cfg = model.config
+    if cfg.objective.settings:
+        raise ConfigError(
+            f"a model of train.objective={cfg.train.objective!r} is measured while it is trained, "
+            "beside its reference or by its reward: give train.objective=chat and a source of "
+            "conversations."
+        )
     corpus = _prepare(model, setting, log)
     task = cfg.objective.task(cfg, corpus)
     lengths = model.tokenizer.lengths if cfg.objective.is_text else None
@@ -108,13 +114,13 @@ def format_quantized(found: Measurement, cost: dict[str, Any]) -> str:
 
 def _prepare(model: LanguageModel, setting: str, log: LogFn) -> Corpus:
     """Return the corpus whose held-out part is to be measured."""
-    cfg, is_paired = model.config, model.config.objective.task.IS_PAIRED
+    cfg, task = model.config, model.config.objective.task
+    arguments = dict(is_paired=task.IS_PAIRED, log=log, encoder=task.make_encoder(cfg))
     if setting:
         return prepare_evaluation(
-            cfg.data, model.tokenizer, is_paired, model.labels, setting=setting, log=log
+            cfg.data, model.tokenizer, labels=model.labels, setting=setting, **arguments
         )
-    vocab = cfg.tokenizer_vocab
-    return prepare(cfg.data, vocab, tokenizer=model.tokenizer, is_paired=is_paired, log=log)
+    return prepare(cfg.data, cfg.tokenizer_vocab, tokenizer=model.tokenizer, **arguments)
 
 
 def _name_text(cfg: Config, setting: str) -> str:

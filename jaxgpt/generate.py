@@ -1,168 +1,42 @@
-"""Text generation: one prefill of the prompts, then decoding with a KV cache, in chunks of tokens.
+"""Text generation: prompts become requests of the decoding engine, and its pieces become text.
 
 A decoder continues a prompt; an encoder-decoder reads it as its source and generates the target.
-
-Prompts of different lengths share one batch by left padding: a padded slot has segment id 0, so it
-is masked in attention, and every row writes its next token into the same slot. Lengths are rounded
-up to a few sizes, and the sampling rules (temperature, top-k, ...) are traced, so that nothing
-recompiles from one prompt to the next. A row depends on its own prompt, its rules and its index in
-the list, never on the other rows.
+A row depends on its own prompt, its rules and its index in the list, never on the other rows.
 """
 
-import functools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
-import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 from jaxgpt.config import Config, ModelConfig, SampleConfig
-from jaxgpt.hosts import fetch
-from jaxgpt.model import (
-    Cache,
-    Coords,
-    EncoderInput,
-    abstract_params,
-    build,
-    compute_logits,
-    init_cache,
-    unstack_layers,
+from jaxgpt.engine import (
+    DraftModel,
+    Engine,
+    Generation,
+    Request,
+    Row,
+    Size,
+    join_pieces,
+    prepare_decode_params,
 )
-from jaxgpt.model.layers import check_token_ids
+from jaxgpt.engine.beam import search_beams
+from jaxgpt.engine.constraints import make_constraint
+from jaxgpt.engine.processors import make_rules
+from jaxgpt.engine.worker import EngineWorker
+from jaxgpt.model.lowrank import choose_one
 from jaxgpt.prompts import shorten
-from jaxgpt.quantization import constrain_param
-from jaxgpt.sampling import SamplingParams, draw, make_row_keys, sampleable_tokens
+from jaxgpt.sampling import make_row_keys, sampleable_tokens
+from jaxgpt.seeds import make_key
 from jaxgpt.settings import ConfigError
 from jaxgpt.sharding import use_mesh_of
 from jaxgpt.tokenizer import StreamDecoder, Tokenizer
 
-CHUNK_TOKENS = 16  # tokens decoded per call: the granularity of streaming
-MIN_BUCKET_TOKENS = 32  # prompts and outputs are padded to this times a power of two
-
+MIN_BUCKET_TOKENS = 32  # rows have this times a power of two of slots
+MAX_ROWS = 32  # that decode at once: more prompts wait
 
 Prompt = str | Sequence[int] | np.ndarray  # a text, or token ids
-
-
-@dataclass(frozen=True)
-class Generation:
-    """Generated text, or in a stream the next piece of one."""
-
-    text: str
-    tokens: tuple[
-        int, ...
-    ]  # without the one that ends the text; the text ends before a stop string, the tokens after it
-    logprobs: tuple[float, ...]  # of every token in the model's own distribution, in nats
-    ending: str  # "eos", "stop", "tokens" (as many as requested) or "context" (full); "" = goes on
-
-
-# --- the two passes --------------------------------------------------------------------------
-
-
-@struct.dataclass
-class DecodeState:
-    """The state of a batch between two decoding steps."""
-
-    cache: Cache
-    scores: jax.Array  # float32 [B V] for the next token
-    seen: jax.Array  # bool [B V], tokens that occur in the row
-    position: jax.Array  # int32 [B] of the next token
-    drawn: jax.Array  # int32 [B], tokens sampled so far; folded into the random key
-    prefix: jax.Array | None = None  # int32 [B], length of the prefix, for prefix language models
-
-
-def _make_left_padded_coords(T: int, lengths: jax.Array) -> tuple[jax.Array, Coords]:
-    """Return which of [B T] are tokens, and their coordinates: texts are aligned to the right."""
-    position = jnp.arange(T)[None, :] - (T - lengths)[:, None]
-    is_real = position >= 0
-    return is_real, Coords(jnp.maximum(position, 0), is_real.astype(jnp.int32))
-
-
-@functools.partial(jax.jit, static_argnames=("cfg",))
-def prepare_decode_params(cfg: ModelConfig, params):
-    """Return parameters for `decode`: one tree a layer, each sharded as the stacked layers are.
-
-    They are copies. From stacked layers, every token would copy the parameters of each layer.
-    """
-    _, letters = abstract_params(cfg)
-    params = unstack_layers(params)
-    stack = dict(params["stack"])
-    for group in {"layers", "tail"} & stack.keys():
-        layer_letters = jax.tree.map(lambda x: x.removeprefix("L"), letters["stack"][group])
-        stack[group] = {
-            name: jax.tree.map(lambda d, x: constrain_param(x, d), layer_letters, layer)
-            for name, layer in stack[group].items()
-        }
-    return params | {"stack": stack}
-
-
-@check_token_ids
-@functools.partial(jax.jit, static_argnames=("cfg", "slots", "kind"))
-def prefill(
-    cfg: ModelConfig, params, tokens, lengths, drawn, slots: int, source=None, kind: str = "model"
-) -> DecodeState:
-    """Run the model over the prompts in one forward pass and fill the cache.
-
-    Args:
-        tokens: int32 [B T], left-padded prompts.
-        lengths: int32 [B], tokens of each prompt.
-        drawn: int32 [B], how many of them were generated.
-        slots: size of the cache; at least T plus the tokens to generate.
-        source: (tokens int32 [B S], lengths int32 [B]) of an encoder-decoder, or None.
-        kind: of the cache, a value of `sample.cache`.
-    """
-    B, T = tokens.shape
-    chex.assert_shape([lengths, drawn], (B,))
-    is_real, coords = _make_left_padded_coords(T, lengths)
-    prefix = jnp.maximum(lengths - drawn, 0) if "prefix" in cfg.pattern else None
-    if prefix is not None:
-        coords = coords._replace(prefix=jnp.broadcast_to(prefix[:, None], (B, T)))
-    cache = init_cache(cfg, B, slots, 0 if source is None else source[0].shape[1], kind)
-    more = {}
-    if source is not None:
-        more["source"] = EncoderInput(
-            source[0], _make_left_padded_coords(source[0].shape[1], source[1])[1]
-        )
-    hidden, cache = build(cfg).apply({"params": params}, tokens, coords, cache, **more)
-    seen = jnp.zeros((B, cfg.vocab), jnp.int32)
-    seen = seen.at[jnp.arange(B)[:, None], tokens].max(is_real.astype(jnp.int32)) > 0
-    return DecodeState(
-        cache, compute_logits(cfg, params, hidden[:, -1]), seen, lengths, drawn, prefix
-    )
-
-
-@functools.partial(jax.jit, static_argnames=("cfg", "steps"), donate_argnames=("state",))
-def decode(
-    cfg: ModelConfig, params, sampling: SamplingParams, keys, state: DecodeState, steps: int
-):
-    """Sample `steps` tokens per row with keys [B].
-
-    It is fastest with the parameters of `prepare_decode_params`.
-
-    Returns:
-        (tokens int32 [B steps]; their log-probabilities in the distribution of the model, before
-        the sampling rules, float32 [B steps]; state).
-    """
-    rows = jnp.arange(state.position.shape[0])
-
-    def decode_one(state: DecodeState, _):
-        row_keys = jax.vmap(jax.random.fold_in)(keys, state.drawn)
-        token = draw(state.scores, state.seen, sampling, row_keys)
-        prefix = None if state.prefix is None else state.prefix[:, None]
-        coords = Coords(state.position[:, None], jnp.ones_like(token)[:, None], prefix)
-        hidden, cache = build(cfg).apply({"params": params}, token[:, None], coords, state.cache)
-        seen = state.seen.at[rows, token].set(True)
-        logprob = state.scores[rows, token] - jax.nn.logsumexp(state.scores, axis=-1)
-        scores = compute_logits(cfg, params, hidden[:, 0])
-        after = (cache, scores, seen, state.position + 1, state.drawn + 1, state.prefix)
-        return DecodeState(*after), (token, logprob)
-
-    state, (tokens, logprobs) = jax.lax.scan(decode_one, state, length=steps)
-    return tokens.T, logprobs.T, state
-
 
 # --- rows of text ----------------------------------------------------------------------------
 
@@ -174,56 +48,6 @@ def encode_with_masks(tokenizer: Tokenizer, text: str, mask: Callable[[int], int
     start, *rest = text.split(MASK)
     first, others = tokenizer.encode(start), [tokenizer.encode(x, "section") for x in rest]
     return np.concatenate([first, *(x for i, ids in enumerate(others) for x in ([mask(i)], ids))])
-
-
-@dataclass
-class Row:
-    """One prompt and its continuation so far."""
-
-    sample: SampleConfig
-    source: list[int]  # source tokens of an encoder-decoder
-    ids: list[int]  # the tokens in the context window
-    decoder: StreamDecoder
-    drawn: list[int] = field(default_factory=list)
-    held: str = ""  # text that may be the beginning of a stop string
-    ending: str = ""  # see `Generation`
-    masks: dict[int, str] = field(default_factory=dict)  # sentinel token -> its text
-
-    @property
-    def room(self) -> int:
-        """Tokens that may still be generated."""
-        return self.sample.tokens - len(self.drawn)
-
-    def push(self, token: int, eos: Collection[int]) -> str:
-        """Append a token, of which `eos` end the text, and return the text that is now final."""
-        if token in eos:
-            return self.end("eos")
-        self.ids.append(token)
-        self.drawn.append(token)
-        mask = self.masks.get(token)
-        self.held += self.decoder.push([token]) if mask is None else self.decoder.flush() + mask
-        stops = self.sample.stop
-        found = [self.held.find(stop) for stop in stops if stop in self.held]
-        if found:
-            self.ending = "stop"
-            return self.held[: min(found)]
-        if not self.room:
-            return self.end("tokens")
-        n_held = max((_count_overlap(self.held, stop) for stop in stops), default=0)
-        cut = len(self.held) - n_held
-        text, self.held = self.held[:cut], self.held[cut:]
-        return text
-
-    def end(self, reason: str) -> str:
-        """End the row and return the rest of its text."""
-        self.ending = reason
-        return self.held + self.decoder.flush()
-
-
-def _count_overlap(text: str, stop: str) -> int:
-    """Count the characters at the end of `text` that may be the beginning of `stop`."""
-    sizes = range(min(len(text), len(stop) - 1), 0, -1)
-    return next((n for n in sizes if text.endswith(stop[:n])), 0)
 
 
 def round_up_to_bucket(length: int) -> int:
@@ -240,6 +64,7 @@ def stream(
     prompts: Sequence[Prompt],
     samples: Sequence[SampleConfig],
     decode_params=None,
+    adapters: Sequence[int] | None = None,
 ) -> Iterator[list[Generation]]:
     """Stream the continuation of each prompt, or its target if the model is an encoder-decoder.
 
@@ -248,6 +73,7 @@ def stream(
         prompts: texts, or token ids; an empty text starts a new document.
         samples: the sampling rules of each prompt; their `prompt` is not used.
         decode_params: `prepare_decode_params` of the parameters, if they are at hand.
+        adapters: the number of each prompt's adapter, if the parameters hold several.
 
     Yields:
         The next piece of every prompt; a row that has ended gives empty pieces.
@@ -255,37 +81,168 @@ def stream(
     Raises:
         ConfigError: a prompt does not fit the context and `slide` of its rules is off.
     """
-    cfg, rows = config.model, encode_prompts(config, tokenizer, prompts, samples)
+    rows = encode_prompts(config, tokenizer, prompts, samples)
     if not rows:
         return
+    if decode_params is None:
+        with use_mesh_of(params):
+            decode_params = prepare_decode_params(config.model, params)
+    keys = make_row_keys(samples)
+    sampled = [number for number, row in enumerate(rows) if row.sample.beams == 1]
+    for number in sorted(set(range(len(rows))) - set(sampled)):
+        params = decode_params if adapters is None else choose_one(decode_params, adapters[number])
+        piece = _search_beams(config, params, tokenizer, rows[number])
+        yield [piece if i == number else _make_empty_piece(row) for i, row in enumerate(rows)]
+    if not sampled:
+        return
+    engine = make_engine(config, decode_params, tokenizer, [rows[n] for n in sampled])
+    requests = {make_request(config, tokenizer, rows[n], keys[n]): n for n in sampled}
+    for request, number in requests.items():
+        request.adapter = 0 if adapters is None else adapters[number]
+        engine.submit(request)
+    while not engine.is_idle:
+        pieces: dict[int, list[Generation]] = {}
+        for request, piece in engine.step():
+            if request.error is not None:
+                raise request.error
+            pieces.setdefault(requests[request], []).append(piece)
+        if pieces:
+            yield [
+                join_pieces(pieces[i]) if i in pieces else _make_empty_piece(row)
+                for i, row in enumerate(rows)
+            ]
+
+
+def _make_empty_piece(row: Row) -> Generation:
+    return Generation("", (), (), row.ending)
+
+
+def make_engine(config: Config, decode_params, tokenizer: Tokenizer, rows: Sequence[Row]) -> Engine:
+    """Return an engine with room for these rows."""
+    cfg, context = config.model, config.model.context
+    slots = sum(
+        round_up_to_bucket(max(counts))
+        for counts in ([len(row.ids) for row in rows], [row.room for row in rows])
+    )
+    if any(row.sample.slide for row in rows):
+        slots = context
+    source = max(len(row.source) for row in rows)
+    size = Size(
+        rows=min(MAX_ROWS, 1 << (len(rows) - 1).bit_length()),
+        slots=max(2, min(context, slots)),
+        source=round_up_to_bucket(source) if source else 0,
+        cache=choose_cache([row.sample for row in rows]),
+    )
     allowed = sampleable_tokens(tokenizer, cfg.vocab, list_masks(config))
-    sampling, keys = SamplingParams.from_configs(samples, allowed), make_row_keys(samples)
-    state, left = None, 0
-    while any(not row.ending for row in rows):
-        with use_mesh_of(params):  # never while the caller has control
-            if decode_params is None:
-                decode_params = prepare_decode_params(cfg, params)
-            if state is None:
-                state, left = _prefill_rows(cfg, params, rows)
-            *drawn, state = decode(cfg, decode_params, sampling, keys, state, CHUNK_TOKENS)
-            tokens, logprobs = (x.tolist() for x in fetch(drawn))
-        left -= CHUNK_TOKENS
-        yield [
-            _extend_row(row, new, values, tokenizer.ends, cfg)
-            for row, new, values in zip(rows, tokens, logprobs, strict=True)
-        ]
-        is_full = any(len(row.ids) >= cfg.context and not row.ending for row in rows)
-        if left < CHUNK_TOKENS or is_full:
-            state = None  # the window of a row moves: prefill again
+    return Engine(cfg, decode_params, size, tokenizer.ends, allowed)
 
 
-def check_scores(values):
-    """Raise ConfigError unless what a model has computed is finite, an array of any shape."""
-    if not np.isfinite(values).all():
-        raise ConfigError(
-            "the model computed scores that are not finite (NaN or infinite), and no text has a "
-            "meaning then: its parameters are not finite, or a value overflows in model.dtype."
+def choose_cache(samples: Sequence[SampleConfig]) -> str:
+    """Return the `sample.cache` of rows that are decoded together.
+
+    Raises:
+        ConfigError: they have several.
+    """
+    kinds = {sample.cache for sample in samples}
+    if len(kinds) > 1:
+        raise ConfigError(f"rows of one batch share a cache: sample.cache is {sorted(kinds)}.")
+    return kinds.pop()
+
+
+def make_request(
+    config: Config, tokenizer: Tokenizer, row: Row, key, bias=None, top: int = 0
+) -> Request:
+    """Return the request of a row.
+
+    Args:
+        key: its random key.
+        bias: what is added to the scores of tokens, by token.
+        top: how many of the likeliest tokens to return at each place.
+
+    Raises:
+        ConfigError: a rule of the row cannot be followed.
+    """
+    vocab = config.model.vocab
+    banned = [ids for word in row.sample.banned for ids in spell_word(tokenizer, word)]
+    constraint = make_constraint(tokenizer, vocab, row.sample)
+    return Request(row, make_rules(row.sample, vocab, key, bias, banned), constraint, top)
+
+
+def spell_word(tokenizer: Tokenizer, word: str) -> list[list[int]]:
+    """Return the tokens of a word at the start of a line, after a space, and inside a text."""
+    spellings = [tokenizer.encode(text, "section").tolist() for text in (word, f" {word}")]
+    return [ids for n, ids in enumerate(spellings) if ids and ids not in spellings[:n]]
+
+
+def start_worker(
+    config: Config,
+    decode_params,
+    tokenizer: Tokenizer,
+    size: Size,
+    draft: DraftModel | None = None,
+    max_waiting: int = 1024,
+) -> EngineWorker:
+    """Start a thread with an engine, compiled for all that it may need.
+
+    Its `submit(prompt, sample, index=0, bias=None, top=0)` takes a prompt, its sampling rules, its
+    index in the list of prompts with the same seed, and the last two as `make_request`.
+
+    Raises:
+        ConfigError: the model cannot do this.
+    """
+    cfg = config.model
+
+    def make() -> Engine:
+        allowed = sampleable_tokens(tokenizer, cfg.vocab, list_masks(config))
+        engine = Engine(
+            cfg,
+            decode_params,
+            size,
+            tokenizer.ends,
+            allowed,
+            draft=draft,
+            is_interactive=True,
+            has_reuse=True,
         )
+        engine.warm_up()
+        return engine
+
+    def make_submitted(
+        prompt: Prompt, sample: SampleConfig, index: int = 0, bias=None, top: int = 0
+    ) -> Request:
+        (row,) = encode_prompts(config, tokenizer, [prompt], [sample])
+        key = jax.random.fold_in(make_key(sample.seed), index)
+        return make_request(config, tokenizer, row, key, bias, top)
+
+    return EngineWorker(make, make_submitted, max_waiting)
+
+
+def _search_beams(config: Config, decode_params, tokenizer: Tokenizer, row: Row) -> Generation:
+    """Return the continuation of a row that beam search finds."""
+    cfg, sample = config.model, row.sample
+    allowed = sampleable_tokens(tokenizer, cfg.vocab, list_masks(config))
+    found = search_beams(
+        cfg,
+        decode_params,
+        row.ids,
+        row.source,
+        beams=sample.beams,
+        tokens=min(sample.tokens, cfg.context - len(row.ids)),
+        ends=tokenizer.ends,
+        allowed=allowed,
+        length_penalty=sample.length_penalty,
+        min_tokens=sample.min_tokens,
+        cache=sample.cache,
+    )[0]
+    text, logprobs = "", []
+    for token, logprob in zip(found.tokens, found.logprobs, strict=True):
+        if row.ending:
+            break
+        text += row.push(token, tokenizer.ends)
+        logprobs.append(logprob)
+    if not row.ending:
+        text += row.end("context" if len(row.ids) >= cfg.context else "tokens")
+    return Generation(text, tuple(row.drawn), tuple(logprobs[: len(row.drawn)]), row.ending)
 
 
 def generate(
@@ -299,16 +256,6 @@ def generate(
     """Return the whole continuations, or targets, that `stream` yields in pieces."""
     pieces = stream(config, params, tokenizer, prompts, samples, decode_params)
     return [join_pieces(row) for row in zip(*pieces, strict=True)]
-
-
-def join_pieces(pieces: Sequence[Generation]) -> Generation:
-    """Join the pieces of one row of a stream."""
-    return Generation(
-        text="".join(piece.text for piece in pieces),
-        tokens=tuple(token for piece in pieces for token in piece.tokens),
-        logprobs=tuple(value for piece in pieces for value in piece.logprobs),
-        ending=pieces[-1].ending,
-    )
 
 
 def count_masks(config: Config) -> int:
@@ -465,58 +412,3 @@ def _read_ids(cfg: ModelConfig, prompt: Sequence[int] | np.ndarray) -> np.ndarra
             f"{prompt!r:.60}."
         )
     return ids.astype(np.int32)
-
-
-def _prefill_rows(cfg: ModelConfig, params, rows: list[Row]) -> tuple[DecodeState, int]:
-    """Prefill the windows of all rows. Return the state and how many tokens its cache can take."""
-    for row in rows:
-        if len(row.ids) >= cfg.context:
-            row.ids = row.ids[-max(1, cfg.context // 2) :]  # a full window drops its first half
-    length = round_up_to_bucket(max(len(row.ids) for row in rows))
-    room = round_up_to_bucket(max(min(row.room, cfg.context - len(row.ids)) for row in rows))
-    drawn = np.array([len(row.drawn) for row in rows], np.int32)
-    source = _pad_left([row.source for row in rows]) if rows[0].source else None
-    window = _pad_left([row.ids for row in rows])
-    kind = choose_cache([row.sample for row in rows])
-    return prefill(cfg, params, *window, drawn, length + room, source, kind), room
-
-
-def choose_cache(samples: Sequence[SampleConfig]) -> str:
-    """Return the `sample.cache` of rows that are decoded together.
-
-    Raises:
-        ConfigError: they have several.
-    """
-    kinds = {sample.cache for sample in samples}
-    if len(kinds) > 1:
-        raise ConfigError(f"rows of one batch share a cache: sample.cache is {sorted(kinds)}.")
-    return kinds.pop()
-
-
-def _pad_left(texts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the texts as left-padded rows, int32 [B T], and their lengths, int32 [B]."""
-    lengths = np.array([len(text) for text in texts], np.int32)
-    tokens = np.zeros((len(texts), round_up_to_bucket(lengths.max())), np.int32)
-    for row, text in zip(tokens, texts, strict=True):
-        row[len(row) - len(text) :] = text
-    return tokens, lengths
-
-
-def _extend_row(
-    row: Row,
-    tokens: list[int],
-    logprobs: list[float],
-    eos: Collection[int],
-    cfg: ModelConfig,
-) -> Generation:
-    """Append new tokens to a row until it ends. Return what is now final."""
-    text, before = "", len(row.drawn)
-    for token, logprob in zip(tokens, logprobs, strict=True):
-        if row.ending or len(row.ids) >= cfg.context:
-            break
-        check_scores(logprob)
-        text += row.push(token, eos)
-    if len(row.ids) >= cfg.context and not row.sample.slide and not row.ending:
-        text += row.end("context")
-    new = tuple(row.drawn[before:])
-    return Generation(text, new, tuple(logprobs[: len(new)]), row.ending)

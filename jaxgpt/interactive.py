@@ -6,7 +6,8 @@ A line is a prompt. A line that begins with / is a command: /temperature 0.7 cha
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from jaxgpt.config import SampleConfig
 from jaxgpt.console import answer, load_model, print_note
@@ -33,6 +34,23 @@ def run_session(model: LanguageModel, read_line: Callable[[], str]):
         read_line: returns the next line; raises EOFError at the end and KeyboardInterrupt for
             Ctrl-C.
     """
+
+    def apply(line: str):
+        nonlocal model
+        model = apply_line(model, line)
+
+    run_lines(read_line, apply)
+
+
+def run_lines(read_line: Callable[[], str], apply: Callable[[str], Any]):
+    """Apply a function to lines until the input ends, or one of them is /quit or /exit.
+
+    A mistake is printed, and Ctrl-C stops what a line has begun.
+
+    Args:
+        read_line: as of `run_session`.
+        apply: does what a line says; it may raise ConfigError.
+    """
     while True:
         try:
             line = read_line()
@@ -42,10 +60,10 @@ def run_session(model: LanguageModel, read_line: Callable[[], str]):
         except KeyboardInterrupt:
             print_note("\n[Ctrl-D or /quit leaves]")
             continue
-        if line.split() == ["/quit"]:
+        if line.split() in (["/quit"], ["/exit"]):
             return
         try:
-            model = apply_line(model, line)
+            apply(line)
         except ConfigError as error:
             print_note(str(error))
         except KeyboardInterrupt:
@@ -69,8 +87,13 @@ def apply_line(model: LanguageModel, line: str) -> LanguageModel:
     return with_sample(model, sample)
 
 
-def apply_command(sample: SampleConfig, command: str) -> SampleConfig:
+def apply_command(
+    sample: SampleConfig, command: str, others: Iterable[str] = COMMANDS
+) -> SampleConfig:
     """Carry out a command without its slash, and return the settings.
+
+    Args:
+        others: commands that exist besides the settings, for the message about an unknown one.
 
     Raises:
         ConfigError: the command is unknown, or its value is invalid.
@@ -82,18 +105,18 @@ def apply_command(sample: SampleConfig, command: str) -> SampleConfig:
     elif name in KEYS:
         return dataclasses.replace(sample, **{name: parse(text.strip(), KEYS[name], name)})
     elif name in COMMANDS:
-        print_note(format_help())
+        print_note(format_settings_help("A line is a prompt; Ctrl-C stops a generation.", COMMANDS))
     else:
-        choose(dict.fromkeys(f"/{key}" for key in [*COMMANDS, *KEYS]), f"/{name}", "command")
+        choose(dict.fromkeys(f"/{key}" for key in [*others, *KEYS]), f"/{name}", "command")
     return sample
 
 
-def format_help() -> str:
-    """Return the text of /help."""
+def format_settings_help(title: str, commands: Mapping[str, str]) -> str:
+    """Return the text of /help: a title, commands, and a command for each setting."""
     meanings = {f.name: f.metadata["doc"] for f in dataclasses.fields(SampleConfig)}
-    rows = COMMANDS | {f"{key} VALUE": meanings[key] for key in KEYS}
+    rows = dict(commands) | {f"{key} VALUE": meanings[key] for key in KEYS}
     lines = [f"  /{key:26} {meaning}" for key, meaning in rows.items()]
-    return "\n".join(["A line is a prompt; Ctrl-C stops a generation. Commands:", *lines])
+    return "\n".join([f"{title} Commands:", *lines])
 
 
 def format_value(value) -> str:

@@ -10,23 +10,30 @@ The methods are thin: `generate`, `score` and `predict` have the pure functions.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict
 
 from jaxgpt import generate, predict, quantization, score
-from jaxgpt.config import Config, SampleConfig
+from jaxgpt.adapters import Adapter, make_nodes
+from jaxgpt.config import Config, LoraConfig, SampleConfig
+from jaxgpt.engine import DraftModel, Size
+from jaxgpt.engine.worker import EngineWorker
 from jaxgpt.generate import Generation, Prompt, check_vocab
 from jaxgpt.hosts import fetch
+from jaxgpt.lora import has_adapters, merge_params, stack_rows
+from jaxgpt.model import unstack_layers
+from jaxgpt.model.lowrank import attach
 from jaxgpt.predict import DEFAULT_CANDIDATES, Classification, FilledMask
 from jaxgpt.score import BATCH_TOKENS, Embedding, Score
-from jaxgpt.settings import ConfigError, describe_unknown_key, list_fields
+from jaxgpt.settings import ConfigError, describe_unknown_key, list_fields, resolve_table
 from jaxgpt.sharding import use_mesh_of
 from jaxgpt.tokenizer import Tokenizer
+
+AdapterChoice = str | None | Sequence[str | None]  # see `LanguageModel.generate`
 
 _GENERATORS = ("generate", "stream", "score", "embed")
 # What a model can do: by its family, and by objectives that train it for something else.
@@ -49,6 +56,10 @@ class LanguageModel:
         labels: names of the classes of a classifier.
         step: training steps that the parameters have had.
         origin: the checkpoint that they were loaded from, "" if none; messages name it.
+        adapters: adapters that can be chosen, by name (see `with_adapters`).
+        adapter: the choice that `params` has in it, such as "a" or "0.5 * a + b"; "" = none.
+        base: the parameters without adapters, if there are any.
+        unmerged: of a merged model, the model before.
 
     Raises:
         ConfigError: the tokenizer has ids that the model has no embedding for.
@@ -60,6 +71,10 @@ class LanguageModel:
     labels: tuple[str, ...] = ()
     step: int = 0
     origin: str = ""
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
+    adapter: str = ""
+    base: Any = None
+    unmerged: "LanguageModel | None" = None
 
     def __post_init__(self):
         check_vocab(self.config, self.tokenizer)
@@ -77,13 +92,23 @@ class LanguageModel:
     @functools.cached_property
     def decode_params(self) -> Any:
         """The parameters as decoding reads them, prepared once: they take memory a second time."""
+        if self.base is not None:
+            return self._attach_decode(self._make_nodes([self.adapter]))
         with use_mesh_of(self.params):
             return generate.prepare_decode_params(self.config.model, self.params)
 
     @functools.cached_property
+    def base_decode_params(self) -> Any:
+        """As `decode_params`, without adapters; prepared once for all of them."""
+        base = self.params if self.base is None else self.base
+        with use_mesh_of(base):
+            return generate.prepare_decode_params(self.config.model, base)
+
+    @functools.cached_property
     def nonfinite_params(self) -> tuple[str, ...]:
         """The paths of the parameters with a NaN or an infinity; none can be computed with."""
-        flat = flatten_dict(self.params, sep=".")
+        leaves = jax.tree_util.tree_leaves_with_path(self.params)
+        flat = {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
         with use_mesh_of(self.params):
             finite = fetch(_are_finite(flat))
         return tuple(path for path in flat if not finite[path])
@@ -109,14 +134,19 @@ class LanguageModel:
         """
         self.check_finite()
         params = quantization.quantize_params(
-            self.config.model, self.params, kind, group, embeddings
-        )
-        return dataclasses.replace(self, params=params)
+            self.config.model, self.params if self.base is None else self.base,
+            kind, group, embeddings,
+        )  # fmt: skip
+        if self.base is None:
+            return dataclasses.replace(self, params=params)
+        return dataclasses.replace(self, params=params, base=params).switch(self.adapter)
 
     def generate(
         self,
         prompts: Sequence[Prompt],
         sample: SampleConfig | Sequence[SampleConfig] | None = None,
+        *,
+        adapter: AdapterChoice = None,
         **settings,
     ) -> list[Generation]:
         """Generate the continuation of each prompt, or its target with an encoder-decoder.
@@ -124,25 +154,194 @@ class LanguageModel:
         Args:
             prompts: texts, or token ids; an empty text starts a new document.
             sample: the sampling rules of all prompts, or of each; None = `config.sample`.
+            adapter: the choice of adapters of all prompts, or of each: a name, "0.5 * a + b", ""
+                for the base alone, None for that of the model.
             settings: changes to them, such as temperature=0.7.
 
         Raises:
-            ConfigError: the model does not generate, or a prompt does not fit the context.
+            ConfigError: the model does not generate, a prompt does not fit the context, or there is
+                no such adapter.
         """
-        return [generate.join_pieces(row) for row in
-                zip(*self.stream(prompts, sample, **settings), strict=True)]  # fmt: skip
+        pieces = self.stream(prompts, sample, adapter=adapter, **settings)
+        return [generate.join_pieces(row) for row in zip(*pieces, strict=True)]
 
     def stream(
         self,
         prompts: Sequence[Prompt],
         sample: SampleConfig | Sequence[SampleConfig] | None = None,
+        *,
+        adapter: AdapterChoice = None,
         **settings,
     ) -> Iterator[list[Generation]]:
         """Do as `generate`, but yield the next piece of every row as soon as it is final."""
         self._check("generate", prompts)
         samples = self._make_samples(len(prompts), sample, settings)
+        if isinstance(adapter, (list, tuple)) and len(adapter) != len(prompts):
+            raise ConfigError(f"adapter has {len(adapter)} choices for {len(prompts)} prompts.")
+        params, decode_params, numbers = self.select_adapters(adapter)
         return generate.stream(
-            self.config, self.params, self.tokenizer, prompts, samples, self.decode_params
+            self.config, params, self.tokenizer, prompts, samples, decode_params, numbers
+        )
+
+    # --- adapters ---
+
+    def with_adapters(self, adapters: Mapping[str, Any]) -> "LanguageModel":
+        """Return this model with adapters to choose from, besides those that it has.
+
+        Args:
+            adapters: by name: an `Adapter`, a model with one, or the path of one (a run with
+                adapters or a folder of peft). Each must be one of this model's parameters.
+
+        Raises:
+            ConfigError: an adapter is of another base, or does not fit.
+        """
+        found = resolve_table("jaxgpt.loading:load_adapters")(self, adapters)  # type: ignore
+        base = self.params if self.base is None else self.base
+        return self._replace(adapters={**self.adapters, **found}, base=base)
+
+    def switch(self, adapter: str) -> "LanguageModel":
+        """Return this model with another choice of its adapters in use: "" for the base alone."""
+        nodes = self._make_nodes([adapter])
+        return self if self.base is None else self._replace(
+            adapter=adapter, params=attach(self.base, nodes)
+        )  # fmt: skip
+
+    def select_adapters(
+        self, adapter: "AdapterChoice" = None
+    ) -> tuple[Any, Any, Sequence[int] | None]:
+        """Return the parameters with a choice of adapters in them.
+
+        Args:
+            adapter: see `generate`. If rows have different ones, each row gathers its factors: the
+                batch is still one pass over the base.
+
+        Returns:
+            (the parameters, those for decoding, the number of each row's adapter if there are
+            several).
+        """
+        choices = [adapter] if adapter is None or isinstance(adapter, str) else adapter
+        rows = [self.adapter if choice is None else choice for choice in choices]
+        if {*rows} <= {self.adapter}:
+            return self.params, self.decode_params, None
+        nodes, names = self._make_nodes(rows), list(dict.fromkeys(rows))
+        numbers = [names.index(row) for row in rows] if len(names) > 1 else None
+        return attach(self.base, nodes), self._attach_decode(nodes), numbers
+
+    def _make_nodes(self, rows: Sequence[str]) -> Any:
+        """Return the nodes of the choices of adapters of all rows, to be attached."""
+        choices = list(dict.fromkeys(rows))
+        with use_mesh_of(self.params):
+            trees = [make_nodes(choice, self.adapters) for choice in choices]
+            if len(trees) == 1:
+                return trees[0]
+            return stack_rows(trees, jnp.array([choices.index(row) for row in rows], jnp.int32))
+
+    def _attach_decode(self, nodes: Any) -> Any:
+        """Return the prepared parameters of the base with nodes in them."""
+        with use_mesh_of(self.base):
+            unstacked = unstack_layers(nodes) if "stack" in nodes else nodes
+            return attach(self.base_decode_params, unstacked)
+
+    def merge(
+        self,
+        adapter: str | None = None,
+        *,
+        dtype: str | None = None,
+        log: Callable[[str], object] = lambda line: None,
+    ) -> "LanguageModel":
+        """Return this model with its adapters merged into the weights, W + scale · A B.
+
+        They are added in float32, and cast to the dtype of the weights. A model without adapters is
+        returned as it is. `unmerge` of the result gives this model back.
+
+        Args:
+            adapter: the choice to merge; None = that of the model.
+            dtype: "float32" or "bfloat16", of all parameters; None = as the base is stored.
+            log: takes a line about the largest rounding by the cast.
+        """
+        choice = self.adapter if adapter is None else adapter
+        params = self.params
+        if choice != self.adapter:
+            params = attach(self.base, self._make_nodes([choice]))
+        if not has_adapters(params) and self.base is None:
+            return self
+        with use_mesh_of(params):
+            found = merge_params(self.config.model, params, dtype)
+        log(
+            f"merged {found.maps} adapted maps in float32: the largest change of a weight is "
+            f"{found.change:.2g}, the largest rounding by the cast {found.rounding:.2g}"
+        )
+        model = found.config if dtype is None else dataclasses.replace(found.config, dtype=dtype)
+        config = dataclasses.replace(self.config, model=model, lora=LoraConfig())
+        return dataclasses.replace(
+            self, config=config, params=found.params, adapters={}, adapter="", base=None,
+            unmerged=self,
+        )  # fmt: skip
+
+    def unmerge(self) -> "LanguageModel":
+        """Return the model that `merge` was called on, exactly.
+
+        Raises:
+            ConfigError: this model is not the result of a merge.
+        """
+        if self.unmerged is None:
+            raise ConfigError("this model is not merged: only what `merge` returned is unmerged.")
+        return self.unmerged
+
+    def _replace(self, **changes) -> "LanguageModel":
+        """Return a copy with changes, which keeps the prepared parameters of the base."""
+        new = dataclasses.replace(self, **changes)
+        before = self.__dict__
+        name = "base_decode_params" if "base_decode_params" in before else "decode_params"
+        if name in before and (self.base is not None) == (name == "base_decode_params"):
+            new.__dict__["base_decode_params"] = before[name]
+        return new
+
+    def start_engine(
+        self,
+        rows: int = 8,
+        slots: int | None = None,
+        *,
+        source: int | None = None,
+        chunk: int = 256,
+        speculate: int = 0,
+        draft: "LanguageModel | None" = None,
+        max_waiting: int = 1024,
+    ) -> EngineWorker:
+        """Start a thread that decodes requests of many threads at once; see `EngineWorker`.
+
+            with model.start_engine(rows=8) as engine:
+                for piece in engine.submit("def main(", model.config.sample):
+                    print(piece.text)
+
+        Args:
+            rows: requests that decode at once.
+            slots: tokens of a row, prompt and output; None = the context of the model.
+            source: tokens of an encoder-decoder's source; None = the context.
+            chunk: tokens of a prompt that are read at once.
+            speculate: tokens that are guessed at once; 0 = none.
+            draft: a smaller model with the same tokenizer that guesses; None looks them up.
+            max_waiting: requests that may wait for a row.
+
+        All rows have the cache of `config.sample.cache`.
+
+        Raises:
+            ConfigError: the model does not generate, or cannot do this.
+        """
+        self._check("generate", [])
+        cfg = self.config.model
+        has_source = cfg.family == "encoder_decoder"
+        size = Size(
+            rows,
+            min(slots or cfg.context, cfg.context),
+            (source or cfg.context) if has_source else 0,
+            chunk,
+            speculate,
+            self.config.sample.cache,
+        )
+        guesser = None if draft is None else DraftModel(draft.config.model, draft.decode_params)
+        return generate.start_worker(
+            self.config, self.decode_params, self.tokenizer, size, guesser, max_waiting
         )
 
     def chat(

@@ -16,7 +16,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,11 +26,23 @@ import orbax.checkpoint as ocp
 from jaxgpt import config as configs
 from jaxgpt import hosts
 from jaxgpt import tokenizer as tokenizers
+from jaxgpt.adapter_loading import (
+    adapt,
+    cast_tree,
+    check_adapters,
+    find_saved_adapter,
+    join_base,
+    set_adapter,
+    set_dtype,
+)
+from jaxgpt.adapters import BASE_FILE, Adapter, format_base
 from jaxgpt.checksums import Record, hash_json, read_arrays, seal, sum_arrays
 from jaxgpt.config import Config
 from jaxgpt.config_files import find_run_config
+from jaxgpt.interop import peft
 from jaxgpt.interop.formats import FORMATS
 from jaxgpt.language_model import LanguageModel
+from jaxgpt.lora import describe_trained
 from jaxgpt.model import abstract_params
 from jaxgpt.model.layers import DTYPES
 from jaxgpt.quantization import check_kind, check_unquantized
@@ -116,18 +128,25 @@ def load_run(
     run_folder, named = split_checkpoint_path(run_folder)
     config = read_config(run_folder, plugins)
     tokenizer = tokenizers.load(os.path.join(run_folder, "tokenizer.json"))
-    if dtype is not None:
-        model_config = dataclasses.replace(config.model, dtype=dtype)
-        config = dataclasses.replace(config, model=model_config)
+    config = set_dtype(config, dtype)
     labels = tuple(read_labels(run_folder))
 
     def read(path: str) -> LanguageModel:
         progress, records = _read_progress(path)
-        params = _load_params(path, config, dtype, mesh, records)
+        has_base = bool(config.lora.rank)
+        saved = (
+            _load_trained(path, config, mesh, records)
+            if has_base
+            else _load_params(path, config, dtype, mesh, records)
+        )
         check_config_file(run_folder)  # after the shapes, whose error says more
         tokenizer.check_fingerprint(progress.get("tokenizer", ""), run_folder)
         check_labels(labels, progress.get("labels", ""), run_folder)
-        return LanguageModel(config, params, tokenizer, labels, int(os.path.basename(path)), path)
+        params = {} if has_base else saved
+        model = LanguageModel(config, params, tokenizer, labels, int(os.path.basename(path)), path)
+        if not has_base:
+            return model
+        return join_base(model, saved, run_folder, partial(load, mesh=mesh), dtype, mesh)
 
     names = configs.choose(CHECKPOINT_FOLDERS, checkpoint, "checkpoint")
     folders = [named] if named else [os.path.join(run_folder, name) for name in names]
@@ -184,7 +203,7 @@ class Loader(NamedTuple):
 
 # The first one that is for a path loads it, so that a more specific kind stands before "run".
 LOADERS: dict[str, Loader] = {
-    **{name: Loader(row.is_for, "jaxgpt.interop.loaders:load") for name, row in FORMATS.items()},
+    **{name: Loader(row.is_for, row.load) for name, row in FORMATS.items()},
     "run": Loader(is_run, "jaxgpt.loading:load_run"),
 }
 
@@ -197,7 +216,9 @@ def save(model: LanguageModel, folder: str | os.PathLike):
     Raises:
         ConfigError: the folder exists and is not empty.
     """
-    check_unquantized(model.params, "jaxgpt.save")
+    adapter = find_saved_adapter(model)
+    saved = model.params if adapter is None else adapter.trained
+    check_unquantized(saved, "jaxgpt.save")
     folder = os.path.abspath(os.fspath(folder))
     partial = f"{folder}.partial"
     if os.path.exists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
@@ -206,8 +227,10 @@ def save(model: LanguageModel, folder: str | os.PathLike):
     with make_manager(os.path.join(partial, "best")) as manager:
         facts = {"step": model.step, "tokenizer": model.tokenizer.fingerprint}
         facts["labels"] = hash_labels(model.labels)
-        progress = ocp.args.JsonSave(seal(facts, sum_arrays(params=model.params)))
-        params = ocp.args.StandardSave(model.params)
+        if adapter:
+            facts["base"] = adapter.base.fingerprint
+        progress = ocp.args.JsonSave(seal(facts, sum_arrays(params=saved)))
+        params = ocp.args.StandardSave(saved)
         manager.save(model.step, args=ocp.args.Composite(params=params, progress=progress))
     hosts.run_on_all(lambda: _rename(partial, folder))
 
@@ -215,10 +238,14 @@ def save(model: LanguageModel, folder: str | os.PathLike):
 @hosts.run_on_first
 def _write_files(model: LanguageModel, folder: str):
     """Write all but the parameters into a new folder."""
+    adapter = find_saved_adapter(model)
     shutil.rmtree(folder, ignore_errors=True)
     os.makedirs(folder)
     model.tokenizer.save(os.path.join(folder, "tokenizer.json"))
-    files = {"config.json": configs.to_json(model.config)}
+    config = set_adapter(model.config, adapter)
+    files = {"config.json": configs.to_json(config)}
+    if adapter:
+        files[BASE_FILE] = format_base(adapter.base, folder)
     if model.labels:
         files[LABELS] = json.dumps(list(model.labels)) + "\n"
     for name, text in files.items():
@@ -229,6 +256,55 @@ def _write_files(model: LanguageModel, folder: str):
 @hosts.run_on_first
 def _rename(partial: str, folder: str):
     os.rename(partial, folder)
+
+
+# --- adapters --------------------------------------------------------------------------------
+
+
+def load_peft(
+    path: str,
+    *,
+    dtype: str | None,
+    mesh: jax.sharding.Mesh | None,
+    checkpoint: str = "best",
+    plugins: object = None,
+) -> LanguageModel:
+    """Load a folder of peft onto its base; see `load`."""
+    place = peft.find_base(path)
+    base = load(place, mesh=mesh).merge()
+    adapter = peft.read_folder(path, base, place)
+    data = dataclasses.replace(base.config.train, start=place)
+    name = os.path.basename(os.path.normpath(path))
+    config = dataclasses.replace(base.config, name=name, train=data)
+    config = set_adapter(config, adapter)
+    params = cast_tree(base.params, dtype)
+    model = dataclasses.replace(base, config=set_dtype(config, dtype), params=params, origin=path)
+    return adapt(model, adapter)
+
+
+def load_adapters(model: LanguageModel, adapters: Mapping[str, Any]) -> dict[str, Adapter]:
+    """Return the adapters that `LanguageModel.with_adapters` is given; those of paths are loaded.
+
+    Raises:
+        ConfigError: one has no adapter, is of another base, or does not fit.
+    """
+    loaded = {
+        name: load(value) if isinstance(value, (str, os.PathLike)) else value
+        for name, value in adapters.items()
+    }
+    return check_adapters(model, loaded)
+
+
+def _load_trained(folder: str, config: Config, mesh, records) -> Any:
+    """Read the adapters of a checkpoint, and what is trained in full beside them."""
+    shapes, letters = describe_trained(config)
+    shardings = make_load_shardings(shapes, letters, mesh)
+    _read_saved_shapes(folder, shapes)
+    abstract = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes, shardings,
+    )  # fmt: skip
+    return _restore_params(folder, abstract, records)
 
 
 # --- run folders -----------------------------------------------------------------------------

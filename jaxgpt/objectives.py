@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxgpt.backend import get_backend
-from jaxgpt.config import TrainConfig
-from jaxgpt.data import Batch, tasks
+from jaxgpt.config import Config, TrainConfig
+from jaxgpt.data import Batch, chat, tasks
 from jaxgpt.model import Coords, EncoderInput, Head, make_head
 from jaxgpt.model.kernels.score import MASKED_LOGIT
 from jaxgpt.model.products import transpose_copy
@@ -32,6 +32,7 @@ from jaxgpt.sharding import (
     make_spec,
     map_shards,
 )
+from jaxgpt.tuning_losses import Frozen, distill_loss, policy_loss, preference_loss
 
 # The metrics of an objective by name: sums over tokens or texts, float32 [] each, so that parts of
 # a batch can be added. Every objective has
@@ -209,6 +210,9 @@ def _lay_out_head(head: Head) -> Head:
         table = jnp.pad(table, [(0, padding), (0, 0)])
         bias = head.bias if head.bias is None else jnp.pad(head.bias, (0, padding))
         head = dataclasses.replace(head, bias=bias, vocab=V)
+        if head.adapter is not None:
+            b = jnp.pad(head.adapter.b, [(0, 0), (0, padding)])
+            head = dataclasses.replace(head, adapter=head.adapter.replace(b=b))
     if backend.use_transposed_copies:
         return dataclasses.replace(head, table=transpose_copy(table), letters="DV")
     return dataclasses.replace(head, table=table)
@@ -297,7 +301,7 @@ def _make_zero_sums() -> Sums:
 #
 # `rngs` is {"dropout": key} to train with dropout, {} without. Divide by `weight` for means.
 
-Loss = Callable[[Any, Any, Batch, dict, TrainConfig], tuple[jax.Array, Sums]]
+Loss = Callable[..., tuple[jax.Array, Sums]]
 
 
 def next_token_loss(model, params, batch: Batch, rngs, cfg: TrainConfig) -> tuple[jax.Array, Sums]:
@@ -385,13 +389,50 @@ class Objective:
     family: str
     loss_unit: str = "token"  # what the mean loss is taken over
     is_text: bool = False  # targets are the text itself: bits per byte are defined
+    is_chat: bool = False  # texts are conversations
+    settings: str = ""  # the section of the config that the loss is given
+    reads_frozen: bool = False  # whether the loss can read another model
+    can_distill: bool = False  # whether a teacher's distribution can be learned too
+
+    def bind(self, cfg: Config, frozen: Frozen | None = None) -> Loss:
+        """Return the loss of a config, with its settings and the other model that it reads.
+
+        Args:
+            frozen: a teacher or a reference; without a teacher, that of the text alone.
+        """
+        if cfg.distill.teacher and frozen is not None:
+            return functools.partial(distill_loss, settings=cfg.distill, frozen=frozen)
+        if not self.settings:
+            return self.loss
+        more = {"frozen": frozen} if self.reads_frozen else {}
+        return functools.partial(self.loss, settings=getattr(cfg, self.settings), **more)
 
 
 OBJECTIVES = {
-    "causal": Objective(tasks.CausalTask, next_token_loss, "decoder", is_text=True),
-    "prefix": Objective(tasks.PrefixTask, next_token_loss, "decoder"),
+    "causal": Objective(
+        tasks.CausalTask, next_token_loss, "decoder", is_text=True, can_distill=True
+    ),
+    "prefix": Objective(tasks.PrefixTask, next_token_loss, "decoder", can_distill=True),
     "masked": Objective(tasks.MaskedTask, next_token_loss, "encoder"),
     "span": Objective(tasks.SpanTask, sequence_to_sequence_loss, "encoder_decoder"),
     "pairs": Objective(tasks.PairTask, sequence_to_sequence_loss, "encoder_decoder"),
     "classify": Objective(tasks.ClassifyTask, classification_loss, "encoder", loss_unit="text"),
+    "chat": Objective(chat.ChatTask, next_token_loss, "decoder", is_chat=True, can_distill=True),
+    "preference": Objective(
+        chat.PreferenceTask,
+        preference_loss,
+        "decoder",
+        loss_unit="pair",
+        is_chat=True,
+        settings="preference",
+    ),
+    "online": Objective(
+        chat.OnlineTask,
+        policy_loss,
+        "decoder",
+        loss_unit="answer",
+        is_chat=True,
+        settings="online",
+        reads_frozen=True,
+    ),
 }

@@ -35,6 +35,7 @@ OTHER_TABLES = (
     "jaxgpt.data.sources:SOURCES",
     "jaxgpt.language_model:ABILITIES",
     "jaxgpt.predict:ENCODERS",
+    "jaxgpt.rewards:REWARDS",
     "jaxgpt.tokenizer:TOKENIZER_KINDS",
 )
 
@@ -91,6 +92,25 @@ def _import_plugins(names: Iterable[str], tables: Sequence[str], folder: str) ->
             _import_file(os.path.abspath(path), name, tables)
         else:
             _import_module(name, tables, [os.path.abspath(folder), os.getcwd()])
+
+
+def find_function(name: str, setting: str) -> Any:
+    """Return the function that a user names as "module:function" or "file.py:function".
+
+    Raises:
+        ConfigError: there is no such module or file, it fails, or it has no such function.
+    """
+    module, colon, function = name.rpartition(":")
+    if not colon or not module or not function:
+        raise ConfigError(f"{setting}={name!r} must be module:function or file.py:function.")
+    try:
+        import_plugins([module], ())
+    except ConfigError as error:
+        raise ConfigError(f"{setting}={name!r}: {str(error).partition(': ')[2]}") from error
+    found = getattr(sys.modules[_get_module_name(module)], function, None)
+    if not callable(found):
+        raise ConfigError(f"{setting}={name!r}: {module} has no function {function!r}.")
+    return found
 
 
 def import_recorded_plugins(names: Iterable[str], tables: Sequence[str], run_folder: str) -> None:

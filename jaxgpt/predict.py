@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt.config import Config, ModelConfig
+from jaxgpt.engine import check_scores
 from jaxgpt.generate import (
     MASK,
     add_bos_eos,
-    check_scores,
     encode_prompts,
     encode_with_masks,
     name_text,

@@ -21,6 +21,7 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.dims import Letters
 from jaxgpt.model import abstract_params
 from jaxgpt.quantized_array import QuantizedArray, is_quantized, label_dims, quantize_array
+from jaxgpt.selection import select
 from jaxgpt.settings import ConfigError, choose
 from jaxgpt.sharding import constrain, use_mesh_of
 
@@ -54,7 +55,7 @@ def quantize_params(
 
     Args:
         cfg: of the model.
-        params: float32 or bfloat16, of `init_params`; they are not changed.
+        params: float32 or bfloat16, of `init_params` or some of them; they are not changed.
         kind: "int8" or "int4".
         group: inputs that share a scale: 32, 64, 128, or 0 for all of an output channel; None is 0
             for int8 and 32 for int4. Where it does not divide the inputs, its largest divisor that
@@ -66,7 +67,7 @@ def quantize_params(
     """
     group, bits = check_kind(kind, group), KINDS[kind]
     check_unquantized(params, "quantization")
-    _, letters = abstract_params(cfg)
+    letters = select(abstract_params(cfg)[1], params)
 
     def quantize(path, letters: Letters, x):
         names = [key.key for key in path]

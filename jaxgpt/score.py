@@ -16,9 +16,9 @@ import numpy as np
 
 from jaxgpt.backend import get_backend
 from jaxgpt.config import Config, ModelConfig, choose
+from jaxgpt.engine import check_scores
 from jaxgpt.generate import (
     add_bos_eos,
-    check_scores,
     encode_text,
     is_cutting,
     name_text,

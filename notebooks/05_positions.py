@@ -83,6 +83,21 @@ table = sinusoids(T, D)
 assert np.allclose(table, encode_sinusoidal(jnp.arange(T)[None], D)[0], atol=1e-5)
 print(table[1, :6].round(3))
 
+# %% [markdown] key="sinusoids-waves" tags=["picture"]
+# #### Figure: five hands of the clock
+#
+# The sines of five channels against the position: from fast to slow.
+
+# %%
+figure, axes = plt.subplots(5, 1, figsize=(7, 3.4), sharex=True)
+for axis, channel in zip(axes, (0, 16, 32, 48, 64), strict=True):
+    axis.plot(table[:, channel])
+    axis.set_ylim(-1.2, 1.2)
+    axis.set_ylabel(channel, rotation=0, labelpad=12)
+axes[-1].set_xlabel("position")
+axes[0].set_title("channels of the position vector")
+plt.show()
+
 # %% [markdown] key="sinusoids-dot" tags=["concept"]
 # ### Their dot products know the distance only
 #
@@ -173,7 +188,7 @@ print(f"three apart: {score(5, 2):.4f}, {score(105, 102):.4f}; four apart: {scor
 assert frequencies[0] == 1
 assert np.isclose(frequencies[1], 0.7499, atol=5e-5)
 assert np.isclose(frequencies[-1], 1.33e-4, atol=5e-7)
-print("once around, in tokens:", (2 * np.pi / frequencies)[[0, 1, 8, 16, 31]].round(1))
+print("once around, in tokens:", (2 * np.pi / frequencies)[[0, 1, 8, 16, 31]].round(1).tolist())
 
 # %% [markdown] key="rope-picture" tags=["picture"]
 # #### Figure: what RoPE does to a vector of ones, and how scores fall with the distance
@@ -265,7 +280,7 @@ def bucket(distance, buckets=32, reach=128):
 
 
 distances = np.arange(200)
-ours = [bucket(distance) for distance in distances]
+ours = [int(bucket(distance)) for distance in distances]
 assert (ours == np.asarray(assign_bucket(jnp.asarray(distances), 32, 128, True))).all()
 print("distances 0, 15, 16, 30, 64, 127, 199 ->", [ours[d] for d in (0, 15, 16, 30, 64, 127, 199)])
 
@@ -306,9 +321,9 @@ plt.show()
 # ## Lab: longer than in training
 #
 # We train six small models on pieces of 64 bytes of Python's language reference, equal but for the
-# position encoding, and then let each read pieces of 256 bytes. Within the first 64 all should do about
-# the same, and some better for knowing more of the past. Beyond, each meets distances or positions that
-# it has never seen.
+# position encoding, and then let each read pieces of 256 bytes. Within the first 64 one sees which
+# encoding learns fastest in so short a training. Beyond, each meets distances or positions that it has
+# never seen.
 
 # %%
 text = "\n".join(topics.values()).encode("ascii", "replace")
@@ -391,8 +406,8 @@ assert outside["learned"] > 1.1 * inside["learned"]  # meets rows that were neve
 # %% [markdown] key="extrapolation-question" tags=["question"]
 # ### Question: how can it work without any encoding?
 #
-# The model "none" has no position encoding and is far better than one that knows no order. From where
-# does it get the order?
+# The model "none" has no position encoding, and is hardly worse than the one with learned positions.
+# From where does it get the order?
 #
 # <details><summary>Answer</summary>
 #
@@ -427,8 +442,9 @@ assert min(stretched["ntk"][128:].mean(), stretched["yarn"][128:].mean()) < outs
 # %% [markdown] key="scaling-picture" tags=["picture"]
 # #### Figure: one trained model, four ways to count
 #
-# At the far positions scaling helps; close by, it costs a little, since the model was trained on
-# unscaled positions. A short training with the scaling on makes up for that.
+# Without any further training, linear interpolation spoils near and far alike: all distances have
+# become foreign to the model. NTK carries it some way, and YaRN all the way, at a small price close by.
+# A short training with the scaling on makes up for that, also for the linear one.
 
 # %%
 figure, axis = plt.subplots()

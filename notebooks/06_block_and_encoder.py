@@ -219,7 +219,7 @@ print(f"gradient through {layers} layers: {abs(np.prod(factors)):.0e} without, "
 
 # %%
 L = 16
-deep = ModelConfig(vocab=100, context=32, width=64, layers=L, heads=4, ffn=256,
+deep = ModelConfig(vocab=100, context=32, width=64, layers=L, heads=4, ffn=256, unroll=1,
                    norm="layer", feedforward="plain", activation="gelu")  # fmt: skip
 batch = jnp.asarray(rng.integers(100, size=(8, 33)))
 coords = Coords(jnp.tile(jnp.arange(32), (8, 1)), jnp.ones((8, 32), jnp.int32))
@@ -263,13 +263,14 @@ plt.show()
 # ### Lab: and so, do they learn?
 #
 # The task is to repeat: rows of random digits, of which the second half is the first half once more.
-# The loss counts the second half only. We train the four wirings with eight layers, and without any
+# The loss counts the second half only. We train the four wirings with six layers, and without any
 # warmup, so that their temper shows.
 
 # %%
 HALF, VOCAB = 8, 16
-small = ModelConfig(vocab=VOCAB, context=16, width=48, layers=8, heads=4, ffn=96, position="learned",
-                    norm="layer", feedforward="plain", activation="gelu")  # fmt: skip
+small = ModelConfig(vocab=VOCAB, context=16, width=48, layers=6, heads=4, ffn=96, unroll=1,
+                    position="learned", norm="layer", feedforward="plain",
+                    activation="gelu")  # fmt: skip
 
 
 def train_to_repeat(wiring, steps, lr=2e-3):

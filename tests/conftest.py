@@ -25,22 +25,31 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def compiled_once():
-    """Compile each program once: many tests train a model of one shape. Return the folder.
-
-    JAX_COMPILATION_CACHE_DIR keeps the programs between runs of the tests.
-    """
-    before = jax.config.jax_compilation_cache_dir
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = before or temporary
-        jax.config.update("jax_compilation_cache_dir", folder)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-        compilation_cache.reset_cache()  # what was imported may have opened another one
+@pytest.fixture(scope="session")
+def compiled_folder():
+    with tempfile.TemporaryDirectory() as folder:
         yield folder
-        jax.config.update("jax_compilation_cache_dir", before)
-        compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def compiled_once(compiled_folder):
+    """Compile each program once, for files that train one model again and again.
+
+    Return the folder. It is not for all files: where programs differ, writing them takes time.
+    """
+    settings = {
+        "jax_compilation_cache_dir": jax.config.jax_compilation_cache_dir or compiled_folder,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield settings["jax_compilation_cache_dir"]
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module", autouse=True)

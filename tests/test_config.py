@@ -193,8 +193,11 @@ UPPER_BOUNDS = {
     "optimizer.decay_share": 1.0,
     "train.mask_rate": 0.9,
     "train.label_smoothing": 0.99,
+    "lora.dropout": 0.99,
     "sample.top_p": 1.0,
     "sample.min_p": 1.0,
+    "preference.label_smoothing": 0.49,
+    "distill.weight": 1.0,
 }
 
 

@@ -142,8 +142,11 @@ def check_sample(arguments: list[str]) -> Config:
 
 
 def check_evaluate(arguments: list[str]) -> Config:
-    _, (run, *settings) = parse_arguments("evaluate", arguments)
-    assert run.startswith("runs/")
+    _, rest = parse_arguments("evaluate", arguments)
+    settings = [word for word in rest if "=" in word]
+    runs = [word for word in rest if "=" not in word]
+    assert runs
+    assert all(run.startswith("runs/") or run.endswith(".gguf") for run in runs)
     return override(Config(), settings)
 
 

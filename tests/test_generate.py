@@ -16,6 +16,7 @@ from tokenizer_kinds import make_content
 
 from jaxgpt import generate as g
 from jaxgpt.config import Config, ConfigError, ModelConfig, SampleConfig, TrainConfig
+from jaxgpt.engine import programs
 from jaxgpt.generate import generate, round_up_to_bucket, stream
 from jaxgpt.model import Coords, abstract_params, build, init_cache, unstack_layers
 from jaxgpt.sampling import SamplingParams, draw, sampleable_tokens
@@ -24,6 +25,7 @@ from jaxgpt.tokenizer import StreamDecoder, Tokenizer, make_byte_tokenizer
 TOKENIZER = make_byte_tokenizer()
 CFG = tiny(vocab=270, context=64)  # ten more rows than the tokenizer has tokens
 PARAMS = random_params(CFG, std=0.3)
+PROGRAMS = (programs.prefill, programs.insert, programs.decode, g.prepare_decode_params)
 GREEDY = SampleConfig(temperature=0, tokens=20)
 DRAWN = SampleConfig(temperature=1.2, top_k=40, top_p=0.95, repetition_penalty=1.1, tokens=20)
 
@@ -121,11 +123,11 @@ def test_equal_prompts_in_two_rows_get_different_texts():
 
 def test_nothing_recompiles_when_prompts_and_settings_change(count_compilations):
     generate_all(["hello"], DRAWN)
-    before = count_compilations(g.prefill, g.decode)
+    before = count_compilations(*PROGRAMS)
     for sample in (DRAWN, GREEDY, SampleConfig(tokens=25, top_p=0.3, min_p=0.1, seed=5)):
         for prompt in ("", "a", "some more text"):
             generate_all([prompt], sample)
-    assert count_compilations(g.prefill, g.decode) == before
+    assert count_compilations(*PROGRAMS) == before
 
 
 @given(st.integers(1, 10_000))
@@ -148,14 +150,11 @@ def test_unstacked_layers_keep_their_order_beyond_ten():
 
 def list_new_arrays(cfg: ModelConfig, rows: int, slots: int) -> list[tuple[int, str]]:
     """Return (elements, line) of every new array in the decode loop, without in-place updates."""
-    params, _ = abstract_params(cfg)
-    n = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    prompts = jax.ShapeDtypeStruct((rows, 8), jnp.int32)
-    state = jax.eval_shape(lambda *of: g.prefill(cfg, *of, slots), params, prompts, n, n)
-    settings = SamplingParams.from_configs([DRAWN] * rows, np.ones(cfg.vocab, bool))
-    keys = jax.random.split(jax.random.key(0), rows)
-    unstacked = jax.eval_shape(unstack_layers, params)
-    text = g.decode.lower(cfg, unstacked, settings, keys, state, 4).compile().as_text()
+    params = jax.eval_shape(unstack_layers, abstract_params(cfg)[0])
+    state = jax.eval_shape(lambda: programs.init_state(cfg, rows, slots, 16))
+    masks = [jax.ShapeDtypeStruct((rows,), bool), jax.ShapeDtypeStruct((rows, 2), np.uint32)]
+    rest = [*masks, jax.ShapeDtypeStruct((cfg.vocab,), bool), jax.ShapeDtypeStruct((), np.int32)]
+    text = programs.decode.lower(cfg, params, state, *rest).compile().as_text()
     loop = max(re.findall(r" = \((.*)\) while\(.* body=%?([\w.-]+)", text), key=lambda x: len(x[0]))
     body = text.split(f"\n%{loop[1]} (")[1].split("\n}")[0].splitlines()[1:]
     reused = r"(get-tuple-element|parameter|bitcast|tuple|while)\(|dynamic-update-slice"
@@ -402,10 +401,17 @@ def test_other_rules_for_the_rows_do_not_recompile(count_compilations):
     config, prompts = Config(model=CFG), ["hello", "a"]
     rules = [MIXED[0], MIXED[1]], [MIXED[1], MIXED[0]], [GREEDY, GREEDY]
     generate(config, PARAMS, TOKENIZER, prompts, [DRAWN, DRAWN])
-    before = count_compilations(g.prefill, g.decode, g.prepare_decode_params)
+    before = count_compilations(
+        programs.prefill, programs.insert, programs.decode, g.prepare_decode_params
+    )
     for samples in rules:
         generate(config, PARAMS, TOKENIZER, prompts, samples)
-    assert count_compilations(g.prefill, g.decode, g.prepare_decode_params) == before
+    assert (
+        count_compilations(
+            programs.prefill, programs.insert, programs.decode, g.prepare_decode_params
+        )
+        == before
+    )
 
 
 @pytest.mark.parametrize("sample", [GREEDY, DRAWN], ids=["greedy", "drawn"])

@@ -203,8 +203,6 @@ def test_token_ids_outside_of_the_vocabulary_are_refused_where_they_are_known(wr
     with pytest.raises(ValueError, match=f"token id {wrong} is outside"):
         build(cfg).apply({"params": model.params}, tokens, Coords(position, position * 0 + 1))
     with pytest.raises(ValueError, match=f"token id {wrong} is outside"):
-        g.prefill(cfg, model.params, tokens, lengths, lengths * 0, 8)
-    with pytest.raises(ValueError, match=f"token id {wrong} is outside"):
         score.embed_batch(cfg, model.params, tokens, lengths)
 
 

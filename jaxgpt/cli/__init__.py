@@ -12,6 +12,7 @@ light: jax, and what imports jax, is imported inside `main`, after all checks th
 import argparse
 import importlib
 import keyword
+import os
 import sys
 from functools import partial
 from typing import Any, NoReturn
@@ -23,10 +24,13 @@ from jaxgpt.interop.formats import find_format
 from jaxgpt.settings import choose
 from jaxgpt.suggestions import check_options
 
+CHECKPOINTS_FOLDERS = ("best", "checkpoints")  # of a run
+
 COMMANDS = {
     "train": "train a model, or resume a run",
     "plan": "tell what a run needs, or what fits a device, before anything runs",
     "sample": "generate text from a trained model",
+    "chat": "talk with a model in the terminal",
     "evaluate": "measure a trained model on any text",
     "look": "write a page that shows the inside of a model on a text",
     "report": "write a report of a run: one page to hand in",
@@ -38,6 +42,7 @@ COMMANDS = {
     "context": "show the loss of a model by position, up to contexts longer than its own",
     "import": "make a run folder of a model of another library",
     "export": "write a model for transformers or llama.cpp",
+    "merge": "merge the adapters of a run into its base",
     "inspect": "show what a model is",
     "verify": "check that the files of a run are as they were saved",
     "autopsy": "show what a loss spike of a run was made of",
@@ -74,9 +79,13 @@ def find_module(name: str) -> Any:
 
 
 def check_model(path: str):
-    """Raise ConfigError unless a path is a run, or a model of another library."""
-    if not find_format(path):
-        find_run_config(path)
+    """Raise ConfigError unless a path is a run, a checkpoint of one, or of another library."""
+    if find_format(path):
+        return
+    folder, name = os.path.split(path.rstrip("/"))
+    if name.isdecimal():  # runs/x/best/40
+        folder, name = os.path.split(folder)
+    find_run_config(folder if name in CHECKPOINTS_FOLDERS else path)
 
 
 def check_checkpoint(name: str):

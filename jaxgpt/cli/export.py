@@ -3,6 +3,7 @@
     jaxgpt export runs/mine mine/                                   a folder of transformers
     jaxgpt export runs/mine mine/ --format hf --dtype bfloat16
     jaxgpt export runs/mine mine.gguf --format gguf --quantize Q8_0   a file of llama.cpp
+    jaxgpt export runs/tuned adapters/ --format peft                adapters alone, for peft
 
 What was written is loaded again, and its logits are compared with those of the model, before it
 gets its name. A folder has a model card, README.md.
@@ -24,7 +25,7 @@ def main(argv: list[str], program: str) -> int:
     parser = make_parser(program, __doc__)
     parser.add_argument("run", nargs="?", help="a run folder, or any model that jaxgpt.load takes")
     parser.add_argument("path", nargs="?", help="the new folder or file")
-    parser.add_argument("--format", default="hf", help="hf (transformers) or gguf (llama.cpp)")
+    parser.add_argument("--format", default="hf", help="hf (transformers), gguf or peft")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; by default as it is stored")
     parser.add_argument("--quantize", help="of a GGUF file: Q8_0, Q4_0, ...")
     parser.add_argument("--license", default="unknown", help="for the model card: apache-2.0, ...")

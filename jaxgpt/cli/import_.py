@@ -4,6 +4,7 @@
     jaxgpt import model.gguf runs/chat                     a file of llama.cpp
     jaxgpt import stories15M.bin runs/stories              a file of llama2.c
     jaxgpt import HuggingFaceTB/SmolLM2-135M runs/smollm   from the Hugging Face hub
+    jaxgpt import adapters/ runs/tuned                     a folder of peft, onto its base
 
 The run folder is as any other: generate from it, evaluate it, begin a run with it (train.start=).
 """
@@ -11,6 +12,7 @@ The run folder is as any other: generate from it, evaluate it, begin a run with 
 import os
 
 from jaxgpt.cli import make_parser, parse
+from jaxgpt.interop.formats import find_format
 from jaxgpt.settings import ConfigError, choose
 
 IMPORT_DTYPES = ("float32", "bfloat16")
@@ -40,7 +42,10 @@ def main(argv: list[str], program: str) -> int:
     from jaxgpt import console, loading
     from jaxgpt.interop import importing
 
-    model = importing.import_model(args.path, args.run, args.dtype, console.print_note)
+    if find_format(args.path) == "peft":
+        model = importing.rename_model(loading.load(args.path, dtype=args.dtype), args.run)
+    else:
+        model = importing.import_model(args.path, args.run, args.dtype, console.print_note)
     loading.save(model, args.run)
     size = sum(x.size for x in importing.list_arrays(model))
     console.print_note(f"[{args.run}: {size:,} parameters, {model.config.model.dtype}]")

@@ -11,7 +11,7 @@ Corpus(tokenizer, train, held_out)   two streams of tokens: <bos> document <eos>
     |  packing                       rows of T tokens: windows, or whole documents packed together
     |  Loader(rows, B, seed)         of one source or several, in an order set by (seed, step)
     |  make_eval_batches(held_out, B, T)     all windows in order, every target once
-    |  tasks                         mask, split or pair tokens as the objective requires
+    |  tasks, chat                   mask, split or pair tokens as the objective requires
     v
 Batch(tokens, targets, positions, segment_ids, weights), each [B T]
     |  prefetch_batches(task, step)  made ahead of the device by Grain's threads

@@ -18,7 +18,15 @@ from typing import BinaryIO
 from jaxgpt.config import DataConfig
 from jaxgpt.data.encodings import Chunks, decode_chunks
 from jaxgpt.data.paths import find_files
-from jaxgpt.data.units import RawDocuments, SourceUnit, count_units, make_file_unit, read_stamp
+from jaxgpt.data.units import (
+    WHOLE_RECORD,
+    RawDocuments,
+    SourceUnit,
+    count_units,
+    dump_record,
+    make_file_unit,
+    read_stamp,
+)
 from jaxgpt.optional import require
 from jaxgpt.settings import ConfigError
 from jaxgpt.suggestions import check_local
@@ -375,6 +383,8 @@ def _parse_record(line: bytes, key: str, name: str) -> dict:
 
 
 def _get_text(record: dict, key: str, setting: str, name: str) -> bytes:
+    if key == WHOLE_RECORD:
+        return dump_record(record, name)
     if key not in record:
         raise ConfigError(
             f"{name} has no key {key!r}; it has {', '.join(record) or 'none'}. "

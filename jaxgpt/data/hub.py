@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxgpt.config import DataConfig
 from jaxgpt.data.units import (
+    WHOLE_RECORD,
     RawDocuments,
     SourceUnit,
     Split,
@@ -44,6 +45,8 @@ def list_units(cfg: DataConfig) -> list[SourceUnit]:
     found = {}
     facts: list[Any] = ["hf", *keys]
     for name, data in sorted(splits.items()):
+        if cfg.text_key == WHOLE_RECORD:
+            keys = list(data.column_names)
         for setting, key in zip(("data.text_key", "data.target_key"), keys, strict=False):
             if key not in data.column_names:
                 raise ConfigError(

@@ -39,6 +39,8 @@ class Batch(NamedTuple):
             or is padding.
         prefix: int32 [B T], length of the prefix of the token's document, or None.
         encoder_inputs: what an encoder reads first, or None.
+        reference: of a preference, the log-probabilities of both completions under the reference
+            model, float32 [B 2]; of generated texts, their advantages [B 1]; or None.
 
     For text classification, targets and weights are [B].
     """
@@ -50,6 +52,7 @@ class Batch(NamedTuple):
     weights: np.ndarray
     prefix: np.ndarray | None = None
     encoder_inputs: EncoderInputs | None = None
+    reference: np.ndarray | None = None
 
 
 class Rows(Protocol):
@@ -190,9 +193,13 @@ class PackedDocuments:
         remaining = tokens.starts[document + 1] - self.firsts  # [P]
         self.sizes = np.minimum(T, remaining)  # [P]
         self.is_last = remaining <= T  # [P] of its document
-        self.row_index = RowIndex(pack_best_fit(self.sizes, T))
+        self.row_index = RowIndex(self.assign_rows())
         self.size = self.row_index.size
         self.padding = 1 - tokens.ids.size / (self.size * T)
+
+    def assign_rows(self) -> np.ndarray:
+        """Return the row of each piece, int64 [P]."""
+        return pack_best_fit(self.sizes, self.T)
 
     def draw_order(self, rng: np.random.Generator) -> np.ndarray:
         """Return the numbers of the rows in random order."""

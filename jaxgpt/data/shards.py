@@ -22,9 +22,10 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -33,8 +34,9 @@ import numpy as np
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.config import DataConfig
 from jaxgpt.data import sources, work
+from jaxgpt.data.conversations import RecordEncoder
 from jaxgpt.data.sources import Document, Survey
-from jaxgpt.data.units import SourceUnit
+from jaxgpt.data.units import WHOLE_RECORD, SourceUnit
 from jaxgpt.data.work import Job, LogFn
 from jaxgpt.settings import ConfigError
 from jaxgpt.tokenizer import Tokenizer
@@ -124,6 +126,7 @@ class Corpus:
         is_paired: every second document is the answer to the one before.
         test: the tokens of data.test, for the final measurement; None if there are none.
         labels: names of the classes, if they are known; else they are found in the answers.
+        counts: what an encoder of records has counted, of "train" and of "held".
     """
 
     tokenizer: Tokenizer
@@ -139,6 +142,7 @@ class Corpus:
     is_paired: bool = False
     test: Tokens | None = None
     labels: tuple[str, ...] = ()
+    counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def train_documents(self) -> int:
@@ -158,6 +162,7 @@ def prepare(
     tokenizer: Tokenizer | None = None,
     is_paired: bool = False,
     log: LogFn = work.print_line,
+    encoder: RecordEncoder | None = None,
 ) -> Corpus:
     """Return the tokens of the source, from the cache if they are there.
 
@@ -170,6 +175,7 @@ def prepare(
         tokenizer: used instead of the one that `cfg.tokenizer` describes, if given.
         is_paired: each text is followed by its answer, as a separate document.
         log: receives progress lines; there are none if it is quick.
+        encoder: makes the documents of whole records, which are not texts.
 
     Returns:
         The corpus. A tokenizer is trained on the training part only, on at most MAX_SAMPLE_BYTES,
@@ -179,12 +185,18 @@ def prepare(
         ConfigError: the source or the tokenizer cannot be read or does not fit, or a file of the
             cache is damaged.
     """
+    cfg = _read_whole_records(cfg, encoder)
     with _name_cache_errors(cfg):
-        corpus = _prepare_corpus(cfg, vocab, tokenizer, is_paired, log)
+        corpus = _prepare_corpus(cfg, vocab, tokenizer, is_paired, log, encoder)
         if not cfg.test:
             return corpus
-        test, _ = _prepare_held_out(cfg, "test", corpus.tokenizer, is_paired, log)
+        test, _ = _prepare_held_out(cfg, "test", corpus.tokenizer, is_paired, log, encoder)
         return dataclasses.replace(corpus, test=test)
+
+
+def _read_whole_records(cfg: DataConfig, encoder: RecordEncoder | None) -> DataConfig:
+    """Return a config that reads records as JSON if there is an encoder of them."""
+    return dataclasses.replace(cfg, text_key=WHOLE_RECORD, target_key="") if encoder else cfg
 
 
 def prepare_evaluation(
@@ -194,6 +206,7 @@ def prepare_evaluation(
     labels: Sequence[str] = (),
     setting: str = "test",
     log: LogFn = work.print_line,
+    encoder: RecordEncoder | None = None,
 ) -> Corpus:
     """Return a corpus to evaluate a trained model on: all of `data.test`, or of `data.source`.
 
@@ -203,7 +216,7 @@ def prepare_evaluation(
         is_paired: as for `prepare`.
         labels: the classes of the model, in order, if it is a classifier.
         setting: "test" or "source": which source to evaluate on.
-        log: as for `prepare`.
+        log, encoder: as for `prepare`.
 
     Returns:
         The corpus; all of the source is held out (and also `train`, so that tasks accept it).
@@ -211,8 +224,9 @@ def prepare_evaluation(
     Raises:
         ConfigError: as for `prepare`.
     """
+    cfg = _read_whole_records(cfg, encoder)
     with _name_cache_errors(cfg):
-        tokens, survey = _prepare_held_out(cfg, setting, tokenizer, is_paired, log)
+        tokens, survey = _prepare_held_out(cfg, setting, tokenizer, is_paired, log, encoder)
     size = survey.sizes["document"][1]
     return Corpus(
         tokenizer=tokenizer,
@@ -249,10 +263,18 @@ class Plan(NamedTuple):
     rule: str
     is_paired: bool
     tokenizer: Tokenizer | None
+    encoder: RecordEncoder | None = None
+
+    @property
+    def facts(self) -> list:
+        """Return plain values that change when an encoder makes other documents of a record."""
+        return [self.encoder.facts] if self.encoder else []
 
     @property
     def dtype(self) -> str:
-        """Return the smallest type that holds all token ids."""
+        """Return the smallest type that holds all token ids, and the flag of an encoder."""
+        if self.encoder:
+            return "uint32"
         return "uint16" if self.known_tokenizer.vocab_size <= 1 << 16 else "uint32"
 
     @property
@@ -271,17 +293,26 @@ class Plan(NamedTuple):
 
 
 def _prepare_corpus(
-    cfg: DataConfig, vocab: int, tokenizer: Tokenizer | None, is_paired: bool, log: LogFn
+    cfg: DataConfig,
+    vocab: int,
+    tokenizer: Tokenizer | None,
+    is_paired: bool,
+    log: LogFn,
+    encoder: RecordEncoder | None,
 ) -> Corpus:
     weighted_sources = sources.parse_sources(cfg)
     units_by_source = sources.list_groups(cfg)
     units = [unit for group in units_by_source for unit in group]
     surveys = _survey_units(units, cfg, log)
     total = sum(surveys, sources.EMPTY_SURVEY)
-    rule = sources.choose_rule(cfg, total, is_paired)
+    rule = sources.choose_rule(cfg, total, is_paired or encoder is not None)
     data = [FORMAT_VERSION, total.digest, rule, cfg.holdout, *(["pairs"] if is_paired else [])]
 
     given = tokenizer or _load_configured_tokenizer(cfg)
+    if encoder:
+        encoder = encoder.resolve(given)
+        given = encoder.adapt(given) if given else None
+        data.append(encoder.facts)
     if given:
         _check_vocab(given, cfg, vocab)
         if not given.is_lossless:
@@ -289,7 +320,7 @@ def _prepare_corpus(
                 f"data.tokenizer={cfg.tokenizer} ({given.kind}) does not keep all of a text: the "
                 "model learns what decoding its tokens gives"
             )
-    plan = Plan(cfg, rule, is_paired, given)
+    plan = Plan(cfg, rule, is_paired, given, encoder)
     key = [*data, [survey.digest for survey in surveys]]  # another division has other files
     keys = [_digest([*key, "train", vocab])] if cfg.tokenizer == "train" else []
     if given:  # a resumed run passes the tokenizer that it trained itself: look in both folders
@@ -297,7 +328,8 @@ def _prepare_corpus(
     folders = [os.path.join(os.path.expanduser(cfg.cache), key) for key in keys]
     folder = next((f for f in folders if _read_stored_tokenizer(f, given)), folders[-1])
     train_tokenizer = partial(_train_tokenizer, plan, vocab, units, surveys, log)
-    plan = plan._replace(tokenizer=_get_tokenizer(folder, given, train_tokenizer))
+    found = _get_tokenizer(folder, given, train_tokenizer)
+    plan = plan._replace(tokenizer=encoder.adapt(found) if encoder else found)
 
     list_again = lambda: itertools.chain(*sources.list_groups(cfg))  # noqa: E731
     records = _make_shards(folder, units, surveys, plan, list_again, log)
@@ -323,11 +355,26 @@ def _prepare_corpus(
         mixture=mixture,
         names=names,
         is_paired=is_paired,
+        counts=_sum_counts(records) if encoder else {},
     )
 
 
+def _sum_counts(records: list[dict]) -> dict[str, dict[str, int]]:
+    """Return what an encoder has counted in all shards, of training and of held-out records."""
+    counts = {
+        subset: sum((Counter(record[subset]["counts"]) for record in records), Counter())
+        for subset in SUBSETS
+    }
+    return {subset: dict(count) for subset, count in counts.items()}
+
+
 def _prepare_held_out(
-    cfg: DataConfig, setting: str, tokenizer: Tokenizer, is_paired: bool, log: LogFn
+    cfg: DataConfig,
+    setting: str,
+    tokenizer: Tokenizer,
+    is_paired: bool,
+    log: LogFn,
+    encoder: RecordEncoder | None,
 ) -> tuple[Tokens, Survey]:
     """Return all tokens of the source that this setting names, and its survey."""
     list_units = partial(sources.list_held_out_units, cfg, setting)
@@ -337,9 +384,13 @@ def _prepare_held_out(
     if not total.documents:
         raise ConfigError(f"data.{setting}={getattr(cfg, setting)!r} has no text to evaluate on.")
     digests = [survey.digest for survey in surveys]
-    key = _digest([FORMAT_VERSION, "evaluation", digests, is_paired, tokenizer.fingerprint])
+    encoder = encoder and encoder.resolve(tokenizer)
+    facts = [encoder.facts] if encoder else []
+    key = _digest([FORMAT_VERSION, "evaluation", digests, is_paired, tokenizer.fingerprint, *facts])
     folder = os.path.join(os.path.expanduser(cfg.cache), key)
-    plan = Plan(cfg, "document", is_paired, _get_tokenizer(folder, tokenizer, lambda: tokenizer))
+    found = _get_tokenizer(folder, tokenizer, lambda: tokenizer)
+    found = encoder.adapt(found) if encoder else found
+    plan = Plan(cfg, "document", is_paired, found, encoder)
     records = _make_shards(folder, units, surveys, plan, list_units, log)
     _raise_open_file_limit(len(records))
     return _concatenate([_map_shard(folder, "held", record, plan) for record in records]), total
@@ -478,7 +529,11 @@ def _train_tokenizer(
             bytes_left = sys.maxsize if is_whole else size * MAX_SAMPLE_BYTES // total
             documents = sources.read_unit(unit)
             divisions = (division for doc in documents for division in plan.divide(doc))
-            for train in (train for train, _ in divisions if train):
+            encoder = plan.encoder
+            parts = (train for train, _ in divisions if train)
+            if encoder:
+                parts = (text for record in parts for text in encoder.read_texts(record))
+            for train in parts:
                 if bytes_left <= 0:
                     break
                 yield train[:bytes_left]
@@ -511,7 +566,7 @@ def _make_survey_record(unit: SourceUnit, holdout: float) -> dict[str, Any]:
 
 def _make_shard_job(folder: str, number: int, unit: SourceUnit, survey: Survey, plan: Plan) -> Job:
     tokenizer = plan.known_tokenizer.fingerprint
-    data = [survey.digest, plan.rule, plan.cfg.holdout, plan.is_paired]
+    data = [survey.digest, plan.rule, plan.cfg.holdout, plan.is_paired, *plan.facts]
     facts = _digest([FORMAT_VERSION, *data, tokenizer])
     stem = os.path.join(folder, f"{number:06}")
     make = partial(_write_shards, stem, unit, survey.digest, plan)
@@ -527,7 +582,7 @@ def _write_shards(stem: str, unit: SourceUnit, digest: str, plan: Plan) -> dict[
             survey += sources.survey_document(document, plan.cfg.holdout)
             for division in plan.divide(document):
                 for writer, text in zip(writers, division, strict=True):
-                    writer.add(text)
+                    writer.add(text, document.name)
         for writer in writers:
             writer.close()
         if survey.digest != digest:
@@ -557,20 +612,30 @@ class _ShardWriter:
         )
         self.starts = [0]
         self.pending: list[bytes] = []
+        self.counts: Counter[str] = Counter()  # of an encoder
         self.pending_bytes = self.text_bytes = 0  # not yet encoded, and encoded
         self.hash = hashlib.blake2b(digest_size=16)
         self.files: dict[str, dict] = {}
 
     @property
-    def sizes(self) -> dict[str, int]:
-        return dict(tokens=self.starts[-1], documents=len(self.starts) - 1, bytes=self.text_bytes)
+    def sizes(self) -> dict[str, Any]:
+        sizes = dict(tokens=self.starts[-1], documents=len(self.starts) - 1, bytes=self.text_bytes)
+        return sizes | ({"counts": dict(self.counts)} if self.plan.encoder else {})
 
-    def add(self, text: bytes):
-        if text:
+    def add(self, text: bytes, name: str):
+        if text and self.plan.encoder:
+            self.add_record(self.plan.encoder, text, name)
+        elif text:
             self.pending.append(text)
             self.pending_bytes += len(text)
         if self.pending_bytes >= ENCODE_BATCH_BYTES:
             self.flush()
+
+    def add_record(self, encoder: RecordEncoder, record: bytes, name: str):
+        for ids in encoder.encode(self.plan.known_tokenizer, name, record, self.counts):
+            self.write(ids.astype(self.plan.dtype))
+            self.starts.append(self.starts[-1] + ids.size)
+        self.text_bytes += len(record)
 
     def flush(self):
         tokenizer, dtype = self.plan.known_tokenizer, self.plan.dtype

@@ -18,6 +18,7 @@ from typing import ClassVar
 import numpy as np
 
 from jaxgpt.config import Config
+from jaxgpt.data.conversations import RecordEncoder
 from jaxgpt.data.loader import Loader, make_eval_batches
 from jaxgpt.data.packing import (
     PACKINGS,
@@ -49,6 +50,7 @@ class Task:
 
     labels: Sequence[str] = ()  # of classes
     note: str = ""  # for the user: how well the text fits the rows
+    example: str = ""  # for the user: a text, with what is learned of it marked
 
     def __init__(self, cfg: Config, corpus: Corpus):
         self.cfg, self.corpus = cfg, corpus
@@ -71,6 +73,11 @@ class Task:
     def compute_row_tokens(cfg: Config) -> int:
         """Return the tokens of text in a row."""
         return cfg.model.context
+
+    @staticmethod
+    def make_encoder(cfg: Config) -> RecordEncoder | None:
+        """Return what makes tokens of whole records, None if the source is text."""
+        return None
 
     @classmethod
     def describe_batch(cls, cfg: Config) -> Batch:
@@ -289,7 +296,26 @@ def _make_coords(tokens: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, n
 # --- texts in pairs --------------------------------------------------------------------------
 
 
-class PairTask(Task):
+class RowTask(Task):
+    """What the tasks share that evaluate row by row, because a row is more than a piece of text."""
+
+    def __init__(self, cfg: Config, corpus: Corpus):
+        super().__init__(cfg, corpus)
+        self.held_out_rows = self.make_rows(corpus.held_out)
+
+    def make_eval_batches(self, tokens: Tokens | None = None) -> Iterator[Batch]:
+        B = self.cfg.train.batch
+        rows = self.held_out_rows if tokens is None else self.make_eval_rows(tokens)
+        total = -(-rows.size // B)
+        for number in range(min(total, self.cfg.train.eval_batches or total)):
+            yield rows.gather(np.arange(number * B, (number + 1) * B))
+
+    def make_eval_rows(self, tokens: Tokens) -> Rows:
+        """Return the rows of tokens that are neither trained on nor held out."""
+        return self.make_rows(tokens)
+
+
+class PairTask(RowTask):
     """The source is encoded, the target generated; texts longer than a row are truncated.
 
     A row is one pair; or several, if `data.packing` is documents: the i-th target of a row then
@@ -301,7 +327,6 @@ class PairTask(Task):
 
     def __init__(self, cfg: Config, corpus: Corpus):
         super().__init__(cfg, corpus)
-        self.held_out_rows = self.make_rows(corpus.held_out)
         streams = (corpus.train, corpus.held_out)
         lengths = np.concatenate([np.diff(stream.starts) for stream in streams])
         lengths = lengths.reshape(-1, 2)[:, : self.TEXTS_IN_CONTEXT]  # [pairs TEXTS_IN_CONTEXT]
@@ -318,17 +343,6 @@ class PairTask(Task):
         is_packed = self.cfg.data.packing == "documents"
         pad, start = self.corpus.tokenizer.pad, self.cfg.model.start_token
         return PairRows(tokens, self.T, pad, is_packed, start)
-
-    def make_eval_batches(self, tokens: Tokens | None = None) -> Iterator[Batch]:
-        B = self.cfg.train.batch
-        rows = self.held_out_rows if tokens is None else self.make_eval_rows(tokens)
-        total = -(-rows.size // B)
-        for number in range(min(total, self.cfg.train.eval_batches or total)):
-            yield rows.gather(np.arange(number * B, (number + 1) * B))
-
-    def make_eval_rows(self, tokens: Tokens) -> Rows:
-        """Return the rows of tokens that are neither trained on nor held out."""
-        return self.make_rows(tokens)
 
 
 class PairRows:

@@ -6,6 +6,7 @@ results for an unchanged unit stay valid.
 """
 
 import itertools
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -19,6 +20,9 @@ from jaxgpt.text import encode_utf8
 
 # Approximate bytes of text in a unit: seconds of work each, and thousands of units per terabyte.
 TARGET_UNIT_BYTES = 1 << 26
+
+# As `data.text_key`: the text is the whole record, as JSON.
+WHOLE_RECORD = "*"
 
 RawDocuments = Iterator[tuple[str, bytes, str, bytes]]  # name, content, part, target: see Document
 
@@ -128,9 +132,29 @@ def extract_texts(cfg: DataConfig, example: Mapping[str, Any], name: str) -> tup
     Raises:
         ConfigError: the example, called `name`, has no such feature, or it is not text.
     """
+    if cfg.text_key == WHOLE_RECORD:
+        return dump_record(example, name), b""
     keys = (("data.text_key", cfg.text_key), ("data.target_key", cfg.target_key))
     content, target = (_extract_text(example, key, name, setting) for setting, key in keys)
     return content, target
+
+
+def dump_record(record: Mapping[str, Any], name: str) -> bytes:
+    """Return a record as JSON, the same for equal records.
+
+    Raises:
+        ConfigError: the record, called `name`, has a value that JSON has not.
+    """
+    try:
+        plain = json.dumps(record, ensure_ascii=False, sort_keys=True, default=_to_plain)
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{name} is no record of plain values: {error}.") from error
+    return encode_utf8(plain)
+
+
+def _to_plain(value: Any) -> Any:
+    """Return what JSON has for a value of a data set: an array, a number, or text in bytes."""
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value.tolist()
 
 
 def _extract_text(example: Mapping[str, Any], key: str, name: str, setting: str) -> bytes:

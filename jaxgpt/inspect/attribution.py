@@ -182,6 +182,7 @@ def decompose_captured(
     model: LanguageModel, found: Activations, position: int | slice = slice(None)
 ) -> LogitParts:
     """Decompose the logits of a capture that has ATTRIBUTION_SITES; see `decompose_logits`."""
+    model = model.merge()  # weights are read below
     cfg = model.config.model
     with use_mesh_of(model.params):
         head, params = fetch((make_head(cfg, model.params), model.params))

@@ -13,7 +13,7 @@ from jaxgpt.settings import ConfigError
 
 def get_embeddings(model: LanguageModel) -> np.ndarray:
     """Return the token embeddings of a model: float32 [V D]."""
-    return np.asarray(fetch(model.params["embed"]["table"]), np.float32)
+    return np.asarray(fetch(model.merge().params["embed"]["table"]), np.float32)
 
 
 def find_token(model: LanguageModel, word: str) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.hosts import fetch
-from jaxgpt.interop import convert, huggingface
+from jaxgpt.interop import convert, huggingface, peft, peft_write
 from jaxgpt.interop.archive import Archive
 from jaxgpt.interop.formats import FORMATS
 from jaxgpt.interop.model_card import write_model_card
@@ -48,7 +48,8 @@ def export(
 
     Args:
         path: a new folder, or a new file for a format of one file.
-        format: a row of `FORMATS` that can be written: "hf" or "gguf".
+        format: a row of `FORMATS` that can be written: "hf", "gguf", or "peft", which is the
+            adapters of a model alone. The others have them merged into the weights.
         dtype: of the tensors, one of EXPORT_DTYPES; None = that of the parameters.
         quantize: of a GGUF file, such as "Q8_0".
         license: for the model card.
@@ -68,6 +69,9 @@ def export(
     check_unquantized(model.params, "an export")
     path = os.path.normpath(os.path.expanduser(path))
     _check_new(path, row.is_folder)
+    if format == "peft":
+        return _export_adapters(model, path, dtype, log)
+    model = model.merge(log=log)
     archive = convert.to_archive(model, dtype)
     log(f"writing {archive.config['model_type']}, {len(archive.tensors)} tensors")
     root, ending = (path, "") if row.is_folder else os.path.splitext(path)
@@ -81,6 +85,26 @@ def export(
         if row.is_folder:
             card = write_model_card(model, archive, license, run)
             huggingface.write_text(os.path.join(partial, "README.md"), card)
+        _name(partial, path)
+    except BaseException:
+        _remove(partial)
+        raise
+    log(f"verified: logits differ by {difference:.1e} of their spread")
+    return difference
+
+
+def _export_adapters(
+    model: LanguageModel, path: str, dtype: str | None, log: Callable[[str], None]
+) -> float:
+    """Write the adapter in use as a folder of peft, read it, compare logits, and then name it."""
+    partial = f"{path}.partial"
+    _remove(partial)
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    try:
+        peft_write.write_folder(model, partial, dtype)
+        written = model.with_adapters({"written": peft.read_folder(partial, model)})
+        expected, actual = compute_scores(model), compute_scores(written.switch("written"))
+        difference = _compare(expected, actual, TOLERANCES[dtype or "float32"])
         _name(partial, path)
     except BaseException:
         _remove(partial)
@@ -126,14 +150,24 @@ def verify(
         model = _drop_transform(model)
     expected, actual = (compute_scores(x) for x in (model, written))
     spread = float(np.std(expected)) or 1.0
-    difference = float(np.max(np.abs(actual - expected))) / spread
     kind = dtype or _name_dtype(model)
     is_quantized = quantize is not None and quantize not in ("F32", "F16", "BF16")
     tolerance = TOLERANCES["quantized" if is_quantized else kind]
     if quantize in ("F16", "BF16"):
         tolerance = max(tolerance, TOLERANCES["bfloat16"])
     if is_quantized:  # single logits may differ by much
-        difference = float(np.sqrt(np.mean(np.square(actual - expected)))) / spread
+        root = float(np.sqrt(np.mean(np.square(actual - expected)))) / spread
+        return _check_difference(root, tolerance)
+    return _compare(expected, actual, tolerance)
+
+
+def _compare(expected: np.ndarray, actual: np.ndarray, tolerance: float) -> float:
+    """Return the largest difference of logits, relative to their spread, which is checked."""
+    spread = float(np.std(expected)) or 1.0
+    return _check_difference(float(np.max(np.abs(actual - expected))) / spread, tolerance)
+
+
+def _check_difference(difference: float, tolerance: float) -> float:
     if not difference <= tolerance:
         raise ConfigError(
             f"what was exported computes other logits: they differ by {difference:.2g} of their "

@@ -23,6 +23,7 @@ class Format(NamedTuple):
         open: "module:function", (path) -> Archive.
         write: "module:function", (archive, path, quantize) -> None; "" if it is only read.
         is_folder: whether it is written as a folder.
+        load: "module:function", with the arguments of `jaxgpt.load`.
     """
 
     title: str
@@ -30,6 +31,12 @@ class Format(NamedTuple):
     open: str
     write: str = ""
     is_folder: bool = False
+    load: str = "jaxgpt.interop.loaders:load"
+
+
+def is_peft(path: str) -> bool:
+    """Return whether a path is a folder of adapters of peft."""
+    return os.path.isfile(os.path.join(path, "adapter_config.json"))
 
 
 def is_transformers(path: str) -> bool:
@@ -73,6 +80,14 @@ def is_other_file(path: str) -> bool:
 
 
 FORMATS: dict[str, Format] = {
+    "peft": Format(
+        "a folder of peft, with adapters",
+        is_peft,
+        "jaxgpt.interop.peft:open_folder",
+        "jaxgpt.interop.peft_write:write_folder",
+        is_folder=True,
+        load="jaxgpt.loading:load_peft",
+    ),
     "hf": Format(
         "a folder of transformers",
         is_transformers,

@@ -22,6 +22,11 @@ def import_model(
         log: takes messages about what was left out.
     """
     model = convert.to_model(loaders.open_archive(path), dtype=dtype, log=log)
+    return rename_model(model, run_folder)
+
+
+def rename_model(model: LanguageModel, run_folder: str) -> LanguageModel:
+    """Return a model with the config of a run folder."""
     folder, name = os.path.split(os.path.normpath(run_folder))
     data = dataclasses.replace(
         model.config.data, tokenizer=os.path.join(run_folder, "tokenizer.json")

@@ -61,8 +61,17 @@ def inspect_run(path: str, config: Config, dtypes: dict[str, int]) -> Facts:
         "tokenizer": describe_tokenizer(tokenizer),
         "chat_template": bool(tokenizer.chat_template),
         "not_supported": [],
-        "notes": [],
+        "notes": [describe_adapters(config)] if config.lora.rank else [],
     } | describe_config(config)
+
+
+def describe_adapters(config: Config) -> str:
+    """Return a line about the adapters of a run."""
+    lora = config.lora
+    return (
+        f"adapters of rank {lora.rank} on {', '.join(lora.targets) or 'all maps in layers'}; the "
+        f"base, in {lora.base}, is {config.train.start or 'the initial model'}"
+    )
 
 
 def describe_config(config: Config) -> Facts:

@@ -6,18 +6,17 @@ Every variant is one function chosen by a name in `ModelConfig`, from the regist
 its file.
 """
 
+from jaxgpt.model.cache import Cache, init_cache
 from jaxgpt.model.capture import capture, list_activations
 from jaxgpt.model.heads import Head, make_head
 from jaxgpt.model.masks import Coords
 from jaxgpt.model.transformer import (
-    Cache,
     EncoderInput,
     abstract_params,
     build,
     compute_logits,
     count_expert_params,
     count_params,
-    init_cache,
     init_params,
     unstack_layers,
 )

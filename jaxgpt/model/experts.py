@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec
 from jaxgpt.config import ModelConfig
 from jaxgpt.dims import Letters, declare_param, split
 from jaxgpt.model.layers import normal
+from jaxgpt.model.lowrank import add_letters
 from jaxgpt.model.masks import Coords
 from jaxgpt.model.taps import tap
 from jaxgpt.quantized_array import is_quantized
@@ -71,7 +72,7 @@ class Experts(nn.Module):
         # Cast before the all-gather: half the bytes if the compute dtype is half as wide.
         weights = self.variables["params"]["experts"]
         weights = jax.tree.map(lambda w: w.astype(x.dtype), weights, is_leaf=is_quantized)
-        letters = self.expert_letters(x)
+        letters = add_letters(self.expert_letters(x), weights)
         sizes = c.sizes | dict(B=x.shape[0], T=x.shape[1])
         axes = {d: get_axis_names(mesh and make_spec((sizes[d],), d, mesh)[0]) for d in "BTEDF"}
         run: Callable = partial(compute_device_part, c, self.expert, axes, letters)
@@ -188,11 +189,12 @@ def find_partial_sum_axes(axes: Axes) -> tuple[str, ...]:
 
 def gather_weight(axes: Axes, parts: int, w: jax.Array, letters: Letters) -> jax.Array:
     """All-gather a local expert weight over D, for one of the `parts` devices that shard F."""
-    letters = letters.replace(">", "")
-    if "D" in letters:
-        w = all_gather(w, axes["D"], axis=letters.index("D"), tiled=True)
-    # Outputs are summed over the shards of F, so a weight without F contributes its fraction.
-    return w if "F" in letters else w / parts
+    dims = letters.replace(">", "")
+    if "D" in dims:
+        w = all_gather(w, axes["D"], axis=dims.index("D"), tiled=True)
+    # Outputs are summed over the shards of F, so a bias without F contributes its fraction. Of an
+    # adapter, one factor has F.
+    return w if "F" in dims or ">" in letters else w / parts
 
 
 def compute_balance_loss(probability, one_hot, is_real, axes=()) -> jax.Array:

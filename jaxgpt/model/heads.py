@@ -17,6 +17,7 @@ from jaxgpt.dims import declare_param
 from jaxgpt.model.feedforward import ACTIVATIONS
 from jaxgpt.model.kernels.score import MASKED_LOGIT
 from jaxgpt.model.layers import Linear, zeros
+from jaxgpt.model.lowrank import KEY, LowRank
 from jaxgpt.model.norms import NORMS
 from jaxgpt.model.products import einsum_float32, score_quantized
 from jaxgpt.quantized_array import QuantizedArray, is_quantized
@@ -24,7 +25,7 @@ from jaxgpt.quantized_array import QuantizedArray, is_quantized
 
 @struct.dataclass
 class Head:
-    """Output projection: softcap(scale * h · table + bias)."""
+    """Output projection: softcap(scale * h · table + bias), where an adapter is a part of table."""
 
     table: jax.Array | QuantizedArray  # float32 [V D], or in the order of `letters`
     bias: jax.Array | None = None  # float32 [V]
@@ -32,6 +33,7 @@ class Head:
     softcap: float | None = struct.field(pytree_node=False, default=None)
     vocab: int | None = struct.field(pytree_node=False, default=None)  # None = all rows are tokens
     letters: str = struct.field(pytree_node=False, default="VD")
+    adapter: LowRank | None = None  # with a [D R], b [R V]
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """Return the logits, float32 [... V], of hidden states [... D]; padding is MASKED_LOGIT."""
@@ -41,6 +43,8 @@ class Head:
             scores = score_quantized(hidden, self.table)
         else:
             scores = einsum_float32(f"{lead}D,{self.letters}->{lead}V", hidden, self.table)
+        if self.adapter is not None:
+            scores = scores + self.adapter(hidden, 1).astype(jnp.float32)
         if self.scale is not None:
             scores = scores * self.scale
         if self.bias is not None:
@@ -74,9 +78,11 @@ HEADS: dict[str, type[nn.Module] | None] = {"linear": None, "mlm": MaskedLMTrans
 
 def make_head(cfg: ModelConfig, params) -> Head:
     """Return the output head of a model with these parameters."""
-    table = params.get("head", params["embed"])["table"]  # the embedding if it is tied
+    own = params.get("head", {})  # of a tied head at most its adapter
+    table = own["table"] if "table" in own else params["embed"]["table"]
     bias = params.get("transform", {}).get("bias")
-    return Head(table, bias, cfg.head_scale, cfg.final_softcap)
+    head = Head(table, bias, cfg.head_scale, cfg.final_softcap)
+    return dataclasses.replace(head, adapter=own[KEY]) if KEY in own else head
 
 
 class ClassifierHead(nn.Module):

@@ -15,6 +15,7 @@ from jaxgpt.backend import get_backend
 from jaxgpt.config import ModelConfig
 from jaxgpt.dims import declare_param
 from jaxgpt.model import fp8
+from jaxgpt.model.lowrank import add_output, find_adapter, make_dropout_key
 from jaxgpt.model.products import MATMULS, matmul_quantized
 from jaxgpt.quantized_array import is_quantized
 from jaxgpt.sharding import gather_param
@@ -114,7 +115,8 @@ class Linear(nn.Module):
 
     With `input_fn` it maps input_fn(*inputs). For the backward pass it saves w and the inputs as
     passed: neither the output of `input_fn` (see `recompute`), nor cast or transposed copies. It
-    has a bias if `site` is one of `cfg.bias_sites`.
+    has a bias if `site` is one of `cfg.bias_sites`, and adds the output of an adapter (see
+    lowrank.py) if its parameters have one.
     """
 
     cfg: ModelConfig
@@ -127,17 +129,20 @@ class Linear(nn.Module):
         in_letters, out_letters = self.letters.split(">")
         w = declare_param(self, "w", self.letters, self.cfg.sizes, self.initial)
         multiply = MATMULS[self.cfg.products]
+        adapter = find_adapter(self)
+        key = make_dropout_key(self, adapter)
 
         @recompute
-        def apply_matmul(w, *inputs):
+        def apply_matmul(w, adapter, key, *inputs):
             x, axes = input_fn(*inputs), len(in_letters)
             if is_quantized(w):
-                return matmul_quantized(x, w, axes, multiply)
+                y = matmul_quantized(x, w, axes, multiply)
+                return add_output(y, adapter, x, axes, key)
             w = gather_param(w.astype(inputs[0].dtype), self.letters)
             chex.assert_shape(x, (*x.shape[: x.ndim - axes], *w.shape[:axes]))
-            return multiply(x, w, axes)
+            return add_output(multiply(x, w, axes), adapter, x, axes, key)
 
-        y = apply_matmul(w, *inputs)
+        y = apply_matmul(w, adapter, key, *inputs)
         if self.site in self.cfg.bias_sites:
             y = y + declare_param(self, "b", out_letters, self.cfg.sizes, zeros).astype(y.dtype)
         return y

@@ -14,23 +14,21 @@ import functools
 import math
 from typing import Any, ClassVar, NamedTuple
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from jaxgpt.architecture import LayerSpec
 from jaxgpt.backend import get_backend
 from jaxgpt.config import ModelConfig
 from jaxgpt.dims import declare_param, split
 from jaxgpt.model.block import REMAT_POLICIES, WIRINGS_WITHOUT_FINAL_NORM, Dropout, LayerGroup
+from jaxgpt.model.cache import Cache
 from jaxgpt.model.heads import HEADS, ClassifierHead, make_head
 from jaxgpt.model.layers import DTYPES, check_indices, prevent_cse
+from jaxgpt.model.lowrank import find_adapter
 from jaxgpt.model.masks import Coords
-from jaxgpt.model.mixers import MIXERS
-from jaxgpt.model.mixers.attention import Attention
-from jaxgpt.model.mixers.mixer import LayerContext, init_mixer_state, update_slots
+from jaxgpt.model.mixers.mixer import LayerContext, make_slot_coords, update_slots
 from jaxgpt.model.norms import NORMS
 from jaxgpt.model.pipeline import count_stages, run_pipeline
 from jaxgpt.model.positions import POSITION_ENCODINGS, PositionEncoding
@@ -44,16 +42,6 @@ class EncoderInput(NamedTuple):
 
     tokens: jax.Array  # int32 [B S]
     coords: Coords  # [B S]
-
-
-@struct.dataclass
-class Cache:
-    """Decoding cache, or KV cache. Empty slots have segment id 0: no query attends to them."""
-
-    states: tuple[dict[str, Any], ...]  # per layer, by sublayer; each is updated in place
-    coords: Coords  # [B S] each
-    cursor: jax.Array  # int32 [], the next free slot
-    memory_coords: Coords | None = None  # of the encoder input, [B S] each
 
 
 def count_unrolled(cfg: ModelConfig, repeats: int) -> int:
@@ -89,9 +77,15 @@ class Stack(nn.Module):
         if c.embed_norm:
             x = NORMS[c.norm](c, name="embed_norm")(x)
         x = tap(self, "embedding", constrain(Dropout(c.dropout)(x), "BTD"))
-        k_coords, cursor = coords, None
+        k_coords, cursor, lengths = coords, None, None
         if cache is not None:
-            k_coords, cursor = update_slots(cache.coords, coords, cache.cursor), cache.cursor
+            cursor = cache.cursor
+            if cursor.ndim:
+                lengths = cursor + (coords.segment_ids > 0).sum(axis=1)
+                slots = cache.coords.positions.shape[1]
+                k_coords = make_slot_coords(lengths, slots, coords.prefix)
+            else:
+                k_coords = update_slots(cache.coords, coords, cursor)
             memory_coords = cache.memory_coords if memory is None else memory_coords
         layer_context = LayerContext(
             coords,
@@ -100,6 +94,7 @@ class Stack(nn.Module):
             biases=tuple(e.make_bias() for e in encodings),
             query_scales=tuple(e.make_query_scale(coords.positions) for e in encodings),
             cursor=cursor,
+            lengths=lengths,
             memory=memory,
             memory_coords=memory_coords,
         )
@@ -108,7 +103,8 @@ class Stack(nn.Module):
             x = NORMS[c.norm](c, name="norm")(x)
         x = tap(self, "final_norm", x)
         if cache is not None and states is not None:
-            cache = Cache(states, k_coords, cache.cursor + x.shape[1], memory_coords)
+            end = cache.cursor + x.shape[1] if lengths is None else lengths
+            cache = Cache(states, k_coords, end, memory_coords)
         return x, cache
 
     def make_position_encodings(self) -> list[PositionEncoding]:
@@ -121,14 +117,19 @@ class Stack(nn.Module):
         return encodings
 
     @property
+    def has_unstacked_params(self) -> bool:
+        """Whether the parameters are those of `unstack_layers`."""
+        return "0" in self.variables.get("params", {}).get("layers", {})
+
+    @property
     def groups(self) -> list[tuple[str, tuple[LayerSpec, ...], int]]:
         """(name, specs, repeats) of the layers that repeat and, if the cycle leaves one, a tail."""
         cycle, repeats, tail = self.cfg.group_layers(self.layers or self.cfg.layers)
         return [("layers", cycle, repeats)] + ([("tail", tail, 1)] if tail else [])
 
     def apply_layers(self, x: jax.Array, states: tuple | None, layer_context: LayerContext):
-        """Apply all layers: see `apply_group`, or `decode_blocks` for one token."""
-        if states is not None and x.shape[1] == 1:
+        """Apply all layers: see `apply_group`, or `decode_blocks` with a cache."""
+        if states is not None and (x.shape[1] == 1 or self.has_unstacked_params):
             return self.decode_blocks(x, states, layer_context)
         new_states: tuple = ()
         for name, specs, repeats in self.groups:
@@ -178,7 +179,7 @@ class Stack(nn.Module):
         return x, stacked and _unstack_states(stacked)
 
     def decode_blocks(self, x: jax.Array, states: tuple, layer_context: LayerContext):
-        """As `apply_layers`, for one token: a scan would copy each layer's weights and state."""
+        """As `apply_layers`, for a few tokens: a scan would copy each layer's weights and state."""
         new_states: tuple = ()
         for name, specs, repeats in self.groups:
             group: Any = LayerGroup(self.cfg, specs, self.direction, parent=None)
@@ -240,12 +241,16 @@ class Embedding(nn.Module):
         check_indices(
             tokens, table.shape[0], "token id" if self.letters[0] == "V" else "token type"
         )
+        adapter, dtype = find_adapter(self), DTYPES[self.cfg.dtype]
         if is_quantized(table):
-            return constrain(table.take_rows(tokens, DTYPES[self.cfg.dtype]), "BTD")
-        # All-gather the width before the lookup, else the partitioner replicates the lookup.
-        table = gather_param(table.astype(DTYPES[self.cfg.dtype]), self.letters)
-        table = constrain(table, f"{self.letters[0]}.")
-        return constrain(table[tokens], "BTD")
+            x = table.take_rows(tokens, dtype)
+        else:
+            # All-gather the width before the lookup, else the partitioner replicates the lookup.
+            table = gather_param(table.astype(dtype), self.letters)
+            x = constrain(table, f"{self.letters[0]}.")[tokens]
+        if adapter is not None:
+            x = x + adapter.look_up(tokens).astype(x.dtype)
+        return constrain(x, "BTD")
 
 
 class Family(nn.Module):
@@ -427,30 +432,3 @@ def count_expert_params(cfg: ModelConfig) -> int:
     """Return the number of parameters of all experts that tokens are routed to."""
     leaves = jax.tree.leaves_with_path(abstract_params(cfg)[0])
     return sum(x.size for path, x in leaves if "experts" in [key.key for key in path])
-
-
-def init_cache(
-    cfg: ModelConfig, batch: int, slots: int, source: int = 0, kind: str = "model"
-) -> Cache:
-    """Return an empty cache for `batch` rows of `slots` tokens, with `source` encoder tokens.
-
-    `kind` is a value of `sample.cache`; see `init_mixer_state`.
-    """
-    chex.assert_scalar_positive(batch)
-    chex.assert_scalar_positive(slots)
-
-    def init_layer(name: str) -> dict[str, Any]:
-        mixer, cross = MIXERS[name], {}
-        if source:
-            cross["cross"] = init_mixer_state("attention", Attention, cfg, batch, source, kind)
-        return {"mixer": init_mixer_state(name, mixer, cfg, batch, slots, kind)} | cross
-
-    no_tokens = jnp.zeros((batch, slots), jnp.int32)
-    prefix = no_tokens if "prefix" in cfg.pattern else None
-    no_source = jnp.zeros((batch, source), jnp.int32)
-    return Cache(
-        states=tuple(init_layer(spec.mixer) for spec in cfg.list_layers(cfg.layers)),
-        coords=Coords(no_tokens, no_tokens, prefix),
-        cursor=jnp.int32(0),
-        memory_coords=Coords(no_source, no_source) if source else None,
-    )

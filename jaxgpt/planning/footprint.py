@@ -133,7 +133,7 @@ def compile_footprint(cfg: Config, target: Target) -> Footprint:
     """
     step = lower_step(cfg, target.devices)
     with jax.set_mesh(step.mesh):
-        total = sum(x.size for x in jax.tree.leaves(step.state.params))
+        total = sum(x.size for x in jax.tree.leaves((step.state.params, step.state.base)))
         microbatches = count_microbatches(cfg, total)
     try:
         compiled = step.lowered.compile(compiler_options=choose_compiler_options(target))

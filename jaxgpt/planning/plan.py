@@ -39,7 +39,7 @@ from jaxgpt.planning.rates import predict_step_seconds
 from jaxgpt.planning.report import format_plan
 from jaxgpt.settings import ConfigError
 from jaxgpt.trainer.estimate import TYPICAL_MFU, make_abstract_mesh
-from jaxgpt.trainer.speed import flops_per_token, peak_flops
+from jaxgpt.trainer.speed import count_step_flops, peak_flops
 
 BYTES_PER_TOKEN = 4.0  # of English text, with a vocabulary of some ten thousand tokens
 
@@ -185,7 +185,7 @@ def make_plan(cfg: Config, target: Target, mfu: float | None, quick: bool) -> Pl
     largest, largest_source = find_largest_batch(cfg, target, now, quick)
     T = cfg.objective.task.compute_row_tokens(cfg)
     tokens_per_step = cfg.train.batch * T
-    per_token = flops_per_token(cfg.model)
+    per_token = count_step_flops(cfg)
     fraction, seconds, time_source = predict_seconds(cfg, target, now, mfu)
     available = count_usable_bytes(target)
     mesh = make_abstract_mesh(cfg, target.count, target.platform, target.kind)
@@ -228,7 +228,7 @@ def predict_seconds(
     cfg: Config, target: Target, now: Footprint, mfu: float | None
 ) -> tuple[float, float, str]:
     """Return (MFU, seconds of a step, where they are from)."""
-    flops = flops_per_token(cfg.model) * cfg.train.batch * cfg.model.context
+    flops = count_step_flops(cfg) * cfg.train.batch * cfg.model.context
     peak = find_peak_flops(target)
     if peak is None:
         total, peak_source = peak_flops(target.devices)

@@ -4,7 +4,7 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 
-WIDTH, HEIGHT = 640, 260
+WIDTH, HEIGHT = 460, 220
 LEFT, RIGHT, TOP, BOTTOM = 62, 12, 12, 40
 MAX_DOTS = 40  # of a line with a dot at each point
 MAX_POINTS = 500  # of a line: more are not visible at this width
@@ -41,7 +41,7 @@ def draw_chart(lines: Mapping[str, Points], title: str, unit: str, x_name: str =
     for y in y_ticks:
         at = f"{place(x_range[0], y)[1]:.1f}"
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at}" y2="{at}"/>')
-        parts.append(make_text(f"{y:.6g}", LEFT - 6, float(at) + 4, "end"))
+        parts.append(make_text(f"{y:,.6g}", LEFT - 6, float(at) + 4, "end"))
     for x in x_ticks:
         parts.append(make_text(f"{x:,.6g}", place(x, y_range[0])[0], HEIGHT - BOTTOM + 16))
     for i, points in enumerate(shown.values()):
@@ -74,7 +74,17 @@ def make_text(text: str, x: float, y: float, anchor: str = "middle") -> str:
 def describe_line(name: str, points: Points) -> str:
     """Return a line in words: where it begins and ends."""
     (first, start), (last, end) = points[0], points[-1]
-    return f"{name}, {start:.4g} at {first:,.6g} to {end:.4g} at {last:,.6g}"
+    ends = f"{format_number(start)} at {first:,.6g} to {format_number(end)} at {last:,.6g}"
+    return f"{name}, {ends}"
+
+
+def format_number(value: float) -> str:
+    """Return a number with four digits or more, without an exponent where it is large.
+
+    >>> format_number(34390.6), format_number(3.32595)
+    ('34,391', '3.326')
+    """
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def thin_out(points: Points) -> list[tuple[float, float]]:

@@ -23,7 +23,7 @@ from jaxgpt.loading import read_config
 from jaxgpt.model import count_params
 from jaxgpt.settings import ConfigError, get
 from jaxgpt.trainer.logging import is_number, read_metrics
-from jaxgpt.trainer.speed import flops_per_token
+from jaxgpt.trainer.speed import count_step_flops
 
 MAX_SAMPLES = 3
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -98,7 +98,7 @@ def read_facts(run: str, results: Sequence[str] = ()) -> Facts:
         best=min(evaluations, key=lambda r: r["loss"], default=None),
         samples=read_samples(run),
         parts=count_params(config.model),
-        flops_per_token=flops_per_token(config.model, config.optimizer.train),
+        flops_per_token=count_step_flops(config),
         tokens=int(steps) * config.train.batch * config.model.context,
         speed=_summarize_speed(curves),
         tasks=_read_tasks(records, [*found, *results]),

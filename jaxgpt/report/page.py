@@ -24,7 +24,7 @@ from jaxgpt.settings import ConfigError
 from jaxgpt.trainer.logging import format_mfu
 from jaxgpt.visualize import Page
 
-MAX_INSIDE_TOKENS = 24  # of the text whose inside is shown
+MAX_INSIDE_TOKENS = 14  # of the text whose inside is shown
 Section = tuple[str, str, str]  # id, heading, HTML
 
 
@@ -199,7 +199,12 @@ def make_speed(facts: Facts) -> Section:
     if "tokens_per_second" in facts.speed:
         rows.append(("tokens per second, median", f"{facts.speed['tokens_per_second']:,.0f}"))
     if "mfu" in facts.speed:
-        rows.append(("model FLOPs utilization (MFU), median", format_mfu(facts.speed["mfu"])))
+        rows.append(
+            (
+                "model FLOPs utilization (MFU), median",
+                format_mfu(facts.speed["mfu"]).removeprefix("MFU "),
+            )
+        )
     note = (
         "<p>FLOPs are those of the model's products, an addition and a multiplication each, "
         "without what is recomputed. MFU is their share of the peak of the devices on which the "

@@ -8,6 +8,7 @@ afterwards, so that only what the template itself writes becomes a special token
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -120,34 +121,71 @@ def encode_chat(
     Raises:
         ConfigError: as for `render`; or there is no template, or the tokenizer lacks its tokens.
     """
-    source = _choose_template(tokenizer, template, bool(tools))
-    specials = tokenizer.special_ids
-    # Messages as JSON also show that they are of plain values.
-    inputs = _dump([messages, tools])
-    unused = [index for index in _PRIVATE_USE if chr(index) not in inputs + source]
-    marks = [chr(index) for index in unused[:2]]
-    hide = _Protector(specials, iter(map(chr, unused[2:])))
-    protected = hide.protect(messages), hide.protect(tools)
-    variables = {key: value for key, value in tokenizer.list_template_tokens().items() if value}
-    marked = _run(source, *protected, add_generation_prompt, (marks[0], marks[1]), variables)
-    text, spans = _take_marks(marked, marks)
-    ids: list[np.ndarray] = []
-    is_generated: list[np.ndarray] = []
-    for begin, part, token in _split_specials(text, tokenizer):
-        if token is not None:
-            found, offsets = np.array([specials[token]], np.int32), [(0, len(part))]
-        else:
-            part, places = hide.restore(part)
-            place = "start" if begin == 0 else "section"
-            found, offsets = tokenizer.encode_with_offsets(part, place)
-            offsets = [(places[i], places[j]) for i, j in offsets]
-        ids.append(found)
-        is_generated.append(_find_inside(offsets, begin, spans))
-    return EncodedChat(
-        np.concatenate([np.zeros(0, np.int32), *ids]),
-        np.concatenate([np.zeros(0, bool), *is_generated]),
-        hide.restore(text)[0],
-    )
+    return ChatWriter(tokenizer, messages, tools, template).encode(add_generation_prompt)
+
+
+class ChatWriter:
+    """Writes a conversation, or the beginning of it, by one template.
+
+    Args:
+        tokenizer, messages, tools, template: as for `encode_chat`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any] | None = None,
+        template: str | None = None,
+    ):
+        self.tokenizer = tokenizer
+        self._source = _choose_template(tokenizer, template, bool(tools))
+        # Messages as JSON also show that they are of plain values.
+        inputs = _dump([messages, tools])
+        unused = [index for index in _PRIVATE_USE if chr(index) not in inputs + self._source]
+        self._marks = (chr(unused[0]), chr(unused[1]))
+        self._hide = _Protector(tokenizer.special_ids, iter(map(chr, unused[2:])))
+        self._messages, self._tools = self._hide.protect(messages), self._hide.protect(tools)
+
+    def render(
+        self, count: int | None = None, add_generation_prompt: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """Return the text of the first `count` messages, protected, and its marked spans."""
+        listed = self.tokenizer.list_template_tokens()
+        variables = {key: value for key, value in listed.items() if value}
+        messages = self._messages if count is None else self._messages[:count]
+        marked = _run(
+            self._source, messages, self._tools, add_generation_prompt, self._marks, variables
+        )
+        return _take_marks(marked, self._marks)
+
+    def encode(self, add_generation_prompt: bool = False) -> EncodedChat:
+        """Return the whole conversation as tokens."""
+        return self.encode_text(*self.render(None, add_generation_prompt))
+
+    def encode_text(self, text: str, spans: Sequence[tuple[int, int]]) -> EncodedChat:
+        """Return a text of `render` as tokens, with those of the spans marked.
+
+        The text is also divided where a span begins: a model that continues a prompt cannot write a
+        token that begins inside of it.
+        """
+        ids: list[np.ndarray] = []
+        is_generated: list[np.ndarray] = []
+        specials, hide = self.tokenizer.special_ids, self._hide
+        for begin, part, token, place in _split_text(text, self.tokenizer, [x for x, _ in spans]):
+            if token is not None:
+                found, offsets = np.array([specials[token]], np.int32), [(0, len(part))]
+            else:
+                part, places = hide.restore(part)
+                found, offsets = self.tokenizer.encode_with_offsets(part, place)
+                offsets = [(places[i], places[j]) for i, j in offsets]
+            ids.append(found)
+            is_generated.append(_find_inside(offsets, begin, spans))
+        return EncodedChat(
+            np.concatenate([np.zeros(0, np.int32), *ids]),
+            np.concatenate([np.zeros(0, bool), *is_generated]),
+            hide.restore(text)[0],
+        )
 
 
 def _choose_template(tokenizer: Tokenizer, template: str | None, has_tools: bool) -> str:
@@ -260,20 +298,29 @@ def _find_inside(
     return found
 
 
-def _split_specials(text: str, tokenizer: Tokenizer) -> Iterable[tuple[int, str, str | None]]:
-    """Yield (place, text, special token or None) of a text's parts, without empty ones.
+def _split_text(
+    text: str, tokenizer: Tokenizer, cuts: Sequence[int]
+) -> Iterable[tuple[int, str, str | None, str]]:
+    """Yield (begin, text, special token or None, place) of a text's parts, without empty ones.
 
-    A token may take the whitespace beside it, as the file says.
+    A token may take the whitespace beside it, as the file says. Text is divided at `cuts` too.
     """
-    pattern, place = tokenizer.special_pattern, 0
+    pattern, end = tokenizer.special_pattern, 0
     for match in pattern.finditer(text) if pattern else ():
         token = match[0].strip() if match[0] not in tokenizer.special_ids else match[0]
-        if match.start() > place:
-            yield place, text[place : match.start()], None
-        yield match.start(), match[0], token
-        place = match.end()
-    if place < len(text):
-        yield place, text[place:], None
+        yield from _cut(text, end, match.start(), cuts)
+        yield match.start(), match[0], token, ""
+        end = match.end()
+    yield from _cut(text, end, len(text), cuts)
+
+
+def _cut(text: str, begin: int, end: int, cuts: Sequence[int]):
+    """Yield the parts of text[begin:end] as `_split_text` does."""
+    borders = [begin, *(cut for cut in cuts if begin < cut < end), end]
+    for first, last in itertools.pairwise(borders):
+        if first < last:
+            after_token = "start" if first == 0 else "section"
+            yield first, text[first:last], None, after_token if first == begin else "inside"
 
 
 class _Protector:

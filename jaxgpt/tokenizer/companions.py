@@ -117,11 +117,14 @@ def describe(tokenizer: Tokenizer) -> dict[str, Any]:
     if [*tokenizer.chat_templates] == ["default"]:
         templates = tokenizer.chat_template
     is_bare = not tokenizer.settings and not tokenizer.has_given_ends
-    if is_bare:
-        return {"chat_template": templates} if templates else {}
+    if is_bare and not templates:
+        return {}
     stated = tokenizer.settings | {"add_bos_token": tokenizer.adds_bos}
-    stated["end_tokens"] = list(tokenizer.ends)
-    return stated | ({"chat_template": templates} if templates else {})
+    if not is_bare:
+        stated["end_tokens"] = list(tokenizer.ends)
+    if templates:  # what it writes at the beginning and at the end of a text
+        stated = tokenizer.list_template_tokens() | stated | {"chat_template": templates}
+    return stated
 
 
 def _write_atomically(path: pathlib.Path, text: str):

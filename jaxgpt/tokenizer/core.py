@@ -430,6 +430,11 @@ class Tokenizer:
             found = chat.find_template(template)
         return type(self)(self.content, self._name, self._given_ends, found, self.settings)
 
+    def with_ends(self, ends: Iterable[int]) -> "Tokenizer":
+        """Return the tokenizer with other ids that end a text, the first of which is `eos`."""
+        templates = self.chat_templates or None
+        return type(self)(self.content, self._name, ends, templates, self.settings)
+
     def save(self, path: str | os.PathLike) -> None:
         """Write a tokenizer.json, which `load` and transformers read, atomically.
 

@@ -24,6 +24,7 @@ from jaxgpt import hosts
 from jaxgpt.config import Config
 from jaxgpt.data import Batch
 from jaxgpt.generate import MASK
+from jaxgpt.lora import describe_trained
 from jaxgpt.model import Coords, EncoderInput, abstract_params
 from jaxgpt.model.capture import capture, find_groups, list_activations
 from jaxgpt.selection import select
@@ -58,19 +59,19 @@ def make_diagnosis(
 
     def examine_row(state: TrainState, row: Any):  # a Batch of jax.Array
         row = jax.tree.map(lambda x: x[None], row)
-        _, sums = cfg.objective.loss(model, state.params, row, {}, cfg.train)
+        _, sums = cfg.objective.bind(cfg)(model, state.model_params, row, {}, cfg.train)
         loss = sums["nats"] / jnp.maximum(sums["weight"], 1.0)
         coords = Coords(row.positions, row.segment_ids, row.prefix)
         inputs: dict[str, Any] = {}
         if row.encoder_inputs is not None:
             tokens, *places = row.encoder_inputs
             inputs["source"] = EncoderInput(tokens, Coords(*places))
-        _, found = capture(cfg.model, state.params, row.tokens, coords, names, **inputs)
+        _, found = capture(cfg.model, state.model_params, row.tokens, coords, names, **inputs)
         return loss, {name: jnp.max(jnp.abs(x.astype(jnp.float32))) for name, x in found.items()}
 
     def diagnose(state: TrainState, batch: Batch) -> dict[str, Any]:
         grads, sums, weight, updates, _ = compute_update(state, batch)
-        groups = find_groups(state.params)
+        groups = find_groups(abstract_params(cfg.model)[0])
         row_losses, activations = jax.lax.map(lambda row: examine_row(state, row), batch)
         return dict(
             loss=sums["loss"] / weight,
@@ -88,8 +89,8 @@ def make_diagnosis(
 
 def describe_findings(cfg: Config, findings: Mapping[str, Any]) -> dict[str, Any]:
     """Return findings (NumPy arrays) as a JSON object: the figures of the step, and by layer."""
-    params, _ = abstract_params(cfg.model)
-    selection, groups = select_trained(cfg), find_groups(params)
+    params, _ = describe_trained(cfg)
+    selection, groups = select_trained(cfg), find_groups(abstract_params(cfg.model)[0])
     layers: dict[str, dict[str, Any]] = {}
     trained = select(params, selection)
     for key, tree in dict(grad_norm=trained, update_norm=trained, param_norm=params).items():

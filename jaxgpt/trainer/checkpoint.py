@@ -62,6 +62,7 @@ class Progress:
     stale: int = 0  # evaluations since the best one
     data: str = ""  # fingerprint of the tokens trained on
     tokenizer: str = ""  # fingerprint of the tokenizer, "" in older runs
+    base: str = ""  # fingerprint of the model that adapters are trained on, "" without
     labels: str = ""  # hash of the names of the classes, "" in older runs and without classes
     evaluation: str = ""  # what `best_loss` was measured on (see `run.describe_evaluation`)
     is_done: bool = False  # it has stopped early

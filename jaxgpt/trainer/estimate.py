@@ -84,8 +84,9 @@ def estimate_memory(cfg: Config, abstract: Any, mesh: Any) -> MemoryEstimate:
     """
     model, d = cfg.model, cfg.model.sizes
     axes = dict(mesh.shape)
-    parameters = count_device_bytes(abstract.params)
-    total = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract.params))
+    trained = count_device_bytes(abstract.params)
+    parameters = trained + count_device_bytes(abstract.base)
+    total = sum(math.prod(x.shape) for x in jax.tree.leaves((abstract.params, abstract.base)))
     microbatches = count_microbatches(cfg, total)
     divided = math.prod(axes[a] for a in SHARDING_RULES["B"]) * axes["context"]
     n = cfg.train.batch * model.context / (divided * microbatches)
@@ -115,7 +116,7 @@ def estimate_memory(cfg: Config, abstract: Any, mesh: Any) -> MemoryEstimate:
     logits = 2 * chunk * d["V"] * 4 + n * d["D"] * 4
     table = d["V"] * d["D"] / tensor * (4 + itemsize)
     cast = parameters / 4 * itemsize if itemsize < 4 else 0
-    gradients = parameters * (2 if microbatches > 1 else 1)
+    gradients = trained * (2 if microbatches > 1 else 1)
     if is_wide and model.remat == "none":  # layers out of their loop; measured: 1.2 to 1.9
         activations, backward = (CPU_OVERHEAD * x for x in (activations, backward))
     return MemoryEstimate(
@@ -161,8 +162,8 @@ def estimate_step(
     check_fits(cfg, mesh)
     with jax.sharding.use_abstract_mesh(mesh):
         # Everything else in the config leaves the shapes of the state as they are.
-        state = _make_state(Config(model=cfg.model, optimizer=cfg.optimizer), mesh)
-        total = sum(x.size for x in jax.tree.leaves(state.params))
+        state = _make_state(Config(model=cfg.model, optimizer=cfg.optimizer, lora=cfg.lora), mesh)
+        total = sum(x.size for x in jax.tree.leaves((state.params, state.base)))
         return estimate_memory(cfg, state, mesh), count_microbatches(cfg, total)
 
 

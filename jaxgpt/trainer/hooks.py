@@ -19,6 +19,7 @@ import jax
 
 from jaxgpt import hosts
 from jaxgpt.config import Config
+from jaxgpt.evaluate.run import TaskResult
 from jaxgpt.tokenizer import Tokenizer
 
 
@@ -70,8 +71,8 @@ class RunView:
 
     @property
     def params(self) -> Any:
-        """The parameters: valid until the next step, which takes their memory."""
-        return self._run.state.params
+        """The model's parameters: valid until the next step, which takes their memory."""
+        return self._run.state.model_params
 
     def log(self, text: str):
         """Print a text, above the progress bar."""
@@ -104,6 +105,9 @@ class Hook:
 
     def on_eval(self, view: RunView, values: Mapping[str, Any]):
         """Act on the metrics of an evaluation (see `evaluate`), after the best one is updated."""
+
+    def on_task(self, view: RunView, found: TaskResult):
+        """Act on the result of a benchmark (`train.eval_tasks`), also before the first step."""
 
     def on_norms(self, view: RunView, step: int, values: Mapping[str, float]):
         """Act on the norms of a step by layer, "grad_norm/layers.0": every `train.log_norms`."""

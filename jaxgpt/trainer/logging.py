@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from jaxgpt import hosts
+from jaxgpt.evaluate.run import TaskResult, format_headline, list_scalars
 from jaxgpt.optional import is_installed
 from jaxgpt.script import print_text
 from jaxgpt.trainer.hooks import Hook, RunView
@@ -52,8 +53,8 @@ class MetricsFile(Hook):
                 _guard_board(self._board, self._log, board)
 
     @hosts.run_on_first
-    def write(self, kind: str, step: int, values: Mapping[str, float]):
-        """Write the metrics of a step. kind: "train" or "eval"; units are in the names.
+    def write(self, kind: str, step: int, values: Mapping[str, Any]):
+        """Write the metrics of a step. kind: "train", "eval", "task", ...; units are in the names.
 
         What cannot be written, as on a full disk, is kept in memory and written later.
         """
@@ -87,6 +88,9 @@ class MetricsFile(Hook):
 
     def on_eval(self, view: RunView, values: Mapping[str, Any]):
         self.write("eval", view.step, {k: v for k, v in values.items() if k != "confusion"})
+
+    def on_task(self, view: RunView, found: TaskResult):
+        self.write("task", view.step, {"task": found.task} | list_scalars(found))
 
     @hosts.run_on_first
     def close(self):
@@ -190,6 +194,11 @@ class Plots(Hook):
                 write_text_atomically(path, json.dumps(record) + "\n")
                 plot_confusion(folder, view.labels, values["confusion"])
 
+    def on_task(self, view: RunView, found: TaskResult):
+        folder = view.cfg.run_folder
+        with warn_on_file_errors(view.log, os.path.join(folder, "plots")):
+            plot_task(folder, view.cfg.name, found.task)
+
 
 @hosts.run_on_first
 def plot_curves(run_folder: str, title: str, unit: str = "token"):
@@ -257,6 +266,42 @@ def plot_norms(run_folder: str, title: str):
     axes.set(xlabel="step")
     figure.suptitle(f"{title}: norms by layer, the first dark, the last light")
     _save_figure(figure, run_folder, "norms")
+
+
+@hosts.run_on_first
+def plot_task(run_folder: str, title: str, task: str):
+    """Plot a benchmark over the steps, from metrics.jsonl, in plots/TASK.png.
+
+    The first metric is drawn with its standard error and its chance level, and thinner what it is
+    in each category of the benchmark.
+    """
+    records = [r for r in read_metrics(run_folder) if r["kind"] == "task" and r["task"] == task]
+    if not records or not is_installed("matplotlib"):
+        return
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    name = next(key for key in records[-1] if key.startswith(f"{task}/"))
+    parts = [key for key in records[-1] if key.startswith(f"{name}/")]
+    parts = [key for key in parts if key not in (f"{name}/error", f"{name}/chance")]
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    colors = matplotlib.colormaps["tab20"].resampled(20)
+    for number, key in enumerate(parts if len(parts) <= 20 else []):
+        points = [(r["step"], r[key]) for r in records if is_number(r.get(key))]
+        label = key.rpartition("/")[2].replace("_", " ")
+        axes.plot(*zip(*points, strict=True), color=colors(number), lw=1, label=label)
+    steps, values = zip(*((r["step"], r[name]) for r in records if is_number(r[name])), strict=True)
+    errors = [r[f"{name}/error"] for r in records if is_number(r[name])]
+    errors = [x if is_number(x) else 0.0 for x in errors]
+    axes.errorbar(steps, values, errors, color="black", lw=2, capsize=2, label="all")
+    if (chance := records[-1].get(f"{name}/chance")) is not None and is_number(chance):
+        axes.axhline(chance, color="gray", ls=":", label="chance")
+    metric = name.partition("/")[2].replace("_", " ")
+    axes.set(xlabel="step", ylabel=metric, title=f"{title}: {task}")
+    axes.grid(alpha=0.3)
+    figure.legend(frameon=False, fontsize=7, loc="outside right center")
+    _save_figure(figure, run_folder, task)
 
 
 MAX_LABELS = 14  # of layers in the legend of a plot
@@ -373,6 +418,9 @@ class Console(Hook):
         self.log(f"step {view.step}  {figures}  {best}")
         if "confusion" in values:
             self.log(format_confusion(values["confusion"], view.labels))
+
+    def on_task(self, view: RunView, found: TaskResult):
+        self.log(f"step {view.step}  {format_headline(found)}  {found.subset}")
 
     def close(self):
         """Leave the progress bar as it is and end it."""

@@ -18,7 +18,9 @@ from jaxgpt import hosts
 from jaxgpt.config import Config
 from jaxgpt.console import format_sample
 from jaxgpt.data import prefetch_batches
+from jaxgpt.evaluate.run import ask
 from jaxgpt.language_model import LanguageModel
+from jaxgpt.model import abstract_params
 from jaxgpt.model.capture import find_groups
 from jaxgpt.selection import select
 from jaxgpt.settings import ConfigError
@@ -37,7 +39,7 @@ from jaxgpt.trainer.recovery import (
 )
 from jaxgpt.trainer.report import format_complete, format_duration, format_samples, format_summary
 from jaxgpt.trainer.run import Run, can_sample, join_run_path, open_run
-from jaxgpt.trainer.speed import flops_per_token
+from jaxgpt.trainer.speed import count_step_flops
 from jaxgpt.trainer.spikes import read_guard
 from jaxgpt.trainer.step import Metrics, select_trained
 from jaxgpt.trainer.stop import StopSignal, make_stop_signal
@@ -134,7 +136,7 @@ def run_until_spike(run: Run, stop: StopSignal, timer: "StepTimer | None"):
     with closing(batches):
         while not run.is_complete and not stop.name:
             with jax.profiler.StepTraceAnnotation("train", step_num=progress.step + 1):
-                run.state, metrics = run.train_step(run.state, run.place_batch(next(batches)))
+                run.state, metrics = run.train_step(run.state, run.feed(run.state, next(batches)))
             progress.step += 1
             progress.tokens += run.task.tokens_per_batch
             step = progress.step
@@ -145,7 +147,7 @@ def run_until_spike(run: Run, stop: StopSignal, timer: "StepTimer | None"):
                 log_metrics(run, *pending)
             due = find_due(cfg, step, run.is_complete or stop.is_last_step(step))
             pending = (step, metrics) if due.log or due.norms else None
-            if not (due.eval or due.save or due.sample):
+            if not (due.eval or due.tasks or due.save or due.sample):
                 continue
             if pending:
                 log_metrics(run, *pending)
@@ -166,6 +168,7 @@ class Due(NamedTuple):
     log: bool
     norms: bool
     eval: bool
+    tasks: bool
     save: bool
     sample: bool
 
@@ -181,6 +184,7 @@ def find_due(cfg: Config, step: int, is_stopping: bool) -> Due:
         log=is_last or step % train.log_every == 0,
         norms=train.log_norms > 0 and (is_last or step % train.log_norms == 0),
         eval=is_last or step % train.eval_every == 0,
+        tasks=bool(train.eval_tasks) and (is_last or step % train.task_interval == 0),
         save=is_stopping or step % train.save_every == 0,
         sample=is_last
         or (train.sample_every > 0 and (step % train.sample_every == 0 or step in EARLY_SAMPLES)),
@@ -192,6 +196,8 @@ def do_what_is_due(run: Run, due: Due):
     run.progress.seconds += run.clock.pause()
     if due.eval:
         run_eval(run)
+    if due.tasks:
+        run_tasks(run)
     if due.save or run.progress.is_done:
         save(run)
     if due.sample:  # last, because it is only shown
@@ -202,6 +208,8 @@ def do_what_is_due(run: Run, due: Due):
 def show_untrained(run: Run):
     """Evaluate the model before its first step, and log a sample of it."""
     run.notify("on_untrained", measure(run))
+    if run.cfg.train.eval_tasks:
+        run_tasks(run)
     if run.cfg.train.sample_every:
         log_sample(run)
 
@@ -253,7 +261,7 @@ def log_metrics(run: Run, step: int, metrics: Metrics):
         rate = run.task.tokens_per_batch / seconds
         values |= {
             "tokens_per_second": rate,
-            "mfu": rate * flops_per_token(cfg.model, cfg.optimizer.train) / run.peak_flops,
+            "mfu": rate * count_step_flops(cfg) / run.peak_flops,
             "eta_seconds": (cfg.train.steps - step) * seconds,
         }
     run.notify("on_metrics", step, values)
@@ -262,7 +270,7 @@ def log_metrics(run: Run, step: int, metrics: Metrics):
 def fetch_norms(run: Run, norms: Any) -> dict[str, float]:
     """Fetch the norms of a step by layer, as "grad_norm/layers.0"."""
     trees = {"grad": select(run.state.params, select_trained(run.cfg)), "param": run.state.params}
-    groups = find_groups(run.state.params)
+    groups = find_groups(abstract_params(run.cfg.model)[0])
     return {
         f"{kind}_norm/{name}": float(value)
         for kind, values in hosts.fetch(norms).items()
@@ -291,9 +299,21 @@ def run_eval(run: Run):
 def measure(run: Run) -> dict[str, Any]:
     """Return the metrics of the current model on the held-out text."""
     lengths = run.corpus.tokenizer.lengths if run.cfg.objective.is_text else None
-    return evaluate(
-        run.eval_step, run.state.params, run.task.make_eval_batches(), lengths, run.place_batch
-    )
+    params, batches = run.state.model_params, run.make_eval_batches()
+    return evaluate(run.eval_step, params, batches, lengths, run.place_batch)
+
+
+def run_tasks(run: Run):
+    """Ask the current model the questions of `train.eval_tasks`, and pass the results to hooks."""
+    model = make_model(run)
+    for name, (shown, shots) in run.benchmarks.items():
+        run.notify("on_task", ask(model, name, shown, shots))
+
+
+def make_model(run: Run) -> LanguageModel:
+    """Return the current model: valid until the next step, which takes its memory."""
+    params, labels = run.state.model_params, tuple(run.task.labels)
+    return LanguageModel(run.cfg, params, run.corpus.tokenizer, labels)
 
 
 def is_better(cfg: Config, values: Mapping[str, float], best: Progress) -> bool:
@@ -309,8 +329,7 @@ def log_sample(run: Run):
     cfg = run.cfg
     if not can_sample(cfg):
         return
-    model = LanguageModel(cfg, run.state.params, run.corpus.tokenizer, tuple(run.task.labels))
-    text = format_sample(model, cfg.sample.prompt)
+    text = format_sample(make_model(run), cfg.sample.prompt)
     path = os.path.join(join_run_path(cfg, "samples"), f"step_{run.progress.step:06d}.txt")
     with warn_on_file_errors(run.console.log, path):
         write_text_atomically(path, text)

@@ -52,11 +52,11 @@ def describe_memory_errors(cfg: Config, abstract: Any) -> Iterator[None]:
     Raises:
         ConfigError: it does not fit.
     """
-    leaves = list(jax.tree.leaves((abstract.params, abstract.opt_state)))
+    leaves = list(jax.tree.leaves((abstract.params, abstract.opt_state, abstract.base)))
     needed = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
     device = jax.local_devices()[0]
     memory = read_memory_bytes(device)
-    parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract.params))
+    parameters = sum(math.prod(x.shape) for x in jax.tree.leaves((abstract.params, abstract.base)))
     copies = jax.local_device_count() if device.platform == "cpu" else 1
     message = (
         f"parameters and optimizer state of {parameters:,} parameters need {needed / 1e9:,.1f} GB "

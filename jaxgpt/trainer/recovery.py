@@ -155,7 +155,7 @@ def write_autopsy_of(run: Run, spike: Spike, event: dict[str, Any], stop: StopSi
         run.state, step = before, int(before.step) + 1
         number = step - 1 + run.progress.passed
         batch = run.task.make_batch(number)
-        findings = hosts.fetch(run.diagnose(before, run.place_batch(batch)))
+        findings = hosts.fetch(run.diagnose(before, run.feed(before, batch)))
         record = event | {"step": step, "batch": number} | read_guard(before.guard)
         save_record(run.cfg, run.corpus.tokenizer, run.task.labels, batch, findings, record)
     except Exception as error:  # above all, too little memory
@@ -189,7 +189,7 @@ def _find_state_before(run: Run, spike: Spike, stop: StopSignal) -> TrainState |
             return None
         before = jax.tree.map(lambda x: x.copy(), state)
         batch = run.task.make_batch(step + run.progress.passed, _local_rows(run))
-        state, metrics = run.train_step(state, run.place_batch(batch))
+        state, metrics = run.train_step(state, run.feed(state, batch))
         if not np.isfinite([float(metrics[name]) for name in ("loss", "grad_norm")]).all():
             break
     return before

@@ -12,13 +12,14 @@ import jax
 import jaxgpt
 from jaxgpt.backend import choose_dtype
 from jaxgpt.config import Config
+from jaxgpt.lora import describe_trained
 from jaxgpt.model import abstract_params, count_params
 from jaxgpt.selection import select, select_letters
 from jaxgpt.sharding import list_unsharded_dims
 from jaxgpt.trainer.checkpoint import Progress
 from jaxgpt.trainer.estimate import TYPICAL_MFU, estimate_memory
 from jaxgpt.trainer.memory import read_memory_bytes
-from jaxgpt.trainer.speed import flops_per_token
+from jaxgpt.trainer.speed import count_step_flops
 
 SPIKE_BATCHES = 1_000  # within which `train.max_spikes` counts
 EVAL_METRICS = ("loss", "perplexity", "bits_per_byte", "accuracy", "tokens", "confusion")
@@ -43,7 +44,7 @@ def format_header(run: Any, peak_source: str) -> str:
         f"plan   {cfg.train.steps:,} steps of {cfg.train.batch} x {run.task.T} tokens, "
         f"{cfg.optimizer.name} at {cfg.optimizer.lr:g}; {format_plan(run)}",
         f"speed  peak {run.peak_flops / 1e12:.3g} TFLOP/s ({peak_source}); "
-        f"{flops_per_token(cfg.model, cfg.optimizer.train) / 1e6:,.1f} MFLOP per token",
+        f"{count_step_flops(cfg) / 1e6:,.1f} MFLOP per token",
         *list_warnings(run),
     ])  # fmt: skip
 
@@ -76,7 +77,7 @@ def count_epochs(run: Any) -> float:
 def estimate_seconds(run: Any) -> float:
     """Return the least time that all steps of a `Run` can take: at the peak of its devices."""
     tokens = run.cfg.train.steps * run.task.tokens_per_batch
-    return tokens * flops_per_token(run.cfg.model, run.cfg.optimizer.train) / run.peak_flops
+    return tokens * count_step_flops(run.cfg) / run.peak_flops
 
 
 def format_plan(run: Any) -> str:
@@ -158,7 +159,11 @@ def _format_params(cfg: Config, mesh: jax.sharding.Mesh) -> str:
     text = f"{total:,} parameters: "
     text += ", ".join(f"{name} {size:,}" for name, size in parts.items() if size)
     shapes, letters = abstract_params(cfg.model)
-    if cfg.optimizer.train:
+    if cfg.lora.rank:
+        adapters = describe_trained(cfg)[0]
+        count = sum(math.prod(x.shape) for x in jax.tree.leaves(adapters))
+        text += f"; frozen in {cfg.lora.base}, with {count:,} trained beside them"
+    elif cfg.optimizer.train:
         trained = select(shapes, select_letters(letters, cfg.optimizer.train))
         count = sum(math.prod(x.shape) for x in jax.tree.leaves(trained))
         text += f"; {count:,} of them are trained"
@@ -251,8 +256,10 @@ def format_summary(cfg: Config, progress: Progress, signal_name: str) -> str:
 
 
 def format_next_commands(cfg: Config) -> str:
-    """Format three commands to go on with after training."""
+    """Format commands to go on with after training."""
     folder = shlex.quote(cfg.run_folder) + _format_plugins(cfg)
+    if cfg.objective.is_chat:
+        return f"Next, talk with this model:\n  jaxgpt chat {folder}"
     text = shlex.quote(cfg.sample.prompt or "Once")
     more = f"--prompt {text}" + (" temperature=0.5 top_p=0.95" if cfg.objective.is_text else "")
     return "\n".join([

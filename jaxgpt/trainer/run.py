@@ -3,31 +3,31 @@
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 
 from jaxgpt import config as configs
 from jaxgpt import hosts
 from jaxgpt import tokenizer as tokenizers
+from jaxgpt.adapters import BASE_FILE, Base, format_base
 from jaxgpt.config import Config
 from jaxgpt.data import Batch, Corpus, prepare
+from jaxgpt.data.chat import OnlineTask, PreferenceTask
 from jaxgpt.data.tasks import Task
 from jaxgpt.data.work import print_line
-from jaxgpt.loading import (
-    LABELS,
-    check_config_file,
-    hash_labels,
-    is_saved_model,
-    read_config,
-)
+from jaxgpt.evaluate.run import read_benchmarks
+from jaxgpt.evaluate.tasks import Shown
+from jaxgpt.loading import LABELS, check_config_file, hash_labels, is_saved_model, read_config
+from jaxgpt.lora import check_lora
 from jaxgpt.model import abstract_params, build
-from jaxgpt.optimizer import build as build_optimizer
 from jaxgpt.optional import describe_missing
 from jaxgpt.predict import check_prompts
+from jaxgpt.rewards import find_reward
 from jaxgpt.saved_arrays import ShapeMismatchError, latest_step
 from jaxgpt.selection import select_letters
 from jaxgpt.settings import ConfigError
@@ -35,6 +35,7 @@ from jaxgpt.sharding import check_fits, make_mesh
 from jaxgpt.trainer.autopsy import make_diagnosis
 from jaxgpt.trainer.checkpoint import Checkpoints, Progress
 from jaxgpt.trainer.folder import check_run_folder, check_writable, is_writable
+from jaxgpt.trainer.frozen import add_reference, load_frozen, needs_start
 from jaxgpt.trainer.hooks import EarlyStop, Hook, OverfitWarning, Profiler, RunView
 from jaxgpt.trainer.lock import RunLock
 from jaxgpt.trainer.logging import (
@@ -45,11 +46,21 @@ from jaxgpt.trainer.logging import (
     write_text_atomically,
 )
 from jaxgpt.trainer.memory import describe_memory_errors
+from jaxgpt.trainer.online import Rollouts
 from jaxgpt.trainer.report import format_header, format_lost_steps
 from jaxgpt.trainer.speed import Clock, peak_flops
 from jaxgpt.trainer.spikes import add_guard
-from jaxgpt.trainer.start import Start, find_start, match_start, take_params
-from jaxgpt.trainer.state import TrainState, abstract_state, make_state
+from jaxgpt.trainer.start import (
+    Start,
+    add_base,
+    describe_base,
+    find_base,
+    find_start,
+    make_adapter_start,
+    match_start,
+    take_params,
+)
+from jaxgpt.trainer.state import TrainState, make_abstract_state, make_state
 from jaxgpt.trainer.step import make_eval_step, make_train_step
 
 
@@ -75,12 +86,28 @@ class Run:
         [], TrainState
     ]  # the same state alone; the run's files stay as they are
     diagnose: Callable  # see `autopsy.make_diagnosis`
+    benchmarks: Mapping[str, tuple[Shown, int]]  # of train.eval_tasks: questions, worked examples
+    roll_out: Rollouts | None = None  # makes the batches that the model writes itself
     start_note: str = ""  # which parameters it began with, if not with random ones
     clock: Clock = field(default_factory=Clock)
 
     def place_batch(self, batch: Batch) -> Batch:
         """Put a batch [B T], or this process's rows of it, on the devices."""
         return hosts.place_batch(batch, self.mesh, self.cfg.train.batch)
+
+    def feed(self, state: TrainState, batch: Batch) -> Batch:
+        """Put what a step trains on on the devices: a batch, or what the model makes of it."""
+        if self.roll_out is None:
+            return self.place_batch(batch)
+        answers = self.roll_out(state.model_params, batch, int(state.step))
+        return hosts.place_batch(answers, self.mesh, len(answers.tokens))
+
+    def make_eval_batches(self) -> Iterator[Batch]:
+        """Yield the held-out batches, or what the model makes of them."""
+        batches = self.task.make_eval_batches()
+        if self.roll_out is None:
+            return batches
+        return (self.roll_out.evaluate(self.state.model_params, batch) for batch in batches)
 
     def drop_state(self):
         """Free the memory of the state, before another one is restored."""
@@ -112,6 +139,7 @@ class RunInputs(NamedTuple):
     task: Task
     resume_step: int | None  # of the checkpoint to restore
     start: Start | None  # of a new run
+    benchmarks: Mapping[str, tuple[Shown, int]]  # see `Run`
 
 
 # What is disabled if an optional package is missing.
@@ -143,21 +171,20 @@ def _lock_folder(cfg: Config) -> RunLock | None:
 def _open_locked(cfg: Config, lock: RunLock | None, hooks: Sequence[Hook], is_quiet: bool) -> Run:
     """Do the work of `open_run`, which holds the lock."""
     inputs = hosts.run_on_all(lambda: _prepare_inputs(cfg, is_quiet))
-    mesh, corpus, task, resume_step, start = inputs
+    mesh, corpus, task, resume_step, start, benchmarks = inputs
     hosts.check_equal(
         {"text": corpus.fingerprint, f"latest checkpoint in {cfg.run_folder}": resume_step}
     )
 
     saver = Checkpoints(cfg.run_folder, cfg.train.keep, not is_writable(cfg.run_folder))
-    _, letters = abstract_params(cfg.model)
-    optimizer, schedule = build_optimizer(cfg.optimizer, cfg.train.steps, letters)
-    abstract = abstract_state(cfg.model, optimizer, cfg.seed, mesh, cfg.optimizer.train)
+    optimizer, schedule, abstract = make_abstract_state(cfg, mesh)
 
     def restore_state() -> TrainState:
         if saver.latest_step() is None:
-            state, progress = _make_state(cfg, optimizer, abstract, start), Progress()
+            (state, _), progress = _make_state(cfg, optimizer, abstract, start), Progress()
         else:
             state, progress = hosts.run_on_all(lambda: saver.restore(abstract))
+            state = add_base(cfg, state, progress, abstract, start)
         return _add_guard(cfg, state, progress, abstract)
 
     def restore() -> tuple[TrainState, Progress]:
@@ -166,14 +193,24 @@ def _open_locked(cfg: Config, lock: RunLock | None, hooks: Sequence[Hook], is_qu
             progress.labels = hash_labels(task.labels)
         else:
             state, progress = hosts.run_on_all(lambda: _restore(cfg, corpus, task, saver, abstract))
+            state = add_base(cfg, state, progress, abstract, start)
         return _add_guard(cfg, state, progress, abstract), progress
 
+    def make_first() -> Any:
+        return _make_state(cfg, optimizer, abstract, start)[0].model_params
+
+    log = (lambda line: None) if is_quiet else print_line
+    frozen = load_frozen(cfg, corpus.tokenizer, mesh, make_first)
+    if isinstance(task, PreferenceTask):
+        place = partial(hosts.place_batch, mesh=mesh, B=cfg.train.batch)
+        add_reference(cfg, task, corpus.fingerprint, make_first, place, log)
     state, progress = restore()
     model = build(cfg.model)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     if state.guard is not None:
         shardings = shardings.replace(guard=jax.tree.map(lambda x: x.sharding, state.guard))
-    train_step = make_train_step(cfg, model, optimizer, schedule)
+    train_step = make_train_step(cfg, model, optimizer, schedule, frozen.model)
+    train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
     peak, peak_source = peak_flops(mesh.local_devices)
     console = Console(cfg.train.steps, progress.step, is_quiet)
     run = Run(
@@ -183,8 +220,8 @@ def _open_locked(cfg: Config, lock: RunLock | None, hooks: Sequence[Hook], is_qu
         task=task,
         state=state,
         progress=progress,
-        train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)),
-        eval_step=jax.jit(make_eval_step(cfg, model)),
+        train_step=frozen.complete(train_step),
+        eval_step=frozen.complete(jax.jit(make_eval_step(cfg, model, frozen.model))),
         saver=saver,
         lock=lock,
         console=console,
@@ -193,12 +230,15 @@ def _open_locked(cfg: Config, lock: RunLock | None, hooks: Sequence[Hook], is_qu
         restore_state=restore_state,
         diagnose=jax.jit(make_diagnosis(cfg, model, optimizer, schedule)),
         peak_flops=peak * hosts.process_count(),
-        start_note=start.note if start else "",
+        benchmarks=benchmarks,
+        start_note=start.note if start and not progress.step else "",
     )
+    if isinstance(task, OnlineTask):
+        run.roll_out = Rollouts(cfg, task, corpus.tokenizer)
     note = saver.note or format_lost_steps(cfg, progress.step, read_metrics(cfg.run_folder))
     if not run.is_complete:  # a complete run is left as it is
         check_writable(cfg)
-        _write_run_files(cfg, corpus, task)
+        _write_run_files(cfg, corpus, task, describe_base(cfg, start, progress))
         run.hooks = (
             MetricsFile(cfg.run_folder, progress.step, console.log),
             console,
@@ -209,6 +249,8 @@ def _open_locked(cfg: Config, lock: RunLock | None, hooks: Sequence[Hook], is_qu
             *hooks,
         )
     console.log(format_header(run, peak_source))
+    if task.example:
+        console.log(task.example)
     if note:
         console.log(note)
     if missing := describe_missing(OPTIONAL_USES):
@@ -221,6 +263,8 @@ def _prepare_inputs(cfg: Config, is_quiet: bool) -> RunInputs:
     mesh = make_mesh(cfg.mesh)
     check_fits(cfg, mesh)
     select_letters(abstract_params(cfg.model)[1], cfg.optimizer.train)
+    benchmarks = read_benchmarks(cfg)
+    check_lora(cfg)
     resume_step = latest_step(os.path.join(cfg.run_folder, "checkpoints"))
     if resume_step is not None:
         _check_same_config(cfg)
@@ -231,7 +275,13 @@ def _prepare_inputs(cfg: Config, is_quiet: bool) -> RunInputs:
         )
     if resume_step is None:
         check_writable(cfg)
-    start = find_start(cfg.train.start) if cfg.train.start and resume_step is None else None
+    start = None
+    if cfg.lora.rank:
+        start = find_base(cfg, resume_step is not None)
+    elif cfg.train.start and (resume_step is None or needs_start(cfg)):
+        start = find_start(cfg.train.start)
+    if cfg.train.objective == "online":
+        find_reward(cfg.online.reward)
     if not is_quiet:  # the first pass over a large text takes a while
         print_line(f"reading {cfg.data.source}, and tokenizing what is not in {cfg.data.cache}")
     corpus = prepare(
@@ -239,6 +289,7 @@ def _prepare_inputs(cfg: Config, is_quiet: bool) -> RunInputs:
         cfg.tokenizer_vocab,
         tokenizer=_load_tokenizer(cfg, resume_step, start),
         is_paired=cfg.objective.task.IS_PAIRED,
+        encoder=cfg.objective.task.make_encoder(cfg),
         log=(lambda line: None) if is_quiet else print_line,
     )
     task = cfg.objective.task(cfg, corpus)
@@ -247,7 +298,7 @@ def _prepare_inputs(cfg: Config, is_quiet: bool) -> RunInputs:
         check_prompts(cfg, corpus.tokenizer, [cfg.sample.prompt])
     if start:
         start = match_start(start, cfg, corpus.tokenizer)
-    return RunInputs(mesh, corpus, task, resume_step, start)
+    return RunInputs(mesh, corpus, task, resume_step, start, benchmarks)
 
 
 def _load_tokenizer(
@@ -298,19 +349,24 @@ def _begin(
     cfg: Config, corpus: Corpus, saver: Checkpoints, optimizer, abstract, start: Start | None
 ) -> tuple[TrainState, Progress]:
     """Make the state of a new run, and its progress."""
-    state = _make_state(cfg, optimizer, abstract, start)
+    state, base = _make_state(cfg, optimizer, abstract, start)
     saver.delete_best()  # of a run that was killed before its first checkpoint
     evaluation = describe_evaluation(cfg, corpus.fingerprint)
     tokenizer = corpus.tokenizer.fingerprint
-    return state, Progress(data=corpus.fingerprint, tokenizer=tokenizer, evaluation=evaluation)
+    return state, Progress(
+        data=corpus.fingerprint, tokenizer=tokenizer, evaluation=evaluation, base=base
+    )
 
 
-def _make_state(cfg: Config, optimizer, abstract, start: Start | None) -> TrainState:
+def _make_state(cfg: Config, optimizer, abstract, start: Start | None) -> tuple[TrainState, str]:
+    """Make the first state, and return it with the fingerprint of the base of its adapters."""
     with describe_memory_errors(cfg, abstract):
+        if cfg.lora.rank:
+            return hosts.run_on_all(lambda: make_adapter_start(cfg, optimizer, abstract, start))
         state = make_state(cfg.model, optimizer, cfg.seed, abstract)
     if not start:
-        return state
-    return hosts.run_on_all(lambda: take_params(start, state, abstract))
+        return state, ""
+    return hosts.run_on_all(lambda: take_params(start, state, abstract)), ""
 
 
 def _add_guard(cfg: Config, state: TrainState, progress: Progress, abstract) -> TrainState:
@@ -380,7 +436,7 @@ def _renew_progress(
 
 
 @hosts.run_on_first
-def _write_run_files(cfg: Config, corpus: Corpus, task: Task):
+def _write_run_files(cfg: Config, corpus: Corpus, task: Task, base: Base | None):
     """Write the config of the run, its tokenizer and the names of its classes."""
     path = join_run_path(cfg, "tokenizer.json")
     try:
@@ -389,6 +445,8 @@ def _write_run_files(cfg: Config, corpus: Corpus, task: Task):
         if not _is_saved(corpus.tokenizer, path):
             raise
     files = {LABELS: json.dumps(task.labels) + "\n"} if task.labels else {}
+    if base is not None:
+        files[BASE_FILE] = format_base(base, cfg.run_folder)
     for name, text in (files | {"config.json": _to_saved_json(cfg)}).items():
         path = join_run_path(cfg, name)
         if not _has_text(path, text):

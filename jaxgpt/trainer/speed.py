@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import Config, ModelConfig
 from jaxgpt.model import abstract_params, count_expert_params, count_params
 from jaxgpt.model.mixers import MIXERS
 from jaxgpt.selection import select, select_letters
@@ -45,12 +45,19 @@ PEAK_FLOPS = {
 }
 
 
+def count_step_flops(cfg: Config) -> float:
+    """Return the FLOPs of a training step per token, without those of adapters, which are few."""
+    is_frozen = cfg.lora.rank and not cfg.optimizer.train
+    return flops_per_token(cfg.model, None if is_frozen else cfg.optimizer.train)
+
+
 @functools.cache  # it traces the model to count, and is called for every line of the log
-def flops_per_token(cfg: ModelConfig, trained: Sequence[str] = ()) -> float:
+def flops_per_token(cfg: ModelConfig, trained: Sequence[str] | None = ()) -> float:
     """Return the FLOPs of one training step per token, forward and backward.
 
     Args:
-        trained: patterns of the parameters that are trained (`optimizer.train`); () = all.
+        trained: patterns of the parameters that are trained (`optimizer.train`); () = all, None =
+            none.
     """
     count = count_params(cfg)
     stacks = 2 if cfg.family == "encoder_decoder" else 1
@@ -61,7 +68,7 @@ def flops_per_token(cfg: ModelConfig, trained: Sequence[str] = ()) -> float:
     specs = cfg.list_layers(cfg.layers)
     attention_layers = sum("pattern" in MIXERS[spec.mixer].USES for spec in specs)
     heads = cfg.sizes["H"] * cfg.sizes["K"]
-    passes = 4 + 2 * compute_trained_fraction(cfg, trained)
+    passes = 4 if trained is None else 4 + 2 * compute_trained_fraction(cfg, trained)
     return passes * matmul_params + 12 * attention_layers * heads * cfg.context
 
 

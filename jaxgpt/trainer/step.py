@@ -13,13 +13,14 @@ from jaxgpt.config import Config, TrainConfig
 from jaxgpt.data.loader import Batch
 from jaxgpt.model import abstract_params
 from jaxgpt.model.capture import find_groups
-from jaxgpt.objectives import OBJECTIVES, Sums, compute_own_means
+from jaxgpt.objectives import OBJECTIVES, Loss, Sums, compute_own_means
 from jaxgpt.quantization import check_unquantized
 from jaxgpt.selection import merge, select, select_letters
 from jaxgpt.sharding import constrain
 from jaxgpt.trainer.norms import compute_layer_norms
 from jaxgpt.trainer.spikes import count_updates, guard_step
-from jaxgpt.trainer.state import TrainState
+from jaxgpt.trainer.state import FrozenBase, TrainState
+from jaxgpt.tuning_losses import Frozen
 
 # By name, float32 [] each:
 #
@@ -43,6 +44,8 @@ def compute_gradient(
     batch: Batch,
     rng: jax.Array | None,
     selection: Any = None,
+    loss_fn: Loss | None = None,
+    base: FrozenBase | None = None,
 ):
     """Compute the gradient of the *summed* loss of a batch, and its sums.
 
@@ -50,15 +53,19 @@ def compute_gradient(
         batch: arrays [B T].
         rng: key for dropout, or None for no dropout.
         selection: the parameters to differentiate by (see `jaxgpt.selection`); None for all.
+        loss_fn: of `Objective.bind`; None for that of the objective without settings.
+        base: what the parameters are adapters of, if they are.
 
     Returns:
         (gradient like the selected params, Sums).
     """
     rngs = {} if rng is None else {"dropout": rng}
+    compute_loss = OBJECTIVES[cfg.objective].loss if loss_fn is None else loss_fn
 
     def loss(selected):
         full = selected if selection is None else merge(selected, params)
-        return OBJECTIVES[cfg.objective].loss(model, full, batch, rngs, cfg)
+        full = full if base is None else base.attach(full)
+        return compute_loss(model, full, batch, rngs, cfg)
 
     trained = select(params, selection)
     check_unquantized(trained, "training")
@@ -83,13 +90,15 @@ def accumulate_gradient(
     batch: Batch,
     rng: jax.Array | None,
     selection: Any = None,
+    loss_fn: Loss | None = None,
+    base: FrozenBase | None = None,
 ):
     """Accumulate `compute_gradient` over microbatches in sequence, with the memory of one of them.
 
     Gradient accumulation gives the gradient of the whole batch.
     """
     if microbatch_count == 1:
-        return compute_gradient(model, cfg, params, batch, rng, selection)
+        return compute_gradient(model, cfg, params, batch, rng, selection, loss_fn, base)
 
     def split(x):  # microbatch i has rows i::microbatch_count, so each one spans all devices
         return x.reshape(-1, microbatch_count, *x.shape[1:]).swapaxes(0, 1)
@@ -98,7 +107,9 @@ def accumulate_gradient(
         index, microbatch = indexed_microbatch
         microbatch = jax.tree.map(lambda x: constrain(x, "BT"[: x.ndim]), microbatch)
         key = None if rng is None else jax.random.fold_in(rng, index)
-        grads, sums = compute_gradient(model, cfg, params, microbatch, key, selection)
+        grads, sums = compute_gradient(
+            model, cfg, params, microbatch, key, selection, loss_fn, base
+        )
         return jax.tree.map(jnp.add, total, grads), sums
 
     zeros = jax.tree.map(jnp.zeros_like, select(params, selection))
@@ -118,18 +129,28 @@ class Update(NamedTuple):
 
 
 def make_update(
-    cfg: Config, model: nn.Module, optimizer: optax.GradientTransformation, selection: Any = None
-) -> Callable[[TrainState, Batch], Update]:
-    """Return the pure function (state, batch [B T]) -> Update."""
+    cfg: Config,
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    selection: Any = None,
+    frozen_model: nn.Module | None = None,
+) -> Callable[..., Update]:
+    """Return the pure function (state, batch [B T], frozen=None) -> Update.
 
-    def compute_update(state: TrainState, batch: Batch) -> Update:
-        rng = jax.random.fold_in(state.rng, state.step) if cfg.model.has_dropout else None
+    `frozen` are the parameters of `frozen_model`, a teacher or a reference that the loss reads.
+    """
+
+    def compute_update(state: TrainState, batch: Batch, frozen: Any = None) -> Update:
+        loss_fn = bind_loss(cfg, frozen_model, frozen)
+        has_dropout = cfg.model.has_dropout or cfg.lora.dropout > 0
+        rng = jax.random.fold_in(state.rng, state.step) if has_dropout else None
         microbatch_count = cfg.train.accumulate or choose_microbatch_count(
-            cfg, state.params, *batch.tokens.shape
+            cfg, (state.params, state.base), *batch.tokens.shape
         )
         grads, sums = accumulate_gradient(
-            microbatch_count, model, cfg.train, state.params, batch, rng, selection
-        )
+            microbatch_count, model, cfg.train, state.params, batch, rng, selection, loss_fn,
+            state.base,
+        )  # fmt: skip
         weight = jnp.maximum(sums["weight"], 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -138,9 +159,15 @@ def make_update(
     return compute_update
 
 
+def bind_loss(cfg: Config, frozen_model: nn.Module | None, frozen: Any) -> Loss:
+    """Return the loss of a config, which may read a frozen model with these parameters."""
+    other = None if frozen_model is None or frozen is None else Frozen(frozen_model, frozen)
+    return cfg.objective.bind(cfg, other)
+
+
 def select_trained(cfg: Config) -> Any:
-    """Return the selection of the parameters that are trained; None if all are."""
-    trained = cfg.optimizer.train
+    """Return the selection of the state's parameters that are trained; None if all are."""
+    trained = () if cfg.lora.rank else cfg.optimizer.train
     return select_letters(abstract_params(cfg.model)[1], trained) if trained else None
 
 
@@ -149,16 +176,19 @@ def make_train_step(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
     schedule: Callable[[Any], Any],
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    frozen_model: nn.Module | None = None,
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """Return the training step: a pure function (state, batch [B T]) -> (state, metrics).
+
+    With a frozen model (see `make_update`), its parameters are a third argument.
 
     Donate the state. If it has a guard (see `jaxgpt.trainer.spikes`), a spike leaves it as it is.
     """
     selection = select_trained(cfg)
-    compute_update = make_update(cfg, model, optimizer, selection)
+    compute_update = make_update(cfg, model, optimizer, selection, frozen_model)
 
-    def train_step(state: TrainState, batch: Batch):
-        grads, sums, weight, updates, opt_state = compute_update(state, batch)
+    def train_step(state: TrainState, batch: Batch, frozen: Any = None):
+        grads, sums, weight, updates, opt_state = compute_update(state, batch, frozen)
         params = optax.apply_updates(select(state.params, selection), updates)
         if selection is not None:
             params = merge(params, state.params)
@@ -172,7 +202,7 @@ def make_train_step(
         )
         metrics |= compute_own_means(sums, weight)
         if cfg.train.log_norms:
-            groups = find_groups(state.params)
+            groups = find_groups(abstract_params(cfg.model)[0])
             norms = dict(grad=grads, param=state.params)
             metrics["norms"] = {k: compute_layer_norms(x, groups) for k, x in norms.items()}
         new = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
@@ -183,10 +213,13 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(cfg: Config, model: nn.Module) -> Callable[[Any, Batch], Sums]:
-    """Return the pure function (params, batch [B T]) -> Sums, without dropout."""
+def make_eval_step(
+    cfg: Config, model: nn.Module, frozen_model: nn.Module | None = None
+) -> Callable[..., Sums]:
+    """Return the pure function (params, batch [B T], frozen=None) -> Sums, without dropout."""
 
-    def eval_step(params, batch: Batch) -> Sums:
-        return cfg.objective.loss(model, params, batch, {}, cfg.train)[1]
+    def eval_step(params, batch: Batch, frozen: Any = None) -> Sums:
+        loss_fn = bind_loss(cfg, frozen_model, frozen)
+        return loss_fn(model, params, batch, {}, cfg.train)[1]
 
     return eval_step

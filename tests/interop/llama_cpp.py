@@ -87,9 +87,9 @@ _SILENT = ctypes.cast(
 
 
 class LlamaCpp:
-    """A GGUF file in llama.cpp: on one thread, with a float32 cache."""
+    """A GGUF file in llama.cpp, with a float32 cache."""
 
-    def __init__(self, path, context: int = 256, is_encoder: bool = False):
+    def __init__(self, path, context: int = 256, is_encoder: bool = False, threads: int = 1):
         self.library = library = _library()
         _MESSAGES.clear()
         self.model = library.llama_model_load_from_file(
@@ -102,7 +102,7 @@ class LlamaCpp:
         assert struct.unpack_from("<i", raw, _FLASH) == (-1,), "another llama.cpp"
         assert struct.unpack_from("<2i", raw, _THREADS) == (4, 4), "another llama.cpp"
         struct.pack_into("<4I", raw, _CONTEXT, context, context, context, 1)
-        struct.pack_into("<2i", raw, _THREADS, 1, 1)
+        struct.pack_into("<2i", raw, _THREADS, threads, threads)
         struct.pack_into("<2i", raw, _TYPES, _F32, _F32)
         struct.pack_into("<i", raw, _FLASH, 0)
         params.bytes[:] = raw

@@ -5,7 +5,9 @@ import json
 import pathlib
 import re
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from tiny_runs import run_config
 
 from jaxgpt.cli import scaling as command
@@ -54,6 +56,14 @@ def trainer(tmp_path, monkeypatch):
     return fake
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """Fit and draw in no time: what is tested is the order of things."""
+    law = dataclasses.replace(TRUE, samples=np.tile(TRUE.constants, (3, 1)), count=9)
+    monkeypatch.setattr(study, "fit", lambda runs, bootstrap: law)
+    monkeypatch.setattr(study, "plot_law", lambda *args: Figure())
+
+
 def run(tmp_path, plan=PLAN, out=""):
     lines = []
     path = study.run_study(run_config(tmp_path), str(tmp_path / "study"), plan, out, lines.append)
@@ -80,6 +90,7 @@ def test_a_study_predicts_the_larger_run_before_it_is_trained(tmp_path, trainer)
 
 
 @pytest.mark.parametrize("done", [3, 15, 19, 24])
+@pytest.mark.usefixtures("quick")
 def test_a_study_goes_on_where_it_stopped_and_trains_nothing_twice(tmp_path, trainer, done):
     trainer.left = done
     with pytest.raises(KeyboardInterrupt):
@@ -97,6 +108,7 @@ def test_a_study_goes_on_where_it_stopped_and_trains_nothing_twice(tmp_path, tra
     assert not trainer.trained
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_study_of_another_plan_needs_another_folder(tmp_path, trainer):
     run(tmp_path)
     other = dataclasses.replace(PLAN, budgets=(512,))
@@ -104,12 +116,14 @@ def test_a_study_of_another_plan_needs_another_folder(tmp_path, trainer):
         run(tmp_path, other)
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_run_that_began_before_its_prediction_is_refused(tmp_path, trainer):
     (tmp_path / "study/64x2-32").mkdir(parents=True)
     with pytest.raises(ConfigError, match="the run began before it was predicted"):
         run(tmp_path)
 
 
+@pytest.mark.usefixtures("quick")
 def test_the_report_is_a_page_of_the_docs_as_well(tmp_path, trainer):
     out = tmp_path / "docs/scaling_laws.md"
     out.parent.mkdir()

@@ -37,6 +37,8 @@ from jaxgpt.trainer.stop import StopSignal
 
 SETTINGS = ["train.steps=4", "train.eval_every=2", "train.save_every=2", "train.log_every=1"]
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 
 @pytest.fixture(autouse=True)
 def known_peak(monkeypatch):

@@ -20,6 +20,8 @@ from jaxgpt.trainer.logging import read_metrics
 
 SETTINGS = ["train.steps=6", "train.eval_every=3", "train.save_every=2", "train.log_every=2"]
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 
 @pytest.fixture(autouse=True)
 def known_peak(monkeypatch):

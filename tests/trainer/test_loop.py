@@ -39,6 +39,8 @@ SETTINGS = [
     "seed=3",
 ]
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 
 @pytest.fixture(autouse=True)
 def known_peak(monkeypatch):

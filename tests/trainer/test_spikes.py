@@ -48,6 +48,8 @@ from jaxgpt.trainer.spikes import add_guard, guard_step
 from jaxgpt.trainer.state import TrainState
 from jaxgpt.trainer.step import compute_gradient
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 
 @pytest.fixture(autouse=True)
 def known_peak(monkeypatch):

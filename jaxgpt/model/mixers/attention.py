@@ -38,6 +38,7 @@ QK_NORMS = {
 class Attention(Mixer):
     """Multi-head self-attention, which includes the tokens in the cache."""
 
+    HAS_TOKEN_STATE = True
     USES = (
         "rotation",
         "bias",
@@ -71,8 +72,11 @@ class Attention(Mixer):
         if c.qk_norm == "l2" and layer_context.rotate is not None:
             q, k = (apply_rms_norm(y, 1.0, c.norm_eps) for y in (q, k))
         q = layer_context.scale_queries(q)
+        k_coords = layer_context.k_coords
         if state is not None:
-            (k, v), state = update_kv_cache(state, KV(k, v), layer_context.cursor)
+            slots = state.k.shape[2]
+            k_coords, is_ring = layer_context.get_key_coords(slots), layer_context.is_ring(slots)
+            (k, v), state = update_kv_cache(state, KV(k, v), layer_context.cursor, is_ring)
         mask = make_layer_mask(c, self.pattern, self.direction)
         score = ScoreMod(
             mask,
@@ -85,7 +89,7 @@ class Attention(Mixer):
         )
         q, k, v = constrain(q, "BTHK"), constrain(k, "BTGK"), constrain(v, "BTGK")
         attend_heads, inputs = prepare_attention(
-            self, q, k, v, layer_context.q_coords, layer_context.k_coords, score
+            self, q, k, v, layer_context.q_coords, k_coords, score
         )
         o = Linear(c, "HK>D", make_residual_init(c), site="attention_output", name="o")
         return o(*inputs, input_fn=attend_heads), state

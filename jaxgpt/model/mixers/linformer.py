@@ -126,6 +126,7 @@ class CausalLinformer(Mixer):
     arXiv:2107.02192, with the learned projections of Wang et al. 2020.
     """
 
+    HAS_TOKEN_STATE = True
     USES = ("rotation",)
     DIRECTIONS = ("causal",)
 

@@ -26,7 +26,8 @@ class LayerContext(NamedTuple):
     rotations: tuple[Partial | None, ...] = ()
     biases: tuple[Partial | None, ...] = ()
     query_scales: tuple[jax.Array | None, ...] = ()
-    cursor: Any = None  # int32 [], the next free slot of the cache, the same for every row
+    cursor: Any = None  # int32 [] or [B], the next free slot of the cache, of all rows or of each
+    lengths: Any = None  # int32 [B], tokens of each row with the current ones, where cursor is [B]
     memory: jax.Array | None = None  # hidden states of the encoder, [B S D]
     memory_coords: Coords | None = None  # [B S]
 
@@ -35,6 +36,16 @@ class LayerContext(NamedTuple):
         return self._replace(
             rotate=self.rotations[i], bias=self.biases[i], query_scale=self.query_scales[i]
         )
+
+    def get_key_coords(self, slots: int) -> Coords:
+        """Return the coordinates of the keys of a layer with so many slots: see `is_ring`."""
+        if not self.is_ring(slots):
+            return self.k_coords
+        return make_slot_coords(self.lengths, slots, self.k_coords.prefix)
+
+    def is_ring(self, slots: int) -> bool:
+        """Return whether a layer keeps fewer slots than the cache: the last tokens of each row."""
+        return self.lengths is not None and slots < self.k_coords.positions.shape[1]
 
     def apply_rotation(self, x: jax.Array) -> jax.Array:
         """Rotate queries or keys x [B T H K] if the position encoding is rotary."""
@@ -69,6 +80,9 @@ class Mixer(nn.Module):
     HAS_SEQUENCE_SHARDING: ClassVar[bool] = False
     HAS_QUANTIZED_CACHE: ClassVar[bool] = False  # whether its state may be a `QuantizedKV`
     HAS_LOGIT_TABLE: ClassVar[bool] = False  # which learns at a rate of its own
+    # Whether a state holds the tokens themselves, so that the last of them can be taken back by
+    # moving the cursor. A state that summarizes them cannot forget one.
+    HAS_TOKEN_STATE: ClassVar[bool] = False
 
     cfg: ModelConfig
     pattern: str = "full"
@@ -155,20 +169,60 @@ def load_kv(state: KV | QuantizedKV, dtype) -> KV:
     return state.transposed()
 
 
-def update_slots(old, new, cursor: jax.Array, axis: int = 1):
-    """Write new entries [B T ...] into old ones [B S ...] from slot `cursor` on, leaf by leaf."""
+def make_slot_coords(lengths: jax.Array, slots: int, prefix: jax.Array | None = None) -> Coords:
+    """Return the coordinates [B S] of slots that are derived from the tokens of each row alone.
+
+    Token p of a row is in slot p mod S, so slot s has the last of its tokens for which p mod S = s.
+    A slot that no token of the row was written to is empty, whatever an earlier row left in it.
+
+    Args:
+        lengths: int32 [B], tokens of each row.
+        slots: S.
+        prefix: int32 [B ...], the same along every row, or None.
+    """
+    last = lengths[:, None] - 1
+    positions = last - (last - jnp.arange(slots)) % slots
+    if prefix is not None:
+        prefix = jnp.broadcast_to(prefix[:, :1], positions.shape)
+    return Coords(jnp.maximum(positions, 0), (positions >= 0).astype(jnp.int32), prefix)
+
+
+def locate_slots(cursor: jax.Array, tokens: int) -> jax.Array:
+    """Return the slots [B T] of the next tokens of rows with cursors [B]."""
+    return cursor[:, None] + jnp.arange(tokens)
+
+
+def update_slots(old, new, cursor: jax.Array, axis: int = 1, is_ring: bool = False):
+    """Write new entries [B T ...] into old ones [B S ...] from slot `cursor` on, leaf by leaf.
+
+    Args:
+        cursor: int32 [], or [B] for slots of each row: what lies beyond the last is dropped.
+        axis: of the slots, 1 or 2.
+        is_ring: whether slot S is slot 0 again.
+    """
 
     def write(old, new):
-        return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), cursor, axis)
+        new = new.astype(old.dtype)
+        if cursor.ndim == 0:
+            return jax.lax.dynamic_update_slice_in_dim(old, new, cursor, axis)
+        slots = locate_slots(cursor, new.shape[axis])
+        slots = slots % old.shape[axis] if is_ring else slots
+        rows = jnp.arange(len(old))[:, None]
+        if axis == 2:
+            return old.at[rows, :, slots].set(new.swapaxes(1, 2), mode="drop")
+        return old.at[rows, slots].set(new, mode="drop")
 
     return jax.tree.map(write, old, new)
 
 
-def update_kv_cache(state: Any, new: KV, cursor: jax.Array) -> tuple[KV, Any]:
-    """Write new keys and values [B T G K] into the state [B G S K].
+def update_kv_cache(
+    state: Any, new: KV, cursor: jax.Array, is_ring: bool = False
+) -> tuple[KV, Any]:
+    """Write new keys and values [B T G K] into the state [B G S K]; see `update_slots`.
 
     Returns:
         The keys and values of all slots [B S G K], and the new state.
     """
-    state = update_slots(state, store_kv(state, new.transposed()), cursor, axis=2)
+    new_state = store_kv(state, new.transposed())
+    state = update_slots(state, new_state, cursor, axis=2, is_ring=is_ring)
     return load_kv(state, new.k.dtype), state

@@ -25,7 +25,7 @@ from jaxgpt.model.kernels import MASKED_LOGIT
 from jaxgpt.model.layers import DTYPES, Linear, make_residual_init
 from jaxgpt.model.masks import Coords
 from jaxgpt.model.mixers.chunks import gather_neighbors, join_chunks, split_chunks
-from jaxgpt.model.mixers.mixer import KV, LayerContext, Mixer, update_slots
+from jaxgpt.model.mixers.mixer import KV, LayerContext, Mixer, locate_slots, update_slots
 from jaxgpt.model.taps import tap
 
 SELF_LOGIT = (
@@ -53,6 +53,7 @@ class Reformer(Mixer):
     on causal masking); appendix A for keys found in several rounds.
     """
 
+    HAS_TOKEN_STATE = True
     USES = ("rotation",)
 
     @staticmethod
@@ -74,8 +75,11 @@ class Reformer(Mixer):
         if state is None:
             y = self._attend_sorted(k, v, ranks)
         else:
-            take = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=T, axis=2)
-            q_ranks = jax.tree.map(lambda m: take(m, layer_context.cursor), ranks)
+            cursor = jnp.broadcast_to(layer_context.cursor, len(x))
+            slots = locate_slots(cursor, T)[:, None, :, None]
+            q_ranks = jax.tree.map(
+                lambda m: jnp.take_along_axis(m, slots, axis=2, mode="clip"), ranks
+            )
             counts, is_self = self._count_rounds(q_ranks, ranks)
             y, _ = self._attend(q.swapaxes(1, 2), k, v, counts > 0, is_self)
         y = tap(self, "z", y.swapaxes(1, 2))

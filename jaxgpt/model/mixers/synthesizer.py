@@ -25,6 +25,7 @@ class Synthesizer(Mixer):
     Positions from C on have no score and are masked.
     """
 
+    HAS_TOKEN_STATE = True
     USES = ("pattern",)
 
     @staticmethod

@@ -39,6 +39,7 @@ class TransformerXL(Mixer):
     Source: Dai et al. 2019, arXiv:1901.02860, section 3.2 (recurrence), 3.3 (positions).
     """
 
+    HAS_TOKEN_STATE = True
     DIRECTIONS = ("causal",)
 
     @staticmethod

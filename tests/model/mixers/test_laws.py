@@ -145,6 +145,33 @@ def test_decoding_prompts_padded_on_the_left_equals_one_pass(name):
         )
 
 
+@every_causal_mixer
+def test_decoding_rows_with_cursors_of_their_own_equals_one_pass(name):
+    """Prompts of 7 and 4 tokens in chunks, then both or one row at a time, in a used cache."""
+    cfg, params, _ = random_model(name, "causal")
+    tokens = random_tokens(cfg, 1, 2, T)
+    used, lengths = np.zeros(2, int), np.zeros(2, int)
+    cache, outputs = init_cache(cfg, batch=2, slots=17, chunk=4), [[], []]
+    steps = [(4, 3, 4), (4, 4, 4), (4, 3, 0), (1, 1, 0), (1, 0, 1), (1, 1, 1), (4, 0, 2)]
+    for n, (size, *counts) in enumerate(steps):
+        if n == 1:  # what other texts have left is not seen
+            used, outputs = lengths * 0, [[], []]
+            cache = cache.replace(cursor=jnp.zeros(2, jnp.int32))
+        position = used[:, None] + np.arange(size)
+        is_token = np.arange(size) < np.array(counts)[:, None]
+        chunk = np.take_along_axis(np.asarray(tokens), np.minimum(position, T - 1), axis=1)
+        coords = Coords(jnp.asarray(position), jnp.asarray(is_token, jnp.int32))
+        hidden, cache = forward(cfg, params, jnp.asarray(chunk), coords, cache)
+        used = used + counts
+        for row, count in enumerate(counts):
+            outputs[row].append(hidden[row, :count])
+    np.testing.assert_array_equal(cache.cursor, used)
+    for row in range(2):
+        expected, _ = run(cfg, params, *pad_document(tokens[row : row + 1]))
+        found = jnp.concatenate(outputs[row])
+        np.testing.assert_allclose(found, expected[0, : used[row]], **TOLERANCE)
+
+
 @every_direction
 def test_every_parameter_has_a_gradient(name, direction):
     cfg, params, tokens = random_model(name, direction)
