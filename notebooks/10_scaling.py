@@ -291,8 +291,8 @@ assert runs[-1].loss < min(run.loss for run in runs[:-1])
 # %% [markdown] key="fit-picture" tags=["picture"]
 # ### Figure: the law and its runs
 #
-# The star was not fitted. Where the lines bend upwards the model has become too small for its text,
-# which is where a larger one takes over.
+# The star was not fitted. Where a curve flattens, the model has become too small for its text, and
+# a larger one takes over.
 
 # %%
 scaling.plot_law(law, runs[:-1], held_out, title="Python source, bytes")
