@@ -334,6 +334,9 @@ seconds = {name: [measure_seconds(s, T) for T in lengths] for name, s in KINDS.i
 
 # %% [markdown] key="cost-picture" tags=["picture"]
 # ### Figure: cost against length
+#
+# Dense attention may rise even faster than its slope of 2, where its matrix no longer fits the
+# processor's cache.
 
 # %%
 figure, axis = plt.subplots(figsize=(7, 3.6))

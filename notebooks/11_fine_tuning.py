@@ -42,8 +42,10 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxgpt.config import ModelConfig
+from jaxgpt import lora
+from jaxgpt.config import LoraConfig, ModelConfig
 from jaxgpt.model import Coords, build, compute_logits, init_params
+from jaxgpt.model.lowrank import attach
 from jaxgpt.quantized_array import quantize_array
 from jaxgpt.selection import merge, select, select_letters
 from jaxgpt.tokenizer import train as train_tokenizer
@@ -157,7 +159,7 @@ def as_is(params):
 start, letters = init_params(cfg, jax.random.key(0))
 base, _ = fit(start, as_is, ids["old"], 300, 3e-3)
 results = {"base": measure_losses(base)}
-print(f"{count(base):,} parameters", results["base"])
+print(f"{count(base):,} parameters", {name: round(x, 2) for name, x in results["base"].items()})
 
 # %% [markdown] key="full" tags=["lab"]
 # ## All weights
@@ -256,16 +258,17 @@ adapters, lora_curve = fit(adapters, lambda a: add_adapters(a, base, R), ids["ne
 merged = add_adapters(adapters, base, R)
 results["LoRA, r = 4"] = measure_losses(merged)
 print(
-    f"{count(adapters):,} of {count(base):,} numbers trained ({count(adapters) / count(base):.0%})",
-    results["LoRA, r = 4"],
+    f"{count(adapters):,} of {count(base):,} numbers trained ({count(adapters) / count(base):.0%})"
 )
+print({name: round(x, 2) for name, x in results["LoRA, r = 4"].items()})
 assert results["LoRA, r = 4"]["new"] < results["base"]["new"] - 1
 
 # %% [markdown] key="merge" tags=["example"]
 # ### Example: beside the base, or merged
 #
-# (W + A B) x and W x + A (B x) are the same. The second form never makes the large product; it is
-# how LoRA is computed in training.
+# x (W + A B) and x W + (x A) B are the same. The second form never makes the large product; it is
+# how the library computes LoRA, with `train.start=runs/base lora.rank=4 lora.alpha=8`. Our
+# adapters, put into its tree, give the same loss, and its merge gives the same weights.
 
 # %%
 path = MAPS[0]
@@ -276,7 +279,22 @@ x = np.random.default_rng(0).normal(size=(5, inputs))
 beside = x @ weight + ALPHA / R * (x @ a) @ b
 fused = x @ np.asarray(flatten_dict(merged)[path][0]).reshape(inputs, outputs)
 assert np.allclose(beside, fused, atol=1e-4)
-print(path, f"W {weight.size:,} numbers, A and B {a.size + b.size:,}")
+print("/".join(path), f"W {weight.size:,} numbers, A and B {a.size + b.size:,}")
+
+tree = {}
+for name, adapter in adapters.items():  # in the library the factors keep the dimensions of the map
+    *module, _ = each = tuple(name.split("/"))
+    shape, n = flatten_dict(base)[each].shape, len(flat_letters[each].split(">")[0])
+    tree[*module, "lora", "a"] = adapter["a"].reshape(*shape[:n], R)
+    tree[*module, "lora", "b"] = adapter["b"].reshape(shape[0], R, *shape[n:])
+attached = attach(base, lora.to_nodes(unflatten_dict(tree), ALPHA / R))
+rows = cut(held_out["new"], 16, np.random.default_rng(0))
+assert np.isclose(compute_loss(attached, rows), compute_loss(merged, rows), atol=1e-4)
+by_library = lora.merge_params(cfg, attached).params
+assert all(
+    jax.tree.leaves(jax.tree.map(lambda x, y: np.allclose(x, y, atol=1e-5), by_library, merged))
+)
+assert count(lora.init_adapters(cfg, LoraConfig(rank=R), jax.random.key(0))) == count(adapters)
 
 # %% [markdown] key="results" tags=["picture"]
 # ### Figure: learned and forgotten
