@@ -212,50 +212,55 @@ print(f"gradient through {layers} layers: {abs(np.prod(factors)):.0e} without, "
 # %% [markdown] key="gradient-lab" tags=["lab"]
 # ### Lab: the gradient that reaches each layer
 #
-# We build one deep model four times, with four wirings, and compute the gradient of the loss on random
-# tokens by the weights of every layer: `pre` norm, `post` norm (the original Transformer and BERT:
-# x ← norm(x + f(x))), and `no_residual`, which the library has for no other purpose than to show this.
-# The fourth is `sandwich`, a norm on both ends, as in Gemma 2.
+# We build one model of eight layers four times, with four wirings, and compute the gradient of the loss,
+# on random tokens, by the vectors that each layer reads: `pre` norm, `post` norm (the original
+# Transformer and BERT: x ← norm(x + f(x))), `sandwich`, a norm on both ends, as in Gemma 2, and
+# `no_residual`, which the library has for no other purpose than to show this. To get the gradient at an
+# inner place, we add a shift of zero there (a *patch*) and take the derivative by the shift.
 
 # %%
-L = 16
+L = 8
 deep = ModelConfig(vocab=100, context=32, width=64, layers=L, heads=4, ffn=256, unroll=1,
                    norm="layer", feedforward="plain", activation="gelu")  # fmt: skip
 batch = jnp.asarray(rng.integers(100, size=(8, 33)))
 coords = Coords(jnp.tile(jnp.arange(32), (8, 1)), jnp.ones((8, 32), jnp.int32))
 
 
-def loss_fn(cfg, params, batch):
-    hidden, _ = build(cfg).apply({"params": params}, batch[:, :-1], coords)
-    scores = compute_logits(cfg, params, hidden)
-    return optax.softmax_cross_entropy_with_integer_labels(scores, batch[:, 1:]).mean()
+def measure_gradients(cfg):
+    """Return the norm of the gradient by what each layer reads: [L]."""
+    params = init_params(cfg, jax.random.key(0))[0]
+
+    def loss_fn(shifts):
+        patches = {f"layers.{n}.residual_pre": lambda x, n=n: x + shifts[n] for n in range(L)}
+        hidden, _ = capture(cfg, params, batch[:, :-1], coords, [], patches=patches)
+        scores = compute_logits(cfg, params, hidden)
+        return optax.softmax_cross_entropy_with_integer_labels(scores, batch[:, 1:]).mean()
+
+    gradient = jax.grad(loss_fn)(jnp.zeros((L, 8, 32, cfg.width)))
+    return np.linalg.norm(np.asarray(gradient, np.float64).reshape(L, -1), axis=-1)
 
 
 gradient_norms = {}
 for wiring in ("pre", "post", "sandwich", "no_residual"):
-    cfg = dataclasses.replace(deep, wiring=wiring)
-    params = init_params(cfg, jax.random.key(0))[0]
-    grads = jax.jit(jax.grad(lambda p, cfg=cfg: loss_fn(cfg, p, batch)))(params)
-    up = grads["stack"]["layers"]["block_0"]["ffn"]["up"]["w"]  # [L D F]
-    gradient_norms[wiring] = np.asarray(jnp.sqrt(jnp.sum(up**2, (1, 2))))
+    gradient_norms[wiring] = measure_gradients(dataclasses.replace(deep, wiring=wiring))
     first, last = gradient_norms[wiring][[0, -1]]
     print(f"{wiring:12} first layer {first:.1e}, last layer {last:.1e}")
-first = {name: norms[0] for name, norms in gradient_norms.items()}
-assert first["no_residual"] < 1e-6 * first["pre"]
+ratios = {name: norms[0] / norms[-1] for name, norms in gradient_norms.items()}
+assert ratios["no_residual"] < 1e-6
+assert ratios["pre"] > 0.3
 
 # %% [markdown] key="gradient-picture" tags=["picture"]
 # #### Figure: the size of the gradient by layer
 #
-# Without residuals the first layers get nothing: they cannot learn. With residuals the gradient arrives
-# everywhere.
+# Read it from right to left, as the gradient goes. Without residuals each layer takes a factor away, and
+# the first layers get nothing: they cannot learn. With residuals the gradient arrives everywhere.
 
 # %%
 figure, axis = plt.subplots()
 for name, norms in gradient_norms.items():
-    axis.semilogy(norms + 1e-30, "o-", markersize=3, label=name)
+    axis.semilogy(norms, "o-", markersize=3, label=name)
 axis.set_xlabel("layer")
 axis.set_ylabel("norm of the gradient")
-axis.set_ylim(1e-25, 10)
 axis.legend()
 plt.show()
 
@@ -263,8 +268,7 @@ plt.show()
 # ### Lab: and so, do they learn?
 #
 # The task is to repeat: rows of random digits, of which the second half is the first half once more.
-# The loss counts the second half only. We train the four wirings with six layers, and without any
-# warmup, so that their temper shows.
+# The loss counts the second half only. We train the four wirings with six layers.
 
 # %%
 HALF, VOCAB = 8, 16
@@ -299,7 +303,7 @@ def train_to_repeat(wiring, steps, lr=2e-3):
     return np.array(losses)
 
 
-steps = max(300, round(400 * scale))
+steps = max(200, round(250 * scale))
 repeated = {wiring: train_to_repeat(wiring, steps) for wiring in gradient_norms}
 for wiring, losses in repeated.items():
     print(f"{wiring:12} loss {losses[-20:].mean():.3f}")
@@ -309,7 +313,8 @@ assert repeated["pre"][-20:].mean() < 0.8 * np.log(VOCAB)
 # %% [markdown] key="training-picture" tags=["picture"]
 # #### Figure: the loss of the four wirings
 #
-# The dashed line is guessing, ln 16.
+# The dashed line is guessing, ln 16. With residuals all three learn; between pre and post the difference
+# shows in deeper models and with larger steps.
 
 # %%
 figure, axis = plt.subplots()
@@ -500,7 +505,7 @@ for extension, wanted in (("good", True), ("bad", False)):
 
 config = configs.override(
     configs.load("sentiment"),
-    f"name=reviews folder={folder} data.source=classes:{folder}/reviews data.cache={folder}/tokens "
+    f"name=verdicts folder={folder} data.source=classes:{folder}/reviews data.cache={folder}/tokens "
     "model.vocab=400 model.width=64 model.layers=2 model.ffn=128 model.context=32 model.dropout=0.1 "
     f"train.steps={max(200, round(400 * scale))} train.eval_every=50 train.save_every=200 "
     "train.sample_every=0 optimizer.lr=2e-3 optimizer.weight_decay=0.1".split(),
@@ -521,7 +526,7 @@ jaxgpt.save(model, f"{folder}/saved")
 again = jaxgpt.load(f"{folder}/saved").classify(texts[:20])
 for one, other in zip(predictions, again, strict=False):
     assert one.label == other.label
-    assert np.allclose(one.probabilities, other.probabilities, atol=1e-5)
+    assert np.isclose(one.probabilities["good"], other.probabilities["good"], atol=1e-5)
 print("saved, loaded, and the same answers")
 
 # %% [markdown] key="confusion-picture" tags=["picture"]
@@ -556,7 +561,7 @@ for text in [
     "the script is hollow , but the music is superb",
 ]:
     (found,) = model.classify([text])
-    print(f"{found.label:5} {max(found.probabilities):.0%}  {text}")
+    print(f"{found.label:5} {found.probabilities[found.label]:.0%}  {text}")
 
 # %% [markdown] key="accuracy-question" tags=["question"]
 # ### Question: 99% accurate?
