@@ -401,7 +401,8 @@ inside = {name: curve[32:64].mean() for name, curve in curves.items()}
 outside = {name: curve[128:].mean() for name, curve in curves.items()}
 assert outside["alibi"] < 1.1 * inside["alibi"]  # carries on
 assert outside["alibi"] < min(outside[name] for name in ("sinusoidal", "learned", "rope"))
-assert outside["learned"] > 1.1 * inside["learned"]  # meets rows that were never trained
+assert outside["rope"] > 1.1 * inside["rope"]  # meets angles that it has never seen
+assert outside["learned"] > 1.02 * inside["learned"]  # meets rows that were never trained
 
 # %% [markdown] key="extrapolation-question" tags=["question"]
 # ### Question: how can it work without any encoding?
