@@ -362,8 +362,10 @@ def drop_turns(messages: Sequence[Mapping[str, Any]]) -> Iterator[Messages]:
 
     >>> turns = [{"role": r, "content": c} for r, c in [("user", "1"), ("assistant", "2"),
     ...          ("user", "3"), ("assistant", "4")]]
-    >>> [[m["content"] for m in left] for left in drop_turns(turns)]
-    [['1', '2', '3', '4'], ['3', '4']]
+    >>> for left in drop_turns(turns):
+    ...     print(*(m["content"] for m in left))
+    1 2 3 4
+    3 4
     """
     has_system = bool(messages) and messages[0]["role"] == "system"
     first = [dict(message) for message in messages[:has_system]]
