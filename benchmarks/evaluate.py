@@ -8,7 +8,7 @@
 `agree` and `speed` export the model for transformers, on the same weights in float32. `agree`
 compares the log-likelihoods of every question, each of which transformers computes on its own.
 `speed` times `loglikelihood` of the hf backend of lm-evaluation-harness against that of jaxgpt,
-with the same requests and as many rows to a batch, after a first pass that is timed apart.
+with the same requests and as many rows to a batch, after a first pass that is timed separately.
 """
 
 import argparse

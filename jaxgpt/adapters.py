@@ -2,8 +2,8 @@
 
     runs/x/base.json    {"path": "/models/smollm", "relative": "../smollm", "fingerprint": "9c..."}
 
-A run with adapters saves them alone; base.json says where its base is, and the fingerprint what its
-numbers are. It is one of the values in float32, not of a file: a base that is converted to another
+A run with adapters saves them alone; base.json has the place of its base, and the fingerprint of
+its numbers. It is one of the values in float32, not of a file: a base that is converted to another
 format keeps it, and one that was trained further does not.
 """
 

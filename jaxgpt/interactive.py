@@ -49,7 +49,7 @@ def run_lines(read_line: Callable[[], str], apply: Callable[[str], Any]):
 
     Args:
         read_line: as of `run_session`.
-        apply: does what a line says; it may raise ConfigError.
+        apply: executes a line; it may raise ConfigError.
     """
     while True:
         try:

@@ -32,7 +32,7 @@ from jaxgpt.sharding import (
     make_spec,
     map_shards,
 )
-from jaxgpt.tuning_losses import Frozen, distill_loss, policy_loss, preference_loss
+from jaxgpt.tuning_losses import Frozen, distill_loss, policy_loss, preference_loss, to_jax_arrays
 
 # The metrics of an objective by name: sums over tokens or texts, float32 [] each, so that parts of
 # a batch can be added. Every objective has
@@ -307,7 +307,7 @@ Loss = Callable[..., tuple[jax.Array, Sums]]
 def next_token_loss(model, params, batch: Batch, rngs, cfg: TrainConfig) -> tuple[jax.Array, Sums]:
     """Predict a target at every token of [B T]: the next token, or the masked one."""
     chex.assert_equal_shape(batch[:5])
-    arrays = _to_jax_arrays(batch)
+    arrays = to_jax_arrays(batch)
     coords = Coords(arrays.positions, arrays.segment_ids, arrays.prefix)
     return _per_token_loss(model, params, arrays, rngs, cfg, coords)
 
@@ -318,15 +318,11 @@ def sequence_to_sequence_loss(
     """Predict the next token at every token of [B T], given a source [B S]."""
     chex.assert_equal_shape(batch[:5])
     chex.assert_equal_shape(batch.encoder_inputs)
-    arrays = _to_jax_arrays(batch)
+    arrays = to_jax_arrays(batch)
     tokens, *source_coords = arrays.encoder_inputs
     coords = Coords(arrays.positions, arrays.segment_ids)
     source = EncoderInput(tokens, Coords(*source_coords))
     return _per_token_loss(model, params, arrays, rngs, cfg, coords, source=source)
-
-
-def _to_jax_arrays(batch: Batch) -> Any:  # a Batch of jax.Array
-    return jax.tree.map(jnp.asarray, batch)
 
 
 def _per_token_loss(model, params, batch, rngs, cfg, coords: Coords, **more):
@@ -350,7 +346,7 @@ def classification_loss(
 ) -> tuple[jax.Array, Sums]:
     """Predict the class of every text of [B T]; targets and weights are [B]."""
     chex.assert_shape([batch.targets, batch.weights], batch.tokens.shape[:1])
-    arrays = _to_jax_arrays(batch)
+    arrays = to_jax_arrays(batch)
     coords = Coords(arrays.positions, arrays.segment_ids)
     scores, aux = model.apply(
         {"params": params}, arrays.tokens, coords, rngs=rngs, mutable=["losses"], method="classify"

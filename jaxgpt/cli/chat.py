@@ -9,18 +9,9 @@ commands, /exit or Ctrl-D leaves, Ctrl-C stops an answer. When the context is fu
 forgotten, the oldest first. The settings are those of `jaxgpt sample`.
 """
 
-from jaxgpt import config as configs
 from jaxgpt import interrupts
-from jaxgpt.cli import (
-    add_quantize,
-    add_run,
-    check_checkpoint,
-    check_model,
-    get_quantization,
-    make_parser,
-)
-from jaxgpt.cli.sample import list_keys
-from jaxgpt.suggestions import check_options, check_sample_arguments
+from jaxgpt.cli import add_quantize, add_run, get_quantization, make_parser
+from jaxgpt.cli.sample import parse_sampling
 
 
 def main(argv: list[str], program: str) -> int:
@@ -34,24 +25,15 @@ def main(argv: list[str], program: str) -> int:
     """
     parser = make_parser(program, __doc__)
     add_run(parser)
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="top_k=50, seed=7, ...")
     parser.add_argument("--system", default="", help="the system prompt")
     parser.add_argument(
         "--template", default="", help="chatml, llama3, gemma, mistral or plain, if it has none"
     )
     add_quantize(parser)
-    check_options(argv, parser, list_keys())
-    args, more = parser.parse_known_intermixed_args(argv)
-    if args.help or not args.run:
-        parser.print_help()
-        print(f"\nsettings and their defaults:\n{configs.describe('sample')}")
-        return 0 if args.help else 2
-    check_sample_arguments(args.settings, program, args.run)
-    keys = [setting.removeprefix("--").removeprefix("sample.") for setting in args.settings + more]
-    settings = [key if key.startswith("plugins=") else f"sample.{key}" for key in keys]
-    check_model(args.run)
-    configs.parse_assignments(settings)
-    check_checkpoint(args.checkpoint)
+    parsed = parse_sampling(argv, parser, program)
+    if isinstance(parsed, int):
+        return parsed
+    args, settings = parsed
 
     from jaxgpt import chat
 

@@ -9,9 +9,18 @@
 The defaults are the `sample.*` settings of the run's config; any of them is set with key=value.
 """
 
+import argparse
+
 from jaxgpt import config as configs
 from jaxgpt import interrupts
-from jaxgpt.cli import add_quantize, check_checkpoint, check_model, get_quantization, make_parser
+from jaxgpt.cli import (
+    add_quantize,
+    add_run,
+    check_checkpoint,
+    check_model,
+    get_quantization,
+    make_parser,
+)
 from jaxgpt.suggestions import check_options, check_sample_arguments
 
 
@@ -25,28 +34,18 @@ def main(argv: list[str], program: str) -> int:
         ConfigError: the folder is not a run, or a setting is invalid.
     """
     parser = make_parser(program, __doc__)
-    parser.add_argument("run", nargs="?", help="a run folder of `jaxgpt train`")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="top_k=50, seed=7, ...")
+    add_run(parser)
     parser.add_argument("--prompt", action="append", help="text to continue; may be repeated")
     parser.add_argument("--file", help="a file with one prompt a line; - reads standard input")
     parser.add_argument("--out", help="a file for the answers as JSON lines: ids, scores, labels")
     parser.add_argument(
         "--interactive", action="store_true", help="read prompts from the terminal until Ctrl-D"
     )
-    parser.add_argument("--checkpoint", default="best", help="best (the default) or latest")
     add_quantize(parser)
-    check_options(argv, parser, list_keys())
-    args, more = parser.parse_known_intermixed_args(argv)
-    if args.help or not args.run:
-        parser.print_help()
-        print(f"\nsettings and their defaults:\n{configs.describe('sample')}")
-        return 0 if args.help else 2
-    check_sample_arguments(args.settings, program, args.run)
-    keys = [setting.removeprefix("--").removeprefix("sample.") for setting in args.settings + more]
-    settings = [key if key.startswith("plugins=") else f"sample.{key}" for key in keys]
-    check_model(args.run)
-    configs.parse_assignments(settings)
-    check_checkpoint(args.checkpoint)
+    parsed = parse_sampling(argv, parser, program)
+    if isinstance(parsed, int):
+        return parsed
+    args, settings = parsed
     if args.interactive and (args.prompt or args.file or args.out):
         raise configs.ConfigError("--interactive reads prompts itself: leave out the other ones.")
 
@@ -61,6 +60,37 @@ def main(argv: list[str], program: str) -> int:
             **get_quantization(args),
         )  # fmt: skip
     return 0
+
+
+def parse_sampling(
+    argv: list[str], parser: argparse.ArgumentParser, program: str
+) -> tuple[argparse.Namespace, list[str]] | int:
+    """Parse the arguments of a command that generates: those of a parser, and `sample.*` settings.
+
+    Args:
+        argv, program: as of `main`.
+        parser: of `make_parser` and `add_run`.
+
+    Returns:
+        (the arguments, the settings with their section), or the exit status if the help was shown.
+
+    Raises:
+        ConfigError: there is no such model, or a setting is invalid.
+    """
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="top_k=50, seed=7, ...")
+    check_options(argv, parser, list_keys())
+    args, more = parser.parse_known_intermixed_args(argv)
+    if args.help or not args.run:
+        parser.print_help()
+        print(f"\nsettings and their defaults:\n{configs.describe('sample')}")
+        return 0 if args.help else 2
+    check_sample_arguments(args.settings, program, args.run)
+    keys = [setting.removeprefix("--").removeprefix("sample.") for setting in args.settings + more]
+    settings = [key if key.startswith("plugins=") else f"sample.{key}" for key in keys]
+    check_model(args.run)
+    configs.parse_assignments(settings)
+    check_checkpoint(args.checkpoint)
+    return args, settings
 
 
 def list_keys() -> list[str]:

@@ -49,12 +49,12 @@ def find_shared_prefixes(
 def _plan(rows, limits, order: list[int], nesting: int) -> Plan:
     """Plan the rows of a node, sorted by their tokens."""
     total = sum(len(rows[number]) for number in order)
-    apart = Plan(total, [(0, order)])
+    separate = Plan(total, [(0, order)])
     if len(order) == 1 or not nesting:
-        return apart
+        return separate
     depth = count_common(rows[order[0]], rows[order[-1]])
     if depth == len(rows[order[-1]]):
-        return apart  # the rows are equal
+        return separate  # the rows are equal
     is_long = depth >= MIN_PREFIX
     branches = groupby(order, key=lambda number: rows[number][depth : depth + 1])
     plans = [_plan(rows, limits, list(branch), nesting - is_long) for _, branch in branches]

@@ -256,7 +256,7 @@ def _find_version(name: str) -> str:
 
 
 def find_processor(path: str = "/proc/cpuinfo") -> str:
-    """Return the name of the processor, as far as the system knows it."""
+    """Return the name of the processor, as far as the system reports it."""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             lines = [line.partition(":") for line in file if line.startswith("model name")]

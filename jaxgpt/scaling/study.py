@@ -264,7 +264,7 @@ on, the loss is nats per token of held-out text.
 | measured | {measured["loss"]:.4f} |
 
 The prediction is {loss / measured["loss"] - 1:+.2%} off; the measurement is {inside} its interval.
-The interval is of the fit alone: it knows nothing of seeds, of learning rates that were
+The interval is of the fit alone: it leaves out the spread of seeds, of learning rates that were
 transferred, or of a law that does not hold.
 
 ## Compute-optimal size
