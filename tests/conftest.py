@@ -64,6 +64,15 @@ def free_compiled_programs():
     gc.collect()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def without_plugins_of_other_files():
+    """Remove the rows that the plugins of a file's tests have added to registries."""
+    from helpers import forget_plugins
+
+    yield
+    forget_plugins()
+
+
 @pytest.fixture
 def key():
     return jax.random.key(0)

@@ -1,17 +1,34 @@
 """Tiny models for tests, with no value that would hide a mistake (such as equal sizes)."""
 
 import dataclasses
+import sys
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt.config import ModelConfig
+from jaxgpt import plugins
+from jaxgpt.config import ModelConfig, list_tables
 from jaxgpt.model import Coords, abstract_params, build
 from jaxgpt.model import compute_logits as score
+from jaxgpt.settings import resolve_table
 
 TINY = ModelConfig(vocab=61, context=32, width=16, layers=2, heads=4, kv_heads=2, ffn=24)
+
+# Before any test: what `--plugins` has added stays.
+ROWS = {table: dict(resolve_table(table)) for table in list_tables()}
+PLUGINS = frozenset(plugins._loaded)
+
+
+def forget_plugins():
+    """Remove the rows and modules of the plugins of tests, as in a new process."""
+    for table, rows in ROWS.items():
+        for name in resolve_table(table).keys() - rows.keys():
+            del resolve_table(table)[name]
+    for name in plugins._loaded - PLUGINS:
+        sys.modules.pop(name, None)
+        plugins._loaded.remove(name)
 
 
 def tiny(**changes) -> ModelConfig:

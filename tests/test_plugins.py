@@ -8,12 +8,13 @@ import subprocess
 import sys
 
 import pytest
+from helpers import forget_plugins
 from tiny_runs import run_config, single_device_env
 
 import jaxgpt
 from jaxgpt import config as configs
-from jaxgpt import loading, plugins
-from jaxgpt.config import ConfigError, from_json, list_tables, load, override, to_json
+from jaxgpt import loading
+from jaxgpt.config import ConfigError, from_json, load, override, to_json
 from jaxgpt.console import sample_cli
 from jaxgpt.settings import resolve_table
 from jaxgpt.trainer import read_config, train
@@ -28,19 +29,6 @@ EXAMPLES = {
     "squares": ["data.source=squares:200"],
     "characters": ["data.tokenizer=characters", "model.vocab=260"],
 }
-
-
-ROWS = {table: dict(resolve_table(table)) for table in list_tables()}  # without plugins
-
-
-def forget_plugins():
-    """Remove the rows and modules of all plugins, as in a new process."""
-    for table, rows in ROWS.items():
-        for name in resolve_table(table).keys() - rows.keys():
-            del resolve_table(table)[name]
-    for name in (*EXAMPLES, "broken_plugin"):
-        sys.modules.pop(name, None)
-    plugins._loaded.clear()
 
 
 @pytest.fixture(autouse=True)

@@ -64,10 +64,10 @@ class Plan:
 
     tuned: tuple[str, ...] = ("32x2", "64x2", "96x3")
     tune_tokens: float = 5e5
-    sizes: tuple[str, ...] = ("32x2", "48x2", "64x2", "96x3", "128x4", "160x5")
+    sizes: tuple[str, ...] = ("24x2", "32x2", "48x2", "64x2", "96x3", "128x4")
     budgets: tuple[float, ...] = (5e5, 1e6, 2e6, 4e6)
-    held_out: str = "256x6"
-    held_out_tokens: float = 8e6
+    held_out: str = "224x7"
+    held_out_tokens: float = 4e6
     settings: tuple[str, ...] = field(default=SETTINGS)
     bootstrap: int = 200
 

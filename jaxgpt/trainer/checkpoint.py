@@ -19,7 +19,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar, cast
@@ -209,7 +209,9 @@ class _Folder:
         try:
             self.wait()
         finally:
-            self.manager.close()
+            # After a failed save, Orbax raises what it still finds: the first error says it all.
+            with suppress(Exception) if self._has_failed else nullcontext():
+                self.manager.close()
             if self._has_failed:
                 self._remove_unfinished()
 

@@ -421,6 +421,31 @@ def test_the_rest_of_a_failed_save_is_deleted(tmp_path, monkeypatch):
         assert not rest.parent.exists()
 
 
+@pytest.mark.parametrize("has_failed", [False, True])
+def test_closing_after_a_failed_save_raises_nothing_more(has_failed, tmp_path, monkeypatch):
+    checkpoints = Checkpoints(str(tmp_path), keep=1)
+    run = make_layout_training("one device")
+    manager = checkpoints._latest.manager
+    close = manager.close
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    def close_and_fail():
+        close()
+        raise ValueError("RESOURCE_EXHAUSTED: of another write")
+
+    monkeypatch.setattr(manager, "close", close_and_fail)
+    if has_failed:
+        monkeypatch.setattr(manager, "save", fail)
+        with pytest.raises(SaveError, match="No space left"):
+            checkpoints.save(run.make_state(), Progress(step=1))
+        checkpoints.close()
+    else:
+        with pytest.raises(ValueError, match="of another write"):
+            checkpoints.close()
+
+
 def test_a_checkpoint_loses_its_name_before_it_is_deleted(tmp_path, monkeypatch):
     run = make_layout_training("one device")
     seen = []
