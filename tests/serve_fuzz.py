@@ -47,8 +47,9 @@ MESSAGES = [
     [7],
 ]
 SCHEMAS = [
-    {"type": "object"}, {"type": "integer", "minimum": 0, "maximum": 9}, {"enum": []}, {"enum": ["a"]},
-    {"type": "nothing"}, {"$ref": "#/nothing"}, {"anyOf": 3}, True, {"type": "array", "items": False},
+    {"type": "object"}, {"type": "integer", "minimum": 0, "maximum": 9}, {"enum": []}, True,
+    {"enum": ["a"]}, {"type": "nothing"}, {"$ref": "#/nothing"}, {"anyOf": 3},
+    {"type": "array", "items": False},
 ]  # fmt: skip
 # Values that are right more often than not, by the name of the field.
 GOOD: dict[str, list[Any]] = {

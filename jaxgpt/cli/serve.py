@@ -112,7 +112,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--speculate", type=int, metavar="TOKENS", help="tokens that are guessed at once (0)")
     add("--draft", default="", metavar="MODEL", help="smaller model that guesses tokens")
     add("--dtype", help="float32 or bfloat16 (as the model is saved)")
-    add("--mesh", default="", metavar="AXIS=N", help="devices to share the model: tensor=2")  # fmt: skip
+    add("--mesh", default="", metavar="AXIS=N", help="devices that share the model: tensor=2")
 
 
 def check_sizes(args: argparse.Namespace):

@@ -39,9 +39,9 @@ from jaxgpt.settings import ConfigError
 
 # Pages run what is in them, and talk to this server only.
 PAGE_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
-    "img-src data: blob:; frame-src 'self' blob:; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'self'"
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data: blob:; frame-src 'self' blob:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'self'"
 )
 LONG_BODY_BYTES = 2**16  # are parsed in a thread
 PAGE_HEADERS = {"Content-Security-Policy": PAGE_POLICY, "Referrer-Policy": "no-referrer"}

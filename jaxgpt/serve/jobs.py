@@ -164,9 +164,23 @@ def _make_plan(
             for i in range(n if tokens else 0)
         ]  # fmt: skip
     if has_echo:
-        decode = served.model.tokenizer.decode
-        plan.echo = [x if isinstance(x, str) else decode(x) for x in prompts]
+        plan.echo = [decode_prompt(served, prompt) for prompt in prompts]
     return plan
+
+
+def decode_prompt(served: Served, prompt: str | Sequence[int]) -> str:
+    """Return a prompt as text.
+
+    Raises:
+        RequestError: a token of it is none of the tokenizer.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    size = served.model.tokenizer.vocab_size
+    if wrong := [token for token in prompt if token >= size]:
+        message = f"prompt: the token {wrong[0]} has no text to echo: the tokenizer has {size}."
+        raise RequestError(400, message, "invalid_value", "prompt")
+    return served.model.tokenizer.decode(prompt)
 
 
 def make_sample(

@@ -230,7 +230,7 @@ def test_an_echo_has_the_log_probabilities_that_generation_has(client):
     ids = [TOKENIZER.bos, *TOKENIZER.encode("hello").tolist()]
     drawn = [TOKENIZER.encode(x).tolist() for x in first.logprobs.tokens if "bytes" not in x]
     if len(drawn) == len(first.logprobs.tokens):  # whole characters
-        ids += sum(drawn, [])
+        ids += [token for each in drawn for token in each]
     echoed = complete(client, ids, max_tokens=0, echo=True, **rules).choices[0]
     assert echoed.finish_reason == "length"
     assert echoed.text == TOKENIZER.decode(ids)
@@ -318,9 +318,7 @@ def test_embeddings_are_the_pooled_states_of_an_encoder():
         np.testing.assert_array_equal(np.float32(tokens.data[1].embedding), expected[0].vectors)
         with pytest.raises(openai.BadRequestError, match="have 16"):
             client.embeddings.create(model="encoder", input="a", dimensions=8)
-        with pytest.raises(
-            openai.BadRequestError, match="129 tokens|130 tokens|202 tokens"
-        ) as error:
+        with pytest.raises(openai.BadRequestError, match="202 tokens") as error:
             client.embeddings.create(model="encoder", input=["a", "x" * 200])
         assert error.value.code == "context_length_exceeded"
         assert error.value.param == "input[1]"
