@@ -66,8 +66,10 @@ class LiveCollector:
 
     def collect(self) -> Iterator[Any]:
         """Yield the metrics."""
-        core = require("prometheus_client", USER).core
-        kinds = {"gauge": core.GaugeMetricFamily, "counter": core.CounterMetricFamily}
+        require("prometheus_client", USER)
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        kinds = {"gauge": GaugeMetricFamily, "counter": CounterMetricFamily}
         for name, (kind, meaning, read) in LIVE.items():
             yield kinds[kind](name, meaning, value=float(read(self.service)))
 

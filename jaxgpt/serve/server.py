@@ -193,6 +193,7 @@ def run_cli(
 
     def load_and_tell() -> Served:
         served = load()
+        service.open(served)
         names = ", ".join(served.choices)
         print_text(f"serving {names} on {address} ({rows} rows of {served.window} tokens)")
         return served
