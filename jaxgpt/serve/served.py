@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,11 +105,13 @@ def prepare_tokenizer(model: LanguageModel, template: str) -> LanguageModel:
             "" for that of the model.
 
     Raises:
-        ConfigError: the tokenizer lacks the tokens of the template, or the file cannot be read.
+        ConfigError: the tokenizer lacks the tokens of the template, the file cannot be read, or the
+            template cannot write a message.
     """
     tokenizer = model.tokenizer
     if template:
         tokenizer = tokenizer.with_chat_template(read_template(template))
+        tokenizer.encode_chat([{"role": "user", "content": "a"}], add_generation_prompt=True)
     with contextlib.suppress(ConfigError):  # without a template, or one without an end
         tokenizer = with_answer_end(tokenizer)
     return dataclasses.replace(model, tokenizer=tokenizer)
@@ -180,8 +182,3 @@ def serve_model(
             adapters=list(choices.values()) if adapters else None,
         )  # fmt: skip
     return Served(model, choices, engine, given, rows, slots, int(time.time()))
-
-
-def describe_names(names: Sequence[str]) -> str:
-    """Return names for a line on a terminal."""
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")

@@ -444,7 +444,9 @@ def test_special_tokens_in_a_message_are_text_and_there_is_one_bos(address, role
 
 
 def test_a_template_that_refuses_or_needs_other_tokens_is_an_error():
-    refusing = "{{ raise_exception('no system here') }}"
+    refusing = (
+        "{% if messages[0].content != 'a' %}{{ raise_exception('no system here') }}{% endif %}"
+    )
     with run_server(make_played(template=refusing)) as address:
         status, _, found = address.ask(CHAT, {"messages": USER})
         assert status == 400
@@ -453,6 +455,8 @@ def test_a_template_that_refuses_or_needs_other_tokens_is_an_error():
         make_model("llama3")
     with pytest.raises(ConfigError, match="--template 'nothing' is none of chatml"):
         make_model("nothing")
+    with pytest.raises(ConfigError, match="the chat template fails"):
+        make_model("{% for %}")
 
 
 def test_errors_of_the_library_become_those_of_requests():
