@@ -403,15 +403,11 @@ def test_a_process_without_peers_times_out_with_the_address():
 CONFIG = """
 import os
 import resource
-import sys
 import numpy as np
 from jaxgpt import hosts
 from jaxgpt.config import *
 from jaxgpt.data.tasks import CausalTask
 from jaxgpt.trainer import loop, run as run_module
-
-if "--process" in sys.argv:
-    sys.modules["torch"] = None  # tensorboardX would import it, which takes seconds
 
 config = Config(
     name="straight",

@@ -24,6 +24,8 @@ from jaxgpt.trainer.run import open_run
 SETTINGS = ("data.chat_template=plain", "model.context=64", "train.batch=8", "data.holdout=0.3",
             "train.log_every=1", "data.tokenizer=bytes")  # fmt: skip
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 
 def resume_a_copy(cfg, name, *assignments):
     """Train the last steps of a run again, in a copy of its folder without its last checkpoint."""
