@@ -1,5 +1,6 @@
 """Benchmarks: questions as lm-evaluation-harness asks them, metrics, limits, missing files."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,12 +10,14 @@ import transformers
 from benchmark_files import NOUNS, write_benchmarks
 from tiny_decoders import make_model
 
+from jaxgpt.config import Config, DataConfig, TrainConfig, load
 from jaxgpt.evaluate import bbh, benchmarks, run
 from jaxgpt.evaluate.likelihood import Likelihood
 from jaxgpt.evaluate.tasks import (
     FOLDER_VARIABLE,
     TASKS,
     Question,
+    choose_training_tasks,
     find_folder,
     find_task,
     limit_questions,
@@ -243,6 +246,12 @@ def test_a_limit_takes_the_first_questions_of_each_group(folder):
     assert limit_questions(everything.questions, 8).name == "all 16"
 
 
+def test_a_limit_of_truthfulqa_is_of_each_category(folder):
+    shown = read_questions("truthfulqa", folder, limit=2)
+    assert shown.name == "first 2 of each of 2 groups (4 of 8)"
+    assert [q.category for q in shown.questions] == ["x", "y"] * 2
+
+
 def test_a_result_has_groups_categories_and_answers(folder):
     found = run.evaluate_task(make_model(), "blimp", folder=folder, limit=3)
     assert found.groups.keys() == {"one", "two"}
@@ -308,6 +317,45 @@ def test_models_that_do_not_generate_answer_nothing(folder):
     model = make_model(objective="masked", family="encoder", vocab=261)
     with pytest.raises(ConfigError, match="answers no questions"):
         run.evaluate_task(model, "blimp", folder=folder)
+
+
+# --- tasks of a run ----------------------------------------------------------------------------
+
+
+def read_names(config: Config, folder: str, context: int = 256) -> list[str]:
+    """Return the tasks that a run asks, of a model with bytes as tokens."""
+    model = make_model(context=context)
+    config = dataclasses.replace(
+        config, model=model.config.model, data=dataclasses.replace(config.data, benchmarks=folder)
+    )
+    return list(run.check_benchmarks(config, model.tokenizer, run.read_benchmarks(config)))
+
+
+def test_default_runs_ask_blimp_if_it_is_there(folder, tmp_path, monkeypatch):
+    monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
+    for name in ("stdlib", "gpt_mini"):
+        config = load(name)
+        assert read_names(config, folder) == ["blimp"]
+        assert read_names(config, str(tmp_path)) == []
+    config = Config(train=TrainConfig(eval_tasks=("wic", "auto")))
+    assert read_names(config, folder) == ["wic", "blimp"]
+    assert choose_training_tasks(["blimp", "auto"], folder) == ["blimp"]
+
+
+def test_a_run_has_no_task_by_itself_that_it_cannot_answer(folder):
+    config = Config(train=TrainConfig(eval_tasks=("auto",)))
+    assert read_names(config, folder, context=8) == []
+    masked = TrainConfig(eval_tasks=("auto",), objective="masked")
+    assert run.read_benchmarks(
+        Config(train=masked, model=make_model(family="encoder", vocab=261).config.model,
+               data=DataConfig(benchmarks=folder))
+    ) == {}  # fmt: skip
+
+
+def test_a_named_task_that_does_not_fit_the_context_ends_a_run_before_it_starts(folder):
+    config = Config(train=TrainConfig(eval_tasks=("blimp",)))
+    with pytest.raises(ConfigError, match=r"eval_tasks=blimp.* tokens, and model\.context=8"):
+        read_names(config, folder, context=8)
 
 
 def test_an_unknown_task_suggests_the_nearest():
