@@ -192,9 +192,8 @@ The last line is beyond what was trained."""
 def _format_trust(folder: str, law: Law, runs: Sequence[Run], rows, seeds) -> str:
     gaps = np.array([float(law.predict(r.parameters, r.tokens)) / r.loss - 1 for r in runs])
     worst = runs[int(np.argmax(np.abs(gaps)))].name
-    wide, long = (
-        max(x) / min(x) for x in zip(*[(r.parameters, r.tokens) for r in runs], strict=True)
-    )
+    places = [(run.parameters, run.tokens) for run in runs]
+    wide, long = (max(x) / min(x) for x in zip(*places, strict=True))
     bare = fit(read_runs(folder, "no_embeddings"), bootstrap=0)
     exponent = bare.beta / (bare.alpha + bare.beta)
     tables = [1 - row["parameters_without_embeddings"] / row["parameters"] for row in rows]
@@ -202,9 +201,9 @@ def _format_trust(folder: str, law: Law, runs: Sequence[Run], rows, seeds) -> st
 
 - The law is {np.sqrt(np.mean(gaps**2)):.2%} off its own runs (root mean square), and
   {np.abs(gaps).max():.2%} off `{worst}`, the worst of them.
-{_format_seeds(rows, seeds)}- N spans a factor of {wide:.0f}, and D of {long:.0f}. Beyond a few times the
-  largest run, E and the exponents stand in for each other: small runs do not tell a higher E from
-  smaller exponents.
+{_format_seeds(rows, seeds)}- N spans a factor of {wide:.0f}, and D of {long:.0f}.
+  Beyond a few times the largest run, E and the exponents stand in for each other: small runs do not
+  tell a higher E from smaller exponents.
 - Embeddings are {min(tables):.0%} to {max(tables):.0%} of the parameters. Without them in N, alpha
   is {bare.alpha:.2f} in place of {law.alpha:.2f}, and a is {exponent:.2f}.
 - All runs have one batch size, a schedule that ends with the run, and depth that grows with

@@ -165,6 +165,8 @@ def test_the_plan_that_ships_is_of_six_sizes_and_fits_two_cores(tmp_path):
     plan, base = study.Plan(), study.override(study.Config(), [])
     _shared, swept, held_out = study.make_plan(base, plan, str(tmp_path))
     assert len(plan.sizes) == 6
+    base = study.override(base, ["train.eval_tasks=auto"])
+    assert not study.make_plan(base, plan, str(tmp_path))[2].train.eval_tasks
     assert len(swept) == 24
     largest = max(count_params(config.model)["total"] for config in swept)
     assert count_params(held_out.model)["total"] > 2 * largest
