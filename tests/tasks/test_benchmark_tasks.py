@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import transformers
 from benchmark_files import NOUNS, write_benchmarks
 from tiny_decoders import make_model
 
+from benchmarks import evaluate
 from jaxgpt.config import Config, DataConfig, TrainConfig, load
 from jaxgpt.evaluate import bbh, benchmarks, run
 from jaxgpt.evaluate.likelihood import Likelihood
@@ -163,12 +165,18 @@ def test_generated_answers_match_without_case_and_final_period():
 
 
 @pytest.fixture(scope="module")
-def theirs(tmp_path_factory):
-    """Return the tiny model in transformers, and its tokenizer."""
+def their_folder(tmp_path_factory) -> str:
+    """Return a folder with the tiny model for transformers."""
     path = str(tmp_path_factory.mktemp("theirs"))
     huggingface.write_folder(convert.to_archive(make_model(context=256, adds_bos=False)), path)
-    model = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
-    return model, transformers.AutoTokenizer.from_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def theirs(their_folder):
+    """Return the tiny model in transformers, and its tokenizer."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(their_folder).eval()
+    return model, transformers.AutoTokenizer.from_pretrained(their_folder)
 
 
 def score_with_transformers(theirs, context: str, continuation: str) -> float:
@@ -216,6 +224,27 @@ def test_generated_text_equals_transformers(folder, theirs):
         text = tokenizer.decode(out, skip_special_tokens=True)
         assert answer["text"] == text.split("Q:")[0]
         assert len(answer["text"]) > 0
+
+
+def test_the_command_of_agreement_finds_equal_models_and_others(
+    their_folder, folder, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "text.txt").write_text("the cat sees an owl, " * 20)
+    arguments = ["agree", their_folder, "--tasks", "blimp,wic", "--limit", "2", "--data", folder]
+
+    def run_command(*more):
+        monkeypatch.setattr(sys, "argv", ["evaluate", *arguments, *more])
+        evaluate.main()
+        lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+        return {name: values for name, *values in lines if name in ("blimp", "wic", "perplexity")}
+
+    found = run_command(f"--text={tmp_path / 'text.txt'}")
+    assert [found[name][:3] for name in ("blimp", "wic")] == [["4", "8", "4"], ["2", "4", "2"]]
+    assert float(found["perplexity"][2]) < 5e-4
+    assert all(float(found[name][3]) < 5e-4 for name in ("blimp", "wic"))
+    score = evaluate.Peer.score_tokens
+    monkeypatch.setattr(evaluate.Peer, "score_tokens", lambda *args: (score(*args)[0] - 1, False))
+    assert float(run_command()["wic"][3]) > 0.9
 
 
 # --- a random model is at chance -------------------------------------------------------------
