@@ -164,7 +164,7 @@ def nested(fields: Mapping[str, Field]) -> Reader:
 def prompts(value: Any, name: str) -> list[str | list[int]]:
     """Read a text, token ids, or a list of either: a list of prompts."""
     found: Sequence[Any] = value if isinstance(value, list) else [value]
-    if found and all(is_number(x, int) for x in found):
+    if isinstance(value, list) and found and all(is_number(x, int) for x in found):
         found = [found]
     is_valid = [
         isinstance(x, str) or (isinstance(x, list) and x and all(is_number(i, int) for i in x))

@@ -21,7 +21,7 @@ class Place(NamedTuple):
     token: int
     logprob: float | None  # None for the first token of a prompt
     alternatives: Sequence[tuple[int, float]]
-    start: int  # characters of the text before it, and with it
+    start: int  # characters of the text before it, and with the one that it is a part of
     end: int
 
 
@@ -60,7 +60,8 @@ class Answer:
         tops = piece.alternatives or ((),) * len(piece.tokens)
         for token, logprob, top in zip(piece.tokens, piece.logprobs, tops, strict=True):
             start, self._decoded = self._decoded, self._decoded + self._count(token)
-            self.waiting.append(Place(token, logprob, top, start, self._decoded))
+            is_part = start == self._decoded and bool(self.tokenizer.lengths[token])
+            self.waiting.append(Place(token, logprob, top, start, self._decoded + is_part))
         new = self._take_final()
         self.places += new
         return new
