@@ -1,12 +1,13 @@
 """Headless Chromium, driven by the DevTools protocol through a pipe."""
 
 import base64
+import fcntl
 import json
 import os
 import pathlib
 import select
 import shutil
-import subprocess
+import signal
 import time
 from typing import Any
 
@@ -19,16 +20,17 @@ class Browser:
     """A browser; use it in a `with`."""
 
     def __init__(self, folder: pathlib.Path):
-        read, self._write = os.pipe()
-        self._read, write = os.pipe()
+        read, self._write, self._read, write = (*_make_pipe(), *_make_pipe())
         options = [
             "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
             "--no-first-run", "--remote-debugging-pipe", f"--user-data-dir={folder}",
         ]  # fmt: skip
-        self._process = subprocess.Popen(
-            ["sh", "-c", f'exec "$@" 3<&{read} 4>&{write}', "sh", PROGRAM, *options],
-            pass_fds=(read, write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        actions = [
+            (os.POSIX_SPAWN_DUP2, read, 3),  # where the browser reads and writes
+            (os.POSIX_SPAWN_DUP2, write, 4),
+            *((os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1, 2)),
+        ]
+        self._pid = os.posix_spawn(PROGRAM, [PROGRAM, *options], os.environ, file_actions=actions)
         os.close(read)
         os.close(write)
         self._number, self._buffer = 0, b""
@@ -37,8 +39,8 @@ class Browser:
         return self
 
     def __exit__(self, *error):
-        self._process.kill()
-        self._process.wait()
+        os.kill(self._pid, signal.SIGKILL)
+        os.waitpid(self._pid, 0)
         os.close(self._write)
         os.close(self._read)
 
@@ -84,6 +86,15 @@ class Browser:
         """Return the ids of the pages that are open."""
         found = self.call("Target.getTargets")["targetInfos"]
         return [each["targetId"] for each in found if each["type"] == "page"]
+
+
+def _make_pipe() -> list[int]:
+    """Return a pipe whose numbers are not those that the browser is given."""
+    ends = os.pipe()
+    moved = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 100) for end in ends]
+    for end in ends:
+        os.close(end)
+    return moved
 
 
 class Tab:
