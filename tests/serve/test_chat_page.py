@@ -6,6 +6,7 @@ import math
 
 import pytest
 from browser import PROGRAM, Browser
+from serving import make_played, piece, run_server, wait_until
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no Chromium")
 
@@ -35,6 +36,8 @@ window.fetch = async (path, { method = "GET", headers = {}, body, signal } = {})
   } });
   return new Response(stream, { status });
 };
+"""
+HELP = """
 const send = (text) => { document.getElementById("input").value = text;
   document.getElementById("composer").requestSubmit(); };
 const texts = (selector) => [...document.querySelectorAll(selector)].map((e) => e.textContent);
@@ -76,7 +79,7 @@ def open_page(browser, tmp_path):
     tabs = []
 
     def open_it(script: str = ""):
-        tabs.append(browser.open(path.as_uri(), STAND_IN + script))
+        tabs.append(browser.open(path.as_uri(), STAND_IN + HELP + script))
         tabs[-1].run("localStorage.clear()")
         return tabs[-1]
 
@@ -236,3 +239,45 @@ def test_a_model_without_a_template_continues_the_text(open_page):
     assert (first["body"]["prompt"], second["body"]["prompt"]) == ("Once", "Once upon a")
     assert second["body"]["logprobs"] == 5
     assert tab.run("document.getElementById('system-label').hidden")
+
+
+def test_the_page_and_the_server_belong_together(browser):
+    service = make_played()
+    with run_server(service) as address:
+        tab = browser.open(f"{address.url}/", HELP)
+        tab.wait("document.getElementById('model').options.length === 2")
+        tab.run("document.getElementById('probabilities').click()")
+        tab.run("send('hello')")
+        wait_until(lambda: service.engine.handles)
+        service.engine.handles[0]._put(piece("<b>"))
+        tab.wait("texts('.token').length === 3")
+        service.engine.handles[0]._put(piece("ye\u00e9", "eos"))
+        tab.wait("isOver()")
+        assert tab.run("texts('.assistant .body')") == ["<b>ye\u00e9"]
+        assert tab.run("texts('.token')") == [*"<b>ye\u00e9"]
+        assert tab.run("texts('.foot span')")[0].startswith("7 tokens")
+
+        tab.run("send('go on')")
+        wait_until(lambda: len(service.engine.handles) == 2)
+        service.engine.handles[1]._put(piece("half"))
+        tab.wait("texts('.assistant .body')[1] === 'half'")
+        tab.run("document.getElementById('stop').click()")
+        wait_until(lambda: service.engine.cancelled)  # the server notices
+        tab.wait("texts('.foot span')[1] === 'stopped'")
+
+        tab.run("document.getElementById('temperature').value = 5, send('hot')")
+        tab.wait("texts('#notice-text')[0].includes('temperature')")
+        assert "HTTP 400" in tab.run("texts('#notice-text')")[0]
+
+        before = browser.list_pages()
+        tab.run("document.querySelector('.foot button').click()")
+        wait_until(lambda: len(browser.list_pages()) > len(before))
+        (new,) = {*browser.list_pages()} - {*before}
+        page = browser.attach(new)
+        page.wait("document.querySelectorAll('#tokens button').length > 20")
+        assert page.run("document.title").startswith("Inside")
+        assert page.run("document.querySelectorAll('#heads button').length") == 8
+        shown = page.run("[...document.querySelectorAll('#tokens button')].map(b => b.textContent)")
+        assert "<b>ye" in "".join(shown)
+        for target in (tab.target, new):
+            browser.call("Target.closeTarget", targetId=target)
