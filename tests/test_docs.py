@@ -224,6 +224,20 @@ def check_cluster_command(words: list[str]):
         check_train(words[words.index(last) + 1 :])
 
 
+def check_curl(words: list[str]):
+    """Check a request to a server: there is the route, and it has the fields."""
+    from jaxgpt.serve import fields, http, schema
+
+    routes = {"chat/completions": schema.CHAT, "completions": schema.COMPLETION,
+              "embeddings": schema.EMBEDDING, "look": schema.LOOK}  # fmt: skip
+    (url,) = [word for word in words if word.startswith("http://")]
+    path = "/" + url.split("/", 3)[3]
+    assert path in http.PATHS
+    if "-d" in words:
+        route = routes[path.removeprefix("/v1").removeprefix("/")]
+        assert fields.read_object(route, json.loads(words[words.index("-d") + 1]))
+
+
 def check_command(words: list[str]):
     """Check one command of a page without running it."""
     words = split_environment(words)[1]
@@ -236,6 +250,8 @@ def check_command(words: list[str]):
         check_module(words[2], words[3:])
     elif program == "pip":
         check_pip(words[1:])
+    elif program == "curl":
+        check_curl(words)
     elif program == "bash":
         assert (ROOT / words[1]).is_file()
     elif program in CLUSTER_PROGRAMS or words[0].startswith("deploy/"):

@@ -273,7 +273,6 @@ def make_page(served: Served, body: dict[str, Any]) -> str:
     if messages is not None:
         encode_messages(served, messages)  # raises an error that names --template
     try:
-        template = served.model.tokenizer.chat_template
-        return make_look_page(served.select(body["model"]), messages or prompt or "", template)
+        return make_look_page(served.select(body["model"]), messages=messages, prompt=prompt)
     except ConfigError as error:
         raise convert(error, "messages" if messages else "prompt") from error
