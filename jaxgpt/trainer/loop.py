@@ -208,8 +208,7 @@ def do_what_is_due(run: Run, due: Due):
 def show_untrained(run: Run):
     """Evaluate the model before its first step, and log a sample of it."""
     run.notify("on_untrained", measure(run))
-    if run.cfg.train.eval_tasks:
-        run_tasks(run)
+    run_tasks(run)
     if run.cfg.train.sample_every:
         log_sample(run)
 
@@ -305,6 +304,8 @@ def measure(run: Run) -> dict[str, Any]:
 
 def run_tasks(run: Run):
     """Ask the current model the questions of `train.eval_tasks`, and pass the results to hooks."""
+    if not run.benchmarks:
+        return
     model = make_model(run)
     for name, (shown, shots) in run.benchmarks.items():
         run.notify("on_task", ask(model, name, shown, shots))

@@ -66,6 +66,14 @@ def test_metrics_are_read_back_with_six_digits(folder):
     )
 
 
+def test_evaluations_are_rounded_once(tmp_path):
+    """3.325946 has become 3.32595 and then 3.3260, where the console printed 3.3259."""
+    file = MetricsFile(str(tmp_path), 0)
+    file.write("eval", 7, {"loss": 3.325946})
+    file.close()
+    assert f"{read_metrics(str(tmp_path))[0]['loss']:.4f}" == "3.3259"
+
+
 def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path):
     file = MetricsFile(str(tmp_path), 0)
     file.write("eval", 7, {"loss": 1.0})
