@@ -47,6 +47,7 @@ SMALL = [
     *("model.heads=2", "model.ffn=48", "train.steps=2", "train.batch=8", "train.accumulate=1"),
     *("train.eval_every=2", "train.eval_batches=1", "train.save_every=2", "train.sample_every=0"),
     *("train.log_every=1", "optimizer.warmup=1", "sample.tokens=4", "data.workers=1"),
+    "model.unroll=1",
 ]
 ENVIRONMENT = {"XLA_FLAGS": make_xla_flags(1)}  # of what the pages run
 

@@ -54,14 +54,17 @@ def config(*assignments: str, **sections) -> Config:
 
 
 def run_config(folder, *assignments: str) -> Config:
-    """Return a tiny run inside `folder`."""
+    """Return a tiny run inside `folder`.
+
+    Its step is a loop over the layers, as of a large model: unrolled, it takes longer to compile.
+    """
     text = folder / "text"
     if not text.exists():
         write_text(text)
     data = DataConfig(source=str(text), tokenizer="bytes", cache=str(folder / "tokens"))
     sample = SampleConfig(prompt="the ", tokens=4)
     cfg = config(f"folder={folder / 'runs'}", "train.sample_every=0", data=data, sample=sample)
-    return override(cfg, assignments)
+    return override(cfg, ["model.unroll=1", *assignments])
 
 
 def fill(state, seed=0):
