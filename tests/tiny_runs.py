@@ -54,17 +54,14 @@ def config(*assignments: str, **sections) -> Config:
 
 
 def run_config(folder, *assignments: str) -> Config:
-    """Return a tiny run inside `folder`.
-
-    Its step is a loop over the layers, as of a large model: unrolled, it takes longer to compile.
-    """
+    """Return a tiny run inside `folder`."""
     text = folder / "text"
     if not text.exists():
         write_text(text)
     data = DataConfig(source=str(text), tokenizer="bytes", cache=str(folder / "tokens"))
     sample = SampleConfig(prompt="the ", tokens=4)
     cfg = config(f"folder={folder / 'runs'}", "train.sample_every=0", data=data, sample=sample)
-    return override(cfg, ["model.unroll=1", *assignments])
+    return override(cfg, assignments)
 
 
 def fill(state, seed=0):

@@ -18,7 +18,7 @@ SIZES = [
     *("data.tokenizer=bytes", "model.vocab=260", "model.context=16", "model.width=32"),
     *("model.layers=2", "model.heads=4", "model.kv_heads=2", "model.ffn=48", "train.batch=16"),
     *("optimizer.name=adamw", "optimizer.lr=1e-2", "optimizer.warmup=2", "train.sample_every=0"),
-    *("train.log_every=1", "sample.tokens=4", "data.workers=1", "model.unroll=1"),
+    *("train.log_every=1", "sample.tokens=4", "data.workers=1"),
 ]
 
 

@@ -22,7 +22,7 @@ from jaxgpt.trainer.online import Rollouts, normalize_groups
 from jaxgpt.trainer.run import open_run
 
 SETTINGS = ("data.chat_template=plain", "model.context=64", "train.batch=8", "data.holdout=0.3",
-            "train.log_every=1", "data.tokenizer=bytes")  # fmt: skip
+            "train.log_every=1", "data.tokenizer=bytes", "model.unroll=1")  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
