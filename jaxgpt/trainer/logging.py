@@ -22,6 +22,22 @@ STEP_DIGITS = 6  # significant ones of a number in metrics.jsonl
 RESULT_DIGITS = 9  # of evaluations: all of float32, so that a report rounds as the console does
 
 
+def import_board_writer() -> Any:
+    """Import tensorboardX's writer without torch.
+
+    It would import torch if that is installed, for one name of a type, which takes seconds.
+    """
+    is_hidden = "torch" not in sys.modules
+    if is_hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if is_hidden:
+            del sys.modules["torch"]
+    return SummaryWriter
+
+
 class MetricsFile(Hook):
     """Metrics in metrics.jsonl, one JSON object per line, and in TensorBoard.
 
@@ -46,12 +62,10 @@ class MetricsFile(Hook):
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
         self._board = None
         if is_installed("tensorboardX"):
-            from tensorboardX import SummaryWriter
-
             board = os.path.join(self._folder, "tensorboard")
             is_purged = os.path.isdir(board)
             with warn_on_file_errors(self._log, board):
-                self._board = SummaryWriter(board, purge_step=step + 1 if is_purged else None)
+                self._board = import_board_writer()(board, purge_step=step + 1 if is_purged else None)
                 _guard_board(self._board, self._log, board)
 
     @hosts.run_on_first

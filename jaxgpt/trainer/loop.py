@@ -140,11 +140,11 @@ def run_until_spike(run: Run, stop: StopSignal, timer: "StepTimer | None"):
             progress.step += 1
             progress.tokens += run.task.tokens_per_batch
             step = progress.step
-            if timer:
-                timer.count(metrics)
             run.notify("on_step")
             if pending:
                 log_metrics(run, *pending)
+            if timer:  # last: it waits for this step, which would count as a part of the one before
+                timer.count(metrics)
             due = find_due(cfg, step, run.is_complete or stop.is_last_step(step))
             pending = (step, metrics) if due.log or due.norms else None
             if not (due.eval or due.tasks or due.save or due.sample):
