@@ -255,7 +255,7 @@ def read_shapes(folder: str) -> Any:
         return ocp.StandardCheckpointHandler().metadata(epath.Path(folder)).tree
 
 
-# --- what TensorStore never frees (seen in 0.1.86): every dict and list that it makes of JSON ---
+# --- what TensorStore never frees (seen in 0.1.86): all that is inside of JSON that it returns ---
 
 
 def avoid_leaks():
