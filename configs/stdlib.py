@@ -18,6 +18,7 @@ config = Config(
         eval_batches=20,
         save_every=200,
         sample_every=200,
+        eval_tasks=("auto",),
     ),
     sample=SampleConfig(prompt="def ", tokens=120, slide=True),
 )

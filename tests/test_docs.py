@@ -27,6 +27,7 @@ import pytest
 from reliability import FORKS, Command, prepare_fork
 from test_imports import MODULES
 from tiny_runs import write_text
+from xla_flags import FAST_COMPILATION, make_xla_flags
 
 from jaxgpt.config import Config, ConfigError, load, override
 from jaxgpt.interop.formats import FORMATS
@@ -47,10 +48,7 @@ SMALL = [
     *("train.eval_every=2", "train.eval_batches=1", "train.save_every=2", "train.sample_every=0"),
     *("train.log_every=1", "optimizer.warmup=1", "sample.tokens=4", "data.workers=1"),
 ]
-# Of what the pages run: one device, and programs that compile fast.
-ENVIRONMENT = {
-    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=1"
-}
+ENVIRONMENT = {"XLA_FLAGS": make_xla_flags(1)}  # of what the pages run
 
 
 class Block(NamedTuple):
@@ -300,6 +298,8 @@ def run_items(folder: pathlib.Path, items: list[tuple], compiled: pathlib.Path):
             python.run(page, line, item)
         else:
             variables, arguments = item
+            if flags := variables.get("XLA_FLAGS"):
+                variables = variables | {"XLA_FLAGS": f"{flags} {FAST_COMPILATION}"}
             command = Command(arguments, ENVIRONMENT | variables, str(compiled), str(folder))
             out = command.stdout.read()
             assert command.wait() == 0, f"{page}:{line}: {out[-4000:]}"

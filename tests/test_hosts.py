@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 from tiny_runs import assert_same_bits, restore_latest, write_text
+from xla_flags import make_xla_flags
 
 from jaxgpt import config as configs
 from jaxgpt import hosts
@@ -290,10 +291,8 @@ def find_free_address() -> str:
 
 
 def make_environment(devices: int, **more) -> dict[str, str]:
-    # The same cheap compilation in all runs.
-    fast = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    count = f"--xla_force_host_platform_device_count={devices}"
-    return os.environ | {"XLA_FLAGS": f"{count} {fast}", "PYTHONPATH": str(ROOT)} | more
+    flags = f"{make_xla_flags(devices)} --xla_llvm_disable_expensive_passes=true"
+    return os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)} | more
 
 
 def run_commands(commands, env):
@@ -404,15 +403,11 @@ def test_a_process_without_peers_times_out_with_the_address():
 CONFIG = """
 import os
 import resource
-import sys
 import numpy as np
 from jaxgpt import hosts
 from jaxgpt.config import *
 from jaxgpt.data.tasks import CausalTask
 from jaxgpt.trainer import loop, run as run_module
-
-if "--process" in sys.argv:
-    sys.modules["torch"] = None  # tensorboardX would import it, which takes seconds
 
 config = Config(
     name="straight",

@@ -18,6 +18,24 @@ from jaxgpt.trainer.hooks import Hook, RunView
 from jaxgpt.trainer.report import format_confusion, format_duration, format_eval, format_spike
 
 LogFn = Callable[[str], object]
+STEP_DIGITS = 6  # significant ones of a number in metrics.jsonl
+RESULT_DIGITS = 9  # of evaluations: all of float32, so that a report rounds as the console does
+
+
+def import_board_writer() -> Any:
+    """Import tensorboardX's writer without torch.
+
+    It would import torch if that is installed, for one name of a type, which takes seconds.
+    """
+    is_hidden = "torch" not in sys.modules
+    if is_hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if is_hidden:
+            del sys.modules["torch"]
+    return SummaryWriter
 
 
 class MetricsFile(Hook):
@@ -44,12 +62,10 @@ class MetricsFile(Hook):
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
         self._board = None
         if is_installed("tensorboardX"):
-            from tensorboardX import SummaryWriter
-
             board = os.path.join(self._folder, "tensorboard")
             is_purged = os.path.isdir(board)
             with warn_on_file_errors(self._log, board):
-                self._board = SummaryWriter(board, purge_step=step + 1 if is_purged else None)
+                self._board = import_board_writer()(board, purge_step=step + 1 if is_purged else None)
                 _guard_board(self._board, self._log, board)
 
     @hosts.run_on_first
@@ -58,7 +74,9 @@ class MetricsFile(Hook):
 
         What cannot be written, as on a full disk, is kept in memory and written later.
         """
-        record = {"kind": kind, "step": step} | {k: _round_value(v) for k, v in values.items()}
+        digits = RESULT_DIGITS if kind == "eval" else STEP_DIGITS
+        rounded = {key: _round_value(value, digits) for key, value in values.items()}
+        record = {"kind": kind, "step": step} | rounded
         if len(self._pending) < self.MAX_PENDING_BYTES:
             self._pending += (json.dumps(record) + "\n").encode()
         with warn_on_file_errors(self._log, self.path):
@@ -147,11 +165,11 @@ def _parse_record(line: str) -> dict[str, Any] | None:
     return record if isinstance(record.get("step"), int) else None
 
 
-def _round_value(value: Any) -> Any:
+def _round_value(value: Any, digits: int) -> Any:
     """Round a float; JSON has no NaN and no infinity, which become text."""
     if not isinstance(value, float):
         return value
-    return float(f"{value:.6g}") if math.isfinite(value) else str(value)
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else str(value)
 
 
 def read_metrics(run_folder: str) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from tiny_decoders import make_model
 from jaxgpt.evaluate import likelihood
 from jaxgpt.evaluate.likelihood import (
     Pair,
+    choose_batch_rows,
     compute_likelihoods,
     encode_pair,
     merge_pairs,
@@ -128,6 +129,14 @@ def test_buckets_are_powers_of_two_and_three_quarters_of_them():
     assert [round_up(n) for n in (1, 2, 3, 4, 5, 7, 9, 13, 17, 25, 100)] == [
         1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 128,
     ]  # fmt: skip
+
+
+def test_batches_have_little_padding():
+    """On a CPU, where a row costs its tokens; the rows of an accelerator go together."""
+    rows = {count: choose_batch_rows(count, 8, 256) for count in (1, 5, 96, 132, 600)}
+    assert rows == {1: 1, 5: 6, 96: 96, 132: 48, 600: 128}
+    assert choose_batch_rows(10, 1024, 2) == 2
+    assert choose_batch_rows(3, 4096, 1) == 1
 
 
 def test_a_continuation_is_spelled_as_in_its_text():

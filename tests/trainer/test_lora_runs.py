@@ -23,6 +23,8 @@ from jaxgpt.trainer import run as run_module
 SETTINGS = ["train.steps=4", "train.eval_every=2", "train.save_every=2", "train.keep=2"]
 LORA = ["lora.rank=2", "lora.targets=q,v,down"]
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 
 @pytest.fixture(scope="module", autouse=True)
 def known_peak():

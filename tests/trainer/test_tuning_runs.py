@@ -24,6 +24,8 @@ from jaxgpt.trainer.run import open_run
 SETTINGS = ("data.chat_template=plain", "model.context=64", "train.batch=8", "data.holdout=0.3",
             "train.log_every=1", "data.tokenizer=bytes")  # fmt: skip
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 
 def resume_a_copy(cfg, name, *assignments):
     """Train the last steps of a run again, in a copy of its folder without its last checkpoint."""
@@ -134,6 +136,8 @@ def test_the_reference_is_computed_once_for_runs_that_begin_alike(preference_run
 
 REWARD = """def digits(record, answer):
     return sum(c in "0123456789" for c in answer) / max(len(answer), 1)
+def letters(record, answer):
+    return sum(c.isalpha() for c in answer) / max(len(answer), 1)
 def wrong(record, answer):
     return float("nan")
 """
@@ -167,6 +171,24 @@ def test_an_online_run_resumes_bit_for_bit_and_is_tied_to_its_start(online_confi
     assert_same_params(online_config, again)
     kl = [row["kl"] for row in read(online_config, "train")]
     assert abs(kl[0]) < 1e-6 < kl[-1]
+
+
+def test_adapters_learn_from_rewards_beside_a_frozen_reference(online_config):
+    cfg = override(online_config, [
+        "name=adapted_online", f"train.start={online_config.run_folder}@latest", "lora.rank=4",
+        "lora.targets=q,v,o,down,head", "train.steps=12", "train.save_every=8",
+        f"online.reward={online_config.online.reward.replace(':digits', ':letters')}",
+    ])  # fmt: skip
+    train(cfg, is_quiet=True)
+    rows = read(cfg, "train")
+    assert abs(rows[0]["kl"]) < 1e-6 < rows[-1]["kl"]  # the reference is the base alone
+    rewards = [row["reward"] for row in rows]
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.2, rewards
+    again = resume_a_copy(cfg, "again_adapted_online")
+    assert_same_params(cfg, again)
+    tuned, start = (jaxgpt.load(c.run_folder, checkpoint="latest") for c in (cfg, online_config))
+    for path, x in flatten_dict(start.params).items():
+        np.testing.assert_array_equal(x, flatten_dict(tuned.base)[path])
 
 
 def test_a_reward_that_is_missing_or_fails_is_named(online_config):
