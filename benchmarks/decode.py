@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.decode_peers import PROMPT_TOKENS, Peers, draw_prompts, measure, time_outputs
-from benchmarks.worker import count_cores
+from benchmarks.worker import describe_processor
 from jaxgpt import config as configs
 from jaxgpt.config import Config, SampleConfig
 from jaxgpt.engine import Engine, Request, Row, Size, programs
@@ -342,18 +342,6 @@ ROWS: dict[str, Callable] = {
     "int8 cache": int8_cache,
     "compiles": compiles,
 }
-
-
-def describe_processor() -> str:
-    """Return the name of the processor and its vector width."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "unknown"
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    fields = {key.strip(): value for key, value in fields.items()}
-    vectors = "AVX-512" if "avx512f" in fields.get("flags", "") else "AVX2 or less"
-    return f"{fields.get('model name', '?').strip()}, {vectors}, {count_cores()} cores"
 
 
 def format_table(figures: list[Figure]) -> str:

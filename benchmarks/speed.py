@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import IO
 
-from benchmarks.worker import DATA_TOKENS, Case, FailedError, Worker, count_cores
+from benchmarks.worker import DATA_TOKENS, Case, FailedError, Worker, describe_processor
 
 JAX, TORCH = "benchmarks.jax_side", "benchmarks.torch_peer"
 MIN_TURN_SECONDS = 0.1  # seconds: what is shorter runs several times in a turn
@@ -620,7 +620,8 @@ class Bench:
         note = {"left out": ", ".join(self.notes)} if self.notes else {}
         own = {"command": self.a.command, "python": platform.python_version()}
         taken = f"{time.perf_counter() - self.start:.0f} s"
-        return own | known | {"cores": str(count_cores()), "taken": taken} | note
+        own["processor" if self.is_cpu else "host"] = describe_processor()
+        return own | known | {"taken": taken} | note
 
     def write(self) -> None:
         rates = measure_rates(self.figures, self.cases, self.about)

@@ -9,6 +9,7 @@ import contextlib
 import gc
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -104,6 +105,20 @@ def count_cores() -> int:
     """Count the cores that this process may use."""
     has = hasattr(os, "sched_getaffinity")
     return len(os.sched_getaffinity(0)) if has else os.cpu_count() or 1
+
+
+def describe_processor() -> str:
+    """Return the name of the processor, its vector width as it is used, and its cores."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "unknown"
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    fields = {key.strip(): value for key, value in fields.items()}
+    is_wide = "avx512f" in fields.get("flags", "") and "max_isa=AVX2" not in flags
+    vectors = "AVX-512" if is_wide else "AVX2 or less"
+    return f"{fields.get('model name', '?').strip()}, {vectors}, {count_cores()} cores"
 
 
 # --- in the process of a side ---

@@ -9,5 +9,5 @@ config = Config(
     name="gpt_mini",
     model=ModelConfig(vocab=8192, context=256, width=384, layers=6, heads=6, ffn=1024),
     optimizer=OptimizerConfig(lr=1e-3, warmup=100),
-    train=TrainConfig(steps=2000, batch=16, save_every=50),
+    train=TrainConfig(steps=2000, batch=16, save_every=50, eval_tasks=("auto",)),
 )

@@ -18,6 +18,8 @@ config = Config(
         eval_batches=20,
         save_every=200,
         sample_every=200,
+        eval_tasks=("auto",),
+        eval_tasks_every=200,
     ),
     sample=SampleConfig(prompt="def ", tokens=120, slide=True),
 )

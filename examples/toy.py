@@ -2,7 +2,8 @@
 
     python examples/toy.py write toy                    chat.jsonl, preferences.jsonl, ... in toy/
     python examples/toy.py check runs/toy_chat          how many answers end, and have the format
-    python examples/toy.py compare runs/toy_chat DIR    logits of transformers for an export of it
+    python examples/toy.py compare runs/toy_chat DIR    logits of transformers, or of peft, for an
+                                                        export of it
 
 The questions are sums in words; an answer has the format "Result: 7." Configs: toy_chat.py and
 toy_preference.py in this folder. `reward` is for train.objective=online.
@@ -83,7 +84,7 @@ def check(run: str, count: str = "40"):
 
 
 def compare(run: str, folder: str):
-    """Print how far the logits of transformers are from ours, for a conversation."""
+    """Print how far the logits of transformers or peft are from ours, for a conversation."""
     import numpy as np
     import torch
     import transformers
@@ -93,8 +94,14 @@ def compare(run: str, folder: str):
     from jaxgpt.score import make_whole_coords
 
     ours = jaxgpt.load(run)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    where, library = folder, transformers.AutoModelForCausalLM
+    if os.path.isfile(os.path.join(folder, "adapter_config.json")):
+        import peft
+
+        library = peft.AutoPeftModelForCausalLM
+        where = peft.PeftConfig.from_pretrained(folder).base_model_name_or_path
+    theirs = library.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(where)
     messages = [{"role": "user", "content": "What is 3 plus 4?"},
                 {"role": "assistant", "content": "Result: 7."}]  # fmt: skip
     ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)

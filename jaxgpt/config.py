@@ -379,8 +379,9 @@ class TrainConfig(Section):
     )
     eval_tasks: tuple[str, ...] = option(
         (),
-        "benchmarks that are evaluated during training; their files are in data.benchmarks",
-        table="jaxgpt.evaluate.tasks:TASKS",
+        "benchmarks that are evaluated during training; their files are in data.benchmarks; auto = "
+        "blimp, if its files are there",
+        table="jaxgpt.evaluate.tasks:TRAINING_TASKS",
         is_runtime=True,
     )
     eval_tasks_every: int = option(

@@ -4,16 +4,11 @@ import gc
 import os
 import signal
 import tempfile
-from importlib.metadata import version
 
-# Before jax is imported, which reads these once. Tests compile much and compute little, so machine
-# code is not optimized, which takes a quarter of the time. Subprocesses run as a user starts them.
-os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    " --xla_backend_optimization_level=0"
-    # jaxlib 0.11 exits on this flag, which it does not have.
-    f"{' --xla_cpu_use_fusion_emitters=false' if version('jaxlib') < '0.11' else ''}"
-).strip()
+from xla_flags import make_xla_flags
+
+# Before jax is imported, which reads these once.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {make_xla_flags(8)}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax

@@ -1,5 +1,7 @@
 """`jaxgpt chat`: a conversation with lines in place of a terminal, and through a pipe and a pty."""
 
+import dataclasses
+import io
 import json
 import os
 import pty
@@ -12,6 +14,8 @@ from test_language_model import make_model
 import jaxgpt
 from jaxgpt import interactive
 from jaxgpt.chat import Chat
+from jaxgpt.cli import chat as chat_command
+from jaxgpt.interop import exporting
 from jaxgpt.settings import ConfigError
 
 
@@ -22,8 +26,6 @@ def model():
 
 def make_chat(model, system="", **sample):
     chat = Chat(model, system, "plain")
-    import dataclasses
-
     rules = dict(tokens=4, temperature=0.0) | sample
     chat.set_sample(dataclasses.replace(chat.model.config.sample, **rules))
     return chat
@@ -152,3 +154,23 @@ def test_the_command_answers_a_pipe_and_a_terminal(saved, model, tmp_path):
     assert process.returncode == 0
     assert f"{expected}\n" in shown.decode("utf-8", "replace")
     assert "> " in shown.decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize("kind", ["hf", "gguf"])
+def test_exported_models_answer_by_the_template_in_their_files(
+    model, tmp_path, monkeypatch, capsys, kind
+):
+    if kind == "gguf":
+        pytest.importorskip("gguf")
+    path = str(tmp_path / ("model.gguf" if kind == "gguf" else "model"))
+    chatty = dataclasses.replace(model, tokenizer=model.tokenizer.with_chat_template("plain"))
+    exporting.export(chatty, path, kind, log=lambda line: None)
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\nand you?\n"))
+    assert chat_command.main([path, "tokens=4", "temperature=0"], "jaxgpt chat") == 0
+    answers = capsys.readouterr().out.splitlines()
+    loaded = Chat(jaxgpt.load(path))  # without a template of ours
+    loaded.set_sample(dataclasses.replace(loaded.model.config.sample, tokens=4, temperature=0.0))
+    run_lines(loaded, "hello", "and you?")
+    assert answers == capsys.readouterr().out.splitlines() != []
+    expected = model.tokenizer.with_chat_template("plain").encode_chat(loaded.transcript)
+    assert loaded.encode(loaded.transcript).tolist()[: expected.size] == expected.tolist()

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_chat import ENDS, SOURCES, make
+from test_data_sources import make_builder_class
 from tiny_runs import config
 
 from jaxgpt.data import prepare
@@ -17,6 +18,7 @@ from jaxgpt.data.conversations import (
     PromptEncoder,
     RecordEncoder,
     drop_turns,
+    read_conversation,
     read_preference,
     take_flags,
 )
@@ -62,8 +64,9 @@ def test_what_is_learned_is_the_assistants_texts_and_end_tokens(name, texts, sys
 
 def test_a_prompt_has_the_tokens_that_stood_before_the_answer_in_training():
     tokenizer = make("gpt2", TEMPLATES["plain"])
-    messages = make_messages(["Hi", "Hello there", "Bye", "Good night"])
+    messages = make_messages(["Hi", "the answer", "Bye", "a night"])
     chat = mark_answers(tokenizer, messages)
+    assert tokenizer.encode(" the").size == 1  # a token across the border, which is not taken
     for count in (1, 3):
         prompt = tokenizer.encode_chat(messages[:count], add_generation_prompt=True)
         assert prompt.tolist() == chat.ids[: prompt.size].tolist()
@@ -162,9 +165,66 @@ def test_packed_conversations_are_those_of_one_a_row(tmp_path):
         list_documents(tokenizer, rows.gather(np.arange(rows.size))) for rows in (one, few)
     ]
     assert sorted(documents[0]) == sorted(documents[1])
-    assert all(
-        learned.count("<eos>") == text.count("assistant: ") for text, learned in documents[0]
+    for text, learned in documents[0]:
+        answers = [part.partition("<eos>")[0] for part in text.split("assistant: ")[1:]]
+        assert learned == "".join(f"{answer}<eos>" for answer in answers)
+
+
+def save_as_data_set(kind, folder, monkeypatch):
+    """Save the conversations as a data set of a library, and return its data.source."""
+    conversations = [record["messages"] for record in CONVERSATIONS]
+    if kind == "tfds":
+        import tensorflow_datasets as tfds
+
+        monkeypatch.setenv("TFDS_DATA_DIR", str(folder / "tfds"))
+        monkeypatch.setattr("jaxgpt.data.tfds.find_spec", lambda name: None)
+        text = tfds.features.Text()
+        feature = tfds.features.Sequence({"role": text, "content": text})
+        splits = {"train": conversations}
+        make_builder_class("conversations", splits, key="messages", feature=feature)
+        return "tfds:conversations"
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "hf")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    named = [{**conversations[0][0], "name": "x"}, *conversations[0][1:]]  # others lack the field
+    rows = datasets.Dataset.from_list([
+        {"id": number, "messages": messages}
+        for number, messages in enumerate([named, *conversations[1:]])
+    ])  # fmt: skip
+    if kind == "saved":
+        rows.save_to_disk(folder / "rows")
+    else:
+        rows.to_parquet(folder / "rows" / "train.parquet")
+    return f"hf:{folder / 'rows'}"
+
+
+@pytest.mark.parametrize("kind", ["saved", "parquet", "tfds"])
+def test_a_data_set_of_conversations_has_the_rows_of_a_file_of_them(tmp_path, monkeypatch, kind):
+    tasks = [
+        make_task(tmp_path, ChatTask, CONVERSATIONS, *source)
+        for source in ([], [f"data.source={save_as_data_set(kind, tmp_path, monkeypatch)}"])
+    ]
+    expected, found = (
+        sorted(
+            document
+            for rows in (task.loader.rows[0], task.held_out_rows)
+            for document in list_documents(task.corpus.tokenizer, rows.gather(np.arange(rows.size)))
+        )
+        for task in tasks
     )
+    assert len(expected) == len(CONVERSATIONS)
+    assert found == expected
+
+
+def test_a_null_field_of_a_message_is_one_that_it_lacks():
+    record = {"messages": [
+        {"role": "user", "content": "a", "name": None, "tool_calls": None},
+        {"role": "assistant", "content": None, "tool_calls": [1]},
+    ]}  # fmt: skip
+    assert read_conversation(record) == [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": None, "tool_calls": [1]},
+    ]
 
 
 def test_padding_is_what_no_document_covers_and_the_end_token_counts_though_it_is_the_pad(tmp_path):

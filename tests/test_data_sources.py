@@ -580,8 +580,11 @@ def test_the_survey_depends_on_what_the_source_itself_holds_out(monkeypatch):
 # --- tfds ---
 
 
-def make_builder_class(name, splits, key="text", prepare=None):
-    """Make a builder of tensorflow_datasets: {split: texts}. Its name must be new."""
+def make_builder_class(name, splits, key="text", prepare=None, feature=None):
+    """Make a builder of tensorflow_datasets: {split: texts}. Its name must be new.
+
+    `feature` is what one of a split is, in place of a text.
+    """
     import tensorflow_datasets as tfds
 
     def split_generators(self, manager):
@@ -593,7 +596,7 @@ def make_builder_class(name, splits, key="text", prepare=None):
         yield from enumerate({key: text} for text in texts)
 
     def info(self):
-        features = tfds.features.FeaturesDict({key: tfds.features.Text()})
+        features = tfds.features.FeaturesDict({key: feature or tfds.features.Text()})
         return tfds.core.DatasetInfo(builder=self, features=features)
 
     body = dict(

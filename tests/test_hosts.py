@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 from tiny_runs import assert_same_bits, restore_latest, write_text
+from xla_flags import make_xla_flags
 
 from jaxgpt import config as configs
 from jaxgpt import hosts
@@ -290,10 +291,8 @@ def find_free_address() -> str:
 
 
 def make_environment(devices: int, **more) -> dict[str, str]:
-    # The same cheap compilation in all runs.
-    fast = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    count = f"--xla_force_host_platform_device_count={devices}"
-    return os.environ | {"XLA_FLAGS": f"{count} {fast}", "PYTHONPATH": str(ROOT)} | more
+    flags = f"{make_xla_flags(devices)} --xla_llvm_disable_expensive_passes=true"
+    return os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)} | more
 
 
 def run_commands(commands, env):
@@ -404,15 +403,11 @@ def test_a_process_without_peers_times_out_with_the_address():
 CONFIG = """
 import os
 import resource
-import sys
 import numpy as np
 from jaxgpt import hosts
 from jaxgpt.config import *
 from jaxgpt.data.tasks import CausalTask
 from jaxgpt.trainer import loop, run as run_module
-
-if "--process" in sys.argv:
-    sys.modules["torch"] = None  # tensorboardX would import it, which takes seconds
 
 config = Config(
     name="straight",
@@ -618,17 +613,18 @@ def test_another_number_of_processes_resumes_and_stops_at_one_step(
 
 
 @pytest.mark.slow
-def test_a_spike_in_the_rows_of_one_process_is_rolled_back_by_both(launcher):
-    settings = ["train.on_spike=rollback", "train.steps=8"]
-    results = launcher.run(2, 2, "name=spike", *settings, *PAIR, POISON="4")
+@pytest.mark.parametrize(("action", "passed"), [("rollback", 2), ("skip", 0)])
+def test_a_spike_in_the_rows_of_one_process_is_answered_by_both(launcher, action, passed):
+    settings = [f"train.on_spike={action}", "train.spike_threshold=10", "train.steps=8"]
+    results = launcher.run(2, 2, f"name={action}", *settings, *PAIR, POISON="4")
     assert get_statuses(results) == [0, 0], results
-    cfg = launcher.config("name=spike", *settings, *PAIR)
+    cfg = launcher.config(f"name={action}", *settings, *PAIR)
     [spike] = [r for r in read_metrics(cfg.run_folder) if r["kind"] == "spike"]
-    assert (spike["step"], spike["batch"], spike["action"]) == (5, 4, "rollback")
+    assert (spike["step"], spike["batch"], spike["action"]) == (5, 4, action)
     assert [step for step, _ in list_autopsies(cfg.run_folder)] == [5]
     progress = restore_latest(cfg)[1]
-    assert (progress.step, progress.passed, progress.spikes) == (8, 2, [4])
-    alone = launcher.config("name=spike_alone", *settings)
+    assert (progress.step, progress.passed, progress.spikes) == (8, passed, [4])
+    alone = launcher.config(f"name={action}_alone", *settings)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_module, "peak_flops", lambda devices: (1e12, "a guess"))
         patch.setattr(run_module, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
+from xla_flags import make_xla_flags
 
 from jaxgpt.config import (
     Config,
@@ -199,6 +200,10 @@ def has_drawing(path) -> bool:
     return bool(np.ptp(colors, axis=-1).max() > 0.1)
 
 
-def single_device_env(environment=None) -> dict[str, str]:
-    """Return the environment of a script that runs on one device, as a user's does."""
-    return {k: v for k, v in (environment or os.environ).items() if k != "XLA_FLAGS"}
+def single_device_env(is_fast: bool = True) -> dict[str, str]:
+    """Return the environment of a script that runs on one device.
+
+    Its programs compile fast, as in the tests, or as a user's do.
+    """
+    kept = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    return kept | {"XLA_FLAGS": make_xla_flags(1)} if is_fast else kept

@@ -14,15 +14,17 @@ import importlib
 import keyword
 import os
 import sys
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NoReturn
 
 import jaxgpt
+from jaxgpt import config as configs
 from jaxgpt import script
 from jaxgpt.config_files import CHECKPOINTS, find_run_config
 from jaxgpt.interop.formats import find_format
 from jaxgpt.settings import choose
-from jaxgpt.suggestions import check_options
+from jaxgpt.suggestions import check_data_settings, check_options
 
 CHECKPOINTS_FOLDERS = ("best", "checkpoints")  # of a run
 
@@ -31,6 +33,7 @@ COMMANDS = {
     "plan": "tell what a run needs, or what fits a device, before anything runs",
     "sample": "generate text from a trained model",
     "chat": "talk with a model in the terminal",
+    "serve": "serve a model over HTTP, as OpenAI's API, with a chat page",
     "evaluate": "measure a trained model on any text",
     "look": "write a page that shows the inside of a model on a text",
     "report": "write a report of a run: one page to hand in",
@@ -134,6 +137,39 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that name a model: a run, and which of its checkpoints."""
     parser.add_argument("run", nargs="?", help="a run folder of `jaxgpt train`, or any model")
     parser.add_argument("--checkpoint", default="best", help="best (the default) or latest")
+
+
+def split_runs(arguments: Sequence[str], more: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Divide positional arguments into runs and settings; the first one is a run.
+
+    Args:
+        arguments: those of a command that takes RUN ... path=value ...
+        more: settings that begin like an option.
+    """
+    runs = [x for number, x in enumerate(arguments) if not number or "=" not in x]
+    return runs, [*(x for x in arguments[1:] if "=" in x), *more]
+
+
+def check_runs(
+    runs: Sequence[str], checkpoint: str, settings: Sequence[str], keys: Sequence[str], reason: str
+) -> dict[str, Any]:
+    """Check runs, their checkpoint and settings, and return the settings by key.
+
+    Args:
+        keys: the settings that the command takes.
+        reason: is given where a setting is none of them.
+
+    Raises:
+        ConfigError: a folder is no model, or a setting is of no use.
+    """
+    for run in runs:
+        check_model(run)
+    check_checkpoint(checkpoint)
+    values = configs.parse_assignments(settings)
+    if wrong := [key for key in values if key not in keys]:
+        raise configs.ConfigError(f"{wrong[0]}: {reason}")
+    check_data_settings(values)
+    return values
 
 
 def add_quantize(parser: argparse.ArgumentParser) -> None:

@@ -12,12 +12,12 @@ import dataclasses
 import json
 
 from jaxgpt import config as configs
-from jaxgpt.cli import check_checkpoint, check_model, make_parser
+from jaxgpt.cli import check_runs, make_parser, split_runs
 from jaxgpt.cli.evaluate import choose_setting
 from jaxgpt.prompts import check_output
 from jaxgpt.script import print_text
 from jaxgpt.sections import RopeConfig
-from jaxgpt.suggestions import check_data_settings, check_options
+from jaxgpt.suggestions import check_options
 
 
 def main(argv: list[str], program: str) -> int:
@@ -38,25 +38,17 @@ def main(argv: list[str], program: str) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     check_options(argv, parser, list_keys())
     args, more = parser.parse_known_intermixed_args(argv)
-    runs = [x for x in args.runs if "=" not in x]
-    settings = [x for x in args.runs if "=" in x] + more
+    runs, settings = split_runs(args.runs, more)
     if args.help or not runs:
         parser.print_help()
         return 0 if args.help else 2
-    for run in runs:
-        check_model(run)
-    check_checkpoint(args.checkpoint)
-    values = configs.parse_assignments(settings)
-    if wrong := [key for key in values if key not in list_keys()]:
-        raise configs.ConfigError(
-            f"{wrong[0]}: settings of context are data.*, and model.rope.* with model.context."
-        )
+    reason = "settings of context are data.*, and model.rope.* with model.context."
+    values = check_runs(runs, args.checkpoint, settings, list_keys(), reason)
     if "model.context" in values and not any(key.startswith("model.rope.") for key in values):
         raise configs.ConfigError(
             "model.context is of the scaling of a rotary encoding: set model.rope.scaling and "
             "model.rope.factor as well, or use --length."
         )
-    check_data_settings(values)
     if args.length < 0 or args.rows < 1:
         raise configs.ConfigError("--length and --rows must be at least 1.")
     if args.out:

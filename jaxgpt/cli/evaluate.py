@@ -3,7 +3,7 @@
     jaxgpt evaluate runs/stdlib                                the text that training held out
     jaxgpt evaluate runs/stdlib data.source=other_texts/       all of another text
     jaxgpt evaluate runs/sentiment data.test=test.csv --json
-    jaxgpt evaluate runs/stdlib --quantize int4                what quantization costs
+    jaxgpt evaluate runs/stdlib --quantize int4                what quantization costs on a text
     jaxgpt evaluate runs/stdlib --tasks blimp,wic --limit 10   benchmarks
     jaxgpt evaluate model.gguf --tasks mmlu --shots 5 --limit 2 --out results.json
     jaxgpt evaluate runs/stdlib --text essay.txt               perplexity per token, byte and word
@@ -23,13 +23,19 @@ from typing import Any
 
 from jaxgpt import config as configs
 from jaxgpt import interrupts
-from jaxgpt.cli import add_quantize, check_checkpoint, check_model, make_parser
+from jaxgpt.cli import (
+    add_quantize,
+    check_runs,
+    get_quantization,
+    make_parser,
+    split_runs,
+)
 from jaxgpt.evaluate.tasks import TASKS
 from jaxgpt.interop.formats import find_format
 from jaxgpt.prompts import check_output, write_answers
 from jaxgpt.script import print_text
 from jaxgpt.settings import choose
-from jaxgpt.suggestions import check_data_settings, check_options
+from jaxgpt.suggestions import check_options
 
 PERPLEXITY = "perplexity"  # stands among the tasks, and needs --text
 
@@ -60,22 +66,15 @@ def main(argv: list[str], program: str) -> int:
     add_quantize(parser)
     check_options(argv, parser, list_keys())
     args, more = parser.parse_known_intermixed_args(argv)
-    runs = args.runs[:1] + [x for x in args.runs[1:] if "=" not in x]
+    runs, settings = split_runs(args.runs, more)
     if args.help or not runs:
         parser.print_help()
         print(f"\nsettings and their defaults:\n{configs.describe('data.')}")
         return 0 if args.help else 2
-    settings = [x for x in args.runs[1:] if "=" in x] + more
-    for run in runs:
-        check_model(run)
-    check_checkpoint(args.checkpoint)
-    values = configs.parse_assignments(settings)
-    if wrong := [key for key in values if key not in list_keys()]:
-        raise configs.ConfigError(
-            f"{wrong[0]} belongs to the run: an evaluation takes data.*, train.batch and "
-            "train.eval_batches."
-        )
-    check_data_settings(values)
+    reason = (
+        "it belongs to the run; an evaluation takes data.*, train.batch and train.eval_batches."
+    )
+    values = check_runs(runs, args.checkpoint, settings, list_keys(), reason)
     tasks = check_tasks(args)
     if len(runs) > 1 and not args.emergence:
         raise configs.ConfigError(
@@ -112,11 +111,6 @@ def check_tasks(args: argparse.Namespace) -> list[str]:
             raise configs.ConfigError(f"--{user} needs {option} as well; --help has an example.")
     if args.limit < 0:
         raise configs.ConfigError(f"--limit {args.limit} must be at least 0 (all questions).")
-    if args.quantize is not None and (tasks or args.emergence):
-        raise configs.ConfigError(
-            "--quantize shows what it costs on a text; for benchmarks of a quantized model, export "
-            "it by `jaxgpt export --quantize` and evaluate the file."
-        )
     if args.ngram < 1 or args.batch_tokens < 1:
         raise configs.ConfigError("--ngram and --batch-tokens must be at least 1.")
     if args.out:
@@ -193,9 +187,10 @@ def evaluate_tasks(
             f"--contamination: {run} was not trained here: name the text that it was trained on "
             "by data.source=..."
         )
-    model = console.load_model(run, args.checkpoint, settings)
+    model = console.load_model(run, args.checkpoint, settings, **get_quantization(args))
     folder = folder or model.config.data.benchmarks
-    console.print_note(f"[{run}, step {model.step}]")
+    kind = f", {model.quantized}" if model.quantized else ""
+    console.print_note(f"[{run}, step {model.step}{kind}]")
     results, reports = [], {}
     for name in tasks:
         if name == PERPLEXITY:
@@ -229,7 +224,8 @@ def compare_sizes(runs: Sequence[str], args: argparse.Namespace, settings: Seque
     from jaxgpt.evaluate import emergence, texts
 
     documents = texts.read_texts(args.text)
-    models = {run: console.load_model(run, args.checkpoint, settings) for run in runs}
+    quantization = get_quantization(args)
+    models = {x: console.load_model(x, args.checkpoint, settings, **quantization) for x in runs}
     points = emergence.measure_emergence(models, documents)
     print_text(emergence.format_points(points))
     if args.out:

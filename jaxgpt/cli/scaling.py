@@ -5,7 +5,7 @@
     jaxgpt scaling fit sweep/ --bootstrap 200
     jaxgpt scaling predict sweep/ --parameters 5e6 --tokens 1e8
     jaxgpt scaling predict sweep/ --flops 1e18                      the best size and budget
-    jaxgpt scaling study study/ --out docs/scaling_laws.md          all of it, in 1 to 2 hours
+    jaxgpt scaling study study/ --out docs/scaling_laws.md          all of it, in about an hour
     jaxgpt scaling plot sweep/ --leave-out 192x6-2000 --out scaling.png
 
 A sweep is resumed by the same command. `fit`, `predict` and `plot` also take a table (.csv with

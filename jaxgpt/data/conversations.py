@@ -338,6 +338,7 @@ def _read_side(value: Any, key: str, role: str) -> Messages:
 
 
 def _read_messages(value: Any, key: str) -> Messages:
+    value = _transpose(value)
     if not isinstance(value, list) or not value:
         raise ConfigError(f"{key!r} must be a list of messages, and is {value!r:.60}.")
     for number, message in enumerate(value, 1):
@@ -351,7 +352,26 @@ def _read_messages(value: Any, key: str) -> Messages:
                 f"{key!r}: the content of message {number} is {message.get('content')!r:.60}, not "
                 "text."
             )
-    return value
+    return [_drop_missing(message) for message in value]
+
+
+def _transpose(value: Any) -> Any:
+    """Return the messages of a mapping of columns, as data sets store sequences of records.
+
+    >>> _transpose({"role": ["user", "assistant"], "content": ["a", "b"]})
+    [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]
+    """
+    columns = list(value.values()) if isinstance(value, dict) else []
+    if not columns or not all(isinstance(x, list) for x in columns):
+        return value
+    if len({len(x) for x in columns}) > 1:
+        return value
+    return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _drop_missing(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message without null fields, which in a table are those of other messages."""
+    return {key: x for key, x in message.items() if x is not None or key == "content"}
 
 
 def drop_turns(messages: Sequence[Mapping[str, Any]]) -> Iterator[Messages]:

@@ -316,9 +316,10 @@ def _prepare_corpus(
     if given:
         _check_vocab(given, cfg, vocab)
         if not given.is_lossless:
+            name = "the model's tokenizer" if tokenizer else f"data.tokenizer={cfg.tokenizer}"
             log(
-                f"data.tokenizer={cfg.tokenizer} ({given.kind}) does not keep all of a text: the "
-                "model learns what decoding its tokens gives"
+                f"{name} ({given.kind}) does not keep all of a text: the model learns what "
+                "decoding its tokens gives"
             )
     plan = Plan(cfg, rule, is_paired, given, encoder)
     key = [*data, [survey.digest for survey in surveys]]  # another division has other files

@@ -212,7 +212,8 @@ def read_truthfulqa(folder: pathlib.Path, shots: int) -> list[Question]:
         context = f"{TRUTHFULQA_PROMPT}\n\nQ: {row['Question'].strip()}\nA:"
         requests = make_choices(context, right + wrong)
         counts = len(right), len(wrong)
-        questions.append(Question(str(number), "", requests, counts, category=row["Category"]))
+        category = row["Category"]
+        questions.append(Question(str(number), category, requests, counts, category=category))
     return questions
 
 

@@ -15,10 +15,19 @@ from typing import Any
 from jaxgpt.config import Config, SampleConfig
 from jaxgpt.evaluate.likelihood import compute_likelihoods
 from jaxgpt.evaluate.metrics import Estimate, estimate_calibration, estimate_mean
-from jaxgpt.evaluate.tasks import Question, Shown, Task, find_task, read_questions
+from jaxgpt.evaluate.tasks import (
+    AUTO,
+    Question,
+    Shown,
+    Task,
+    choose_training_tasks,
+    find_task,
+    read_questions,
+)
 from jaxgpt.language_model import ABILITIES, FAMILY_ABILITIES, LanguageModel
 from jaxgpt.score import BATCH_TOKENS
 from jaxgpt.settings import ConfigError
+from jaxgpt.tokenizer import Tokenizer
 
 GENERATED_ROWS = 16  # of a batch that generates
 MAX_ANSWER_TOKENS = 256
@@ -126,22 +135,49 @@ def ask(
 def read_benchmarks(config: Config) -> dict[str, tuple[Shown, int]]:
     """Return the questions of `train.eval_tasks`, and how many worked examples they have.
 
+    The tasks of "auto" are left out where their files are missing, or no question can be answered.
+
     Raises:
-        ConfigError: their files are missing, or the model of the config answers no questions.
+        ConfigError: the files of a task that is named are missing, or the model of the config
+            answers no questions.
     """
     train, found = config.train, {}
     abilities = ABILITIES.get(train.objective, FAMILY_ABILITIES[config.model.family])
-    if train.eval_tasks and "score" not in abilities:
+    if "score" not in abilities:
+        if set(train.eval_tasks) <= {AUTO}:
+            return {}
         raise ConfigError(
             f"train.eval_tasks={','.join(train.eval_tasks)}: a model of train.objective="
             f"{train.objective} answers no questions; one that generates text does, as with "
             "train.objective=causal."
         )
-    for name in train.eval_tasks:
-        folder, limit = config.data.benchmarks, train.eval_tasks_limit
+    folder, limit = config.data.benchmarks, train.eval_tasks_limit
+    for name in choose_training_tasks(train.eval_tasks, folder):
         shown = read_questions(name, folder, limit, key="data.benchmarks")
         found[name] = shown, find_task(name).shots
     return found
+
+
+def check_benchmarks(
+    config: Config, tokenizer: Tokenizer, found: Mapping[str, tuple[Shown, int]]
+) -> dict[str, tuple[Shown, int]]:
+    """Return those of `read_benchmarks` whose texts fit the context: a run is not to end by one.
+
+    Raises:
+        ConfigError: a task that is named has a longer text; those of "auto" are left out.
+    """
+    kept, context = {}, config.model.context
+    for name, (shown, shots) in found.items():
+        texts = {text for question in shown.questions for _, text in question.requests}
+        longest = max((len(tokenizer.encode(text)) for text in texts), default=0)
+        if longest <= context:
+            kept[name] = shown, shots
+        elif name in config.train.eval_tasks:
+            raise ConfigError(
+                f"train.eval_tasks={name}: a text of it has {longest} tokens, and model.context="
+                f"{context} must hold them: give the model a longer context or another tokenizer."
+            )
+    return kept
 
 
 def _describe(given: dict[str, Any]) -> dict[str, Any]:
@@ -167,6 +203,12 @@ def score_answers(
     return [{"found": part} for part in parts], sum(any(x.is_cut for x in p) for p in parts)
 
 
+def count_answer_tokens(model: LanguageModel, questions: Sequence[Question]) -> int:
+    """Return how many tokens are generated for an answer: the longest right one, twice, and 8."""
+    longest = max((len(model.tokenizer.encode(x.answer)) for x in questions), default=0)
+    return min(2 * longest + 8, MAX_ANSWER_TOKENS, max(model.config.model.context // 2, 1))
+
+
 def generate_answers(
     model: LanguageModel, task: Task, questions: Sequence[Question], batch_tokens: int
 ) -> tuple[list[dict[str, Any]], int]:
@@ -176,8 +218,7 @@ def generate_answers(
     prompt that leaves no room for it in the context loses its beginning.
     """
     encode, cut = model.tokenizer.encode, 0
-    longest = max((len(encode(question.answer)) for question in questions), default=0)
-    tokens = min(2 * longest + 8, MAX_ANSWER_TOKENS, max(model.config.model.context // 2, 1))
+    tokens = count_answer_tokens(model, questions)
     room = model.config.model.context - tokens
     rows = []
     for question in questions:

@@ -9,6 +9,7 @@ Prompts are those of lm-evaluation-harness where it has the task, so that number
 
 import os
 import pathlib
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -94,6 +95,10 @@ TASKS: dict[str, str | Task] = {
     "winobias": "jaxgpt.evaluate.benchmarks:WINOBIAS",
 }
 
+AUTO = "auto"  # of train.eval_tasks: the tasks of AUTO_TASKS whose files are there
+AUTO_TASKS = ("blimp",)
+TRAINING_TASKS: Mapping[str, Any] = ChainMap({AUTO: ""}, TASKS)
+
 
 def find_task(name: str, key: str = "--tasks") -> Task:
     """Return the task of a name.
@@ -127,6 +132,29 @@ def find_folder(name: str, folder: str = "", key: str = "--data") -> pathlib.Pat
                 f"{task.origin} and put them into {place}/; {how} of all benchmarks ({root})."
             )
     return place
+
+
+def choose_training_tasks(names: Sequence[str], folder: str = "") -> list[str]:
+    """Return the tasks of `train.eval_tasks`: those of AUTO in its place, as far as they are there.
+
+    Args:
+        names: of tasks, or AUTO.
+        folder: of the files of all benchmarks; see `get_root`.
+    """
+    found: dict[str, None] = {}
+    for name in names:
+        found |= dict.fromkeys(filter(lambda x: has_files(x, folder), AUTO_TASKS)
+                               if name == AUTO else [name])  # fmt: skip
+    return list(found)
+
+
+def has_files(name: str, folder: str = "") -> bool:
+    """Return whether the files of a task are there."""
+    try:
+        find_folder(name, folder)
+    except ConfigError:
+        return False
+    return True
 
 
 def get_root(folder: str = "") -> pathlib.Path:

@@ -22,8 +22,7 @@ from jaxgpt.model.lowrank import KEY
 from jaxgpt.settings import ConfigError
 
 # task_type of peft by objective.
-TASKS = {"causal": "CAUSAL_LM", "prefix": "CAUSAL_LM", "span": "SEQ_2_SEQ_LM",
-         "pairs": "SEQ_2_SEQ_LM", "classify": "SEQ_CLS"}  # fmt: skip
+TASKS = {"decoder": "CAUSAL_LM", "encoder_decoder": "SEQ_2_SEQ_LM"}  # by family
 
 
 def make_folder(model: LanguageModel, dtype: str | None = None) -> tuple[dict[str, Any], Any, Base]:
@@ -66,7 +65,7 @@ def make_folder(model: LanguageModel, dtype: str | None = None) -> tuple[dict[st
     grown = {m: r / lora.rank for m, r in other.items()}
     config = {
         "peft_type": "LORA",
-        "task_type": TASKS.get(model.config.train.objective),
+        "task_type": "SEQ_CLS" if cfg.classes else TASKS.get(cfg.family),
         "base_model_name_or_path": adapter.base.path or model.config.train.start or None,
         "r": lora.rank,
         "lora_alpha": _shorten(lora.alpha),

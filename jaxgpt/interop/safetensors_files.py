@@ -11,6 +11,7 @@ import importlib
 import json
 import math
 import os
+import stat
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -299,12 +300,15 @@ def write_folder(tensors: Mapping[str, Stored], folder: str, max_bytes: int = MA
 
 
 def write_file(tensors: Mapping[str, Stored], path: str):
-    """Write tensors into one file."""
+    """Write tensors into one file, which has the permissions of a new file."""
     require("safetensors", path)
     library = importlib.import_module("safetensors.numpy")
     # The library writes other bytes than the values of an array that is not contiguous.
     arrays = {name: np.ascontiguousarray(stored.read()) for name, stored in tensors.items()}
-    library.save_file(arrays, path, metadata={"format": "pt"})
+    with open(path, "wb") as file:
+        mode = os.stat(file.fileno()).st_mode
+    library.save_file(arrays, path, metadata={"format": "pt"})  # renames a file of the owner alone
+    os.chmod(path, stat.S_IMODE(mode))
 
 
 def count_bytes(stored: Stored) -> int:

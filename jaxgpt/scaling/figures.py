@@ -9,6 +9,12 @@ from jaxgpt.optional import require
 from jaxgpt.scaling.laws import Law, Run
 
 
+def _break_line(text: str) -> str:
+    """Break a list of constants into two lines, which a panel is wide enough for."""
+    parts = text.split(", ")
+    return "\n".join(", ".join(part) for part in (parts[:3], parts[3:]) if part)
+
+
 def plot_law(law: Law, runs: Sequence[Run], held_out: Sequence[Run] = (), title: str = "") -> Any:
     """Draw runs and their law: loss over compute, and predicted over measured loss.
 
@@ -40,20 +46,25 @@ def plot_law(law: Law, runs: Sequence[Run], held_out: Sequence[Run] = (), title:
     left.set_xscale("log")
     left.set_xlabel("training compute, FLOPs")
     left.set_ylabel("held-out loss, nats per token")
-    left.set_title(title or law.format(), fontsize=9)
+    left.set_title(title or _break_line(law.format()), fontsize=9)
     measured = [run.loss for run in runs]
     right.plot(measured, [law.predict(r.parameters, r.tokens) for r in runs], "o", markersize=4,
                label="fitted runs")  # fmt: skip
     for run in held_out:
         predicted = float(law.predict(run.parameters, run.tokens))
-        left.plot(run.compute, run.loss, "*", color="tab:red", markersize=12)
         bar = None
         if law.samples is not None:
             low, high = law.predict_interval(run.parameters, run.tokens)
             bar = [[max(0.0, predicted - low)], [max(0.0, high - predicted)]]
+        left.errorbar(run.compute, predicted, yerr=bar, fmt="o", color="tab:red", markersize=7,
+                      markerfacecolor="white", capsize=4, label=f"{run.name}: predicted, 95%",
+                      zorder=3)  # fmt: skip
+        left.plot(run.compute, run.loss, "*", color="tab:red", markersize=12, zorder=4,
+                  label=f"{run.name}: measured")  # fmt: skip
         right.errorbar(run.loss, predicted, yerr=bar, fmt="*", color="tab:red", markersize=12,
                        capsize=3, label=f"held out: {run.name}")  # fmt: skip
-    ends = [min(measured + [r.loss for r in held_out]), max(measured)]
+    losses = [run.loss for run in everything]
+    ends = [min(losses), max(losses)]
     right.plot(ends, ends, color="gray", linewidth=1)
     right.set_xlabel("measured loss")
     right.set_ylabel("predicted loss")

@@ -107,6 +107,7 @@ def make_config(
         "train.eval_batches": max(MEASURED, base.train.eval_batches),
         "train.save_every": max(1, steps // 2),
         "train.sample_every": 0,
+        "train.eval_tasks": "",
         "train.patience": 0,
         "name": name or f"{size.name}-{steps}",
         "folder": folder,
@@ -239,7 +240,7 @@ def train_to_end(config: Config) -> dict[str, Any]:
             f"{config.name} was interrupted at step {progress.step} of {config.train.steps}: the "
             "same command goes on from there."
         )
-    return describe_outcome(config)
+    return describe_outcome(config) | {"seconds": round(progress.seconds, 1)}
 
 
 # --- the learning rate of each size ----------------------------------------------------------

@@ -140,11 +140,11 @@ def run_until_spike(run: Run, stop: StopSignal, timer: "StepTimer | None"):
             progress.step += 1
             progress.tokens += run.task.tokens_per_batch
             step = progress.step
-            if timer:
-                timer.count(metrics)
             run.notify("on_step")
             if pending:
                 log_metrics(run, *pending)
+            if timer:  # last: it waits for this step, which would count as a part of the one before
+                timer.count(metrics)
             due = find_due(cfg, step, run.is_complete or stop.is_last_step(step))
             pending = (step, metrics) if due.log or due.norms else None
             if not (due.eval or due.tasks or due.save or due.sample):
@@ -208,8 +208,7 @@ def do_what_is_due(run: Run, due: Due):
 def show_untrained(run: Run):
     """Evaluate the model before its first step, and log a sample of it."""
     run.notify("on_untrained", measure(run))
-    if run.cfg.train.eval_tasks:
-        run_tasks(run)
+    run_tasks(run)
     if run.cfg.train.sample_every:
         log_sample(run)
 
@@ -305,6 +304,8 @@ def measure(run: Run) -> dict[str, Any]:
 
 def run_tasks(run: Run):
     """Ask the current model the questions of `train.eval_tasks`, and pass the results to hooks."""
+    if not run.benchmarks:
+        return
     model = make_model(run)
     for name, (shown, shots) in run.benchmarks.items():
         run.notify("on_task", ask(model, name, shown, shots))

@@ -173,15 +173,22 @@ def _format_params(cfg: Config, mesh: jax.sharding.Mesh) -> str:
 
 def format_eval(values: Mapping[str, Any], unit: str) -> str:
     """Format the metrics of an evaluation for the console. unit: what the loss is a mean over."""
-    text = f"held-out loss {values['loss']:.4f} nats/{unit}  "
+    text = f"held-out loss {format_loss(values['loss'], unit)}  "
     if unit == "text":
         text += f"accuracy {values['accuracy']:.2%} of {values['tokens']:,} texts"
     elif "bits_per_byte" in values:
         text += f"perplexity {values['perplexity']:.2f}  {values['bits_per_byte']:.3f} bits/byte"
+    elif unit in ("pair", "answer"):
+        text += f"accuracy {values['accuracy']:.1%}"
     else:
         text += f"perplexity {values['perplexity']:.2f}  accuracy {values['accuracy']:.1%}"
     own = [f"  {name} {x:.4g}" for name, x in values.items() if name not in EVAL_METRICS]
     return text + "".join(own)
+
+
+def format_loss(loss: float, unit: str) -> str:
+    """Format a mean loss per unit; that of an answer is minus its reward, which is not in nats."""
+    return f"{loss:.4f}" if unit == "answer" else f"{loss:.4f} nats/{unit}"
 
 
 def format_spike(spike: Mapping[str, Any], step: int, cfg: Config) -> str:
@@ -273,7 +280,7 @@ def format_next_commands(cfg: Config) -> str:
 def _format_best(cfg: Config, progress: Progress) -> str:
     if cfg.best_by == "accuracy":
         return f"accuracy {progress.best_accuracy:.2%}"
-    return f"loss {progress.best_loss:.4f} nats/{cfg.objective.loss_unit}"
+    return f"loss {format_loss(progress.best_loss, cfg.objective.loss_unit)}"
 
 
 def _format_reason(progress: Progress) -> str:

@@ -20,7 +20,7 @@ from jaxgpt.data import Batch, Corpus, prepare
 from jaxgpt.data.chat import OnlineTask, PreferenceTask
 from jaxgpt.data.tasks import Task
 from jaxgpt.data.work import print_line
-from jaxgpt.evaluate.run import read_benchmarks
+from jaxgpt.evaluate.run import check_benchmarks, read_benchmarks
 from jaxgpt.evaluate.tasks import Shown
 from jaxgpt.loading import LABELS, check_config_file, hash_labels, is_saved_model, read_config
 from jaxgpt.lora import check_lora
@@ -173,7 +173,11 @@ def _open_locked(cfg: Config, lock: RunLock | None, hooks: Sequence[Hook], is_qu
     inputs = hosts.run_on_all(lambda: _prepare_inputs(cfg, is_quiet))
     mesh, corpus, task, resume_step, start, benchmarks = inputs
     hosts.check_equal(
-        {"text": corpus.fingerprint, f"latest checkpoint in {cfg.run_folder}": resume_step}
+        {
+            "text": corpus.fingerprint,
+            f"latest checkpoint in {cfg.run_folder}": resume_step,
+            "benchmarks": ",".join(benchmarks),
+        }
     )
 
     saver = Checkpoints(cfg.run_folder, cfg.train.keep, not is_writable(cfg.run_folder))
@@ -298,6 +302,7 @@ def _prepare_inputs(cfg: Config, is_quiet: bool) -> RunInputs:
         check_prompts(cfg, corpus.tokenizer, [cfg.sample.prompt])
     if start:
         start = match_start(start, cfg, corpus.tokenizer)
+    benchmarks = check_benchmarks(cfg, corpus.tokenizer, benchmarks)
     return RunInputs(mesh, corpus, task, resume_step, start, benchmarks)
 
 

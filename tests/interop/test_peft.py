@@ -1,5 +1,6 @@
 """Folders of peft: peft writes them and this library reads them, and back; the same training."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -176,6 +177,23 @@ def test_maps_that_are_one_module_are_written_side_by_side(gpt2, tmp_path, targe
     np.testing.assert_allclose(found, expected, atol=TOLERANCE * max(np.std(found), 1))
     again = jaxgpt.load(tmp_path / "out")
     np.testing.assert_allclose(run_jaxgpt(again, tokens), expected, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("objective", ["chat", "preference", "online"])
+def test_adapters_of_every_objective_on_text_are_opened_by_their_folder_alone(
+    gpt2, tmp_path, objective
+):
+    tuned = adapt(gpt2[1], ("q", "v"))
+    rules = dataclasses.replace(tuned.config.train, objective=objective)
+    tuned = dataclasses.replace(tuned, config=dataclasses.replace(tuned.config, train=rules))
+    exporting.export(tuned, str(tmp_path / "out"), "peft", log=lambda line: None)
+    found = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    tokens = np.arange(B * T, dtype=np.int32).reshape(B, T)
+    np.testing.assert_allclose(
+        run_transformers(found, tokens), run_jaxgpt(tuned, tokens), atol=TOLERANCE
+    )
+    modes = {path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert len(modes) == 1  # whoever may read the one may read the others
 
 
 def test_a_folder_of_peft_is_imported_and_a_start(gpt2, tmp_path, capsys):

@@ -62,11 +62,9 @@ class Commands:
 
     def start(self, command: str, *arguments: str, devices: int = 1) -> "Command":
         """Start a command."""
-        flags = f"--xla_force_host_platform_device_count={devices}"
-        environment = {
-            "XLA_FLAGS": f"{flags} --xla_backend_optimization_level=0",
-            "JAX_PLATFORMS": "cpu",
-        }
+        from xla_flags import make_xla_flags
+
+        environment = {"XLA_FLAGS": make_xla_flags(devices), "JAX_PLATFORMS": "cpu"}
         return Command([command, *arguments], environment, str(self.folder / "compiled"))
 
     def train(self, name: str, *settings: str, devices: int = 1) -> tuple[int, str]:

@@ -12,7 +12,7 @@ from tiny_runs import run_config
 
 from jaxgpt.cli import scaling as command
 from jaxgpt.model import count_params
-from jaxgpt.scaling import study, sweep
+from jaxgpt.scaling import study, study_report, sweep
 from jaxgpt.scaling.laws import Law
 from jaxgpt.settings import ConfigError
 from jaxgpt.trainer.speed import flops_per_token
@@ -28,13 +28,15 @@ class Trainer:
     """In place of training: the loss of a law, and a memory of what was trained."""
 
     def __init__(self, folder):
-        self.folder, self.trained, self.left = folder, [], 1000
+        self.folder, self.trained, self.left, self.seeds = folder, [], 1000, {}
 
     def __call__(self, config):
         if not self.left:
             raise KeyboardInterrupt
         self.left -= 1
         self.trained.append(config.name)
+        if config.seed:
+            self.seeds[config.name] = config.seed
         count = count_params(config.model)
         tokens = config.train.steps * config.train.batch * config.model.context
         is_held_out = config.name.startswith("64x2")
@@ -45,6 +47,7 @@ class Trainer:
             "parameters_without_embeddings": sweep.COUNTS["no_embeddings"](count),
             "tokens": tokens, "flops": flops_per_token(config.model) * tokens,
             "loss": float(TRUE.predict(count["total"], tokens)) * (1 + 1e-5 * config.optimizer.lr),
+            "seconds": 5.0,
         }  # fmt: skip
 
 
@@ -60,8 +63,9 @@ def trainer(tmp_path, monkeypatch):
 def quick(monkeypatch):
     """Fit and draw in no time: what is tested is the order of things."""
     law = dataclasses.replace(TRUE, samples=np.tile(TRUE.constants, (3, 1)), count=9)
-    monkeypatch.setattr(study, "fit", lambda runs, bootstrap: law)
-    monkeypatch.setattr(study, "plot_law", lambda *args: Figure())
+    for module in (study, study_report):
+        monkeypatch.setattr(module, "fit", lambda runs, bootstrap: law)
+    monkeypatch.setattr(study_report, "plot_law", lambda *args: Figure())
 
 
 def run(tmp_path, plan=PLAN, out=""):
@@ -74,7 +78,9 @@ def test_a_study_predicts_the_larger_run_before_it_is_trained(tmp_path, trainer)
     path, lines = run(tmp_path)
     assert [name for name in trainer.trained if name.startswith("lr-")] == trainer.trained[:15]
     assert trainer.trained[-1] == "64x2-32"
-    assert len(trainer.trained) == 15 + 9 + 1
+    seeds = [f"8x1-{steps}-seed{n}" for steps in (2, 16) for n in (1, 2)]
+    assert trainer.trained[15 + 9 : -1] == seeds
+    assert trainer.seeds == dict(zip(seeds, (1, 2, 1, 2), strict=True))
     prediction = json.loads((tmp_path / "study/prediction.json").read_text())
     measured = json.loads((tmp_path / "study/held_out.json").read_text())
     assert prediction["parameters"] == measured["parameters"]
@@ -82,14 +88,20 @@ def test_a_study_predicts_the_larger_run_before_it_is_trained(tmp_path, trainer)
     text = pathlib.Path(path).read_text()
     assert f"| measured | {measured['loss']:.4f} |" in text
     assert f"| predicted | {prediction['loss']:.4f}, 95%" in text
-    assert len(re.findall(r"^\| \d+x\d+-\d+ \|", text, re.M)) == 9
+    assert len(re.findall(r"^\| \d+x\d+-\d+ \|", text, re.M)) == 9 + 1
+    assert "3 seeds of `8x1-16` end at" in text
+    assert re.search(r"FLOPs in 1 min\\.", text)
+    size, budget, ratio = re.search(
+        r"^\| [\d.e+]+ \| ([\d,]+) \| ([\d,]+) \| ([\d.]+) \|", text, re.M).groups()  # fmt: skip
+    assert float(ratio) == pytest.approx(
+        float(budget.replace(",", "")) / float(size.replace(",", "")), abs=0.06)  # fmt: skip
     alpha = float(re.search(r"\| alpha \| ([\d.]+)", text)[1])
     assert alpha == pytest.approx(TRUE.alpha, abs=0.1)
     assert (tmp_path / "study/scaling.png").read_bytes().startswith(b"\x89PNG")
     assert any("predicted" in line for line in lines)
 
 
-@pytest.mark.parametrize("done", [3, 15, 19, 24])
+@pytest.mark.parametrize("done", [3, 15, 19, 26, 28])
 @pytest.mark.usefixtures("quick")
 def test_a_study_goes_on_where_it_stopped_and_trains_nothing_twice(tmp_path, trainer, done):
     trainer.left = done
@@ -117,6 +129,22 @@ def test_a_study_of_another_plan_needs_another_folder(tmp_path, trainer):
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_study_goes_on_by_settings_that_mean_the_same(tmp_path, trainer):
+    """The plan of an older study has no seeds, and other values may be given over and over."""
+    run(tmp_path, dataclasses.replace(PLAN, settings=("optimizer.lr=0.001", "optimizer.b2=0.9")))
+    path = tmp_path / "study/plan.json"
+    plan = json.loads(path.read_text())
+    del plan["seeds"]
+    path.write_text(json.dumps(plan))
+    trainer.trained.clear()
+    again = ("optimizer.lr=0.5", "optimizer.b2=0.9", "optimizer.lr=0.001")
+    run(tmp_path, dataclasses.replace(PLAN, settings=again))
+    assert not trainer.trained
+    with pytest.raises(ConfigError, match="settings differ"):
+        run(tmp_path, dataclasses.replace(PLAN, settings=again[:2]))
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_run_that_began_before_its_prediction_is_refused(tmp_path, trainer):
     (tmp_path / "study/64x2-32").mkdir(parents=True)
     with pytest.raises(ConfigError, match="the run began before it was predicted"):
@@ -137,6 +165,8 @@ def test_the_plan_that_ships_is_of_six_sizes_and_fits_two_cores(tmp_path):
     plan, base = study.Plan(), study.override(study.Config(), [])
     _shared, swept, held_out = study.make_plan(base, plan, str(tmp_path))
     assert len(plan.sizes) == 6
+    base = study.override(base, ["train.eval_tasks=auto"])
+    assert not study.make_plan(base, plan, str(tmp_path))[2].train.eval_tasks
     assert len(swept) == 24
     largest = max(count_params(config.model)["total"] for config in swept)
     assert count_params(held_out.model)["total"] > 2 * largest
@@ -158,7 +188,7 @@ def test_the_command_passes_its_arguments_on(tmp_path, trainer, monkeypatch, cap
     assert seen["plan"].tuned == ("8x1", "16x1", "32x1")
     assert seen["plan"].budgets == (1000, 2000)
     assert seen["plan"].held_out == "96x1"
-    assert seen["plan"].held_out_tokens == 8e6
+    assert seen["plan"].held_out_tokens == 4e6
     assert seen["plan"].settings == (*study.SETTINGS, "data.source=x")
     assert capsys.readouterr().out == "report.md\n"
     assert seen["folder"] == "s"

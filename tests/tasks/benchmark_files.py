@@ -64,7 +64,8 @@ def write_truthfulqa(root, dice, pairs):
     rows = []
     for number in range(pairs):
         words = dice.sample(NOUNS, 5)
-        rows.append([f"Who {number}?", words[0], "; ".join(words[:2]), "; ".join(words[2:]), "x"])
+        rows.append([f"Who {number}?", words[0], "; ".join(words[:2]), "; ".join(words[2:]),
+                     "xy"[number % 2]])  # fmt: skip
     path = make_folder(root, "truthfulqa") / "TruthfulQA.csv"
     with open(path, "w", newline="", encoding="utf-8-sig") as file:
         columns = ["Question", "Best Answer", "Correct Answers", "Incorrect Answers", "Category"]

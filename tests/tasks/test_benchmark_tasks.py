@@ -1,6 +1,8 @@
 """Benchmarks: questions as lm-evaluation-harness asks them, metrics, limits, missing files."""
 
+import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -9,12 +11,15 @@ import transformers
 from benchmark_files import NOUNS, write_benchmarks
 from tiny_decoders import make_model
 
+from benchmarks import evaluate
+from jaxgpt.config import Config, TrainConfig, load
 from jaxgpt.evaluate import bbh, benchmarks, run
 from jaxgpt.evaluate.likelihood import Likelihood
 from jaxgpt.evaluate.tasks import (
     FOLDER_VARIABLE,
     TASKS,
     Question,
+    choose_training_tasks,
     find_folder,
     find_task,
     limit_questions,
@@ -160,12 +165,18 @@ def test_generated_answers_match_without_case_and_final_period():
 
 
 @pytest.fixture(scope="module")
-def theirs(tmp_path_factory):
-    """Return the tiny model in transformers, and its tokenizer."""
+def their_folder(tmp_path_factory) -> str:
+    """Return a folder with the tiny model for transformers."""
     path = str(tmp_path_factory.mktemp("theirs"))
     huggingface.write_folder(convert.to_archive(make_model(context=256, adds_bos=False)), path)
-    model = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
-    return model, transformers.AutoTokenizer.from_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def theirs(their_folder):
+    """Return the tiny model in transformers, and its tokenizer."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(their_folder).eval()
+    return model, transformers.AutoTokenizer.from_pretrained(their_folder)
 
 
 def score_with_transformers(theirs, context: str, continuation: str) -> float:
@@ -215,6 +226,27 @@ def test_generated_text_equals_transformers(folder, theirs):
         assert len(answer["text"]) > 0
 
 
+def test_the_command_of_agreement_finds_equal_models_and_others(
+    their_folder, folder, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "text.txt").write_text("the cat sees an owl, " * 20)
+    arguments = ["agree", their_folder, "--tasks", "blimp,wic", "--limit", "2", "--data", folder]
+
+    def run_command(*more):
+        monkeypatch.setattr(sys, "argv", ["evaluate", *arguments, *more])
+        evaluate.main()
+        lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+        return {name: values for name, *values in lines if name in ("blimp", "wic", "perplexity")}
+
+    found = run_command(f"--text={tmp_path / 'text.txt'}")
+    assert [found[name][:3] for name in ("blimp", "wic")] == [["4", "8", "4"], ["2", "4", "2"]]
+    assert float(found["perplexity"][2]) < 5e-4
+    assert all(float(found[name][3]) < 5e-4 for name in ("blimp", "wic"))
+    score = evaluate.Peer.score_tokens
+    monkeypatch.setattr(evaluate.Peer, "score_tokens", lambda *args: (score(*args)[0] - 1, False))
+    assert float(run_command()["wic"][3]) > 0.9
+
+
 # --- a random model is at chance -------------------------------------------------------------
 
 
@@ -241,6 +273,12 @@ def test_a_limit_takes_the_first_questions_of_each_group(folder):
     assert some.sizes == {"one": 8, "two": 8}
     assert [q.id for q in some.questions] == [f"{g}/{i}" for g in ("one", "two") for i in range(3)]
     assert limit_questions(everything.questions, 8).name == "all 16"
+
+
+def test_a_limit_of_truthfulqa_is_of_each_category(folder):
+    shown = read_questions("truthfulqa", folder, limit=2)
+    assert shown.name == "first 2 of each of 2 groups (4 of 8)"
+    assert [q.category for q in shown.questions] == ["x", "y"] * 2
 
 
 def test_a_result_has_groups_categories_and_answers(folder):
@@ -308,6 +346,44 @@ def test_models_that_do_not_generate_answer_nothing(folder):
     model = make_model(objective="masked", family="encoder", vocab=261)
     with pytest.raises(ConfigError, match="answers no questions"):
         run.evaluate_task(model, "blimp", folder=folder)
+
+
+# --- tasks of a run ----------------------------------------------------------------------------
+
+
+def read_names(config: Config, folder: str, context: int = 256) -> list[str]:
+    """Return the tasks that a run asks, of a model with bytes as tokens."""
+    model = make_model(context=context)
+    config = dataclasses.replace(
+        config, model=model.config.model, data=dataclasses.replace(config.data, benchmarks=folder)
+    )
+    return list(run.check_benchmarks(config, model.tokenizer, run.read_benchmarks(config)))
+
+
+def test_default_runs_ask_blimp_if_it_is_there(folder, tmp_path, monkeypatch):
+    monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
+    for name in ("stdlib", "gpt_mini"):
+        config = load(name)
+        assert read_names(config, folder) == ["blimp"]
+        assert read_names(config, str(tmp_path)) == []
+    config = Config(train=TrainConfig(eval_tasks=("wic", "auto")))
+    assert read_names(config, folder) == ["wic", "blimp"]
+    assert choose_training_tasks(["blimp", "auto"], folder) == ["blimp"]
+
+
+def test_a_run_has_no_task_by_itself_that_it_cannot_answer(folder):
+    config = Config(train=TrainConfig(eval_tasks=("auto",)))
+    assert read_names(config, folder, context=8) == []
+    config = make_model(objective="masked", family="encoder", vocab=261).config
+    train = dataclasses.replace(config.train, eval_tasks=("auto",))
+    data = dataclasses.replace(config.data, benchmarks=folder)
+    assert run.read_benchmarks(dataclasses.replace(config, train=train, data=data)) == {}
+
+
+def test_a_named_task_that_does_not_fit_the_context_ends_a_run_before_it_starts(folder):
+    config = Config(train=TrainConfig(eval_tasks=("blimp",)))
+    with pytest.raises(ConfigError, match=r"eval_tasks=blimp.* tokens, and model\.context=8"):
+        read_names(config, folder, context=8)
 
 
 def test_an_unknown_task_suggests_the_nearest():

@@ -106,7 +106,8 @@ def test_a_resumed_run_has_each_result_once(run, folder):
 
 
 def test_the_console_has_a_line_for_each_result(folder, capsys):
-    cfg = run_config(folder, "name=shown", *list_settings(folder), "train.steps=1")
+    changes = ("train.steps=1", "train.eval_tasks=auto")
+    cfg = run_config(folder, "name=shown", *list_settings(folder), *changes)
     train(cfg)
     shown = capsys.readouterr().out
     assert "step 0  blimp accuracy 0." in shown
@@ -145,6 +146,21 @@ def test_the_command_prints_and_writes_results(run, folder, tmp_path, capsys):
     assert {"id", "group", "accuracy", "logprobs", "tokens"} <= answers[0].keys()
     mean = np.mean([x["accuracy"] for x in answers])
     assert content["tasks"]["blimp"]["metrics"]["accuracy"]["value"] == pytest.approx(mean)
+
+
+def test_the_command_quantizes_the_model(run, folder, tmp_path, capsys):
+    cfg, _ = run
+    out, data = tmp_path / "results.json", f"--data={folder / 'benchmarks'}"
+    arguments = [cfg.run_folder, "--tasks", "wic", data, f"--out={out}", "--quantize", "int8"]
+    assert command.main(arguments, "x") == 0
+    assert "int8" in capsys.readouterr().err
+    found = json.loads(out.read_text())["tasks"]["wic"]["answers"]
+    quantized, plain = (
+        runs.evaluate_task(model, "wic", folder=str(folder / "benchmarks")).answers
+        for model in (load(cfg.run_folder, quantize="int8"), load(cfg.run_folder))
+    )
+    assert [x["logprobs"] for x in found] == [x["logprobs"] for x in quantized]
+    assert [x["logprobs"] for x in found] != [x["logprobs"] for x in plain]
 
 
 def test_the_command_measures_perplexity_and_contamination(run, folder, tmp_path, capsys):

@@ -1,10 +1,11 @@
 import functools
 import io
 import json
+import subprocess
 import sys
 
 import pytest
-from tiny_runs import has_drawing
+from tiny_runs import has_drawing, single_device_env
 
 from jaxgpt.trainer import logging
 from jaxgpt.trainer.logging import (
@@ -15,6 +16,7 @@ from jaxgpt.trainer.logging import (
     read_metrics,
     write_text_atomically,
 )
+from jaxgpt.trainer.report import format_eval
 
 FIGURES = dict(loss=2.5, lr=1e-3, tokens_per_second=12345.6, mfu=0.42, eta_seconds=65.0)
 
@@ -32,6 +34,28 @@ def folder(tmp_path):
     return str(tmp_path)
 
 
+def test_the_writer_of_the_board_is_imported_without_torch():
+    pytest.importorskip("tensorboardX")
+    code = (
+        "import sys\nfrom jaxgpt.trainer.logging import import_board_writer\n"
+        "print(import_board_writer().__name__, 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=single_device_env()
+    )
+    assert done.stdout.split() == ["SummaryWriter", "False"], done.stderr
+
+
+def test_only_the_likelihood_of_texts_has_a_perplexity():
+    values = dict(loss=0.5, perplexity=1.65, accuracy=0.5, tokens=3, margin=0.1)
+    shown = {unit: format_eval(values, unit) for unit in ("token", "pair", "answer")}
+    assert shown == {
+        "token": "held-out loss 0.5000 nats/token  perplexity 1.65  accuracy 50.0%  margin 0.1",
+        "pair": "held-out loss 0.5000 nats/pair  accuracy 50.0%  margin 0.1",
+        "answer": "held-out loss 0.5000  accuracy 50.0%  margin 0.1",
+    }
+
+
 def steps(folder):
     return [record["step"] for record in read_metrics(folder)]
 
@@ -40,6 +64,14 @@ def test_metrics_are_read_back_with_six_digits(folder):
     assert read_metrics(folder)[2] == dict(
         kind="train", step=3, loss=0.333333, nats=0.333333, tokens=3
     )
+
+
+def test_evaluations_are_rounded_once(tmp_path):
+    """3.325946 has become 3.32595 and then 3.3260, where the console printed 3.3259."""
+    file = MetricsFile(str(tmp_path), 0)
+    file.write("eval", 7, {"loss": 3.325946})
+    file.close()
+    assert f"{read_metrics(str(tmp_path))[0]['loss']:.4f}" == "3.3259"
 
 
 def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path):
@@ -88,6 +120,27 @@ def test_a_file_is_replaced_atomically(tmp_path):
 def test_the_loss_curve_is_drawn(folder):
     plot_curves(folder, "title")
     assert has_drawing(f"{folder}/plots/loss.png")
+
+
+def test_a_plot_reads_one_record_at_a_time(folder, monkeypatch):
+    """A long run has more records than should be in memory at every evaluation."""
+    parse, living, most = logging._parse_record, set(), []
+
+    class Record(dict):
+        def __del__(self):
+            living.discard(id(self))
+
+    def count(line):
+        record = Record(parse(line))
+        living.add(id(record))
+        most.append(len(living))
+        return record
+
+    monkeypatch.setattr(logging, "_parse_record", count)
+    plot_curves(folder, "tiny")
+    logging.plot_norms(folder, "tiny")
+    assert len(most) == 8
+    assert max(most) <= 2
 
 
 def test_a_run_without_metrics_has_an_empty_plot(tmp_path):

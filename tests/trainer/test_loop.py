@@ -568,3 +568,12 @@ def test_a_stopped_run_prints_how_to_resume(uninterrupted_run, capsys):
     with call_at_step(1, raise_signal(signal.SIGTERM)):
         train(cfg)
     assert "Stopped by SIGTERM after 2 steps" in capsys.readouterr().out
+
+
+def test_the_time_of_a_step_is_measured_between_the_metrics_of_two_steps(folder, capsys):
+    sizes = ["train.steps=8", "train.eval_every=8", "train.save_every=8"]
+    train(run_config(folder, "name=timed", *SETTINGS, *sizes))
+    pattern = re.compile(r"compiled|step [156]/8|.* a step: about", re.M)
+    found = pattern.findall(capsys.readouterr().out)
+    order = ["compiled", "step 1/8", "step 5/8", " a step: about", "step 6/8"]
+    assert [text.endswith(end) for text, end in zip(found, order, strict=True)] == [True] * 5
