@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.decode_peers import PROMPT_TOKENS, Peers, draw_prompts, measure, time_outputs
-from benchmarks.worker import describe_processor
+from benchmarks.worker import count_cores, describe_processor
 from jaxgpt import config as configs
 from jaxgpt.config import Config, SampleConfig
 from jaxgpt.engine import Engine, Request, Row, Size, programs
