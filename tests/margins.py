@@ -18,6 +18,7 @@ import pathlib
 import re
 import sys
 import tempfile
+import time
 from collections import defaultdict
 
 import jax
@@ -145,24 +146,29 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=20, help="how many replacements of the seeds")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no draw after these")
     parser.add_argument("--above", type=float, default=0.5, help="show what comes nearer than this")
     args, arguments = parser.parse_known_args()
     values: dict[str, list[float]] = defaultdict(list)
     failures: dict[str, int] = defaultdict(int)
     folder = tempfile.TemporaryDirectory()
     jax.config.update("jax_compilation_cache_dir", folder.name)  # the same programs every time
+    end, draws = time.monotonic() + 60 * args.minutes, 0
     for shift in range(args.seeds):  # the first one has the tests' own seeds
+        if time.monotonic() > end:
+            break
+        draws += 1
         recorder = run_tests(arguments, shift)
         for place, nearness in recorder.found.items():
             values[place].append(nearness)
         for name in recorder.failed:
             failures[name] += 1
-    print(f"\n{'worst':>8} {'median':>8}  of {args.seeds} draws; 1 is at the threshold")
+    print(f"\n{'worst':>8} {'median':>8}  of {draws} draws; 1 is at the threshold")
     for place, found in sorted(values.items(), key=lambda x: -max(x[1])):
         if max(found) >= args.above:
             print(f"{max(found):8.3f} {sorted(found)[len(found) // 2]:8.3f}  {place}")
     for name, count in failures.items():
-        print(f"failed in {count} of {args.seeds}: {name}")
+        print(f"failed in {count} of {draws}: {name}")
     return bool(failures)
 
 

@@ -64,8 +64,9 @@ def test_what_is_learned_is_the_assistants_texts_and_end_tokens(name, texts, sys
 
 def test_a_prompt_has_the_tokens_that_stood_before_the_answer_in_training():
     tokenizer = make("gpt2", TEMPLATES["plain"])
-    messages = make_messages(["Hi", "Hello there", "Bye", "Good night"])
+    messages = make_messages(["Hi", "the answer", "Bye", "a night"])
     chat = mark_answers(tokenizer, messages)
+    assert tokenizer.encode(" the").size == 1  # a token across the border, which is not taken
     for count in (1, 3):
         prompt = tokenizer.encode_chat(messages[:count], add_generation_prompt=True)
         assert prompt.tolist() == chat.ids[: prompt.size].tolist()
@@ -164,9 +165,9 @@ def test_packed_conversations_are_those_of_one_a_row(tmp_path):
         list_documents(tokenizer, rows.gather(np.arange(rows.size))) for rows in (one, few)
     ]
     assert sorted(documents[0]) == sorted(documents[1])
-    assert all(
-        learned.count("<eos>") == text.count("assistant: ") for text, learned in documents[0]
-    )
+    for text, learned in documents[0]:
+        answers = [part.partition("<eos>")[0] for part in text.split("assistant: ")[1:]]
+        assert learned == "".join(f"{answer}<eos>" for answer in answers)
 
 
 def save_as_data_set(kind, folder, monkeypatch):
@@ -178,8 +179,9 @@ def save_as_data_set(kind, folder, monkeypatch):
         monkeypatch.setenv("TFDS_DATA_DIR", str(folder / "tfds"))
         monkeypatch.setattr("jaxgpt.data.tfds.find_spec", lambda name: None)
         text = tfds.features.Text()
-        make_builder_class("conversations", {"train": conversations}, key="messages",
-                           feature=tfds.features.Sequence({"role": text, "content": text}))  # fmt: skip
+        feature = tfds.features.Sequence({"role": text, "content": text})
+        splits = {"train": conversations}
+        make_builder_class("conversations", splits, key="messages", feature=feature)
         return "tfds:conversations"
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "hf")
@@ -206,9 +208,7 @@ def test_a_data_set_of_conversations_has_the_rows_of_a_file_of_them(tmp_path, mo
         sorted(
             document
             for rows in (task.loader.rows[0], task.held_out_rows)
-            for document in list_documents(
-                task.corpus.tokenizer, rows.gather(np.arange(rows.size))
-            )
+            for document in list_documents(task.corpus.tokenizer, rows.gather(np.arange(rows.size)))
         )
         for task in tasks
     )

@@ -613,17 +613,18 @@ def test_another_number_of_processes_resumes_and_stops_at_one_step(
 
 
 @pytest.mark.slow
-def test_a_spike_in_the_rows_of_one_process_is_rolled_back_by_both(launcher):
-    settings = ["train.on_spike=rollback", "train.steps=8"]
-    results = launcher.run(2, 2, "name=spike", *settings, *PAIR, POISON="4")
+@pytest.mark.parametrize(("action", "passed"), [("rollback", 2), ("skip", 0)])
+def test_a_spike_in_the_rows_of_one_process_is_answered_by_both(launcher, action, passed):
+    settings = [f"train.on_spike={action}", "train.spike_threshold=10", "train.steps=8"]
+    results = launcher.run(2, 2, f"name={action}", *settings, *PAIR, POISON="4")
     assert get_statuses(results) == [0, 0], results
-    cfg = launcher.config("name=spike", *settings, *PAIR)
+    cfg = launcher.config(f"name={action}", *settings, *PAIR)
     [spike] = [r for r in read_metrics(cfg.run_folder) if r["kind"] == "spike"]
-    assert (spike["step"], spike["batch"], spike["action"]) == (5, 4, "rollback")
+    assert (spike["step"], spike["batch"], spike["action"]) == (5, 4, action)
     assert [step for step, _ in list_autopsies(cfg.run_folder)] == [5]
     progress = restore_latest(cfg)[1]
-    assert (progress.step, progress.passed, progress.spikes) == (8, 2, [4])
-    alone = launcher.config("name=spike_alone", *settings)
+    assert (progress.step, progress.passed, progress.spikes) == (8, passed, [4])
+    alone = launcher.config(f"name={action}_alone", *settings)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_module, "peak_flops", lambda devices: (1e12, "a guess"))
         patch.setattr(run_module, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))

@@ -20,7 +20,9 @@ BUILD = "import sys; from setuptools import build_meta; build_meta.build_{}(sys.
 
 def run(*command, cwd, **environment):
     """Run a command without this checkout on its path."""
-    kept = {key: value for key, value in single_device_env(is_fast=False).items() if key != "PYTHONPATH"}
+    kept = {
+        key: value for key, value in single_device_env(is_fast=False).items() if key != "PYTHONPATH"
+    }
     result = subprocess.run(
         list(map(str, command)), cwd=cwd, env=kept | environment, capture_output=True, text=True
     )

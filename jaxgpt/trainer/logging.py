@@ -57,7 +57,7 @@ class MetricsFile(Hook):
         """Open the files without the records after a step, but those of `kept_kinds`."""
         records = ((line, _parse_record(line)) for line in _read_lines(self.path))
         kept = [x for x, r in records if r and (r["step"] <= step or r["kind"] in kept_kinds)]
-        if not os.path.exists(self.path) or kept != _read_lines(self.path, is_whole=False):
+        if not os.path.exists(self.path) or kept != list(_read_lines(self.path, is_whole=False)):
             write_text_atomically(self.path, "".join(kept))
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
         self._board = None
@@ -65,7 +65,9 @@ class MetricsFile(Hook):
             board = os.path.join(self._folder, "tensorboard")
             is_purged = os.path.isdir(board)
             with warn_on_file_errors(self._log, board):
-                self._board = import_board_writer()(board, purge_step=step + 1 if is_purged else None)
+                self._board = import_board_writer()(
+                    board, purge_step=step + 1 if is_purged else None
+                )
                 _guard_board(self._board, self._log, board)
 
     @hosts.run_on_first
@@ -146,12 +148,12 @@ def warn_on_file_errors(log: LogFn, path: str) -> Iterator[None]:
             log(f"warning: {path} cannot be written ({reason}); training goes on.")
 
 
-def _read_lines(path: str, is_whole: bool = True) -> list[str]:
-    """Return the lines of a file; `is_whole` leaves out one that a kill has truncated."""
+def _read_lines(path: str, is_whole: bool = True) -> Iterator[str]:
+    """Yield the lines of a file; `is_whole` leaves out one that a kill has truncated."""
     if not os.path.exists(path):
-        return []
+        return
     with open(path, encoding="utf-8", errors="surrogateescape") as file:
-        return [line for line in file if line.endswith("\n") or not is_whole]
+        yield from (line for line in file if line.endswith("\n") or not is_whole)
 
 
 def _parse_record(line: str) -> dict[str, Any] | None:
@@ -174,8 +176,13 @@ def _round_value(value: Any, digits: int) -> Any:
 
 def read_metrics(run_folder: str) -> list[dict[str, Any]]:
     """Return the records of metrics.jsonl, in order."""
+    return list(_iterate_metrics(run_folder))
+
+
+def _iterate_metrics(run_folder: str) -> Iterator[dict[str, Any]]:
+    """Yield the records of metrics.jsonl, which may be many, one at a time."""
     lines = _read_lines(os.path.join(run_folder, "metrics.jsonl"))
-    return [record for record in map(_parse_record, lines) if record is not None]
+    return (record for record in map(_parse_record, lines) if record is not None)
 
 
 def is_number(value: Any) -> bool:
@@ -227,22 +234,30 @@ def plot_curves(run_folder: str, title: str, unit: str = "token"):
     """
     if not is_installed("matplotlib"):
         return
-    records = read_metrics(run_folder)
-    _plot_metric(records, run_folder, title, "loss", ("nats", "loss"), f"loss (nats per {unit})")
+    plots = {"loss": ({"train": "nats", "eval": "loss"}, f"loss (nats per {unit})")}
     if unit == "text":
-        _plot_metric(records, run_folder, title, "accuracy", ("accuracy", "accuracy"), "accuracy")
+        plots["accuracy"] = ({"train": "accuracy", "eval": "accuracy"}, "accuracy")
+    curves: dict[str, dict[str, list]] = {name: {"train": [], "eval": []} for name in plots}
+    for record in _iterate_metrics(run_folder):
+        for name, (keys, _) in plots.items():
+            value = record.get(keys.get(record["kind"], ""))
+            if is_number(value):
+                curves[name][record["kind"]].append((record["step"], value))
+    for name, (_, label) in plots.items():
+        _plot_metric(curves[name], run_folder, title, name, label)
 
 
 def _plot_metric(
-    records, run_folder: str, title: str, name: str, keys: tuple[str, str], label: str
+    curves: Mapping[str, Sequence[tuple[int, float]]],
+    run_folder: str,
+    title: str,
+    name: str,
+    label: str,
 ):
     """Plot one metric: a curve for training and one for held-out data."""
     from matplotlib.figure import Figure
 
-    train, held = (
-        [(r["step"], r[key]) for r in records if r["kind"] == kind and is_number(r.get(key))]
-        for kind, key in (("train", keys[0]), ("eval", keys[1]))
-    )
+    train, held = curves["train"], curves["eval"]
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     axes = figure.subplots()
     if train:
@@ -260,7 +275,7 @@ def _plot_metric(
 @hosts.run_on_first
 def plot_norms(run_folder: str, title: str):
     """Plot the norms of gradient and parameters by layer, in plots/norms.png, if there are any."""
-    records = [r for r in read_metrics(run_folder) if r["kind"] == "norms"]
+    records = [r for r in _iterate_metrics(run_folder) if r["kind"] == "norms"]
     if not records or not is_installed("matplotlib"):
         return
     import matplotlib
@@ -293,7 +308,8 @@ def plot_task(run_folder: str, title: str, task: str):
     The first metric is drawn with its standard error and its chance level, and thinner what it is
     in each category of the benchmark.
     """
-    records = [r for r in read_metrics(run_folder) if r["kind"] == "task" and r["task"] == task]
+    found = _iterate_metrics(run_folder)
+    records = [r for r in found if r["kind"] == "task" and r["task"] == task]
     if not records or not is_installed("matplotlib"):
         return
     import matplotlib

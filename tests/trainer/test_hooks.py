@@ -16,7 +16,9 @@ from jaxgpt.objectives import OBJECTIVES, compute_own_means
 from jaxgpt.settings import ConfigError
 from jaxgpt.trainer import Hook, train
 from jaxgpt.trainer import run as run_module
+from jaxgpt.trainer.checkpoint import Progress
 from jaxgpt.trainer.logging import read_metrics
+from jaxgpt.trainer.report import format_complete
 
 SETTINGS = ["train.steps=6", "train.eval_every=3", "train.save_every=2", "train.log_every=2"]
 
@@ -145,6 +147,17 @@ def test_a_run_that_a_hook_stopped_continues_by_force(folder, recorded_run):
     assert train(override(cfg, ["resume=force"]), is_quiet=True).step == 6
     assert read_config(cfg.run_folder).resume == "auto"  # of one start, not of the run
     assert_same_bits(restore_latest(cfg)[0], restore_latest(recorded_run[0])[0])
+
+
+@pytest.mark.parametrize(
+    ("patience", "stale", "is_named"), [(0, 0, False), (0, 3, False), (2, 1, False), (2, 2, True)]
+)
+def test_more_patience_is_advised_only_where_the_run_would_stop_again(patience, stale, is_named):
+    progress = Progress(step=3, is_done=True, stop_reason="a hook", stale=stale)
+    text = format_complete(config(f"train.patience={patience}"), progress)
+    assert "stopped early at step 3" in text
+    assert "resume=force" in text
+    assert ("a larger train.patience" in text) == is_named
 
 
 # --- the profiler ---

@@ -122,6 +122,27 @@ def test_the_loss_curve_is_drawn(folder):
     assert has_drawing(f"{folder}/plots/loss.png")
 
 
+def test_a_plot_reads_one_record_at_a_time(folder, monkeypatch):
+    """A long run has more records than should be in memory at every evaluation."""
+    parse, living, most = logging._parse_record, set(), []
+
+    class Record(dict):
+        def __del__(self):
+            living.discard(id(self))
+
+    def count(line):
+        record = Record(parse(line))
+        living.add(id(record))
+        most.append(len(living))
+        return record
+
+    monkeypatch.setattr(logging, "_parse_record", count)
+    plot_curves(folder, "tiny")
+    logging.plot_norms(folder, "tiny")
+    assert len(most) == 8
+    assert max(most) <= 2
+
+
 def test_a_run_without_metrics_has_an_empty_plot(tmp_path):
     plot_curves(str(tmp_path), "title")
     assert not has_drawing(tmp_path / "plots" / "loss.png")

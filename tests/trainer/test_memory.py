@@ -15,6 +15,7 @@ import pytest
 import tensorstore
 
 import jaxgpt
+from jaxgpt import saved_arrays
 from jaxgpt.cli import train as command
 from jaxgpt.saved_arrays import make_manager, read_manifest
 from jaxgpt.trainer import memory
@@ -52,7 +53,11 @@ def test_one_cpu_retains_the_memory_of_a_computation():
     def measure_retained_mib(mode: str) -> float:
         command = [sys.executable, "-c", CODE, mode]
         done = subprocess.run(
-            command, env=single_device_env(is_fast=False), capture_output=True, text=True, check=True
+            command,
+            env=single_device_env(is_fast=False),
+            capture_output=True,
+            text=True,
+            check=True,
         )
         return float(done.stdout.split()[-1])
 
@@ -104,6 +109,11 @@ def test_the_command_retains_memory_before_it_trains(changes, monkeypatch):
     assert changes == [("jax_cpu_enable_async_dispatch", False), "train"]
 
 
+def count_objects() -> int:
+    gc.collect()
+    return len(gc.get_objects())
+
+
 def test_reading_the_shapes_of_a_checkpoint_leaves_nothing_behind(tmp_path):
     """TensorStore's specs as JSON are never freed: six containers an array, every save."""
     tree = {"params": {name: jnp.zeros((4, 2)) for name in "abc"}}
@@ -114,12 +124,45 @@ def test_reading_the_shapes_of_a_checkpoint_leaves_nothing_behind(tmp_path):
     folder = str(tmp_path / "1")
     assert read_manifest(folder)["params"]["a"].shape == (4, 2)
     assert tensorstore.Spec({"driver": "zarr"}).to_json()["driver"] == "zarr"  # as before
-
-    def count_objects() -> int:
-        gc.collect()
-        return len(gc.get_objects())
-
     before = count_objects()
     for _ in range(10):
         read_manifest(folder)
     assert count_objects() < before + 10
+
+
+def test_saving_leaves_nothing_behind(tmp_path):
+    """TensorStore's counts of bytes are never freed: 24 lists a save, and their dicts."""
+    arrays = ocp.args.StandardSave({"a": jnp.zeros((4, 2))})
+    with make_manager(str(tmp_path)) as manager:
+
+        def save(step: int):
+            manager.save(step, args=ocp.args.Composite(params=arrays))
+            manager.wait_until_finished()
+            manager.delete(step)
+
+        for step in (1, 2):
+            save(step)
+        before = count_objects()
+        for step in range(3, 13):
+            save(step)
+        assert count_objects() < before + 100
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"driver": "file", "path": "/tmp/x/"},
+        {"driver": "file", "path": "/tmp/x/", "file_io_locking": {"mode": "non_atomic"}},
+        {"driver": "ocdbt", "base": {"driver": "file", "path": "/tmp/x/"}, "path": "a/"},
+    ],
+)
+def test_the_json_of_a_folder_is_that_of_tensorstore_and_is_freed(spec, tmp_path):
+    with make_manager(str(tmp_path)):
+        found = tensorstore.KvStore.Spec(spec)
+        for defaults in (False, True):
+            options = {"include_defaults": defaults}
+            expected = saved_arrays._previous["to_json"](found, **options)
+            assert found.to_json(**options) == expected
+        if spec.keys() == {"driver", "path"}:
+            path, own = found.to_json()["path"], "".join(["/tmp/", "x/"])
+            assert sys.getrefcount(path) == sys.getrefcount(own)
