@@ -18,7 +18,6 @@ from jaxgpt.serve.schema import COMPLETION
 from jaxgpt.serve.served import OPENAI_DEFAULTS, Served, serve_model
 from jaxgpt.serve.service import Service
 
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 # A model writes it one byte at a time, so that characters and stop strings come in pieces.
 FIXED = "né 🎉世界! END 👩‍👩‍👧 of it"
 
