@@ -19,6 +19,7 @@ config = Config(
         save_every=200,
         sample_every=200,
         eval_tasks=("auto",),
+        eval_tasks_every=200,
     ),
     sample=SampleConfig(prompt="def ", tokens=120, slide=True),
 )

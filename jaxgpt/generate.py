@@ -184,8 +184,9 @@ def start_worker(
 ) -> EngineWorker:
     """Start a thread with an engine, compiled for all that it may need.
 
-    Its `submit(prompt, sample, index=0, bias=None, top=0)` takes a prompt, its sampling rules, its
-    index in the list of prompts with the same seed, and the last two as `make_request`.
+    Its `submit(prompt, sample, index=0, bias=None, top=0, adapter=0)` takes a prompt (or a row of
+    `encode_prompts`), its sampling rules, its index in the list of prompts with the same seed, the
+    next two as `make_request`, and the number of one of the adapters in the parameters.
 
     Raises:
         ConfigError: the model cannot do this.
@@ -208,11 +209,16 @@ def start_worker(
         return engine
 
     def make_submitted(
-        prompt: Prompt, sample: SampleConfig, index: int = 0, bias=None, top: int = 0
+        prompt: Prompt | Row, sample: SampleConfig, index=0, bias=None, top=0, adapter=0
     ) -> Request:
-        (row,) = encode_prompts(config, tokenizer, [prompt], [sample])
+        if isinstance(prompt, Row):
+            row = prompt
+        else:
+            (row,) = encode_prompts(config, tokenizer, [prompt], [sample])
         key = jax.random.fold_in(make_key(sample.seed), index)
-        return make_request(config, tokenizer, row, key, bias, top)
+        request = make_request(config, tokenizer, row, key, bias, top)
+        request.adapter = adapter
+        return request
 
     return EngineWorker(make, make_submitted, max_waiting)
 
@@ -267,6 +273,10 @@ def list_masks(config: Config) -> range:
     """Return the token ids that stand for a `<mask>`, in the order of a text's masks."""
     first = config.model.first_mask
     return range(first, first - count_masks(config), -1)
+
+
+class LongPromptError(ConfigError):
+    """A prompt does not fit the context."""
 
 
 class TextError(ConfigError):
@@ -336,7 +346,7 @@ def add_bos_eos(
     if is_cut:
         return ids[: cfg.context]
     if len(ids) > cfg.context:
-        raise ConfigError(
+        raise LongPromptError(
             f"the prompt has {len(ids)} tokens, but model.context={cfg.context} must hold it: "
             "shorten it."
         )
@@ -382,7 +392,7 @@ def _make_row(config: Config, tokenizer: Tokenizer, prompt: Prompt, sample: Samp
     if isinstance(prompt, str):
         text, prefix = encode_text(config, tokenizer, prompt), tokenizer.prefix
     else:  # the whole prompt: a chat template writes its own bos
-        text, prefix = _read_ids(cfg, prompt), []
+        text, prefix = read_ids(cfg, prompt), []
     source, ids = [], [*prefix, *text.tolist()] or [tokenizer.bos]
     is_start = not len(prompt)  # of the text that is generated
     if cfg.family == "encoder_decoder":
@@ -390,7 +400,7 @@ def _make_row(config: Config, tokenizer: Tokenizer, prompt: Prompt, sample: Samp
         ids = [cfg.get_start_token(tokenizer.bos)]
         is_start = True
     if len(ids) >= cfg.context and not sample.slide:
-        raise ConfigError(
+        raise LongPromptError(
             f"the prompt has {len(ids)} tokens, but model.context={cfg.context} must hold it and "
             "at least one more: shorten it, or set slide=true to keep only its end."
         )
@@ -398,11 +408,13 @@ def _make_row(config: Config, tokenizer: Tokenizer, prompt: Prompt, sample: Samp
     return Row(sample, source, ids, StreamDecoder(tokenizer, is_start), masks=names)
 
 
-def _read_ids(cfg: ModelConfig, prompt: Sequence[int] | np.ndarray) -> np.ndarray:
+def read_ids(
+    cfg: ModelConfig, prompt: Sequence[int] | np.ndarray, most: int | None = None
+) -> np.ndarray:
     """Return the ids of a prompt, int32 [T].
 
     Raises:
-        ConfigError: they are no integers of the vocabulary.
+        ConfigError: they are no integers of the vocabulary, or more than `most`.
     """
     ids = np.asarray(prompt)
     is_valid = ids.ndim == 1 and (not ids.size or ids.dtype.kind in "iu")
@@ -411,4 +423,6 @@ def _read_ids(cfg: ModelConfig, prompt: Sequence[int] | np.ndarray) -> np.ndarra
             f"a prompt is a text or a list of token ids from 0 to {cfg.vocab - 1}, not "
             f"{prompt!r:.60}."
         )
+    if most is not None and len(ids) > most:
+        raise LongPromptError(f"the prompt has {len(ids)} tokens: at most {most} are read.")
     return ids.astype(np.int32)

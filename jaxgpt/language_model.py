@@ -307,6 +307,7 @@ class LanguageModel:
         speculate: int = 0,
         draft: "LanguageModel | None" = None,
         max_waiting: int = 1024,
+        adapters: AdapterChoice = None,
     ) -> EngineWorker:
         """Start a thread that decodes requests of many threads at once; see `EngineWorker`.
 
@@ -322,6 +323,7 @@ class LanguageModel:
             speculate: tokens that are guessed at once; 0 = none.
             draft: a smaller model with the same tokenizer that guesses; None looks them up.
             max_waiting: requests that may wait for a row.
+            adapters: the choices of adapters that requests have by their number; see `generate`.
 
         All rows have the cache of `config.sample.cache`.
 
@@ -340,8 +342,9 @@ class LanguageModel:
             self.config.sample.cache,
         )
         guesser = None if draft is None else DraftModel(draft.config.model, draft.decode_params)
+        params = self.select_adapters(adapters)[1]
         return generate.start_worker(
-            self.config, self.decode_params, self.tokenizer, size, guesser, max_waiting
+            self.config, params, self.tokenizer, size, guesser, max_waiting
         )
 
     def chat(

@@ -24,11 +24,14 @@ EXTRAS = {
     "jinja2": Extra("Jinja2", "chat"),
     "llguidance": Extra("llguidance", "constraints"),
     "matplotlib": Extra("matplotlib", "plots"),
+    "prometheus_client": Extra("prometheus_client", "serve"),
     "sacrebleu": Extra("sacrebleu", "measure"),
     "sklearn": Extra("scikit-learn", "inspect"),
     "safetensors": Extra("safetensors", "interop"),
+    "starlette": Extra("starlette", "serve"),
     "tensorboardX": Extra("tensorboardX", "tensorboard"),
     "tensorflow_datasets": Extra("tensorflow-datasets", "tfds"),
+    "uvicorn": Extra("uvicorn", "serve"),
     "zstandard": Extra("zstandard", "zstd"),
 }
 

@@ -18,10 +18,12 @@ from jaxgpt.backend import get_backend
 from jaxgpt.config import Config, ModelConfig, choose
 from jaxgpt.engine import check_scores
 from jaxgpt.generate import (
+    Prompt,
     add_bos_eos,
     encode_text,
     is_cutting,
     name_text,
+    read_ids,
     round_up_to_bucket,
 )
 from jaxgpt.hosts import fetch
@@ -302,7 +304,7 @@ def embed(
     config: Config,
     params,
     tokenizer: Tokenizer,
-    texts: Sequence[str],
+    texts: Sequence[Prompt],
     pool: str = "mean",
     batch_tokens: int = BATCH_TOKENS,
 ) -> list[Embedding]:
@@ -312,6 +314,7 @@ def embed(
     eos. All of them are pooled.
 
     Args:
+        texts: texts, or token ids, which are read as they are.
         pool: "mean", "first", "last", or "none" for one vector a token.
         batch_tokens: tokens of a batch.
 
@@ -322,9 +325,12 @@ def embed(
     is_framed = cfg.family != "decoder"
     rows = []
     for number, text in enumerate(texts):
-        ids = encode_text(config, tokenizer, text) if cfg.family == "encoder_decoder" else (
-            tokenizer.encode(text))  # fmt: skip
         with name_text(texts, number):
+            if not isinstance(text, str):
+                rows.append(read_ids(cfg, text, cfg.context).tolist())
+                continue
+            ids = encode_text(config, tokenizer, text) if cfg.family == "encoder_decoder" else (
+                tokenizer.encode(text))  # fmt: skip
             row = add_bos_eos(cfg, tokenizer, ids)
             rows.append(row if is_framed else row[:-1] or [tokenizer.bos])
     found: dict[int, Embedding] = {}

@@ -179,8 +179,9 @@ def save_as_data_set(kind, folder, monkeypatch):
         monkeypatch.setenv("TFDS_DATA_DIR", str(folder / "tfds"))
         monkeypatch.setattr("jaxgpt.data.tfds.find_spec", lambda name: None)
         text = tfds.features.Text()
-        make_builder_class("conversations", {"train": conversations}, key="messages",
-                           feature=tfds.features.Sequence({"role": text, "content": text}))  # fmt: skip
+        feature = tfds.features.Sequence({"role": text, "content": text})
+        splits = {"train": conversations}
+        make_builder_class("conversations", splits, key="messages", feature=feature)
         return "tfds:conversations"
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "hf")
@@ -207,9 +208,7 @@ def test_a_data_set_of_conversations_has_the_rows_of_a_file_of_them(tmp_path, mo
         sorted(
             document
             for rows in (task.loader.rows[0], task.held_out_rows)
-            for document in list_documents(
-                task.corpus.tokenizer, rows.gather(np.arange(rows.size))
-            )
+            for document in list_documents(task.corpus.tokenizer, rows.gather(np.arange(rows.size)))
         )
         for task in tasks
     )

@@ -35,7 +35,7 @@ LAYERS = [
     {"interactive", "trainer"},
     {"chat", "evaluation", "inspect", "planning", "scaling"},
     {"visualize"},
-    {"report"},
+    {"report", "serve"},
     {"cli"},
     {"__main__"},
 ]

@@ -16,7 +16,8 @@ MUTANTS = read_mutants()
 def test_a_mutant_can_be_planted_and_its_tests_exist(mutant):
     text = (ROOT / mutant.file).read_text()
     planted = mutant.apply(text)
-    assert ast.dump(ast.parse(planted)) != ast.dump(ast.parse(text))
+    if mutant.file.endswith(".py"):
+        assert ast.dump(ast.parse(planted)) != ast.dump(ast.parse(text))
     for test in mutant.tests:
         file, _, name = test.partition("::")
         assert f"def {name.partition('[')[0]}(" in (ROOT / file).read_text()

@@ -20,7 +20,9 @@ BUILD = "import sys; from setuptools import build_meta; build_meta.build_{}(sys.
 
 def run(*command, cwd, **environment):
     """Run a command without this checkout on its path."""
-    kept = {key: value for key, value in single_device_env(is_fast=False).items() if key != "PYTHONPATH"}
+    kept = {
+        key: value for key, value in single_device_env(is_fast=False).items() if key != "PYTHONPATH"
+    }
     result = subprocess.run(
         list(map(str, command)), cwd=cwd, env=kept | environment, capture_output=True, text=True
     )
@@ -70,7 +72,7 @@ def test_the_wheel_has_every_module_every_config_and_the_license(wheel):
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "jaxgpt").rglob("*.py")}
     configs = {f"jaxgpt/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
     facts = {name for name in names if ".dist-info/" in name}
-    others = {"jaxgpt/py.typed", "jaxgpt/visualize/page.html"}
+    others = {"jaxgpt/py.typed", "jaxgpt/visualize/page.html", "jaxgpt/serve/page.html"}
     assert names - facts == modules | configs | others
     assert any(name.endswith("licenses/LICENSE") for name in facts)
 

@@ -33,6 +33,7 @@ COMMANDS = {
     "plan": "tell what a run needs, or what fits a device, before anything runs",
     "sample": "generate text from a trained model",
     "chat": "talk with a model in the terminal",
+    "serve": "serve a model over HTTP, as OpenAI's API, with a chat page",
     "evaluate": "measure a trained model on any text",
     "look": "write a page that shows the inside of a model on a text",
     "report": "write a report of a run: one page to hand in",

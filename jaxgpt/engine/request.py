@@ -27,6 +27,7 @@ class Request:
         mask: the tokens that its constraint allows next, packed.
         forced: the only tokens that its constraint allows next.
         number: counts up by arrival.
+        reused: tokens of the prompt that the cache had already.
         drafts: how well guesses were accepted, see `speculation.Acceptance`.
     """
 
@@ -41,6 +42,7 @@ class Request:
     forced: Sequence[int] = ()
     number: int = field(default_factory=lambda: next(_numbers))
     drafts: Any = None
+    reused: int = 0
 
     def follow_constraint(self, tokens: Sequence[int]):
         """Append tokens to the constraint, if there is one, and find out what may come next.

@@ -62,6 +62,7 @@ class Slot:
     start: int = 0  # tokens of the request's prompt that are in the cache
     is_decoding: bool = False
     exact: list[int] = field(default_factory=list)  # tokens that whole chunks left in the cache
+    adapter: int = 0  # with which they were read
 
     @property
     def is_reading(self) -> bool:
@@ -130,7 +131,8 @@ class Scheduler:
             # A slot that remembers little is given away first.
             slot = source if source in free else min(free, key=lambda each: len(each.exact))
             slot.request, slot.start, slot.is_decoding = request, start, False
-            slot.exact = list(request.row.ids[:start])
+            slot.exact, slot.adapter = list(request.row.ids[:start]), request.adapter
+            request.reused = start
             if source is not None and source is not slot:
                 yield source, slot
 
@@ -138,7 +140,8 @@ class Scheduler:
         """Return how many tokens of a prompt the cache has, in whole chunks, and in which slot."""
         ids = request.row.ids
         found: tuple[int, Slot | None] = (0, None)
-        for slot in self.slots if self.has_reuse else ():
+        slots = [slot for slot in self.slots if slot.adapter == request.adapter]
+        for slot in slots if self.has_reuse else ():
             # The scores after the last token are not kept: it is read again.
             common = min(count_common(slot.exact, ids), len(ids) - 1)
             whole = common // self.chunk * self.chunk

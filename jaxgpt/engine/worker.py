@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,6 +27,8 @@ class Handle:
         self.request = request
         self._cancel = cancel
         self._pieces: queue.SimpleQueue = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._receiver: Callable[[Generation | BaseException], object] | None = None
         self._is_over = False
 
     def __iter__(self) -> Iterator[Generation]:
@@ -60,12 +63,25 @@ class Handle:
         """Wait for the end, and return all pieces as one."""
         return join_pieces(list(self))
 
+    def forward(self, receive: Callable[[Generation | BaseException], object]):
+        """Call a function with every piece, or with the error, instead of keeping them.
+
+        Args:
+            receive: is called in the engine's thread, in order: it must return at once.
+        """
+        with self._lock:
+            while not self._pieces.empty():
+                receive(self._pieces.get())
+            self._receiver = receive
+
     def cancel(self):
         """End the request. It may be called from any thread, and more than once."""
         self._cancel(self)
 
     def _put(self, piece: Generation | BaseException):
-        self._pieces.put(piece)
+        with self._lock:
+            put = self._receiver or self._pieces.put
+            put(piece)
 
 
 class EngineWorker:
@@ -97,6 +113,7 @@ class EngineWorker:
         self._cancelled: list[Handle] = []
         self._handles: dict[Request, Handle] = {}
         self._is_closing, self._is_draining = False, False
+        self._heartbeat = time.monotonic()
         self._started: queue.SimpleQueue = queue.SimpleQueue()
         self._thread = threading.Thread(
             target=self._run, args=(make_engine,), name="jaxgpt-engine", daemon=True
@@ -126,6 +143,8 @@ class EngineWorker:
                 raise EngineBusyError("the engine is shutting down: it accepts no requests.")
             if self.waiting >= self._max_waiting:
                 raise EngineBusyError(f"{self._max_waiting} requests wait already: try again.")
+            if self.is_idle:  # it waits, and has no heartbeat
+                self._heartbeat = time.monotonic()
             self._inbox.append(handle)
             self._condition.notify()
         return handle
@@ -139,6 +158,22 @@ class EngineWorker:
     def running(self) -> int:
         """How many requests have a slot."""
         return sum(slot.request is not None for slot in self._engine.scheduler.slots)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is no request."""
+        return not self._inbox and self._engine.is_idle
+
+    @property
+    def seconds_since_step(self) -> float:
+        """How long the step takes that runs now; 0 if there is nothing to do."""
+        return 0.0 if self.is_idle else time.monotonic() - self._heartbeat
+
+    @property
+    def slots_used(self) -> int:
+        """How many tokens the rows of running requests hold."""
+        requests = [slot.request for slot in self._engine.scheduler.slots]
+        return sum(len(request.row.ids) for request in requests if request is not None)
 
     @property
     def is_alive(self) -> bool:
@@ -185,6 +220,7 @@ class EngineWorker:
     def _serve(self):
         """Run the engine until the worker closes."""
         while self._take_messages():
+            self._heartbeat = time.monotonic()
             try:
                 pieces = self._engine.step()
             except Exception as error:

@@ -8,6 +8,7 @@ Source: Schaeffer et al. 2023, "Are Emergent Abilities of Large Language Models 
 arXiv:2304.15004; the abilities are those of Wei et al. 2022, arXiv:2206.07682.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -101,10 +102,11 @@ def measure_emergence(
 def find_largest_step(values: Sequence[float]) -> float:
     """Return the share of the whole change that comes in one step from a size to the next.
 
-    1 / (n - 1) is the least of n sizes, of a straight line; 1 is a jump.
+    1 / (n - 1) is the least of n sizes, of a straight line; 1 is a jump. NaN if nothing changes.
     """
     steps = np.diff(np.asarray(values, np.float64))
-    return float(np.max(np.abs(steps)) / max(abs(float(steps.sum())), 1e-12))
+    change = abs(float(steps.sum()))
+    return float(np.max(np.abs(steps))) / change if change > 1e-12 else math.nan
 
 
 def format_points(points: Sequence[SizePoint]) -> str:
@@ -122,7 +124,8 @@ def format_points(points: Sequence[SizePoint]) -> str:
     if len(points) > 2:
         columns = [[p.log_likelihood.value for p in points]]
         columns += [[p.matches[k].value for p in points] for k in lengths]
-        steps = "  ".join(f"{find_largest_step(column):>18.0%}" for column in columns)
+        shares = [find_largest_step(column) for column in columns]
+        steps = "  ".join(f"{'-' if math.isnan(x) else f'{x:.0%}':>18}" for x in shares)
         lines.append(f"{'largest step':>12}  {steps}  of the whole change")
     return "\n".join(lines)
 
@@ -152,4 +155,6 @@ def plot_emergence(points: Sequence[SizePoint], path: str) -> None:
     right.legend(frameon=False)
     for axes in (left, right):
         axes.grid(alpha=0.3)
+        axes.minorticks_off()
+        axes.set_xticks(sizes, [f"{size:.2g}".replace("e+0", "e") for size in sizes], rotation=40)
     figure.savefig(path)

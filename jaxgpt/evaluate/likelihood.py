@@ -9,14 +9,14 @@ Four things make it fast, and none of them changes a number:
 - Rows that begin with the same tokens, such as five worked examples, share one prefill: see
   prefixes.py. The cache of the prefix is repeated for every row of a batch.
 - Rows of similar length share a batch whose shape is one of few buckets, so that one program is
-  compiled for each bucket.
+  compiled for each bucket. A program takes as long to compile as a thousand tokens to compute.
 - The logits of the continuation alone are computed, in float32, and never those of the context.
 """
 
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -228,6 +228,14 @@ def round_up(count: int) -> int:
     return 3 * power // 4 if power >= 4 and count <= 3 * power // 4 else power
 
 
+def round_up_coarsely(count: int, base: int) -> int:
+    """Round up to a power of the base: what costs little to pad has few shapes to compile."""
+    power = 1
+    while power < count:
+        power *= base
+    return power
+
+
 def can_share_prefixes(cfg: ModelConfig) -> bool:
     """Return whether the cache of a prefix can be continued by several tokens at once."""
     return "prefix" not in cfg.pattern and all(
@@ -241,32 +249,61 @@ def plan_groups(
     """Yield the groups of all rows, with batches of few shapes; see `score_pairs`."""
     groups = [(0, list(range(len(rows))))]
     if shares_prefixes and can_share_prefixes(cfg):
-        groups = find_shared_prefixes([row.tokens for row in rows], [row.first for row in rows])
+        limits = [row.first for row in rows]
+        cost = 2 * get_backend().batch_cost_tokens  # one more batch, and the prefix
+        groups = find_shared_prefixes([row.tokens for row in rows], limits, cost)
     for prefix, numbers in groups:
         buckets = defaultdict(list)
         for number in numbers:
             length = max(len(rows[number].tokens) - prefix, MIN_ROW_TOKENS)
             buckets[min(round_up(length), cfg.context)].append(rows[number])
-        slots = round_up_prefix(prefix) + max(buckets)
+        slots = round_up_coarsely(round_up_prefix(prefix) + max(buckets), 2) if prefix else 0
+
+        def limit_rows(T: int, slots: int = slots) -> int:
+            by_cache = MAX_CACHE_TOKENS // slots if slots else batch_tokens
+            return max(1, min(batch_tokens // T, by_cache))
+
         batches = []
-        for T, members in sorted(buckets.items()):
-            most = min(batch_tokens // T, MAX_CACHE_TOKENS // slots if prefix else batch_tokens)
-            R = choose_batch_rows(len(members), T, max(1, most))
-            C = min(T, round_up(max(row.count for row in members)))
-            M = round_up(max(len(row.pairs) for row in members))
+        for T, R, members in merge_buckets(buckets, limit_rows):
+            longest = max(row.count for row in members)
+            C = min(T, round_up_coarsely(max(longest, 16), 4)) if longest > 1 else 1
+            M = round_up_coarsely(max(4, *(len(row.pairs) for row in members)), 4)
             batches += [Batch(members[i : i + R], (R, T, C, M)) for i in range(0, len(members), R)]
         yield Group(rows[numbers[0]].tokens[:prefix], slots, batches)
 
 
-def choose_batch_rows(count: int, T: int, most: int) -> int:
-    """Return R, so that batches of R padded rows cost least for `count` rows of T tokens.
+def merge_buckets(
+    buckets: dict[int, list[Row]], limit_rows: Callable[[int], int]
+) -> list[tuple[int, int, list[Row]]]:
+    """Return (T, R, rows) of all buckets; the rows of few are padded to the next longer ones.
+
+    Args:
+        buckets: rows by T.
+        limit_rows: T -> the rows of a batch, at most.
+    """
+    merged: list[tuple[int, int, list[Row]]] = []
+    for T, members in sorted(buckets.items()):
+        cost, R = choose_batch_rows(len(members), T, limit_rows(T))
+        if merged:
+            before = merged[-1][2]
+            apart, _ = choose_batch_rows(len(before), merged[-1][0], limit_rows(merged[-1][0]))
+            joint, R_joint = choose_batch_rows(len(before) + len(members), T, limit_rows(T))
+            if joint <= apart + cost:
+                merged[-1] = (T, R_joint, before + members)
+                continue
+        merged.append((T, R, members))
+    return merged
+
+
+def choose_batch_rows(count: int, T: int, most: int) -> tuple[int, int]:
+    """Return (tokens, R), so that batches of R padded rows cost least for `count` rows of T.
 
     132 rows of 8 tokens are 3 batches of 48 on a CPU, in place of one of 192.
     """
     largest = round_up(math.ceil(count / math.ceil(count / most)))  # batches of equal size
     sizes = [R for R in range(largest, 0, -1) if round_up(R) == R]
     cost = get_backend().batch_cost_tokens
-    return min(sizes, key=lambda R: math.ceil(count / R) * (R * T + cost))
+    return min(((math.ceil(count / R) * (R * T + cost), R) for R in sizes), key=lambda x: x[0])
 
 
 def round_up_prefix(prefix: int) -> int:

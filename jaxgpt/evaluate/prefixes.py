@@ -23,13 +23,14 @@ class Plan(NamedTuple):
 
 
 def find_shared_prefixes(
-    rows: Sequence[tuple[int, ...]], limits: Sequence[int]
+    rows: Sequence[tuple[int, ...]], limits: Sequence[int], cost: int = 0
 ) -> list[tuple[int, list[int]]]:
     """Divide rows into groups that share a prefix.
 
     Args:
         rows: the tokens of each.
         limits: the longest prefix that each may give away.
+        cost: of a group with a prefix beside its tokens, in tokens.
 
     Returns:
         (tokens of the prefix, numbers of the rows) of every group. The first has the prefix 0, and
@@ -38,7 +39,7 @@ def find_shared_prefixes(
     order = sorted(range(len(rows)), key=lambda number: rows[number])
     whole: list[int] = []
     shared = []
-    for prefix, numbers in _plan(rows, limits, order, MAX_NESTING).groups if rows else []:
+    for prefix, numbers in _plan(rows, limits, order, cost, MAX_NESTING).groups if rows else []:
         if prefix:
             shared.append((prefix, numbers))
         else:
@@ -46,7 +47,7 @@ def find_shared_prefixes(
     return ([(0, sorted(whole))] if whole else []) + shared
 
 
-def _plan(rows, limits, order: list[int], nesting: int) -> Plan:
+def _plan(rows, limits, order: list[int], cost: int, nesting: int) -> Plan:
     """Plan the rows of a node, sorted by their tokens."""
     total = sum(len(rows[number]) for number in order)
     separate = Plan(total, [(0, order)])
@@ -57,10 +58,10 @@ def _plan(rows, limits, order: list[int], nesting: int) -> Plan:
         return separate  # the rows are equal
     is_long = depth >= MIN_PREFIX
     branches = groupby(order, key=lambda number: rows[number][depth : depth + 1])
-    plans = [_plan(rows, limits, list(branch), nesting - is_long) for _, branch in branches]
+    plans = [_plan(rows, limits, list(part), cost, nesting - is_long) for _, part in branches]
     below = Plan(sum(plan.cost for plan in plans), [x for plan in plans for x in plan.groups])
     prefix = min(depth, *(limits[number] for number in order))
-    here = total - prefix * (len(order) - 1)
+    here = total - prefix * (len(order) - 1) + cost
     if prefix >= MIN_PREFIX and here < below.cost and here <= (1 - MIN_SAVING) * total:
         return Plan(here, [(prefix, order)])
     return below

@@ -70,6 +70,7 @@ def spell_tokens(model: LanguageModel, tokens: Sequence[int] | np.ndarray) -> tu
     """Return what each token spells; a part of a character is shown as its bytes, "\\xc3"."""
     tokenizer = model.tokenizer
     names = {getattr(tokenizer, kind): f"<{kind}>" for kind in ("unk", "pad", "eos", "bos")}
+    names |= {token: name for name, token in tokenizer.special_ids.items()}
     spelled = []
     for token in map(int, tokens):
         if token >= tokenizer.vocab_size:

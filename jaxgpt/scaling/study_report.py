@@ -96,7 +96,7 @@ def _introduce(shared: Config, rows, measured, seeds) -> str:
     budgets = {row["tokens"] for row in rows}
     everything = [*rows, measured, *seeds]
     times = [row.get("seconds") for row in everything]
-    time = f" in {sum(times) / 60:.0f} minutes" if all(times) else ""
+    time = f" in {sum(times) / 60:.0f} min" if all(times) else ""
     flops = sum(row["flops"] for row in everything)
     return f"""# Scaling laws, measured
 
@@ -228,11 +228,13 @@ def _format_rates(folder: str) -> str:
         return ""
     with open(path, encoding="utf-8") as file:
         found = json.load(file)
-    rows = [
-        (str(width), ", ".join(f"{r['lr']:.2g}: {r['loss']:.3f}" for r in found["runs"]
-                               if str(r["width"]) == width), f"{best:.2g}")
-        for width, best in found["best"].items()
-    ]  # fmt: skip
+    rows = []
+    for width, best in found["best"].items():
+        own = [row for row in found["runs"] if str(row["width"]) == width]
+        ends = [own[0]["lr"], own[-1]["lr"]]
+        note = ", an end of the range" if np.isclose(best, ends).any() else ""
+        tried = ", ".join(f"{row['lr']:.2g}: {row['loss']:.3f}" for row in own)
+        rows.append((width, tried, f"{best:.2g}{note}"))
     return f"""## Learning rates
 
 Sizes are compared at their own best rate. It was measured at {len(rows)} widths, as the minimum of

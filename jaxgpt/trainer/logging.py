@@ -65,7 +65,9 @@ class MetricsFile(Hook):
             board = os.path.join(self._folder, "tensorboard")
             is_purged = os.path.isdir(board)
             with warn_on_file_errors(self._log, board):
-                self._board = import_board_writer()(board, purge_step=step + 1 if is_purged else None)
+                self._board = import_board_writer()(
+                    board, purge_step=step + 1 if is_purged else None
+                )
                 _guard_board(self._board, self._log, board)
 
     @hosts.run_on_first

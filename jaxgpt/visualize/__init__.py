@@ -18,9 +18,10 @@ from jaxgpt.visualize.figures import (
     draw_positions,
     draw_sizes,
 )
-from jaxgpt.visualize.page import Page, describe_model, look
+from jaxgpt.visualize.page import MAX_TOKENS, Page, describe_model, look
 
 __all__ = [
+    "MAX_TOKENS",
     "Page",
     "describe_model",
     "draw_attention",

@@ -64,7 +64,14 @@ class Page:
         return f"Page({len(self.html):,} characters)"
 
 
-def look(model: LanguageModel, text: str, *, source: str | None = None, title: str = "") -> Page:
+def look(
+    model: LanguageModel,
+    text: str | inspect.EncodedText,
+    *,
+    source: str | None = None,
+    title: str = "",
+    note: str = "",
+) -> Page:
     """Return a page that shows what a model does with a text.
 
     It has the tokens by surprisal with the likeliest others, the attention of every head, the logit
@@ -72,13 +79,15 @@ def look(model: LanguageModel, text: str, *, source: str | None = None, title: s
     most active neurons, as far as the model has them.
 
     Args:
+        text: a text, or its tokens as `inspect.encode` returns them.
         source: of an encoder_decoder.
         title: of the page; the name of the model by default.
+        note: a sentence below the title, such as what was left out.
 
     Raises:
         ConfigError: the text has more than 512 tokens, or does not fit the context.
     """
-    encoded = inspect.encode(model, text, source)
+    encoded = inspect.encode(model, text, source) if isinstance(text, str) else text
     longest = max(len(encoded.tokens), 0 if encoded.source is None else len(encoded.source))
     if longest > MAX_TOKENS:
         raise ConfigError(
@@ -87,6 +96,7 @@ def look(model: LanguageModel, text: str, *, source: str | None = None, title: s
     data = {
         "title": title or f"Inside {model.config.name or 'a model'}",
         "about": describe_model(model),
+        "note": note,
         "ids": encoded.tokens.tolist(),
         "pieces": list(encoded.pieces),
         "isEncoder": model.config.model.family == "encoder",

@@ -52,6 +52,44 @@ def test_a_cancelled_request_ends_and_the_others_go_on(worker):
     assert list(other.result().tokens) == recompute("hello", GREEDY)
 
 
+def test_pieces_are_forwarded_in_order_those_that_came_before_too(worker):
+    early, late = worker.submit("hello", GREEDY), worker.submit("hello", GREEDY)
+    late.result()  # the other one has pieces that wait
+    found, is_over = [], threading.Event()
+
+    def receive(piece):
+        found.append(piece)
+        if piece.ending:
+            is_over.set()
+
+    early.forward(receive)
+    assert is_over.wait(60)
+    assert [token for piece in found for token in piece.tokens] == recompute("hello", GREEDY)
+
+
+def test_a_step_that_takes_long_is_seen_and_idle_time_is_none(worker, monkeypatch):
+    has_begun, may_go_on, decode = threading.Event(), threading.Event(), engine_module.decode
+
+    def wait(*args, **kwargs):
+        has_begun.set()
+        may_go_on.wait(60)
+        return decode(*args, **kwargs)
+
+    worker._heartbeat -= 100
+    assert worker.seconds_since_step == 0  # nothing to do
+    monkeypatch.setattr(engine_module, "decode", wait)
+    handle = worker.submit("hello", GREEDY)
+    assert has_begun.wait(60)
+    assert worker.seconds_since_step < 50
+    worker._heartbeat -= 100
+    assert worker.seconds_since_step > 50
+    may_go_on.set()
+    assert handle.result().ending
+    later = worker.submit("hello", GREEDY)
+    later.result()
+    assert worker.seconds_since_step < 50
+
+
 def test_a_bad_request_is_refused_where_it_is_made(worker):
     with pytest.raises(ConfigError, match="71 tokens"):
         worker.submit("x" * 70, GREEDY)

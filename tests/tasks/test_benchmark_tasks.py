@@ -12,7 +12,7 @@ from benchmark_files import NOUNS, write_benchmarks
 from tiny_decoders import make_model
 
 from benchmarks import evaluate
-from jaxgpt.config import Config, DataConfig, TrainConfig, load
+from jaxgpt.config import Config, TrainConfig, load
 from jaxgpt.evaluate import bbh, benchmarks, run
 from jaxgpt.evaluate.likelihood import Likelihood
 from jaxgpt.evaluate.tasks import (
@@ -374,11 +374,10 @@ def test_default_runs_ask_blimp_if_it_is_there(folder, tmp_path, monkeypatch):
 def test_a_run_has_no_task_by_itself_that_it_cannot_answer(folder):
     config = Config(train=TrainConfig(eval_tasks=("auto",)))
     assert read_names(config, folder, context=8) == []
-    masked = TrainConfig(eval_tasks=("auto",), objective="masked")
-    assert run.read_benchmarks(
-        Config(train=masked, model=make_model(family="encoder", vocab=261).config.model,
-               data=DataConfig(benchmarks=folder))
-    ) == {}  # fmt: skip
+    config = make_model(objective="masked", family="encoder", vocab=261).config
+    train = dataclasses.replace(config.train, eval_tasks=("auto",))
+    data = dataclasses.replace(config.data, benchmarks=folder)
+    assert run.read_benchmarks(dataclasses.replace(config, train=train, data=data)) == {}
 
 
 def test_a_named_task_that_does_not_fit_the_context_ends_a_run_before_it_starts(folder):

@@ -14,6 +14,7 @@ from jaxgpt.evaluate.likelihood import (
     choose_batch_rows,
     compute_likelihoods,
     encode_pair,
+    merge_buckets,
     merge_pairs,
     plan_groups,
     round_up,
@@ -51,6 +52,7 @@ def pairs() -> list[Pair]:
     shots, question, other = draw(50), draw(12), draw(9)
     found = [Pair(shots + question, (letter,)) for letter in (70, 71, 72, 73)]
     found += [Pair(shots + other, draw(n)) for n in (3, 5, 2)]
+    found += [Pair(shots + draw(n), draw(2)) for n in (2, 3, 6, 8)]
     found += [Pair(draw(n), draw(m)) for n, m in ((1, 4), (7, 9), (30, 2), (1, 1))]
     found += [Pair(draw(140), draw(3))]  # its beginning is cut
     return found
@@ -97,7 +99,7 @@ def test_a_shared_prefix_is_computed_once(pairs):
     rows, _ = merge_pairs(pairs, 128)
     groups = list(plan_groups(make_model().config.model, rows, 2048, True))
     assert [len(group.prefix) for group in groups] == [0, 50]
-    assert sum(len(batch.rows) for batch in groups[1].batches) == 4
+    assert sum(len(batch.rows) for batch in groups[1].batches) == 8
     assert all(batch.shape[1] < MIN_PREFIX for batch in groups[1].batches)
 
 
@@ -110,6 +112,9 @@ def test_prefixes_are_shared_where_that_is_cheapest():
     assert sorted(found) == [(240, [0, 1, 2]), (240, [3, 4, 5])]
     short = [(*header, n) for n in range(6)]
     assert find_shared_prefixes(short, [40] * 6) == [(40, list(range(6)))]
+    # A prefix is to save more than it costs, here 5 times 40 tokens.
+    assert find_shared_prefixes(short, [40] * 6, cost=199) == [(40, list(range(6)))]
+    assert find_shared_prefixes(short, [40] * 6, cost=201) == [(0, list(range(6)))]
     # A prefix never takes what is scored, and equal rows are no trie.
     assert find_shared_prefixes(short, [3] * 6) == [(0, list(range(6)))]
     assert find_shared_prefixes([header] * 3, [39] * 3) == [(0, [0, 1, 2])]
@@ -133,10 +138,19 @@ def test_buckets_are_powers_of_two_and_three_quarters_of_them():
 
 def test_batches_have_little_padding():
     """On a CPU, where a row costs its tokens; the rows of an accelerator go together."""
-    rows = {count: choose_batch_rows(count, 8, 256) for count in (1, 5, 96, 132, 600)}
+    rows = {count: choose_batch_rows(count, 8, 256)[1] for count in (1, 5, 96, 132, 600)}
     assert rows == {1: 1, 5: 6, 96: 96, 132: 48, 600: 128}
-    assert choose_batch_rows(10, 1024, 2) == 2
-    assert choose_batch_rows(3, 4096, 1) == 1
+    assert choose_batch_rows(10, 1024, 2)[1] == 2
+    assert choose_batch_rows(3, 4096, 1) == (3 * (4096 + 128), 1)
+
+
+def test_buckets_of_few_rows_are_merged(pairs):
+    """One row of 12 tokens costs less in the batch of 16 than in one of its own."""
+    row = merge_pairs(pairs, 128)[0][0]
+    few = merge_buckets({16: [row] * 3, 12: [row]}, lambda T: 2048 // T)
+    assert [(T, R, len(rows)) for T, R, rows in few] == [(16, 4, 4)]
+    many = merge_buckets({64: [row] * 30, 8: [row] * 30}, lambda T: 2048 // T)
+    assert [(T, len(rows)) for T, _, rows in many] == [(8, 30), (64, 30)]
 
 
 def test_a_continuation_is_spelled_as_in_its_text():

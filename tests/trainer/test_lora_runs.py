@@ -20,7 +20,8 @@ from jaxgpt.seeds import make_key
 from jaxgpt.trainer import Hook, train
 from jaxgpt.trainer import run as run_module
 
-SETTINGS = ["train.steps=4", "train.eval_every=2", "train.save_every=2", "train.keep=2"]
+SETTINGS = ["train.steps=4", "train.eval_every=2", "train.save_every=2", "train.keep=2",
+            "model.unroll=1"]  # fmt: skip
 LORA = ["lora.rank=2", "lora.targets=q,v,down"]
 
 pytestmark = pytest.mark.usefixtures("compiled_once")

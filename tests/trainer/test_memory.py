@@ -53,7 +53,11 @@ def test_one_cpu_retains_the_memory_of_a_computation():
     def measure_retained_mib(mode: str) -> float:
         command = [sys.executable, "-c", CODE, mode]
         done = subprocess.run(
-            command, env=single_device_env(is_fast=False), capture_output=True, text=True, check=True
+            command,
+            env=single_device_env(is_fast=False),
+            capture_output=True,
+            text=True,
+            check=True,
         )
         return float(done.stdout.split()[-1])
 
