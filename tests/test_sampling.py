@@ -12,6 +12,7 @@ from jaxgpt.sampling import (
     SAMPLERS,
     SamplingParams,
     draw,
+    find_best,
     make_row_keys,
     sampleable_tokens,
     warp_scores,
@@ -151,6 +152,12 @@ def test_temperature_zero_takes_the_most_likely_token_for_every_key():
         keys = jax.random.split(jax.random.key(seed), 50)
         tokens = draw(x, draw_seen(50, 97), make_sampling_params(temperature=0), keys)
         np.testing.assert_array_equal(tokens, x.argmax(-1))
+
+
+def test_of_equal_scores_the_first_token_is_the_best():
+    x = draw_scores(50, 97).round()
+    np.testing.assert_array_equal(find_best(x), x.argmax(-1))
+    assert ((x == x.max(-1, keepdims=True)).sum(-1) > 1).any()
 
 
 def test_temperature_zero_takes_the_most_likely_token_after_the_penalty():
