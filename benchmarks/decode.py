@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.decode_peers import PROMPT_TOKENS, Peers, draw_prompts, measure, time_outputs
 from benchmarks.worker import count_cores, describe_processor
 from jaxgpt import config as configs
 from jaxgpt.config import Config, SampleConfig
@@ -32,10 +33,8 @@ from jaxgpt.engine import Engine, Request, Row, Size, programs
 from jaxgpt.engine.constraints import make_constraint
 from jaxgpt.engine.processors import make_rules
 from jaxgpt.language_model import LanguageModel
-from jaxgpt.model import init_cache, init_params
+from jaxgpt.model import compute_logits, init_cache, init_params
 from jaxgpt.tokenizer import make_byte_tokenizer
-
-NEW_TOKENS, PROMPT_TOKENS, REPEATS = 64, 37, 3
 
 
 @dataclasses.dataclass
@@ -111,33 +110,11 @@ def make_request(model: LanguageModel, ids, tokens: int, sample=None, **more) ->
     return Request(row, rules, **more)
 
 
-def draw_prompts(model: LanguageModel, rows: int, tokens: int) -> np.ndarray:
-    vocab = min(model.config.model.vocab, model.tokenizer.vocab_size)
-    return np.random.default_rng(0).integers(5, vocab, (rows, tokens))
-
-
 def run(engine: Engine, requests: list[Request]) -> None:
     for request in requests:
         engine.submit(request)
     while not engine.is_idle:
         engine.step()
-
-
-def measure(run_once: Callable[[], object], repeats: int = REPEATS) -> float:
-    """Return the median seconds of a call, after one that compiles."""
-    run_once()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run_once()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-def time_outputs(run_with: Callable[[int], object]) -> tuple[float, float]:
-    """Return seconds of one token, prefill included, and of each token after it."""
-    first = measure(lambda: run_with(1))
-    return first, (measure(lambda: run_with(1 + NEW_TOKENS)) - first) / NEW_TOKENS
 
 
 def time_engine(model: LanguageModel, rows: int) -> tuple[float, float]:
@@ -146,58 +123,6 @@ def time_engine(model: LanguageModel, rows: int) -> tuple[float, float]:
     return time_outputs(
         lambda tokens: run(engine, [make_request(model, ids, tokens) for ids in prompts])
     )
-
-
-# --- peers ---
-
-
-class Peers:
-    """The same weights in transformers and llama.cpp."""
-
-    def __init__(self, model: LanguageModel, folder: str):
-        from jaxgpt.interop.exporting import export
-
-        self.model, self.folder = model, pathlib.Path(folder)
-        self.errors: list[str] = []
-        quiet = dict(log=lambda line: None)
-        for name, format in (("hf", "hf"), ("model.gguf", "gguf")):
-            try:
-                export(model, str(self.folder / name), format, dtype="float32", **quiet)
-            except Exception as error:
-                self.errors.append(f"{format}: {error}")
-
-    def time_transformers(self, rows: int, is_static: bool = False) -> tuple[float, float]:
-        import torch
-        import transformers
-
-        torch.set_num_threads(count_cores())
-        load = transformers.AutoModelForCausalLM.from_pretrained
-        model = load(self.folder / "hf", dtype=torch.float32).eval()
-        tokens = torch.tensor(draw_prompts(self.model, rows, PROMPT_TOKENS))
-        more = dict(cache_implementation="static") if is_static else {}
-
-        def run_with(count: int):
-            with torch.inference_mode():
-                model.generate(
-                    tokens, attention_mask=torch.ones_like(tokens), do_sample=False,
-                    max_new_tokens=count, min_new_tokens=count, pad_token_id=0, **more,
-                )  # fmt: skip
-
-        return time_outputs(run_with)
-
-    def time_llama_cpp(self) -> tuple[float, float]:
-        from tests.interop.llama_cpp import LlamaCpp
-
-        ids = draw_prompts(self.model, 1, PROMPT_TOKENS)[0].tolist()
-        with LlamaCpp(self.folder / "model.gguf", threads=count_cores()) as peer:
-
-            def run_with(count: int):
-                peer.clear()
-                logits = peer.step(ids)
-                for _ in range(count - 1):
-                    logits = peer.step([int(logits.argmax())])
-
-            return time_outputs(run_with)
 
 
 # --- rows ---
@@ -224,6 +149,8 @@ def decode_rows(name: str, model: LanguageModel, peers: Peers | None, rates, row
     }
     if peers is not None:
         contestants["transformers"] = lambda: peers.time_transformers(rows)
+        if peers.has_compiled:
+            contestants["transformers compiled"] = lambda: peers.time_transformers(rows, True)
         if rows == 1:
             contestants["llama.cpp"] = peers.time_llama_cpp
     label = f"{rows} row" + "s" * (rows > 1)
@@ -255,10 +182,14 @@ def prefill_long(name: str, model: LanguageModel, peers: Peers | None, rates):
             peers.folder / "hf", dtype=torch.float32
         ).eval()
         batch = torch.tensor(ids[None])
-        with torch.inference_mode():
-            seconds = measure(lambda: peer(batch, logits_to_keep=1))
-        yield Figure(name, f"prefill {tokens}", "transformers", tokens / seconds, "tokens/s",
-                     floor / seconds)  # fmt: skip
+        contestants = {"transformers": peer}
+        if peers.has_compiled:
+            contestants["transformers compiled"] = torch.compile(peer)
+        for contestant, run_model in contestants.items():
+            with torch.inference_mode():
+                seconds = measure(lambda run_model=run_model: run_model(batch, logits_to_keep=1))
+            yield Figure(name, f"prefill {tokens}", contestant, tokens / seconds, "tokens/s",
+                         floor / seconds)  # fmt: skip
 
 
 def mixed_requests(name: str, model: LanguageModel, peers, rates):
@@ -284,7 +215,10 @@ def mixed_requests(name: str, model: LanguageModel, peers, rates):
 
 
 def first_token(name: str, model: LanguageModel, peers, rates):
-    """Measure the time to the first token beside 7 rows that decode."""
+    """Measure the time to the first token beside 7 rows that decode, and to the tokens of these.
+
+    Their longest wait should be that for one chunk and one call.
+    """
     engine = make_engine(model, 8, 256, is_interactive=True)
     engine.warm_up()
     prompts = draw_prompts(model, 8, PROMPT_TOKENS)
@@ -292,13 +226,23 @@ def first_token(name: str, model: LanguageModel, peers, rates):
         engine.submit(make_request(model, ids, 180))
     for _ in range(9):
         engine.step()
-    start = time.perf_counter()
+
+    def time_steps(is_over: Callable[[], bool]) -> list[float]:
+        times = []
+        while not is_over():
+            start = time.perf_counter()
+            engine.step()
+            times.append(time.perf_counter() - start)
+        return times
+
+    rounds = iter(range(9))
+    usual = statistics.median(time_steps(lambda: next(rounds) == 8))
     request = make_request(model, prompts[7], 4)
     engine.submit(request)
-    while not request.row.drawn:
-        engine.step()
-    seconds = time.perf_counter() - start
-    yield Figure(name, "first token beside 7 rows", "jaxgpt", seconds * 1e3, "ms")
+    waits = time_steps(lambda: bool(request.row.drawn))
+    yield Figure(name, "first token beside 7 rows", "jaxgpt", sum(waits) * 1e3, "ms")
+    yield Figure(name, "longest wait of the 7 rows", "jaxgpt", max(waits) * 1e3, "ms")
+    yield Figure(name, "usual wait of the 7 rows", "jaxgpt", usual * 1e3, "ms")
 
 
 def grammar(name: str, model: LanguageModel, peers, rates):
@@ -349,6 +293,25 @@ def window_cache(name: str, model: LanguageModel, peers, rates):
     yield Figure(name, "window 128 of 4096", "jaxgpt", sizes[1] / sizes[0], "of a full cache")
 
 
+def int8_cache(name: str, model: LanguageModel, peers, rates):
+    """Compare the bytes of an int8 cache with bfloat16's, and what the model predicts with it."""
+    cfg, params = model.config.model, model.decode_params
+    tokens = min(256, cfg.context)
+    ids = jnp.asarray(draw_prompts(model, 1, tokens), jnp.int32)
+    logprobs, sizes = [], []
+    for kind in ("model", "int8"):
+        cache = init_cache(cfg, 1, tokens, kind=kind, chunk=tokens)
+        states = jax.tree.leaves(cache.states)
+        sizes.append(sum(x.size * (2 if kind == "model" else x.dtype.itemsize) for x in states))
+        run_all = jax.jit(programs.run_tokens, static_argnums=0)
+        hidden, _ = run_all(cfg, params, ids, ids >= 0, cache, jnp.zeros(1, jnp.int32))
+        logprobs.append(jax.nn.log_softmax(compute_logits(cfg, params, hidden)))
+    plain, rounded = logprobs
+    divergence = (jnp.exp(plain) * (plain - rounded)).sum(axis=-1).mean()
+    yield Figure(name, "int8 cache", "jaxgpt", sizes[1] / sizes[0], "of bfloat16's bytes")
+    yield Figure(name, "int8 cache, KL", "jaxgpt", float(divergence), "nats")
+
+
 def compiles(name: str, model: LanguageModel, peers, rates):
     """Count the programs that are compiled after the warm-up."""
     engine = make_engine(model, 2, 128, is_interactive=True, chunk=32)
@@ -376,6 +339,7 @@ ROWS: dict[str, Callable] = {
     "grammar": grammar,
     "speculation": speculation,
     "window": window_cache,
+    "int8 cache": int8_cache,
     "compiles": compiles,
 }
 
@@ -395,6 +359,9 @@ def main():
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--no-peers", action="store_true", help="do not run the peers")
+    parser.add_argument(
+        "--no-compiled", action="store_true", help="run transformers without torch.compile only"
+    )
     parser.add_argument("--json", help="file for the figures")
     options = parser.parse_args()
     print(f"{describe_processor()}; jax {version('jax')}")
@@ -404,7 +371,9 @@ def main():
     for name in options.models:
         model = MODELS[name]()
         with tempfile.TemporaryDirectory() as folder:
-            peers = None if options.no_peers else Peers(model, folder)
+            peers = None
+            if not options.no_peers:
+                peers = Peers(model, folder, not options.no_compiled)
             for line in peers.errors if peers else ():
                 print(f"{name}: no peer: {line[:200]}")
             for row in options.rows:

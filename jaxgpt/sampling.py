@@ -17,37 +17,68 @@ from jaxgpt.seeds import make_key
 from jaxgpt.tokenizer import Tokenizer
 
 # --- truncations: pure functions on scores ---------------------------------------------------
-# Each returns a threshold [B 1]: the least score that is kept. `ranked` [B V] is sorted descending,
-# the setting is [B 1].
+# Each returns a threshold [B 1]: the least score that is kept. `scores` [B V] are in any order, the
+# setting is [B 1].
 
 
-def top_k(ranked: jax.Array, k: jax.Array) -> jax.Array:
+def find_least(scores: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
+    """Return the least score [B 1] such that the tokens above it have less than the target.
+
+    The bits of a threshold are found one by one, in 32 sums over the tokens. Sorting 8 rows of
+    49152 scores would take a CPU 60 ms, as long as two steps of a model of 135M parameters.
+
+    Args:
+        scores: float32 [B V].
+        weights: float32 [B V], at least 0, of which those of the kept tokens are summed.
+        target: [B 1]. If all weights are less, it is -inf.
+    """
+    ranks = _rank(scores)
+
+    def add_bit(i, rank):
+        higher = rank | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+        total = jnp.where(ranks >= higher, weights, 0).sum(axis=-1, keepdims=True)
+        return jnp.where(total >= target, higher, rank)
+
+    rank = jax.lax.fori_loop(0, 32, add_bit, jnp.zeros_like(ranks[:, :1]))
+    return _unrank(jnp.clip(rank, _rank(jnp.float32(-jnp.inf)), ranks.max(axis=-1, keepdims=True)))
+
+
+def _rank(scores: jax.Array) -> jax.Array:
+    """Return integers, uint32, in the order of scores: their bits, inverted if negative."""
+    bits = jax.lax.bitcast_convert_type(scores, jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _unrank(ranks: jax.Array) -> jax.Array:
+    """Invert `_rank`."""
+    bits = jnp.where(ranks >> 31 == 1, ranks & jnp.uint32((1 << 31) - 1), ~ranks)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def top_k(scores: jax.Array, k: jax.Array) -> jax.Array:
     """Keep the k likeliest tokens (and ties with the last of them); 0 keeps all."""
-    last = jnp.where(k > 0, jnp.minimum(k, ranked.shape[-1]), ranked.shape[-1]) - 1
-    return jnp.take_along_axis(ranked, jnp.broadcast_to(last, (ranked.shape[0], 1)), axis=-1)
+    return find_least(scores, jnp.ones_like(scores), jnp.where(k > 0, k, jnp.inf))
 
 
-def top_p(ranked: jax.Array, p: jax.Array) -> jax.Array:
+def top_p(scores: jax.Array, p: jax.Array) -> jax.Array:
     """Keep the fewest likeliest tokens whose probabilities sum to p (nucleus sampling).
 
     Source: Holtzman et al. 2020, arXiv:1904.09751, section 3.1.
     """
-    probability = jax.nn.softmax(ranked, axis=-1)
-    before = jnp.cumsum(probability, axis=-1) - probability
     # The sum is rounded: it may reach p = 1 before the last token.
-    kept = ((before < p) | (p >= 1)).at[:, 0].set(True)
-    return jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
+    return find_least(scores, jax.nn.softmax(scores, axis=-1), jnp.where(p < 1, p, jnp.inf))
 
 
-def min_p(ranked: jax.Array, p: jax.Array) -> jax.Array:
+def min_p(scores: jax.Array, p: jax.Array) -> jax.Array:
     """Keep the tokens that are at least p times as likely as the likeliest.
 
     Source: Nguyen et al. 2024, arXiv:2407.01082, equation 1.
     """
-    return ranked[:, :1] + jnp.log(p)
+    return scores.max(axis=-1, keepdims=True) + jnp.log(p)
 
 
 SAMPLERS = {"top_k": top_k, "top_p": top_p, "min_p": min_p}  # applied in this order
+KEEP_ALL = {"top_k": 0, "top_p": 1, "min_p": 0}  # settings that keep all tokens
 
 
 def penalize_repetition(scores: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
@@ -106,17 +137,28 @@ def warp_scores(scores: jax.Array, seen: jax.Array, sampling: SamplingParams) ->
     scores = penalize_repetition(scores, seen, sampling.repetition_penalty[:, None])
     scores = scores / jnp.where(temperature > 0, temperature, 1.0)
 
-    def truncate(scores):
-        ranked = jnp.sort(scores, axis=-1, descending=True)
-        for name, sampler in SAMPLERS.items():
-            least = sampler(ranked, getattr(sampling, name)[:, None])
-            ranked = jnp.where(ranked >= least, ranked, -jnp.inf)
-        least = jnp.min(jnp.where(jnp.isfinite(ranked), ranked, jnp.inf), axis=-1, keepdims=True)
-        return jnp.where(scores >= least, scores, -jnp.inf)
+    for name, sampler in SAMPLERS.items():
+        # None of them takes the best token from a greedy row.
+        setting = jnp.where(temperature > 0, getattr(sampling, name)[:, None], KEEP_ALL[name])
 
-    is_truncated = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
-    # Avoids the sort where no row needs it; a row without truncation keeps all its tokens.
-    return jax.lax.cond(jnp.any(is_truncated), truncate, lambda scores: scores, scores)
+        def truncate(scores, sampler=sampler, setting=setting):
+            return jnp.where(scores >= sampler(scores, setting), scores, -jnp.inf)
+
+        # Skipped where no row needs it; a row that does not keeps all its tokens.
+        is_used = jnp.any(setting != KEEP_ALL[name])
+        scores = jax.lax.cond(is_used, truncate, lambda scores: scores, scores)
+    return scores
+
+
+def find_best(scores: jax.Array) -> jax.Array:
+    """Return the first of the best tokens, int32 [B], as argmax does.
+
+    XLA's argmax compares one score after the other, which takes a CPU 0.9 ms for [8 49152]; a
+    maximum and a minimum take 0.2.
+    """
+    places = jnp.arange(scores.shape[-1], dtype=jnp.int32)
+    is_best = scores == scores.max(axis=-1, keepdims=True)
+    return jnp.where(is_best, places, places[-1]).min(axis=-1)
 
 
 def draw(
@@ -127,7 +169,7 @@ def draw(
     warped = warp_scores(scores, seen, sampling)
 
     def take_best():
-        return jnp.argmax(warped, axis=-1)
+        return find_best(warped)
 
     def sample_categorical():  # random bits for [B V] cost as much as some layers
         drawn = jax.vmap(jax.random.categorical)(keys, warped)

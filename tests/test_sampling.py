@@ -9,6 +9,7 @@ from transformers.generation import logits_process as hf
 
 from jaxgpt.config import SampleConfig
 from jaxgpt.sampling import (
+    SAMPLERS,
     SamplingParams,
     draw,
     make_row_keys,
@@ -117,6 +118,31 @@ def test_draws_have_the_frequencies_of_the_distribution(settings):
     # The seed is fixed; one in a million seeds would fail by chance.
     if (p > 0).sum() > 1:
         assert scipy.stats.chisquare(counts[p > 0], n * p[p > 0]).pvalue > 1e-6
+
+
+def test_a_threshold_is_the_score_that_sorting_finds():
+    x = draw_scores(6, 3000)
+    x[3:] = x[3:].round(1)  # ties
+    x[:, ::7] = -np.inf
+    ranked = -np.sort(-x, axis=-1)
+    for k in (1, 2, 40, 1500, 2999, 5000):
+        threshold = np.asarray(SAMPLERS["top_k"](x, np.full((6, 1), k)))
+        np.testing.assert_array_equal(threshold[:, 0], ranked[:, min(k, 3000) - 1])
+    p = np.exp(ranked.astype(np.float64))
+    p /= p.sum(axis=-1, keepdims=True)
+    before = np.cumsum(p, axis=-1) - p
+    for share in (1e-9, 0.1, 0.5, 0.9, 0.99):
+        threshold = np.asarray(SAMPLERS["top_p"](x, np.full((6, 1), share, np.float32)))[:, 0]
+        for row, least in enumerate(threshold):
+            found = np.flatnonzero(ranked[row] == least)
+            assert before[row, found[0]] < share + 1e-5
+            assert before[row, found[-1] + 1] >= share - 1e-5
+
+
+def test_greedy_rows_are_not_truncated():
+    x = draw_scores(3, 97)
+    sampling = make_sampling_params(temperature=0, top_k=3, top_p=0.5, min_p=0.5)
+    np.testing.assert_array_equal(warp_scores(x, np.zeros_like(x, bool), sampling), x)
 
 
 def test_temperature_zero_takes_the_most_likely_token_for_every_key():

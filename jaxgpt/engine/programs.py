@@ -297,13 +297,21 @@ def decode(
             out.top_tokens.at[:, i].set(top_tokens),
             out.top_logprobs.at[:, i].set(top_logprobs),
         )
+
+        def read(carry):
+            _, state = carry
+            hidden, cache = run_tokens(
+                cfg, params, token[:, None], state.active[:, None], state.cache, state.prefix
+            )
+            scores = compute_logits(cfg, params, hidden[:, 0])
+            scores = jnp.where(state.active[:, None], scores, state.scores)
+            return jnp.array(False), _pin(cfg, state.replace(cache=cache, scores=scores))
+
         state = _push(state, token, state.active, ends)
-        hidden, cache = run_tokens(
-            cfg, params, token[:, None], state.active[:, None], state.cache, state.prefix
-        )
-        scores = compute_logits(cfg, params, hidden[:, 0])
-        scores = jnp.where(state.active[:, None], scores, state.scores)
-        return i + 1, _pin(cfg, state.replace(cache=cache, scores=scores)), out
+        # A loop of one turn, or of none if all rows have ended: a condition would copy the cache.
+        turn = (state.active.any(), _pin(cfg, state))
+        _, state = jax.lax.while_loop(lambda turn: turn[0], read, turn)
+        return i + 1, state, out
 
     first = (jnp.int32(0), _pin(cfg, state), Drawn(*empty))
     _, state, out = jax.lax.while_loop(is_unfinished, decode_one, first)

@@ -19,14 +19,17 @@ MAX_PADDING = 24
 
 
 def round_up(tokens: int) -> int:
-    """Return the smallest size of a chunk that is not less: 16, 32, 48, 64, 96, 128, 192, ...
+    """Return the smallest size of a chunk that is not less: 16, 24, 32, 40, 48, 64, 80, 96, ...
+
+    Above 24 tokens, padding is less than a quarter of a chunk.
 
     >>> round_up(5), round_up(37), round_up(64), round_up(65)
-    (16, 48, 64, 96)
+    (16, 40, 64, 80)
     """
     power = MIN_CHUNK_TOKENS << max(0, -(-tokens // MIN_CHUNK_TOKENS) - 1).bit_length()
-    between = power // 4 * 3
-    return between if tokens <= between and power > 2 * MIN_CHUNK_TOKENS else power
+    sizes = (power // 8 * 5, power // 4 * 3, power)
+    least = max(tokens, MIN_CHUNK_TOKENS)
+    return next(size for size in sizes if size >= least and size % 8 == 0)
 
 
 def list_sizes(chunk: int) -> list[int]:
@@ -37,12 +40,12 @@ def list_sizes(chunk: int) -> list[int]:
 def split_prompt(length: int, start: int, chunk: int) -> Iterator[tuple[int, int]]:
     """Yield (tokens, size) of the chunks from `start` to the end of a prompt.
 
-    Sizes are those of `round_up`, up to `chunk`. A prompt of 37 tokens is read as 48, not as 64,
-    and one of 70 as 64 and 16, since a chunk more takes about as long as MAX_PADDING tokens. The
+    Sizes are those of `round_up`, up to `chunk`. A prompt of 37 tokens is read as 40, and one of
+    100 as 96 and 16, not as 128, since a chunk more takes about as long as MAX_PADDING tokens. The
     sizes do not depend on `start` if it is a multiple of `chunk`.
 
-    >>> list(split_prompt(300, 0, 256)), list(split_prompt(70, 0, 256))
-    ([(256, 256), (44, 48)], [(64, 64), (6, 16)])
+    >>> list(split_prompt(300, 0, 256)), list(split_prompt(100, 0, 256))
+    ([(256, 256), (44, 48)], [(96, 96), (4, 16)])
     """
     rest = length - start
     while rest > 0:

@@ -17,7 +17,7 @@ class Size:
         rows: requests that decode at once.
         slots: tokens of a row, prompt and output; at most the context of the model.
         source: tokens of an encoder-decoder's source.
-        chunk: tokens of a prompt that are read at once: 16, 32, 48, 64, 96, 128, 192, 256, ...
+        chunk: tokens of a prompt that are read at once: 16, 24, 32, 40, 48, 64, 80, 96, 128, ...
         speculate: tokens that are guessed at once; 0 = none.
         cache: how keys and values are stored, a value of `sample.cache`.
     """

@@ -122,6 +122,7 @@ def test_chunks_cover_a_prompt_in_few_sizes_with_little_padding(length, chunk):
     assert sum(tokens for tokens, _ in parts) == length
     assert all(size == round_up(size) <= chunk for _, size in parts)
     assert all(size - tokens <= 24 for tokens, size in parts)
+    assert all(size - tokens < size / 4 for tokens, size in parts if tokens > 18)
     whole = length // chunk * chunk
     assert list(split_prompt(length, whole, chunk)) == parts[whole // chunk :]
 
@@ -186,7 +187,7 @@ def test_speculation_with_a_recurrent_mixer_is_refused_by_name():
 
 @pytest.mark.parametrize(
     ("size", "message"),
-    [(Size(0, 8), "rows=0"), (Size(1, 1), "slots=1"), (Size(1, 8, chunk=24), "chunk=24")],
+    [(Size(0, 8), "rows=0"), (Size(1, 1), "slots=1"), (Size(1, 8, chunk=20), "chunk=20")],
 )
 def test_a_shape_that_cannot_be_is_refused(size, message):
     with pytest.raises(ConfigError, match=message):
