@@ -217,6 +217,7 @@ def start_worker(
             (row,) = encode_prompts(config, tokenizer, [prompt], [sample])
         key = jax.random.fold_in(make_key(sample.seed), index)
         request = make_request(config, tokenizer, row, key, bias, top)
+        request.follow_constraint(())  # one that nothing follows is refused here
         request.adapter = adapter
         return request
 

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -76,3 +77,19 @@ def describe_missing(uses: Mapping[str, str]) -> str:
     without = ", ".join(f"{use} ({EXTRAS[module].package})" for module, use in missing.items())
     extras = ",".join(EXTRAS[module].name for module in missing)
     return f"not installed: {without}: pip install 'jaxgpt[{extras}]'"
+
+
+def import_board_writer() -> Any:
+    """Import tensorboardX's writer without torch.
+
+    It would import torch if that is installed, for one name of a type, which takes seconds.
+    """
+    is_hidden = "torch" not in sys.modules
+    if is_hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if is_hidden:
+            del sys.modules["torch"]
+    return SummaryWriter

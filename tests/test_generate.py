@@ -37,8 +37,9 @@ def test_generation_never_draws_a_row_beyond_the_tokenizer(sample):
     # Scaled by both signs, so that for any hidden state some of these logits are the largest.
     table[forbidden] *= np.where(np.arange(len(forbidden)) % 2, 30, -30)[:, None]
     params = PARAMS | {"embed": {"table": jnp.asarray(table)}}
+    sample = dataclasses.replace(sample, min_tokens=20)  # no draw ends a row
     drawn = [t for row in generate_all(["abc", ""], sample, params=params) for t in row.tokens]
-    assert len(drawn) > 20  # of at most 40; a row may end earlier
+    assert len(drawn) == 40
     assert all(4 <= token < 260 for token in drawn)
 
 

@@ -213,8 +213,9 @@ def patch(
             cfg, model.params, tokens, coords, list(sites), patches=patches, **text.make_inputs(cfg)
         )
         scored = jit_logits(cfg, model.params, hidden) if has_vocab_scores(model) else None
+        names = list(found)  # by layer: of a tree they come back by spelling, 10 before 2
         hidden, scored, found = fetch((hidden, scored, found))
-    rows = {name: np.asarray(x, np.float32)[0] for name, x in found.items()}
+    rows = {name: np.asarray(found[name], np.float32)[0] for name in names}
     logits = None if scored is None else np.asarray(scored)[0]
     return Activations(text, np.asarray(hidden, np.float32)[0], logits, rows)
 

@@ -47,8 +47,9 @@ def write_report(
     Returns:
         The path of the report.
     """
-    held_out = [Run(*(measured[key] for key in ("parameters", "tokens", "loss")), None,
-                    measured["name"])]  # fmt: skip
+    held_out = [
+        Run(measured["parameters"], measured["tokens"], measured["loss"], name=measured["name"])
+    ]
     plot_law(law, read_runs(folder), held_out).savefig(os.path.join(folder, FIGURE))
     text = format_report(folder, shared, law, prediction, measured, seeds)
     path = os.path.join(folder, REPORT)

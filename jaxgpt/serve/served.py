@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxgpt.config import SampleConfig
+from jaxgpt.config import MAX_SEED, SampleConfig
 from jaxgpt.data.conversations import with_answer_end
 from jaxgpt.engine.worker import EngineWorker
 from jaxgpt.language_model import LanguageModel
@@ -135,6 +135,20 @@ def read_template(template: str) -> str:
         ) from error
 
 
+def generate_first(engine: EngineWorker, model: LanguageModel):
+    """Generate a token with a small and with a large seed, and wait for them.
+
+    Programs that the engine has compiled may still run for the first time, and those of random keys
+    are compiled by the first request of each kind: the first client would wait for them.
+    """
+    try:
+        for seed in (0, MAX_SEED):
+            engine.submit([model.tokenizer.bos], SampleConfig(tokens=1, seed=seed)).result()
+    except BaseException:
+        engine.close()
+        raise
+
+
 def serve_model(
     model: LanguageModel,
     name: str,
@@ -181,4 +195,5 @@ def serve_model(
             rows, slots, chunk=chunk, speculate=speculate, draft=draft, max_waiting=rows + queue,
             adapters=list(choices.values()) if adapters else None,
         )  # fmt: skip
+        generate_first(engine, model)
     return Served(model, choices, engine, given, rows, slots, int(time.time()))

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from jaxgpt import hosts
 from jaxgpt.evaluate.run import TaskResult, format_headline, list_scalars
-from jaxgpt.optional import is_installed
+from jaxgpt.optional import import_board_writer, is_installed
 from jaxgpt.script import print_text
 from jaxgpt.trainer.hooks import Hook, RunView
 from jaxgpt.trainer.report import format_confusion, format_duration, format_eval, format_spike
@@ -20,22 +20,6 @@ from jaxgpt.trainer.report import format_confusion, format_duration, format_eval
 LogFn = Callable[[str], object]
 STEP_DIGITS = 6  # significant ones of a number in metrics.jsonl
 RESULT_DIGITS = 9  # of evaluations: all of float32, so that a report rounds as the console does
-
-
-def import_board_writer() -> Any:
-    """Import tensorboardX's writer without torch.
-
-    It would import torch if that is installed, for one name of a type, which takes seconds.
-    """
-    is_hidden = "torch" not in sys.modules
-    if is_hidden:
-        sys.modules["torch"] = None  # type: ignore[assignment]
-    try:
-        from tensorboardX import SummaryWriter
-    finally:
-        if is_hidden:
-            del sys.modules["torch"]
-    return SummaryWriter
 
 
 class MetricsFile(Hook):

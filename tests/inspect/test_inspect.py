@@ -115,6 +115,14 @@ def test_the_lens_of_the_last_layer_is_the_output(settings):
         assert lens.top_pieces[-1][-1][0] == likeliest
 
 
+def test_eleven_layers_are_in_order():
+    model = make_model(layers=11)
+    found = inspect.capture(model, TEXT, ["layers.*.residual_post"])
+    assert list(found) == [f"layers.{n}.residual_post" for n in range(11)]
+    last = inspect.logit_lens(model, TEXT).target_logprobs[-1]
+    np.testing.assert_allclose(last, -inspect.token_losses(model, TEXT)[1:], atol=1e-4)
+
+
 def test_the_divergence_is_from_the_last_layer(model):
     """KL(last || layer), with the logits of a layer taken from a run that skips what follows it."""
     skip = {"layers.1.mixer.out": "zero", "layers.1.ffn.out": "zero"}

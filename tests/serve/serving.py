@@ -188,6 +188,7 @@ def wait_until(is_true, seconds: float = SECONDS):
         time.sleep(0.005)
 
 
+CHAT = "/v1/chat/completions"
 USER = [{"role": "user", "content": "hello"}]
 RULES = SampleConfig(temperature=0, top_p=1.0, tokens=12)
 
@@ -218,3 +219,12 @@ def open_tiny(rows: int = 4, queue: int = 60) -> Iterator[Address]:
     service.open(served)
     with run_server(service) as address:
         yield address
+
+
+def open_chat(address, **more):
+    """Return a stream of a conversation, whose handle the engine has, and that handle."""
+    engine = address.service.engine
+    before = len(engine.handles)
+    stream = address.open_stream(CHAT, {"messages": USER, **more})
+    wait_until(lambda: len(engine.handles) > before)
+    return stream, engine.handles[-1]

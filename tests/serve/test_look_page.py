@@ -88,7 +88,7 @@ def test_the_last_tokens_of_a_long_text_are_shown_and_the_page_tells_it(model, m
 def test_the_weights_of_all_heads_limit_the_tokens():
     assert count_max_tokens(make_model(context=128)) == 128  # the context
     assert count_max_tokens(make_model(context=4096)) == 512  # what a page has
-    many = make_model(context=4096, heads=64, kv_heads=64, width=64, layers=32)
+    many = make_model(context=4096, heads=64, kv_heads=64, width=128, layers=32)
     assert count_max_tokens(many) == 64  # 32 * 64 * 64**2 = 8 MB
     assert count_max_tokens(make_model(context=4096, mixers=("gru",), position="none")) == 512
 
@@ -123,7 +123,6 @@ def test_what_cannot_be_looked_into_is_refused(settings, arguments, message):
 
 
 def test_parameters_that_are_not_finite_are_refused(model):
-    params = dict(model.params)
-    params["embed"] = {**params["embed"], "w": params["embed"]["w"].at[0, 0].set(np.nan)}
+    params = jax.tree.map(lambda x: x * np.nan, model.params)
     with pytest.raises(ConfigError, match="NaN or infinite"):
         make_look_page(dataclasses.replace(model, params=params), prompt="a")

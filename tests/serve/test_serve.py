@@ -1,7 +1,6 @@
 """A server over a tiny model, asked by the official client."""
 
 import base64
-import dataclasses
 import json
 import math
 import threading
@@ -13,10 +12,12 @@ import serve_fuzz
 from serving import CONTEXT, TOKENIZER, USER, make_model, open_tiny, run_server, wait_until
 
 from jaxgpt.config import SampleConfig
-from jaxgpt.serve.served import serve_model
+from jaxgpt.serve.jobs import make_sample
+from jaxgpt.serve.metrics import count_compiles
+from jaxgpt.serve.schema import COMPLETION
+from jaxgpt.serve.served import OPENAI_DEFAULTS, Served, serve_model
 from jaxgpt.serve.service import Service
 
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 # A model writes it one byte at a time, so that characters and stop strings come in pieces.
 FIXED = "né 🎉世界! END 👩‍👩‍👧 of it"
 
@@ -145,6 +146,19 @@ def test_answers_have_the_same_bits_alone_and_among_others(client):
     assert len(found) == 16
     for n, answer in found:
         assert answer == alone[prompts[n % 4]]
+
+
+def test_requests_compile_nothing(client, address):
+    before = count_compiles()[0]
+    for rules in (
+        dict(seed=1),
+        dict(temperature=0),
+        dict(n=2, logprobs=3),
+        dict(stop="a", top_p=0.5),
+    ):
+        complete(client, "x" * 33, max_tokens=6, **rules)
+    chat(client, max_tokens=3, response_format={"type": "json_object"}, frequency_penalty=1)
+    assert count_compiles()[0] == before
 
 
 # --- streams ---
@@ -410,14 +424,8 @@ def test_a_look_inside_page_is_of_the_conversation(address):
 
 
 def test_settings_of_the_server_are_the_rules_of_requests_that_give_none():
-    model = make_model()
-    stub = dataclasses.replace(model, config=model.config)
-    from jaxgpt.serve.jobs import make_sample
-    from jaxgpt.serve.schema import COMPLETION
-    from jaxgpt.serve.served import OPENAI_DEFAULTS, Served
-
     rules = OPENAI_DEFAULTS | {"temperature": 0.3, "tokens": 7, "seed": 5}
-    served = Served(stub, {"m": ""}, None, rules, 1, CONTEXT, 0)
+    served = Served(make_model(), {"m": ""}, None, rules, 1, CONTEXT, 0)
     body = {name: field.default for name, field in COMPLETION.items()}
     found = make_sample(served, body, 7)
     assert (found.temperature, found.top_p, found.seed) == (0.3, 1.0, 5)

@@ -174,8 +174,8 @@ def test_exact_match_jumps_where_the_likelihood_moves_smoothly():
     smooth = emergence.find_largest_step([p.log_likelihood.value for p in points])
     sharp = emergence.find_largest_step([p.matches[8].value for p in points])
     assert np.isnan(emergence.find_largest_step([0.1, 0.1, 0.1]))
-    assert smooth < 0.35
-    assert sharp > 0.55
+    assert smooth < 0.35  # log(0.42 / 0.3) / log(0.9 / 0.3) is 0.31; the deviation is 0.001
+    assert sharp > 0.55  # (0.9**8 - 0.78**8) / (0.9**8 - 0.3**8) is 0.68; the deviation is 0.014
     text = emergence.format_points(points)
     assert "8 exact" in text
     assert "largest step" in text

@@ -37,7 +37,7 @@ def folder(tmp_path):
 def test_the_writer_of_the_board_is_imported_without_torch():
     pytest.importorskip("tensorboardX")
     code = (
-        "import sys\nfrom jaxgpt.trainer.logging import import_board_writer\n"
+        "import sys\nfrom jaxgpt.optional import import_board_writer\n"
         "print(import_board_writer().__name__, 'torch' in sys.modules)"
     )
     done = subprocess.run(

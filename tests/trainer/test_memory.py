@@ -140,12 +140,12 @@ def test_saving_leaves_nothing_behind(tmp_path):
             manager.wait_until_finished()
             manager.delete(step)
 
-        for step in (1, 2):
+        for step in range(1, 21):  # which fill Orbax's caches
             save(step)
         before = count_objects()
-        for step in range(3, 13):
+        for step in range(21, 31):
             save(step)
-        assert count_objects() < before + 100
+        assert count_objects() < before + 50
 
 
 @pytest.mark.parametrize(
