@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 TASKS = "blimp,mmlu,truthfulqa,wic,winobias"
 # Questions of each group, 0 = all: what 135 million parameters answer on two cores in ten minutes.
 LIMITS = {
-    "blimp": 10, "mmlu": 3, "mmlu_cloze": 3, "truthfulqa": 3, "bbh": 2, "wic": 0, "winobias": 100,
+    "blimp": 10, "wic": 0, "winobias": 100, "mmlu": 3, "mmlu_cloze": 3, "truthfulqa": 3, "bbh": 2,
 }  # fmt: skip
 UNLISTED = ("confidence", "log_likelihood", "word_perplexity")  # of the metrics in a table
 
@@ -260,7 +260,7 @@ def scores(args: argparse.Namespace):
             content = json.load(file)
     kind = {"dtype": "float32"} if os.path.isfile(args.run) else {}
     model = jaxgpt.load(args.run, **kind)
-    for name in [*LIMITS, *([PERPLEXITY] if args.text else [])]:
+    for name in [*([PERPLEXITY] if args.text else []), *LIMITS]:
         if name in content["tasks"]:
             continue
         if name == PERPLEXITY:

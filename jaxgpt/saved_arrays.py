@@ -267,10 +267,10 @@ def avoid_leaks():
     """
     utils = sys.modules.get("orbax.checkpoint._src.serialization.tensorstore_utils")
     if hasattr(utils, "get_tensorstore_raw_bytes"):
-        utils.get_tensorstore_raw_bytes = lambda *_, **__: 0  # type: ignore[union-attr]
+        utils.get_tensorstore_raw_bytes = lambda *_, **__: 0  # type: ignore
     if vars(tensorstore.KvStore.Spec)["to_json"] is not _format_spec:
         _previous["to_json"] = vars(tensorstore.KvStore.Spec)["to_json"]
-        tensorstore.KvStore.Spec.to_json = _format_spec  # type: ignore[method-assign]
+        tensorstore.KvStore.Spec.to_json = _format_spec  # type: ignore
 
 
 def _format_spec(spec: Any, include_defaults: bool = False) -> Any:

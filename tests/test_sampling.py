@@ -12,6 +12,7 @@ from jaxgpt.sampling import (
     SAMPLERS,
     SamplingParams,
     draw,
+    find_best,
     make_row_keys,
     sampleable_tokens,
     warp_scores,
@@ -153,6 +154,12 @@ def test_temperature_zero_takes_the_most_likely_token_for_every_key():
         np.testing.assert_array_equal(tokens, x.argmax(-1))
 
 
+def test_of_equal_scores_the_first_token_is_the_best():
+    x = draw_scores(50, 97).round()
+    np.testing.assert_array_equal(find_best(x), x.argmax(-1))
+    assert ((x == x.max(-1, keepdims=True)).sum(-1) > 1).any()
+
+
 def test_temperature_zero_takes_the_most_likely_token_after_the_penalty():
     x, was_seen = draw_scores(50, 97), draw_seen(50, 97)
     settings = dict(temperature=0, repetition_penalty=3.0)
@@ -213,19 +220,21 @@ def make_row_params(settings) -> SamplingParams:
 
 def test_every_row_is_warped_by_its_own_rules():
     x, was_seen = draw_scores(len(ROW_SETTINGS), 97), draw_seen(len(ROW_SETTINGS), 97)
-    actual = np.asarray(jax.jit(warp_scores)(x, was_seen, make_row_params(ROW_SETTINGS)))
+    warp = jax.jit(warp_scores)
+    actual = np.asarray(warp(x, was_seen, make_row_params(ROW_SETTINGS)))
     for i, settings in enumerate(ROW_SETTINGS):
-        single = warp_scores(x[i : i + 1], was_seen[i : i + 1], make_row_params([settings]))
+        single = warp(x[i : i + 1], was_seen[i : i + 1], make_row_params([settings]))
         np.testing.assert_array_equal(actual[i], single[0])
 
 
 def test_the_token_of_a_row_depends_on_its_own_rules_only():
     x, was_seen = draw_scores(len(ROW_SETTINGS), 97), draw_seen(len(ROW_SETTINGS), 97)
     keys = jax.random.split(jax.random.key(3), len(ROW_SETTINGS))
-    actual = draw(x, was_seen, make_row_params(ROW_SETTINGS), keys)
+    draw_rows = jax.jit(draw)
+    actual = draw_rows(x, was_seen, make_row_params(ROW_SETTINGS), keys)
     for i, settings in enumerate(ROW_SETTINGS):
-        row = slice(i, i + 1)
-        assert actual[i] == draw(x[row], was_seen[row], make_row_params([settings]), keys[row])[0]
+        row, rules = slice(i, i + 1), make_row_params([settings])
+        assert actual[i] == draw_rows(x[row], was_seen[row], rules, keys[row])[0]
 
 
 def test_the_key_of_a_row_comes_from_its_seed_and_its_index():

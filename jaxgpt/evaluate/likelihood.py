@@ -15,7 +15,7 @@ Four things make it fast, and none of them changes a number:
 
 import functools
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -39,6 +39,7 @@ from jaxgpt.sharding import use_mesh_of
 from jaxgpt.tokenizer import Tokenizer
 
 MAX_CACHE_TOKENS = 1 << 14  # slots of the caches of a batch: rows times their slots
+COMPILE_BATCHES = 8
 MIN_ROW_TOKENS = 8  # shorter rows are padded to it
 
 
@@ -164,7 +165,7 @@ def score_pairs(
     """Return the log-likelihood of pairs of tokens, in their order; see `compute_likelihoods`."""
     rows, is_cut = merge_pairs(pairs, cfg.context)
     found: list[Likelihood | None] = [None] * len(pairs)
-    for group in plan_groups(cfg, rows, batch_tokens, shares_prefixes):
+    for group in share_shapes(list(plan_groups(cfg, rows, batch_tokens, shares_prefixes))):
         cache = None
         for batch in group.batches:
             with use_mesh_of(params):
@@ -293,6 +294,30 @@ def merge_buckets(
                 continue
         merged.append((T, R, members))
     return merged
+
+
+def share_shapes(groups: Sequence[Group]) -> list[Group]:
+    """Return the groups with fewer shapes: a batch takes a larger one rather than one of its own.
+
+    It does where the padding of all such batches costs less than to compile another program, which
+    takes about COMPILE_BATCHES times what a batch costs beside its tokens.
+    """
+    limit = COMPILE_BATCHES * get_backend().batch_cost_tokens
+    known: dict[int, list[tuple[int, int, int, int]]] = defaultdict(list)  # by slots
+    new = {}
+    counts = Counter((group.slots, batch.shape) for group in groups for batch in group.batches)
+    for slots, shape in sorted(counts, key=lambda x: (-x[1][0] * x[1][1], x)):
+        larger = [x for x in known[slots] if all(a >= b for a, b in zip(x, shape, strict=True))]
+        best = min(larger, key=lambda x: x[0] * x[1], default=None)
+        padding = (best[0] * best[1] - shape[0] * shape[1]) * counts[slots, shape] if best else 0
+        if best is None or padding > limit:
+            known[slots].append(shape)
+            best = shape
+        new[slots, shape] = best
+    return [
+        group._replace(batches=[b._replace(shape=new[group.slots, b.shape]) for b in group.batches])
+        for group in groups
+    ]
 
 
 def choose_batch_rows(count: int, T: int, most: int) -> tuple[int, int]:

@@ -61,9 +61,9 @@ def _plan(rows, limits, order: list[int], cost: int, nesting: int) -> Plan:
     plans = [_plan(rows, limits, list(part), cost, nesting - is_long) for _, part in branches]
     below = Plan(sum(plan.cost for plan in plans), [x for plan in plans for x in plan.groups])
     prefix = min(depth, *(limits[number] for number in order))
-    here = total - prefix * (len(order) - 1) + cost
-    if prefix >= MIN_PREFIX and here < below.cost and here <= (1 - MIN_SAVING) * total:
-        return Plan(here, [(prefix, order)])
+    here = total - prefix * (len(order) - 1)
+    if prefix >= MIN_PREFIX and here + cost < below.cost and here <= (1 - MIN_SAVING) * total:
+        return Plan(here + cost, [(prefix, order)])
     return below
 
 

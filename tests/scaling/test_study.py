@@ -90,7 +90,7 @@ def test_a_study_predicts_the_larger_run_before_it_is_trained(tmp_path, trainer)
     assert f"| predicted | {prediction['loss']:.4f}, 95%" in text
     assert len(re.findall(r"^\| \d+x\d+-\d+ \|", text, re.M)) == 9 + 1
     assert "3 seeds of `8x1-16` end at" in text
-    assert re.search(r"FLOPs in 1 min\\.", text)
+    assert re.search(r"FLOPs in 1 min\.", text)
     size, budget, ratio = re.search(
         r"^\| [\d.e+]+ \| ([\d,]+) \| ([\d,]+) \| ([\d.]+) \|", text, re.M).groups()  # fmt: skip
     assert float(ratio) == pytest.approx(

@@ -127,7 +127,8 @@ def test_a_server_that_stops_finishes_what_it_has_begun_and_takes_no_more():
         assert (status, found["error"]["code"]) == (503, "shutting_down")
         assert headers["Retry-After"]
         assert address.ask("/health")[0] == 503
-        assert address.thread.is_alive()
+        assert "finishing 1 requests" in "".join(address.lines)
+        assert not address.server._server.should_exit  # it listens until the answer is whole
         handle._put(piece("ab"))
         handle._put(piece("c", "eos"))
         events = stream.list_events()

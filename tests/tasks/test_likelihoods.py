@@ -10,6 +10,8 @@ from tiny_decoders import make_model
 
 from jaxgpt.evaluate import likelihood
 from jaxgpt.evaluate.likelihood import (
+    Batch,
+    Group,
     Pair,
     choose_batch_rows,
     compute_likelihoods,
@@ -19,6 +21,7 @@ from jaxgpt.evaluate.likelihood import (
     plan_groups,
     round_up,
     score_pairs,
+    share_shapes,
 )
 from jaxgpt.evaluate.prefixes import MIN_PREFIX, count_common, find_shared_prefixes
 from jaxgpt.sections import SparseConfig
@@ -151,6 +154,21 @@ def test_buckets_of_few_rows_are_merged(pairs):
     assert [(T, R, len(rows)) for T, R, rows in few] == [(16, 4, 4)]
     many = merge_buckets({64: [row] * 30, 8: [row] * 30}, lambda T: 2048 // T)
     assert [(T, len(rows)) for T, _, rows in many] == [(8, 30), (64, 30)]
+
+
+def test_rare_shapes_take_a_larger_one(pairs):
+    """A program is not compiled for one batch, and rows are not padded at any price."""
+    rows = merge_pairs(pairs, 128)[0]
+
+    def plan(*shapes, slots=0):
+        return Group((), slots, [Batch(rows[:1], shape) for shape in shapes])
+
+    rare = share_shapes([plan((4, 64, 16, 4), (3, 48, 16, 4)), plan((3, 48, 16, 4), slots=128)])
+    assert [b.shape for g in rare for b in g.batches] == [(4, 64, 16, 4)] * 2 + [(3, 48, 16, 4)]
+    common = share_shapes([plan((4, 64, 16, 4), *[(2, 32, 16, 4)] * 6)])
+    assert {b.shape for b in common[0].batches} == {(4, 64, 16, 4), (2, 32, 16, 4)}
+    longer = share_shapes([plan((4, 64, 1, 4), (3, 48, 16, 4))])
+    assert [b.shape for b in longer[0].batches] == [(4, 64, 1, 4), (3, 48, 16, 4)]
 
 
 def test_a_continuation_is_spelled_as_in_its_text():
