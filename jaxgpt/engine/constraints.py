@@ -71,7 +71,9 @@ class Constraint:
         """Return the tokens that may come next, packed: uint32 [W]."""
         bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint32)
         self._check()
-        return bits[: -(-self.vocab // 32)]
+        words = -(-self.vocab // 32)
+        # A model's vocabulary may have more entries than its tokenizer: none of them is allowed.
+        return np.pad(bits[:words], (0, max(0, words - len(bits))))
 
     def list_forced(self) -> list[int]:
         """Return the tokens of the only text that may come next; none if there are several."""

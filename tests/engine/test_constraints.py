@@ -84,6 +84,16 @@ def test_speculation_beside_a_constraint_keeps_both():
     assert re.fullmatch("(ab)*c?", TOKENIZER.decode(bound.row.drawn).rstrip("a") or "")
 
 
+def test_entries_of_the_vocabulary_without_a_token_are_not_allowed():
+    sample = SampleConfig(regex="[a-c]{3}")
+    exact = make_constraint(TOKENIZER, CFG.vocab, sample).compute_mask()
+    padded = make_constraint(TOKENIZER, CFG.vocab + 1000, sample).compute_mask()
+    assert len(padded) == -(-(CFG.vocab + 1000) // 32)
+    np.testing.assert_array_equal(padded[: len(exact)], exact)
+    assert exact.any()
+    assert not padded[len(exact) :].any()
+
+
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
