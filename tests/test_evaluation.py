@@ -49,7 +49,7 @@ def test_the_held_out_text_has_the_loss_of_training(run):
     expected = last_evaluation(run)
     for name in expected.keys() & found.values.keys():
         value = found.values[name]
-        value = float(f"{value:.6g}") if isinstance(value, float) else value  # as it is recorded
+        value = float(f"{value:.9g}") if isinstance(value, float) else value  # as it is recorded
         assert value == expected[name], name
     assert {"loss", "perplexity", "accuracy", "tokens"} <= expected.keys() & found.values.keys()
 

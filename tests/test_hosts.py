@@ -276,8 +276,9 @@ def test_only_a_command_ends_the_process():
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and node.attr == "_exit"
     }
-    # Interrupts: Ctrl-C before any work. Script: the end of every command.
-    assert calls == {"jaxgpt/cli/train.py", "jaxgpt/interrupts.py", "jaxgpt/script.py"}
+    # Interrupts: Ctrl-C before any work. Script: the end of every command. Server: its `run_cli`.
+    commands = {"jaxgpt/cli/train.py", "jaxgpt/serve/server.py"}
+    assert calls == commands | {"jaxgpt/interrupts.py", "jaxgpt/script.py"}
 
 
 # --- two processes, without training ---------------------------------------------------------

@@ -157,7 +157,7 @@ def check_runs(
 
     Args:
         keys: the settings that the command takes.
-        reason: is given where a setting is none of them.
+        reason: follows the name of a setting that is none of them.
 
     Raises:
         ConfigError: a folder is no model, or a setting is of no use.
@@ -167,7 +167,7 @@ def check_runs(
     check_checkpoint(checkpoint)
     values = configs.parse_assignments(settings)
     if wrong := [key for key in values if key not in keys]:
-        raise configs.ConfigError(f"{wrong[0]}: {reason}")
+        raise configs.ConfigError(f"{wrong[0]} {reason}")
     check_data_settings(values)
     return values
 

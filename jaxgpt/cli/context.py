@@ -42,7 +42,7 @@ def main(argv: list[str], program: str) -> int:
     if args.help or not runs:
         parser.print_help()
         return 0 if args.help else 2
-    reason = "settings of context are data.*, and model.rope.* with model.context."
+    reason = "does not fit: settings of context are data.*, and model.rope.* with model.context."
     values = check_runs(runs, args.checkpoint, settings, list_keys(), reason)
     if "model.context" in values and not any(key.startswith("model.rope.") for key in values):
         raise configs.ConfigError(

@@ -71,9 +71,7 @@ def main(argv: list[str], program: str) -> int:
         parser.print_help()
         print(f"\nsettings and their defaults:\n{configs.describe('data.')}")
         return 0 if args.help else 2
-    reason = (
-        "it belongs to the run; an evaluation takes data.*, train.batch and train.eval_batches."
-    )
+    reason = "belongs to the run: an evaluation takes data.*, train.batch and train.eval_batches."
     values = check_runs(runs, args.checkpoint, settings, list_keys(), reason)
     tasks = check_tasks(args)
     if len(runs) > 1 and not args.emergence:
