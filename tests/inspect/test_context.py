@@ -142,7 +142,9 @@ def test_scaling_without_training_is_a_setting_of_the_command(runs, capsys):
     context_cli.main([short, "--length", "64", "--rows", "2", "--json"], "c")
     plain = json.loads(capsys.readouterr().out)
     assert [x["loss"] for x in found["bins"][short]] != [x["loss"] for x in plain["bins"][short]]
-    with pytest.raises(ConfigError, match=r"model.width does not fit: settings of context are data"):
+    with pytest.raises(
+        ConfigError, match=r"model.width does not fit: settings of context are data"
+    ):
         context_cli.main([short, "model.width=8"], "c")
     with pytest.raises(ConfigError, match=r"set model.rope.scaling"):
         context_cli.main([short, "model.context=64"], "c")
