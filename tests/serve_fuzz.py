@@ -77,7 +77,7 @@ GOOD: dict[str, list[Any]] = {
     "encoding_format": ["float", "base64"],
     "dimensions": [16, 8],
 }  # fmt: skip
-BUDGET = {"max_tokens": 3}  # of texts, unless the body says otherwise
+BUDGET = {"max_tokens": 3}  # of texts, unless the body has its own
 
 
 def make_value(dice: random.Random, depth: int = 2) -> Any:

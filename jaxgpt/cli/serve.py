@@ -6,8 +6,8 @@
     JAXGPT_API_KEY=secret jaxgpt serve runs/mine --host 0.0.0.0 --allow-host models.example.org
 
 The page is at http://127.0.0.1:8000/, the interface below /v1: models, completions,
-chat/completions, embeddings. /health tells balancers whether the server answers, /metrics is for
-Prometheus. Only this machine is served unless --host says otherwise; then a key is needed.
+chat/completions, embeddings. /health is for balancers, /metrics for Prometheus. Only this machine
+is served unless --host is another address; then a key is needed.
 
 SIGTERM or Ctrl-C: requests that run are finished, for 30 seconds at most; new ones are refused.
 

@@ -287,9 +287,10 @@ def merge_buckets(
         cost, R = choose_batch_rows(len(members), T, limit_rows(T))
         if merged:
             before = merged[-1][2]
-            apart, _ = choose_batch_rows(len(before), merged[-1][0], limit_rows(merged[-1][0]))
+            shorter = merged[-1][0]
+            separate, _ = choose_batch_rows(len(before), shorter, limit_rows(shorter))
             joint, R_joint = choose_batch_rows(len(before) + len(members), T, limit_rows(T))
-            if joint <= apart + cost:
+            if joint <= separate + cost:
                 merged[-1] = (T, R_joint, before + members)
                 continue
         merged.append((T, R, members))

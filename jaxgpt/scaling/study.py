@@ -24,10 +24,12 @@ from jaxgpt.scaling.study_report import write_report
 from jaxgpt.scaling.sweep import (
     LEARNING_RATES,
     Size,
+    count_tokens,
     make_config,
     read_runs,
     read_transfer,
     run_sweep,
+    train_missing,
     train_to_end,
     tune,
 )
@@ -105,11 +107,6 @@ def make_seeds(shared: Config, plan: Plan, folder: str) -> list[Config]:
     return configs
 
 
-def count_tokens(config: Config) -> int:
-    """Return the tokens that a run is trained on."""
-    return config.train.steps * config.train.batch * config.model.context
-
-
 def count_flops(base: Config, plan: Plan, folder: str) -> float:
     """Return the FLOPs of all runs of a study, those that measure learning rates included."""
     shared, swept, held_out = make_plan(base, plan, folder)
@@ -154,7 +151,8 @@ def run_study(
         tune(shared, [Size.parse(x) for x in plan.tuned], plan.tune_tokens, folder, report=report)
     sizes = [Size.parse(size) for size in plan.sizes]
     run_sweep(shared, sizes, plan.budgets, folder, report)
-    seeds = _train_seeds(make_seeds(shared, plan, folder), folder, report)
+    others = make_seeds(shared, plan, folder)
+    seeds = train_missing(others, folder, SEEDS, "another seed, run", report) if others else []
     law = fit(read_runs(folder), bootstrap=plan.bootstrap)
     _, _, config = make_plan(base, plan, folder)
     prediction = _predict_before(config, law, folder, report)
@@ -187,23 +185,6 @@ def _keep_plan(plan: Plan, folder: str):
             f"{folder} has a study of another plan: {', '.join(keys)} differ. Use another folder, "
             "or the arguments of that study."
         )
-
-
-def _train_seeds(
-    configs: list[Config], folder: str, report: Callable[[str], None]
-) -> list[dict[str, Any]]:
-    """Return the lines of the runs with other seeds, of seeds.jsonl or of training them now."""
-    path, rows = os.path.join(folder, SEEDS), []
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file]
-    for config in configs[len(rows) :]:
-        report(f"another seed: {config.name}")
-        rows.append(train_to_end(config))
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(rows[-1]) + "\n")
-        report(f"  loss {rows[-1]['loss']:.4f}")
-    return rows
 
 
 def _predict_before(

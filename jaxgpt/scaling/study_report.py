@@ -204,7 +204,7 @@ def _format_trust(folder: str, law: Law, runs: Sequence[Run], rows, seeds) -> st
   {np.abs(gaps).max():.2%} off `{worst}`, the worst of them.
 {_format_seeds(rows, seeds)}- N spans a factor of {wide:.0f}, and D of {long:.0f}.
   Beyond a few times the largest run, E and the exponents stand in for each other: small runs do not
-  tell a higher E from smaller exponents.
+  distinguish a higher E from smaller exponents.
 - Embeddings are {min(tables):.0%} to {max(tables):.0%} of the parameters. Without them in N, alpha
   is {bare.alpha:.2f} in place of {law.alpha:.2f}, and a is {exponent:.2f}.
 - All runs have one batch size, a schedule that ends with the run, and depth that grows with

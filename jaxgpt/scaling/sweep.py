@@ -135,13 +135,13 @@ def read_runs(folder: str, count: str = "all", flops: str = "6ND") -> list[Run]:
     ]
 
 
-def read_rows(folder: str) -> list[dict[str, Any]]:
-    """Return the lines of runs.jsonl.
+def read_rows(folder: str, table: str = RUNS) -> list[dict[str, Any]]:
+    """Return the lines of runs.jsonl, or of another such table.
 
     Raises:
         ConfigError: there are none, or one is damaged.
     """
-    path = os.path.join(folder, RUNS)
+    path = os.path.join(folder, table)
     try:
         with open(path, encoding="utf-8") as file:
             lines = file.read().splitlines()
@@ -165,6 +165,11 @@ def read_rows(folder: str) -> list[dict[str, Any]]:
     return rows
 
 
+def count_tokens(config: Config) -> int:
+    """Return the tokens that a run is trained on."""
+    return config.train.steps * config.train.batch * config.model.context
+
+
 def describe_outcome(config: Config) -> dict[str, Any]:
     """Return the line of runs.jsonl for a run that is complete.
 
@@ -175,8 +180,7 @@ def describe_outcome(config: Config) -> dict[str, Any]:
     last = max(records, key=lambda r: r["step"], default=None)
     if last is None or last["step"] != config.train.steps:
         raise ConfigError(f"{config.run_folder} was not measured at step {config.train.steps}.")
-    count = count_params(config.model)
-    tokens = config.train.steps * config.train.batch * config.model.context
+    count, tokens = count_params(config.model), count_tokens(config)
     return {
         "name": config.name,
         "width": config.model.width,
@@ -208,24 +212,35 @@ def run_sweep(
     """
     os.makedirs(folder, exist_ok=True)
     transfer = read_transfer(base, folder)
-    done = {row["name"] for row in read_rows(folder)} if has_runs(folder) else set()
     plan = [make_config(base, size, tokens, folder, float(transfer(size.width)))
             for size in sizes for tokens in budgets]  # fmt: skip
     plan.sort(key=lambda c: flops_per_token(c.model) * c.train.steps)
+    return train_missing(plan, folder, RUNS, "run", report)
+
+
+def train_missing(
+    plan: Sequence[Config], folder: str, table: str, kind: str, report: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Train the runs that a table lacks, and append the line of each.
+
+    Args:
+        table: a file in the folder, as runs.jsonl.
+        kind: what a run is called in the lines for `report`.
+
+    Returns:
+        The lines of the table.
+    """
+    path = os.path.join(folder, table)
+    done = {row["name"] for row in read_rows(folder, table)} if os.path.exists(path) else set()
     for number, config in enumerate(plan, 1):
         if config.name in done:
             continue
-        report(f"run {number} of {len(plan)}: {config.name}, lr {config.optimizer.lr:.2g}")
+        report(f"{kind} {number} of {len(plan)}: {config.name}, lr {config.optimizer.lr:.2g}")
         row = train_to_end(config)
-        with open(os.path.join(folder, RUNS), "a", encoding="utf-8") as file:
+        with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         report(f"  loss {row['loss']:.4f}")
-    return read_rows(folder)
-
-
-def has_runs(folder: str) -> bool:
-    """Return whether a sweep has finished a run."""
-    return os.path.exists(os.path.join(folder, RUNS))
+    return read_rows(folder, table)
 
 
 def train_to_end(config: Config) -> dict[str, Any]:

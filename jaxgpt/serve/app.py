@@ -22,6 +22,7 @@ from jaxgpt.serve.http import (
     ClientLeftError,
     EventStream,
     Gate,
+    convert_and_log,
     log_failure,
     parse_json,
     read_body,
@@ -30,7 +31,7 @@ from jaxgpt.serve.http import (
     respond_json,
     run_until_disconnect,
 )
-from jaxgpt.serve.jobs import encode_messages, plan_chat, plan_completion
+from jaxgpt.serve.jobs import check_template, plan_chat, plan_completion
 from jaxgpt.serve.results import Flavor, Place
 from jaxgpt.serve.served import Served
 from jaxgpt.serve.service import Service
@@ -127,10 +128,7 @@ async def _handle_missing(request: Any, error: Any) -> Any:
 
 
 async def _handle_failure(request: Any, error: Exception) -> Any:
-    found = convert(error)
-    if found.status == 500:
-        log_failure(error)
-    return respond_error(found)
+    return respond_error(convert_and_log(error))
 
 
 class Routes:
@@ -271,7 +269,7 @@ def make_page(served: Served, body: dict[str, Any]) -> str:
         message = "give messages or prompt, one of them."
         raise RequestError(400, message, "invalid_value", "messages")
     if messages is not None:
-        encode_messages(served, messages)  # raises an error that names --template
+        check_template(served)
     try:
         return make_look_page(served.select(body["model"]), messages=messages, prompt=prompt)
     except ConfigError as error:

@@ -50,7 +50,7 @@ def convert(error: BaseException, param: str | None = None) -> RequestError:
     """Return the error of a request for one of the library.
 
     Args:
-        error: a ConfigError is the client's; what any other one says is not shown.
+        error: a ConfigError is the client's; the message of any other one is not shown.
         param: the field that it is about, if that is known.
     """
     if isinstance(error, RequestError):

@@ -21,9 +21,9 @@ from typing import Any
 from jaxgpt.optional import require
 from jaxgpt.script import print_text
 from jaxgpt.serve.errors import RequestError, convert
+from jaxgpt.serve.metrics import USER
 from jaxgpt.serve.service import Service
 
-USER = "jaxgpt serve"
 MAX_BODY_BYTES = 4 * 2**20
 MAX_DISCARDED_BYTES = 2**27  # of a body that is refused, so that the client reads why
 BODY_SECONDS = 30  # in which a body must arrive
@@ -103,7 +103,7 @@ class Gate:
         service: counts them.
         keys: of which a request needs one; none = nobody needs one.
         hosts: names of this server.
-        log: takes lines; they never have what a request says.
+        log: takes lines, which never quote a request.
     """
 
     def __init__(
@@ -250,11 +250,19 @@ def respond_error(error: RequestError) -> Any:
 
 
 def log_failure(error: BaseException):
-    """Write where an error came from that is nobody's but ours; not what it says of a prompt."""
+    """Write where an internal error came from, without its message, which may quote a prompt."""
     if isinstance(error.__cause__, Exception):
         error = error.__cause__
     lines = "".join(traceback.format_tb(error.__traceback__))
     print_text(f"{lines}{type(error).__name__} in a request", sys.stderr)
+
+
+def convert_and_log(error: Exception) -> RequestError:
+    """Return the error of a request for any other one, which is logged if it is internal."""
+    found = convert(error)
+    if found.status == 500:
+        log_failure(error)
+    return found
 
 
 # --- clients that leave ------------------------------------------------------------------------
@@ -321,7 +329,4 @@ class EventStream:
                 yield b": wait\n\n" if event is None else b"data: " + format_json(event) + b"\n\n"
             yield b"data: [DONE]\n\n"
         except Exception as error:
-            found = convert(error)
-            if found.status == 500:
-                log_failure(error)
-            yield b"data: " + format_json(found.body) + b"\n\n"
+            yield b"data: " + format_json(convert_and_log(error).body) + b"\n\n"

@@ -112,15 +112,20 @@ def encode_messages(served: Served, messages: Sequence[Mapping[str, Any]]) -> li
     Raises:
         RequestError: there is no template, or it refuses the conversation.
     """
-    tokenizer = served.model.tokenizer
-    if not tokenizer.chat_template:
-        names = "|".join(TEMPLATES)
-        message = f"the model has no chat template: start the server with --template {names}."
-        raise RequestError(400, message, "no_chat_template", "messages")
+    check_template(served)
     try:
+        tokenizer = served.model.tokenizer
         return tokenizer.encode_chat(messages, add_generation_prompt=True).tolist()
     except ConfigError as error:
         raise convert(error, "messages") from error
+
+
+def check_template(served: Served):
+    """Raise RequestError if the model has no chat template."""
+    if not served.model.tokenizer.chat_template:
+        names = "|".join(TEMPLATES)
+        message = f"the model has no chat template: start the server with --template {names}."
+        raise RequestError(400, message, "no_chat_template", "messages")
 
 
 def _make_plan(
@@ -154,13 +159,12 @@ def _make_plan(
     )  # fmt: skip
     for number, prompt in enumerate(prompts):
         rows = encode(served, prompt, sample, n, param)
-        again = rows if logprobs is None else encode(served, prompt, sample, n, param)
         plan.prompts.append(list(rows[0].source or rows[0].ids))
         is_text = isinstance(prompt, str)
         plan.hidden.append((len(served.model.tokenizer.prefix) or not prompt) if is_text else 0)
         plan.jobs += [
             Job(rows[i], sample, number * n + i, bias, logprobs or 0, adapter,
-                None if logprobs is None else again[i].decoder, number)
+                None if logprobs is None else rows[i].decoder.restart(), number)
             for i in range(n if tokens else 0)
         ]  # fmt: skip
     if has_echo:

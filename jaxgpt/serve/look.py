@@ -29,7 +29,7 @@ def make_look_page(
     """Return the page of `jaxgpt look` about a conversation or a text, as HTML.
 
     Of a conversation that is longer than a page shows, whole turns leave from the front, and of a
-    longer text or turn its first tokens; the page tells what was left out.
+    longer text or turn its first tokens; the page notes what was left out.
 
     Args:
         messages: dicts with `role` and `content`.

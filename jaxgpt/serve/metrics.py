@@ -31,7 +31,7 @@ def count_compiles() -> list[int]:
 
 
 def get_device_bytes() -> int:
-    """Return the memory in use on all devices, bytes; 0 where the platform does not tell."""
+    """Return the memory in use on all devices, bytes; 0 where the platform does not report it."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     return sum(each.get("bytes_in_use", 0) for each in stats)
 

@@ -28,7 +28,12 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer, is_start: bool = True):
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._is_start = is_start
         self._drops_space = is_start and tokenizer.drops_first_space
+
+    def restart(self) -> "StreamDecoder":
+        """Return another decoder, which begins where this one has begun."""
+        return StreamDecoder(self._tokenizer, self._is_start)
 
     def push(self, ids: int | Sequence[int] | np.ndarray) -> str:
         """Return the text completed by these ids (one id, or many)."""

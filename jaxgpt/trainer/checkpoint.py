@@ -209,7 +209,7 @@ class _Folder:
         try:
             self.wait()
         finally:
-            # After a failed save, Orbax raises what it still finds: the first error says it all.
+            # After a failed save Orbax raises its later errors too: the first one was reported.
             with suppress(Exception) if self._has_failed else nullcontext():
                 self.manager.close()
             if self._has_failed:

@@ -14,22 +14,6 @@ from jaxgpt.serve.errors import convert
 from jaxgpt.serve.server import check_network, format_address, listen
 from jaxgpt.settings import ConfigError
 
-
-@pytest.fixture(scope="module")
-def address():
-    with run_server(make_played()) as address:
-        yield address
-
-
-@pytest.fixture
-def engine(address):
-    engine = address.service.engine
-    yield engine
-    wait_until(lambda: address.service._texts == 0)
-    engine.handles.clear()
-    engine.cancelled.clear()
-
-
 # --- who may ask ---
 
 

@@ -23,21 +23,6 @@ from jaxgpt.serve.service import Service
 from jaxgpt.settings import ConfigError
 
 
-@pytest.fixture(scope="module")
-def address():
-    with run_server(make_played()) as address:
-        yield address
-
-
-@pytest.fixture
-def engine(address):
-    engine = address.service.engine
-    yield engine
-    wait_until(lambda: address.service._texts == 0)
-    engine.handles.clear()
-    engine.cancelled.clear()
-
-
 def test_health_is_503_while_a_step_takes_too_long_or_the_thread_is_dead(address, engine):
     assert address.ask("/health")[::2] == (200, {"status": "ok", "running": 0, "waiting": 0})
     engine.seconds_since_step = 5.1
